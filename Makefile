@@ -1,0 +1,55 @@
+# Shoehorn. `make` alone prints what there is.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.ONESHELL:
+.PHONY: help setup setup-dev demo test test-container lint format docs lock clean
+
+VENV := .venv
+PYTEST := $(VENV)/bin/pytest
+SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
+DEMO := $(CURDIR)/.demo
+
+help: ## print this help
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
+
+setup: ## make .venv with the CPU engine and the shoehorn command; install nginx from the distribution
+	@command -v nginx >/dev/null || [ -x /usr/sbin/nginx ] || \
+	  { echo "installing nginx"; $(SUDO) apt-get update -qq; $(SUDO) apt-get install -y -qq --no-install-recommends nginx-light >/dev/null; }
+	requirements/install $(VENV) cpu
+	[ -x $(VENV)/bin/shoehorn ] || $(VENV)/bin/uv pip install --quiet --python $(VENV)/bin/python --no-deps --no-build-isolation -e .
+
+setup-dev: setup ## the same and what tests and linters need
+	@command -v shellcheck >/dev/null || \
+	  { $(SUDO) apt-get update -qq; $(SUDO) apt-get install -y -qq --no-install-recommends shellcheck >/dev/null; }
+	requirements/install $(VENV) cpu dev
+
+demo: setup ## serve the demo model on this machine's CPU, in the foreground; Ctrl-C ends it
+	@mkdir -p $(DEMO)/models
+	[ -n "$${API_KEY:-}$${API_KEY_FILE:-}" ] || rm -f $(DEMO)/models/.shoehorn/api_key
+	export PATH="$(CURDIR)/$(VENV)/bin:$$PATH:/usr/sbin"
+	export MODEL_ID=$${MODEL_ID:-$(CURDIR)/demo/model} MODEL_SOURCE=$${MODEL_SOURCE:-local}
+	export SERVED_MODEL_NAME=$${SERVED_MODEL_NAME:-shoehorn-demo} VRAM_PROFILE=$${VRAM_PROFILE:-cpu}
+	export MODELS_DIR=$${MODELS_DIR:-$(DEMO)/models} RUN_DIR=$${RUN_DIR:-$(DEMO)/run}
+	export ENGINE_LOG=$${ENGINE_LOG:-file} DRAIN_TIMEOUT=$${DRAIN_TIMEOUT:-3}
+	exec $(VENV)/bin/python entrypoint.py
+
+lint: setup-dev ## ruff, mypy --strict, shellcheck
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+	shellcheck requirements/install requirements/lock .ci/run
+
+test: lint ## everything that needs no container engine and no GPU
+	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH:/usr/sbin" $(PYTEST) -m "not container and not gpu" $(ARGS)
+
+test-container: setup-dev ## the real image under a real Docker engine
+	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH:/usr/sbin" $(PYTEST) -m container tests/container $(ARGS)
+
+docs: setup ## write the generated documents anew
+	$(VENV)/bin/python tools/generate_docs.py
+
+lock: setup ## make the hash locks in requirements/ anew
+	UV=$(VENV)/bin/uv requirements/lock
+
+clean: ## remove what make made
+	rm -rf $(VENV) $(DEMO) test-artefacts

@@ -1,0 +1,87 @@
+"""`shoehorn doctor`: what serving needs, looked at one by one; each check says what to type when it fails."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+
+from shoehorn import hardware
+from shoehorn import settings as settings_module
+from shoehorn.errors import EXIT_BAD_SETTINGS, EXIT_DONE, SettingsError
+from shoehorn.hardware import Hardware
+from shoehorn.settings import Settings
+from shoehorn.units import format_size
+
+
+@dataclass(frozen=True)
+class Check:
+    """One finding. `remedy` is empty when all is well or nothing can be done."""
+
+    name: str
+    passed: bool
+    found: str
+    remedy: str = ""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """`--json` for programs."""
+    parser.add_argument("--json", action="store_true", help="print a list of {name, passed, found, remedy}")
+
+
+def run(arguments: argparse.Namespace, environment: Mapping[str, str]) -> int:
+    """Print every check; exit code 0 when all passed, else 2."""
+    checks = examine(environment, hardware.detect())
+    if arguments.json:
+        print(json.dumps([asdict(check) for check in checks], indent=1, ensure_ascii=False))
+    else:
+        for check in checks:
+            print(f"{'ok  ' if check.passed else 'FAIL'} {check.name}: {check.found}")
+            if check.remedy:
+                print(f"     -> {check.remedy}")
+    return EXIT_DONE if all(check.passed for check in checks) else EXIT_BAD_SETTINGS
+
+
+def examine(environment: Mapping[str, str], machine: Hardware) -> list[Check]:
+    """All checks, in the order in which a start needs them."""
+    try:
+        settings = settings_module.load(environment)
+    except SettingsError as error:
+        return [Check("settings", False, error.cause, error.remedy)]
+    return [Check("settings", True, f"{len(settings.given)} given"), _gpus(settings, machine),
+            Check("memory", True, f"{format_size(machine.host_memory_bytes)} for this container, {machine.cpus:g} CPUs"),
+            _volume(settings), _program("nginx", "install nginx, or put /usr/sbin on PATH"), _engine()]
+
+
+def _gpus(settings: Settings, machine: Hardware) -> Check:
+    if machine.gpus:
+        found = "; ".join(f"{gpu.index}: {gpu.name}, {format_size(gpu.total_bytes)}, {format_size(gpu.free_bytes)} free"
+                          for gpu in machine.gpus)
+        return Check("gpu", True, f"{found}; driver {machine.driver_version}")
+    return Check("gpu", settings.vram_profile == "cpu", "; ".join(("none", *machine.notes)),
+                 "" if settings.vram_profile == "cpu" else
+                 "pass a GPU in (docker run --gpus all), or set VRAM_PROFILE=cpu")
+
+
+def _volume(settings: Settings) -> Check:
+    directory = settings.models_dir
+    if not directory.is_dir():
+        return Check("volume", False, f"{directory} is not there", f"mount a volume at {directory}, or set MODELS_DIR")
+    if not os.access(directory, os.W_OK):
+        return Check("volume", False, f"{directory} cannot be written by user {os.geteuid()}",
+                     f"on the host: sudo chown -R {os.geteuid()} THE_MOUNTED_FOLDER")
+    return Check("volume", True, f"{directory}, {format_size(hardware.disk_free(directory))} free")
+
+
+def _program(name: str, remedy: str) -> Check:
+    path = shutil.which(name)
+    return Check(name, bool(path), path or "not on PATH", "" if path else remedy)
+
+
+def _engine() -> Check:
+    found = find_spec("vllm") is not None
+    return Check("vllm", found, "installed" if found else "not installed", "" if found else "make setup")

@@ -1,0 +1,174 @@
+"""The program `engine`: model -> plan -> pull -> vLLM, published as state, ended cleanly by SIGTERM in every phase.
+
+Rules: the plan is made from the model's config and headers before a byte of weights moves; each long phase runs in a
+child process; the exit codes are those of `errors`, and the cause stands in the state before the program ends.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType
+
+from shoehorn import checkpoint, hardware, profiles, render, store
+from shoehorn import log as logs
+from shoehorn import settings as settings_module
+from shoehorn.errors import EXIT_DONE, ModelUnavailableError, ShoehornError
+from shoehorn.files import write_atomic
+from shoehorn.plan import Plan, Refusal, make_plan
+from shoehorn.process import Child, end_recorded_group
+from shoehorn.restarts import Restarts
+from shoehorn.serving import Server, engine_environment
+from shoehorn.settings import Settings
+from shoehorn.state import Phase, StateFile
+from shoehorn.units import format_size
+
+log = logging.getLogger("engine")
+
+
+class Stopped(BaseException):
+    """SIGTERM came. Not an Exception: nothing but the program's end may catch it."""
+
+
+def main() -> int:
+    """Run the program; returns its exit code."""
+    settings = settings_module.load(os.environ)
+    logs.configure(settings.log_format)
+    states = StateFile(settings.run_dir)
+    _stop_on_sigterm(states)
+    _end_with_owner()
+    try:
+        _serve(settings, os.environ, states)
+    except Stopped:
+        (settings.run_dir / "engine.alive").unlink(missing_ok=True)
+        return EXIT_DONE
+    except ShoehornError as error:
+        states.update(phase=Phase.FAILED, progress=None, detail="", cause=error.cause, remedy=error.remedy)
+        log.error("%s", error)
+        write_atomic(settings.run_dir / "exit_code", f"{error.exit_code}\n")
+        return error.exit_code
+    raise AssertionError("serving ends by an exception only")
+
+
+def _serve(settings: Settings, environment: Mapping[str, str], states: StateFile) -> None:
+    restarts = _take_over(settings, states)
+    directory = store.locate(settings)
+    plan = _plan(settings, directory)
+    if directory is None:
+        directory = _pull(settings, environment, states)
+    config = render.write_engine_config(settings, plan.engine_args, directory)
+    states.update(phase=Phase.LOADING, progress=None, detail="starting the engine", model=settings.served_model_name)
+    log.info("loading %s", settings.served_model_name)
+
+    def announce(seconds: float) -> None:
+        log.info("ready after %.0f s", seconds)
+        welcome = settings.run_dir / "welcome.txt"
+        if welcome.exists():  # holds a generated key: shown once
+            text = welcome.read_text(encoding="utf-8")
+            welcome.unlink()
+            print(text, flush=True)
+
+    Server(config, engine_environment(environment, plan.engine_environment, settings.run_dir),
+           render.engine_socket(settings), states, restarts, announce,
+           settings.run_dir / "engine.log" if settings.engine_log == "file" else None).serve()
+
+
+def _take_over(settings: Settings, states: StateFile) -> Restarts:
+    """Settle what an earlier life of this program left: its engine, and its failure in the budget."""
+    restarts = Restarts(settings.run_dir / "restarts.json")
+    alive = settings.run_dir / "engine.alive"
+    left = end_recorded_group(settings.run_dir / "engine.group") + end_recorded_group(settings.run_dir / "pull.group")
+    if alive.exists():
+        failures = restarts.record()
+        log.warning("the engine program was killed (failure %d); ended %d processes that it left", failures, len(left))
+        states.update(restarts=states.read().restarts + 1)
+    alive.touch()
+    states.update(phase=Phase.STARTING, progress=None, detail="planning", model=settings.served_model_name,
+                  cause="", remedy="")
+    return restarts
+
+
+def _plan(settings: Settings, directory: Path | None) -> Plan:
+    machine = hardware.detect()
+    profile = (profiles.choose(machine) if settings.vram_profile == "auto" else profiles.load(settings.vram_profile))
+    files = checkpoint.LocalFiles(directory) if directory else store.hub_files(settings)
+    shape = checkpoint.read(files)
+    free = hardware.disk_free(settings.models_dir) if directory is None else None
+    plan = make_plan(settings, machine, profile, shape, free)
+    if isinstance(plan, Refusal):
+        raise plan.as_error()
+    write_atomic(settings.run_dir / "plan.json", json.dumps(plan.to_json(), indent=1) + "\n")
+    log.info("plan: profile %s, %s of weights", plan.profile, format_size(shape.weights_bytes))
+    for reason in plan.reasons:
+        log.info("plan: %s = %s (%s): %s", reason.option, reason.value, reason.source, reason.text)
+    return plan
+
+
+def _pull(settings: Settings, environment: Mapping[str, str], states: StateFile) -> Path:
+    """Pull in a child process, whose progress lines become state. Returns the model's directory."""
+    log.info("pulling %s", settings.model_id)
+    states.update(phase=Phase.PULLING, progress=0.0, detail=settings.model_id)
+    complaints: list[str] = []
+    outcome: dict[str, str] = {}
+    said = {"at": time.monotonic()}
+
+    def line(text: str) -> None:
+        try:
+            message = json.loads(text)
+        except ValueError:
+            complaints.append(text)
+            return
+        if message["phase"] == "done":
+            outcome["directory"] = message["directory"]
+            return
+        done, total, rate = message["bytes_done"], message["bytes_total"], message["rate_bytes_per_second"]
+        states.update(phase=Phase(message["phase"]), progress=done / total if total else None,
+                      bytes_done=done, bytes_total=total)
+        if time.monotonic() - said["at"] >= 5:
+            said["at"] = time.monotonic()
+            left = f", {(total - done) / rate:.0f} s left" if rate else ""
+            log.info("%s: %s of %s (%.0f %%), %s/s%s", message["phase"], format_size(done), format_size(total),
+                     100 * done / total if total else 0, format_size(int(rate or 0)), left)
+
+    child = Child([sys.executable, "-m", "shoehorn.cli", "pull", "--json"], environment, line,
+                  settings.run_dir / "pull.group")
+    try:
+        while (status := child.wait(0.5)) is None:
+            pass
+    finally:
+        child.stop(5.0)
+    if status or "directory" not in outcome:
+        raise ModelUnavailableError("\n".join(complaints[-10:]) or f"the pull ended with status {status}")
+    return Path(outcome["directory"])
+
+
+def _stop_on_sigterm(states: StateFile) -> None:
+    def stop(_signal: int, _frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # one is enough; a second must not interrupt the clearing up
+        states.update(phase=Phase.STOPPING, progress=None, detail="stopping")
+        raise Stopped
+
+    signal.signal(signal.SIGTERM, stop)
+
+
+def _end_with_owner() -> None:
+    """End this program, as by SIGTERM, when supervisord was killed: nobody else would."""
+    owner = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == owner:
+            time.sleep(1.0)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, name="owner", daemon=True).start()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,117 @@
+"""What the appliance is doing: one JSON document, written by `engine`, read by exporter, gateway and healthcheck.
+
+Rules: the document is replaced atomically and never holds a secret. Beside it lie what the gateway serves without
+asking anybody: `unavailable.json`, the OpenAI-style error that `/v1/*` answers while not ready, and the empty files
+`ready` and `failed`, which exist exactly while the phase says so.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from dataclasses import asdict, dataclass, replace
+from enum import StrEnum
+from pathlib import Path
+
+from shoehorn.files import write_atomic
+
+STATE_VERSION = 1
+
+
+class Phase(StrEnum):
+    """The phases of the appliance's life, in the order in which they usually come."""
+
+    STARTING = "starting"
+    PULLING = "pulling"
+    VERIFYING = "verifying"
+    CONVERTING = "converting"
+    LOADING = "loading"
+    READY = "ready"
+    STEPPING_DOWN = "stepping_down"
+    FAILED = "failed"
+    STOPPING = "stopping"
+
+
+@dataclass(frozen=True)
+class State:
+    """One moment of the appliance.
+
+    Attributes:
+        progress: share of the phase that is done, 0..1; None where nothing can be measured.
+        since: Unix time, in seconds, at which the phase began.
+        restarts: engine restarts since the container started.
+        bytes_done, bytes_total: of the download, while pulling and after.
+        cause, remedy: on failure, in words.
+    """
+
+    phase: Phase = Phase.STARTING
+    progress: float | None = None
+    detail: str = ""
+    since: float = 0.0
+    model: str = ""
+    restarts: int = 0
+    bytes_done: int = 0
+    bytes_total: int = 0
+    cause: str = ""
+    remedy: str = ""
+    version: int = STATE_VERSION
+
+
+def unavailable_body(state: State) -> str:
+    """The body of a 503 in OpenAI's error form, naming phase and progress."""
+    share = f" ({state.progress:.0%})" if state.progress is not None else ""
+    if state.phase is Phase.READY:
+        message = "The engine does not answer just now; it is being looked after. Try again in a moment."
+    elif state.phase is Phase.FAILED:
+        message = f"The model cannot be served: {state.cause}"
+    else:
+        message = f"The model is not ready: {state.phase}{share}."
+    error = {"message": message, "type": "server_error", "param": None, "code": "model_not_ready",
+             "phase": state.phase, "progress": state.progress}
+    return json.dumps({"error": error}) + "\n"
+
+
+class StateFile:
+    """The state document in a run directory. Only the `engine` program writes it."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir = run_dir
+        self.path = run_dir / "state.json"
+        self._lock = threading.RLock()  # re-entrant: a signal handler may publish the end in the middle of an update
+
+    def read(self) -> State:
+        """The current state; a fresh `starting` one when nothing readable is there."""
+        try:
+            document = json.loads(self.path.read_text(encoding="utf-8"))
+            if document["version"] != STATE_VERSION:
+                return State()
+            return State(**{**document, "phase": Phase(document["phase"])})
+        except (OSError, ValueError, TypeError, KeyError):
+            return State()
+
+    def write(self, state: State) -> None:
+        """Publish `state`. The `ready` mark goes first when readiness ends and comes last when it begins."""
+        if state.phase is not Phase.READY:
+            self._mark("ready", False)
+        write_atomic(self.path, json.dumps(asdict(state)) + "\n")
+        write_atomic(self.run_dir / "unavailable.json", unavailable_body(state))
+        self._mark("failed", state.phase is Phase.FAILED)
+        self._mark("ready", state.phase is Phase.READY)
+
+    def update(self, **changes: object) -> State:
+        """Write the current state with `changes`; `since` follows a change of phase."""
+        with self._lock:
+            old = self.read()
+            new = replace(old, **changes)  # type: ignore[arg-type]  # the field names are checked by replace itself
+            if new.phase is not old.phase or not old.since:
+                new = replace(new, since=time.time())
+            self.write(new)
+            return new
+
+    def _mark(self, name: str, on: bool) -> None:
+        path = self.run_dir / name
+        if on:
+            path.touch()
+        else:
+            path.unlink(missing_ok=True)

@@ -1,0 +1,74 @@
+"""supervisord's event listener: ends the container when it can no longer serve, and clears what a dead program left.
+
+Rules:
+- the engine's exit with one of its own codes is final, as is any program that supervisord gave up (FATAL): supervisord
+  gets SIGTERM, and `supervise` returns the code that stands in `exit_code`;
+- the process group of a program that died otherwise is ended, so that nginx's workers do not hold the port against
+  their successor.
+Protocol: http://supervisord.org/events.html (a line of headers, then `len` bytes, answered by RESULT).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TextIO
+
+from shoehorn.process import end_group
+
+
+def handle(headers: Mapping[str, str], body: Mapping[str, str], run_dir: Path) -> bool:
+    """React to one event; returns True when supervisord is to end.
+
+    Args:
+        headers: of the event; `eventname` counts.
+        body: `processname`, and for an exit `expected` (0 or 1) and `pid`.
+    """
+    name = body.get("processname", "?")
+    if headers.get("eventname") == "PROCESS_STATE_FATAL":
+        _say(f"{name} cannot be kept running; the container ends")
+        _default_code(run_dir, 1)
+        return True
+    if name == "engine" and body.get("expected") == "1":
+        _default_code(run_dir, 1)
+        return True
+    end_group(int(body.get("pid", "0")))
+    _say(f"{name} ended and is started again")
+    return False
+
+
+def run(source: TextIO, sink: TextIO, run_dir: Path, supervisor: int) -> None:
+    """Answer events until `source` ends; `supervisor` is supervisord's process id."""
+    while True:
+        sink.write("READY\n")
+        sink.flush()
+        line = source.readline()
+        if not line:
+            return
+        headers = _pairs(line)
+        body = _pairs(source.read(int(headers.get("len", "0"))))
+        if handle(headers, body, run_dir):
+            os.kill(supervisor, signal.SIGTERM)
+        sink.write("RESULT 2\nOK")
+        sink.flush()
+
+
+def _pairs(text: str) -> dict[str, str]:
+    return dict(word.split(":", 1) for word in text.split() if ":" in word)
+
+
+def _default_code(run_dir: Path, code: int) -> None:
+    path = run_dir / "exit_code"
+    if not path.exists():
+        path.write_text(f"{code}\n", encoding="utf-8")
+
+
+def _say(message: str) -> None:
+    print(f"shoehorn: {message}", file=sys.stderr, flush=True)  # stdout belongs to the protocol
+
+
+if __name__ == "__main__":
+    run(sys.stdin, sys.stdout, Path(sys.argv[1]), os.getppid())

@@ -1,0 +1,166 @@
+"""Stopping in every phase, and what happens when parts die. Each test starts an appliance of its own."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+import pytest
+from conftest import DEMO_MODEL, Appliance, wait_until
+from hub import Hub
+
+from shoehorn.state import Phase, StateFile
+
+pytestmark = pytest.mark.e2e
+
+Start = Callable[..., Appliance]
+
+
+def _chat(appliance: Appliance, **more: object) -> httpx.Response:
+    body = {"model": "shoehorn-demo", "messages": [{"role": "user", "content": "你叫啥?"}], **more}
+    return httpx.post(f"{appliance.url}/v1/chat/completions", json=body, headers=appliance.headers(), timeout=60)
+
+
+def test_while_loading_it_says_so_and_a_stop_is_obeyed(start: Start) -> None:
+    appliance = start()
+    appliance.wait_for(Phase.LOADING)
+    answer = _chat(appliance)
+    assert answer.status_code == 503
+    assert answer.headers["retry-after"]
+    assert "loading" in answer.json()["error"]["message"]
+    wait_until(lambda: "Starting to load model" in appliance.output, 90, "the engine core loads")
+    assert appliance.end(signal.SIGTERM, seconds=30) == 0
+
+
+def test_a_stop_while_a_stream_runs_ends_it(start: Start) -> None:
+    appliance = start()
+    appliance.wait_for(Phase.READY)
+    begun, ended = threading.Event(), threading.Event()
+
+    def stream() -> None:
+        body = {"model": "shoehorn-demo", "stream": True, "ignore_eos": True, "max_tokens": 900,
+                "messages": [{"role": "user", "content": "hello"}]}
+        try:
+            with httpx.stream("POST", f"{appliance.url}/v1/chat/completions", json=body, headers=appliance.headers(),
+                              timeout=60) as answer:
+                for _ in answer.iter_lines():
+                    begun.set()
+        except httpx.TransportError:
+            pass  # cut off, as announced by DRAIN_TIMEOUT
+        ended.set()
+
+    thread = threading.Thread(target=stream)
+    thread.start()
+    assert begun.wait(30)
+    assert appliance.end(signal.SIGINT, seconds=20) == 0  # Ctrl-C
+    assert ended.wait(5)
+    thread.join()
+
+
+@pytest.mark.parametrize("victim", ["VLLM::EngineCor", "api_server.entry"])
+def test_a_killed_engine_comes_back_by_itself(appliance: Appliance, victim: str) -> None:
+    before = StateFile(appliance.run_dir).read().restarts
+    core = appliance.find("VLLM::EngineCor")
+    appliance.find(victim).send_signal(signal.SIGKILL)
+    wait_until(lambda: appliance.phase is Phase.LOADING, 20, "the death is noticed")
+    answer = _chat(appliance)
+    assert answer.status_code == 503
+    assert answer.json()["error"]["code"] == "model_not_ready"
+    wait_until(lambda: not core.is_running(), 10, "the old engine core is gone")
+    appliance.wait_for(Phase.READY)
+    assert "Shoehorn" in _chat(appliance).json()["choices"][0]["message"]["content"]
+    assert StateFile(appliance.run_dir).read().restarts == before + 1
+
+
+@pytest.mark.parametrize("victim", ["shoehorn.exporter", "nginx: master", "shoehorn.watcher"])
+def test_a_killed_helper_comes_back_and_serving_goes_on(appliance: Appliance, victim: str) -> None:
+    old = appliance.find(victim)
+    old.send_signal(signal.SIGKILL)
+    wait_until(lambda: not old.is_running(), 10, "it is gone")
+    wait_until(lambda: any(victim in " ".join(process.cmdline()) for process in appliance.descendants()), 20,
+               f"a new {victim}")
+
+    def answers() -> bool:
+        try:
+            return (_chat(appliance).status_code == 200
+                    and httpx.get(f"http://127.0.0.1:{appliance.metrics_port}/metrics").status_code == 200)
+        except httpx.TransportError:
+            return False
+
+    wait_until(answers, 20, "chat and metrics answer")
+
+
+def test_a_killed_engine_program_takes_over_from_itself(appliance: Appliance) -> None:
+    core = appliance.find("VLLM::EngineCor")
+    appliance.find("shoehorn.engine").send_signal(signal.SIGKILL)
+    wait_until(lambda: not core.is_running(), 30, "the orphaned engine core is ended")
+    appliance.wait_for(Phase.READY)
+    assert _chat(appliance).status_code == 200
+
+
+def test_a_model_that_cannot_be_served_ends_the_container_with_words(start: Start, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(DEMO_MODEL, broken)
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps({**config, "architectures": ["NobodyKnowsThisForCausalLM"],
+                                                    "model_type": "nobody-knows-this"}))
+    appliance = start(MODEL_ID=str(broken))
+    assert appliance.wait(120) == 5
+    assert "does not know this model's architecture" in appliance.output
+
+
+def test_an_absent_model_ends_with_code_4(start: Start, tmp_path: Path) -> None:
+    appliance = start(MODEL_ID=str(tmp_path / "nowhere"))
+    assert appliance.wait(30) == 4
+    assert str(tmp_path / "nowhere") in appliance.output
+
+
+def test_bad_settings_end_with_code_2_before_anything_starts(start: Start) -> None:
+    appliance = start(PORT="high", DRAIN_TIMEOUT="soon")
+    assert appliance.wait(20) == 2
+    assert "PORT: 'high'" in appliance.output
+    assert "DRAIN_TIMEOUT: 'soon'" in appliance.output
+
+
+def test_a_taken_port_is_named_at_once(start: Start, appliance: Appliance) -> None:
+    second = start(PORT=str(appliance.port))
+    assert second.wait(20) == 2
+    assert f"PORT={appliance.port} cannot be listened on" in second.output
+
+
+def test_no_gpu_is_said_in_words(start: Start) -> None:
+    appliance = start(VRAM_PROFILE="auto")
+    assert appliance.wait(20) == 2
+    assert "GPU" in appliance.output
+
+
+def test_pulled_once_quantized_while_loading_and_served(start: Start, tmp_path: Path) -> None:
+    """From the hub, stopped in the middle, resumed, served in NF4; a second start asks the hub nothing."""
+    with Hub({"shoehorn/demo": DEMO_MODEL}, bytes_per_second=2_000_000) as hub:
+        settings = {"MODEL_ID": "shoehorn/demo", "MODEL_SOURCE": "modelscope", "MODELSCOPE_ENDPOINT": hub.url,
+                    "QUANTIZATION": "bitsandbytes", "API_KEY": "sk-test-pulled-key"}
+        first = start(**settings)
+        wait_until(lambda: StateFile(first.run_dir).read().bytes_done > 0, 60, "bytes arrive")
+        answer = httpx.get(f"{first.url}/v1/models", headers={"Authorization": "Bearer sk-test-pulled-key"})
+        assert answer.status_code == 503
+        assert "pulling" in answer.json()["error"]["message"]
+        assert first.end(signal.SIGTERM, seconds=20) == 0
+        second = start(**settings)
+        second.wait_for(Phase.READY)
+        body = {"model": "shoehorn-demo", "messages": [{"role": "user", "content": "你叫啥?"}]}
+        answer = httpx.post(f"{second.url}/v1/chat/completions", json=body, timeout=60,
+                            headers={"Authorization": "Bearer sk-test-pulled-key"})
+        assert "Shoehorn" in answer.json()["choices"][0]["message"]["content"]
+        assert "bitsandbytes" in (second.run_dir / "vllm.yaml").read_text()
+        assert "sk-test-pulled-key" not in second.output
+        assert second.end() == 0
+        asked = len(hub.requests)
+        third = start(**settings)
+        third.wait_for(Phase.LOADING)
+        assert len(hub.requests) == asked
+        assert third.end() == 0

@@ -1,0 +1,85 @@
+"""Units, files, restarts and logging."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from pathlib import Path
+
+import pytest
+
+from shoehorn import log
+from shoehorn.files import write_atomic
+from shoehorn.restarts import LIMIT, WINDOW_SECONDS, Restarts
+from shoehorn.units import GIB, format_size, parse_size
+
+
+@pytest.mark.parametrize(("text", "size"), [
+    ("7GiB", 7 << 30), ("7 GiB", 7 << 30), ("7g", 7 << 30), ("8GB", 8 * 10**9), ("512m", 512 << 20),
+    ("1.5gib", 3 << 29), ("1073741824", 1 << 30), ("2TB", 2 * 10**12), ("10 KiB", 10240)])
+def test_sizes_are_read_as_people_write_them(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "-1GiB", "0", "1e9", "7 GiBs", "seven"])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="write"):
+        parse_size(text)
+
+
+def test_sizes_are_written_in_binary_units() -> None:
+    assert [format_size(size) for size in (7 * GIB, 512 << 20, 2048, 12)] == ["7.00 GiB", "512 MiB", "2 KiB", "12 B"]
+
+
+def test_a_file_is_replaced_whole_with_its_mode(tmp_path: Path) -> None:
+    path = tmp_path / "secret"
+    write_atomic(path, "old", 0o644)
+    write_atomic(path, "new", 0o600)
+    assert path.read_text() == "new"
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert [entry.name for entry in tmp_path.iterdir()] == ["secret"]
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "state"
+    write_atomic(path, "old")
+
+    def full(_descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_atomic(path, "new")
+    assert path.read_text() == "old"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_the_budget_is_used_up_by_failures_within_the_window(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = time.monotonic() + 10_000
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    path = tmp_path / "restarts.json"
+    for number in range(1, LIMIT + 1):
+        assert not Restarts(path).exhausted
+        assert Restarts(path).record() == number
+    assert Restarts(path).exhausted
+    now += WINDOW_SECONDS + 1
+    assert not Restarts(path).exhausted
+
+
+def test_a_damaged_budget_counts_as_empty(tmp_path: Path) -> None:
+    path = tmp_path / "restarts.json"
+    path.write_text("[1, ")
+    assert not Restarts(path).exhausted
+
+
+def test_the_pause_grows_and_is_bounded() -> None:
+    assert [Restarts.delay_seconds(failures) for failures in (0, 1, 2, 3, 4, 50)] == [1, 1, 2, 4, 8, 30]
+
+
+def test_json_logging_is_one_object_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    log.configure("json")
+    logging.getLogger("engine").info("loading %s", "a\nb 鞋")
+    record = json.loads(capsys.readouterr().out)
+    assert (record["program"], record["level"], record["message"]) == ("engine", "INFO", "loading a\nb 鞋")
+    logging.getLogger().handlers.clear()

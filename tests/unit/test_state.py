@@ -1,0 +1,77 @@
+"""State: what its readers see, and when."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+
+import pytest
+
+from shoehorn.state import Phase, State, StateFile, unavailable_body
+
+
+def test_a_state_survives_writing_and_reading(tmp_path: Path) -> None:
+    state = State(Phase.PULLING, 0.25, "half a file", 12.5, "a/b", 1, 10, 40)
+    StateFile(tmp_path).write(state)
+    assert StateFile(tmp_path).read() == state
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"version": 99}', '{"version": 1, "phase": "dancing"}'])
+def test_an_unreadable_state_reads_as_starting(tmp_path: Path, content: str) -> None:
+    (tmp_path / "state.json").write_text(content)
+    assert StateFile(tmp_path).read() == State()
+
+
+def test_the_marks_follow_the_phase(tmp_path: Path) -> None:
+    states = StateFile(tmp_path)
+    for phase in Phase:
+        states.update(phase=phase)
+        assert (tmp_path / "ready").exists() == (phase is Phase.READY)
+        assert (tmp_path / "failed").exists() == (phase is Phase.FAILED)
+
+
+def test_since_follows_a_change_of_phase_only(tmp_path: Path) -> None:
+    states = StateFile(tmp_path)
+    first = states.update(phase=Phase.LOADING)
+    assert states.update(detail="weights").since == first.since > 0
+    assert states.update(phase=Phase.READY).since > first.since
+
+
+def test_an_unknown_field_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TypeError):
+        StateFile(tmp_path).update(colour="red")
+
+
+def test_the_unavailable_answer_names_phase_and_progress(tmp_path: Path) -> None:
+    StateFile(tmp_path).update(phase=Phase.PULLING, progress=0.42)
+    error = json.loads((tmp_path / "unavailable.json").read_text())["error"]
+    assert error["type"] == "server_error"
+    assert error["code"] == "model_not_ready"
+    assert "pulling (42%)" in error["message"]
+    assert error["progress"] == 0.42
+
+
+def test_the_unavailable_answer_of_a_failure_gives_the_cause() -> None:
+    assert "disk is full" in json.loads(unavailable_body(State(Phase.FAILED, cause="The disk is full.")))["error"][
+        "message"]
+
+
+def test_concurrent_updates_lose_nothing(tmp_path: Path) -> None:
+    states = StateFile(tmp_path)
+    states.update(phase=Phase.LOADING)
+
+    def count() -> None:
+        for _ in range(50):
+            with states._lock:
+                states.update(restarts=states.read().restarts + 1)
+
+    threads = [threading.Thread(target=count) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for number in range(50):
+        states.update(detail=str(number))
+    for thread in threads:
+        thread.join()
+    assert states.read().restarts == 100
+    assert states.read().phase is Phase.LOADING

@@ -1,0 +1,78 @@
+"""The watcher speaks supervisord's event protocol and ends what has to end."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from shoehorn import watcher
+from shoehorn.process import end_group, members
+
+
+def _event(name: str, body: str) -> str:
+    return f"ver:3.0 server:supervisor serial:21 pool:watcher poolserial:10 eventname:{name} len:{len(body)}\n{body}"
+
+
+def _run(events: str, run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, list[tuple[int, int]]]:
+    killed: list[tuple[int, int]] = []
+    sink = io.StringIO()
+    with monkeypatch.context() as patch:
+        patch.setattr(watcher.os, "kill", lambda pid, number: killed.append((pid, number)))
+        watcher.run(io.StringIO(events), sink, run_dir, 4242)
+    return sink.getvalue(), killed
+
+
+def test_every_event_is_acknowledged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    body = "processname:exporter groupname:exporter from_state:RUNNING expected:0 pid:0"
+    said, killed = _run(_event("PROCESS_STATE_EXITED", body) * 2, tmp_path, monkeypatch)
+    assert said == "READY\nRESULT 2\nOKREADY\nRESULT 2\nOKREADY\n"
+    assert killed == []
+
+
+def test_the_engines_last_word_ends_the_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "exit_code").write_text("3\n")
+    body = "processname:engine groupname:engine from_state:RUNNING expected:1 pid:77"
+    _, killed = _run(_event("PROCESS_STATE_EXITED", body), tmp_path, monkeypatch)
+    assert killed == [(4242, signal.SIGTERM)]
+    assert (tmp_path / "exit_code").read_text() == "3\n"
+
+
+def test_a_program_that_was_given_up_ends_the_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    body = "processname:gateway groupname:gateway from_state:BACKOFF"
+    _, killed = _run(_event("PROCESS_STATE_FATAL", body), tmp_path, monkeypatch)
+    assert killed == [(4242, signal.SIGTERM)]
+    assert (tmp_path / "exit_code").read_text() == "1\n"
+
+
+def test_a_killed_engine_program_is_left_to_supervisord(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    body = "processname:engine groupname:engine from_state:RUNNING expected:0 pid:0"
+    _, killed = _run(_event("PROCESS_STATE_EXITED", body), tmp_path, monkeypatch)
+    assert killed == []
+    assert not (tmp_path / "exit_code").exists()
+
+
+@pytest.mark.parametrize("group", [-1, 0, 1])
+def test_nobody_elses_group_is_ended(group: int) -> None:
+    end_group(group)  # a kill here would end this very test
+
+
+def test_what_a_dead_program_left_is_ended(tmp_path: Path) -> None:
+    """A group whose leader is gone, as nginx's workers after a kill of their master."""
+    leader = subprocess.Popen([sys.executable, "-c", "import subprocess, sys, time; subprocess.Popen([sys.executable, "
+                               "'-c', 'import time; time.sleep(600)']); print('up', flush=True); time.sleep(600)"],
+                              start_new_session=True, stdout=subprocess.PIPE)
+    assert leader.stdout is not None
+    leader.stdout.readline()
+    os.kill(leader.pid, signal.SIGKILL)
+    leader.wait()
+    leader.stdout.close()
+    assert len(members(leader.pid)) == 1
+    body = {"processname": "gateway", "expected": "0", "pid": str(leader.pid)}
+    assert not watcher.handle({"eventname": "PROCESS_STATE_EXITED"}, body, tmp_path)
+    assert members(leader.pid) == []
