@@ -1,0 +1,82 @@
+# Shoehorn's image, in two flavours out of the same stages:
+#   docker build -t shoehorn:gpu .                           CUDA 13, Python 3.12 (needs NVIDIA driver 580 or newer)
+#   docker build -t shoehorn:cpu --build-arg FLAVOUR=cpu .   no GPU, Python 3.11
+# Build arguments:
+#   FLAVOUR     gpu (default) or cpu: which lock in requirements/ is installed
+#   BASE_IMAGE  another base of the same flavour: Debian or Ubuntu with the lock's Python, for a mirror or a digest
+# The base of the GPU flavour is NVIDIA's smallest: torch brings the CUDA libraries as wheels, the driver comes from the
+# host. BuildKit fetches only the base that is used.
+ARG FLAVOUR=gpu
+ARG BASE_IMAGE
+
+FROM ${BASE_IMAGE:-nvidia/cuda:13.0.2-base-ubuntu24.04} AS base-gpu
+
+FROM ${BASE_IMAGE:-debian:bookworm-slim} AS base-cpu
+ENV VRAM_PROFILE=cpu
+
+# What both the builder and the final image need from the distribution. The compilers and headers are for Triton, which
+# compiles its launchers at run time (C), and for torch.compile on a CPU (C++).
+FROM base-${FLAVOUR} AS base
+RUN apt-get update \
+    && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
+        ca-certificates g++ gcc libc6-dev libnuma1 nginx python3 python3-dev tini \
+    && rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/cache/debconf/* /var/log/apt /var/log/dpkg.log
+
+# The virtual environment: every file is checked against its hash in the lock, nothing is built, and byte code is
+# written now because the image is read-only later. uv takes the CPU torch from PyTorch's index, unless the base
+# carries a wheel of it.
+FROM base AS builder
+ARG FLAVOUR
+WORKDIR /build
+RUN apt-get update \
+    && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends python3-venv \
+    && rm -rf /var/lib/apt/lists/* /var/cache/apt/*
+COPY --chown=root:root requirements/build.txt ./
+RUN python3 -m venv /opt/uv \
+    && /opt/uv/bin/pip install --no-cache-dir --disable-pip-version-check --require-hashes --no-deps -r build.txt
+COPY --chown=root:root requirements/${FLAVOUR}.txt ./lock.txt
+RUN --mount=type=cache,target=/root/.cache/uv \
+    if [ "$FLAVOUR" = cpu ] && ! ls "${UV_FIND_LINKS:-/none}"/torch-*+cpu-*.whl >/dev/null 2>&1; then \
+        set -- --torch-backend cpu; \
+    fi \
+    && /opt/uv/bin/uv venv --quiet --python /usr/bin/python3 /opt/venv \
+    && /opt/uv/bin/uv pip install --quiet --python /opt/venv/bin/python --link-mode copy --compile-bytecode \
+        --require-hashes --no-deps --no-build "$@" -r lock.txt
+
+FROM base
+LABEL org.opencontainers.image.title="Shoehorn" \
+    org.opencontainers.image.description="Fits big language models onto small GPUs" \
+    org.opencontainers.image.licenses="Apache-2.0"
+COPY --from=builder --chown=root:root /opt/venv /opt/venv
+
+# The account that everything runs as. Group 0 may write where it may, so that any other uid with that group works too.
+RUN useradd --uid 10001 --gid 0 --no-log-init --create-home --shell /usr/sbin/nologin shoehorn \
+    && install -d -o shoehorn -g root -m 0770 /home/shoehorn /models /run/shoehorn /var/cache/shoehorn
+
+WORKDIR /opt/shoehorn
+COPY --chown=root:root . .
+# Only the package's metadata, its command and its byte code are new here: the sources stay where they are.
+RUN --mount=type=bind,from=builder,source=/opt/uv,target=/opt/uv \
+    find . \( ! -perm -0444 -o -perm /0022 \) -exec chmod go=u,go-w {} + \
+    && /opt/uv/bin/uv pip install --quiet --no-cache --python /opt/venv/bin/python --offline \
+        --no-deps --no-build-isolation --editable . \
+    && /opt/venv/bin/python -m compileall -q -f src entrypoint.py healthcheck
+
+ENV PATH=/opt/venv/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
+    HOME=/home/shoehorn \
+    PYTHONDONTWRITEBYTECODE=1 \
+    PYTHONUNBUFFERED=1 \
+    XDG_CACHE_HOME=/var/cache/shoehorn \
+    VLLM_CACHE_ROOT=/var/cache/shoehorn/vllm \
+    TRITON_CACHE_DIR=/var/cache/shoehorn/triton \
+    TORCHINDUCTOR_CACHE_DIR=/var/cache/shoehorn/inductor \
+    NUMBA_CACHE_DIR=/var/cache/shoehorn/numba
+
+VOLUME ["/models", "/var/cache/shoehorn"]
+EXPOSE 6333 6334
+STOPSIGNAL SIGTERM
+# Not ready counts as failed only after the start period, which lasts as long as a big model may take to be pulled.
+HEALTHCHECK --interval=30s --timeout=5s --retries=3 --start-period=24h --start-interval=5s \
+    CMD ["python", "/opt/shoehorn/healthcheck/healthcheck.py", "ready"]
+USER shoehorn
+ENTRYPOINT ["tini", "--", "python", "/opt/shoehorn/entrypoint.py"]
