@@ -10,6 +10,8 @@ ARG FLAVOUR=gpu
 ARG BASE_IMAGE
 
 FROM ${BASE_IMAGE:-nvidia/cuda:13.0.2-base-ubuntu24.04} AS base-gpu
+ENV NVIDIA_VISIBLE_DEVICES=all \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility
 
 FROM ${BASE_IMAGE:-debian:bookworm-slim} AS base-cpu
 ENV VRAM_PROFILE=cpu

@@ -31,7 +31,7 @@ _TICK_SECONDS = 0.5
 _STAGES = (
     (re.compile(r"Starting to load model"), "loading the weights"),
     (re.compile(r"Loading weights took|Model loading took"), "measuring memory and warming up"),
-    (re.compile(r"Capturing CUDA graphs|torch\.compile"), "compiling and capturing graphs"),
+    (re.compile(r"Capturing CUDA graphs|Compiling a graph|torch\.compile took"), "compiling and capturing graphs"),
     (re.compile(r"Starting vLLM server"), "opening the API"),
 )
 _SHARDS = re.compile(r"Loading safetensors checkpoint shards:\s+(\d+)% Completed")

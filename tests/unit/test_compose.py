@@ -17,15 +17,16 @@ RESET = object()
 
 
 class _Loader(yaml.SafeLoader):
-    """Knows compose's own tag, which takes a key of the first file away."""
+    """Knows compose's own tags, which take a key of the first file away or replace it whole."""
 
 
 _Loader.add_constructor("!reset", lambda _loader, _node: RESET)
+_Loader.add_constructor("!override", lambda loader, node: loader.construct_mapping(node))
 
 
 def _service(name: str) -> dict[str, Any]:
     with (ROOT / name).open(encoding="utf-8") as file:
-        document = yaml.load(file, _Loader)  # noqa: S506  # a SafeLoader with one more tag
+        document = yaml.load(file, _Loader)  # noqa: S506  # a SafeLoader with two more tags
     service: dict[str, Any] = document["services"]["shoehorn"]
     return service
 
@@ -99,7 +100,8 @@ def test_a_refusal_is_not_repeated_for_ever(gpu: dict[str, Any]) -> None:
 
 
 def test_the_cpu_file_changes_only_what_it_must(cpu: dict[str, Any]) -> None:
-    assert set(cpu) == {"image", "build", "deploy"}
+    assert set(cpu) == {"image", "build", "deploy", "ulimits"}
+    assert cpu["ulimits"] == {"core": 0}
 
 
 def test_the_comment_names_every_variable_of_this_file() -> None:

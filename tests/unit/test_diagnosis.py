@@ -22,6 +22,7 @@ _PREFIX = "(EngineCore pid=33) ERROR 11-23 08:00:00 [core.py:1510] "
     ("unsupported_model", "ValueError: Model architectures ['FooForCausalLM'] are not supported for now."),
     ("unsupported_dtype", "ValueError: Bfloat16 is only supported on GPUs with compute capability of at least 8.0."),
     ("bad_engine_argument", "entry.py: error: argument --dtype: invalid choice: 'bf8'"),
+    ("bad_engine_argument", "pydantic_core._pydantic_core.ValidationError: 1 validation error for ModelConfig"),
     ("bad_weights", "safetensors_rust.SafetensorError: Error while deserializing header: invalid header length"),
 ])
 def test_a_known_failure_is_named_and_final(name: str, line: str) -> None:

@@ -56,15 +56,21 @@ def run(arguments: argparse.Namespace, environment: Mapping[str, str]) -> int:
 
 def welcome(settings: Settings, key: keys.ApiKey) -> str:
     """What is printed when the server is ready for the first time: how to call it. Shows a key only if just made."""
-    bearer = {"generated": key.value, "setting": "$API_KEY"}.get(key.origin, "$(shoehorn keys show)")
+    bearer = {"generated": key.value, "setting": "$API_KEY", "volume": f"$({_key_reader(settings)})"}[key.origin]
     body = shlex.quote(json.dumps({"model": settings.served_model_name, "stream": True,
                                    "messages": [{"role": "user", "content": "你叫啥?"}]}, ensure_ascii=False))
-    shown = ["This key was made now and is shown once; `shoehorn keys show` reads it again.", ""]
+    shown = [f"This key was made now and is shown once. To read it again: {_key_reader(settings)}", ""]
     return "\n".join([
         "", f"Ready: {settings.served_model_name} on port {settings.port}. Try:", "",
         f"curl -N http://127.0.0.1:{settings.port}/v1/chat/completions "
         f'-H "Authorization: Bearer {bearer}" -H "Content-Type: application/json" -d {body}', "",
         *(shown if key.origin == "generated" else [])])
+
+
+def _key_reader(settings: Settings) -> str:
+    """The command that prints a kept key, as typed where the `curl` is typed: on the host, when in a container."""
+    in_container = Path("/.dockerenv").exists()
+    return "docker compose exec -T shoehorn shoehorn keys show" if in_container else f"cat {keys.path(settings)}"
 
 
 def _prepare_run_dir(run_dir: Path) -> int:

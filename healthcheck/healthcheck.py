@@ -1,0 +1,92 @@
+"""The container's HEALTHCHECK: asks the gateway one question and exits 0 for yes, 1 for everything else.
+
+    healthcheck.py [live|ready] [--port N]
+
+`live`: the appliance can still come to serve; it is so while the model is pulled and loaded. `ready`, the default: a
+request would be answered. The port is the environment's PORT, or 6333. One line on standard output says why; Docker
+shows it. Standard library only, and any Python from 3.8 on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import json
+import os
+import signal
+import sys
+from collections.abc import Mapping
+from types import FrameType
+from typing import NoReturn
+
+LIMIT_SECONDS = 5.0  # for the whole answer, not for each byte
+MOST_BYTES = 65536
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse exits 2 on wrong arguments, which Docker reserves."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit 1 with the usage."""
+        say(f"{message}; {self.format_usage()}")
+        sys.exit(1)
+
+
+def say(text: str) -> None:
+    """One short line. Written past Python's buffer, whose failure to empty itself at the end would exit 120."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())[:300] + "\n"
+    try:
+        os.write(1, line.encode("utf-8", "replace"))
+    except OSError:
+        return  # nobody listens; the exit code says enough
+
+
+def ask(question: str, port: int) -> tuple[bool, str]:
+    """The answer, and the reason in words. Raises OSError, HTTPException or ValueError when there is none."""
+    connection = http.client.HTTPConnection("127.0.0.1", port)
+    try:
+        connection.request("GET", f"/{question}z", headers={"Connection": "close"})
+        answer = connection.getresponse()
+        body = answer.read(MOST_BYTES)
+    finally:
+        connection.close()
+    if answer.status == 200:
+        return True, question
+    return False, f"not {question}: {answer.status} {reason(body)}"
+
+
+def reason(body: bytes) -> str:
+    """The message of an error in OpenAI's form; empty when the body is something else."""
+    try:
+        return str(json.loads(body)["error"]["message"])
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return ""
+
+
+def out_of_time(_signal: int, _frame: FrameType | None) -> NoReturn:
+    """For SIGALRM: ends whatever the connection is waiting for."""
+    raise TimeoutError(f"no answer in {LIMIT_SECONDS:g} s")
+
+
+def main(arguments: list[str], environment: Mapping[str, str]) -> int:
+    """Returns the exit code."""
+    parser = Parser(usage="healthcheck.py [live|ready] [--port N]", add_help=False)
+    parser.add_argument("question", nargs="?", default="ready", choices=["live", "ready"])
+    parser.add_argument("--port", default=environment.get("PORT", "").strip() or "6333")
+    given = parser.parse_args(arguments)
+    if not (given.port.isascii() and given.port.isdigit() and 1 <= int(given.port[:9]) <= 65535):
+        parser.error(f"{given.port!r} is no port")
+    signal.signal(signal.SIGALRM, out_of_time)
+    signal.setitimer(signal.ITIMER_REAL, LIMIT_SECONDS)
+    try:
+        yes, why = ask(given.question, int(given.port))
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        yes, why = False, f"not {given.question}: {error or type(error).__name__}"
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    say(why)
+    return 0 if yes else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:], os.environ))

@@ -1,0 +1,65 @@
+"""The image, built once a session, and containers that leave nothing behind.
+
+SHOEHORN_BASE_IMAGE names another base for the build, where the default one cannot be fetched.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from tracked import COMPOSE, IMAGE, Container, clean_environment, docker
+
+
+@pytest.fixture(scope="session")
+def image() -> str:
+    """The CPU flavour, built as compose builds it."""
+    docker(*COMPOSE, "build", timeout=900, environment=clean_environment())
+    return IMAGE
+
+
+@pytest.fixture
+def run(image: str) -> Iterator[Callable[..., Container]]:
+    """Starts containers by `docker run`: `run(*options, command=(), **settings)`."""
+    started: list[Container] = []
+
+    def start(*options: str, command: tuple[str, ...] = (), **settings: str) -> Container:
+        environment = [f"--env={name}={value}" for name, value in settings.items()]
+        identity = docker("run", "--detach", "--publish=127.0.0.1::6333", "--stop-timeout=60",
+                          *environment, *options, image, *command)
+        started.append(Container(identity.strip()))
+        return started[-1]
+
+    yield start
+    complaints = [line for container in started for line in container.unannounced()]
+    for container in started:
+        container.remove()
+    assert complaints == []
+
+
+@pytest.fixture(scope="module")
+def composed(image: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., str]]:
+    """`composed("up", "-d")` and its kind, for a project of this session's own with the demo model."""
+    secrets: Path = tmp_path_factory.mktemp("secrets")
+    environment = clean_environment(
+        MODEL_ID="/opt/shoehorn/demo/model", MODEL_SOURCE="local", SERVED_MODEL_NAME="shoehorn-demo",
+        DRAIN_TIMEOUT="5", PORT="0", METRICS_PORT="0", SECRETS_DIR=str(secrets))
+    project = ("--project-name", f"shoehorn-test-{os.getpid()}")
+
+    def compose(*arguments: str) -> str:
+        return docker(*COMPOSE, *project, *arguments, timeout=180, environment=environment)
+
+    yield compose
+    compose("down", "--volumes", "--timeout", "60")
+
+
+@pytest.fixture(scope="module")
+def appliance(composed: Callable[..., str]) -> Iterator[Container]:
+    """The appliance that `docker compose up` started, ready; the tests of a module share it, in their order."""
+    composed("up", "--detach", "--no-build")
+    container = Container(composed("ps", "--all", "--quiet", "shoehorn").strip())
+    container.wait_for("ready", 180)
+    yield container
+    assert container.unannounced() == []

@@ -1,0 +1,120 @@
+"""What `docker compose up` starts, hardened as the compose files have it. The tests share it; the last one stops it."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+import time
+from collections.abc import Callable
+
+import httpx
+import pytest
+from tracked import Container, wait_until
+
+pytestmark = pytest.mark.container
+
+_QUESTION = [{"role": "user", "content": "What is your name?"}]
+
+
+@pytest.fixture(scope="module")
+def key(appliance: Container, composed: Callable[..., str]) -> str:
+    """The generated key, as a person asks for it."""
+    return composed("exec", "-T", "shoehorn", "shoehorn", "keys", "show").strip()
+
+
+def _chat(appliance: Container, key: str, **more: object) -> httpx.Response:
+    return httpx.post(f"{appliance.url(6333)}/v1/chat/completions", timeout=60,
+                      headers={"Authorization": f"Bearer {key}"},
+                      json={"model": "shoehorn-demo", "messages": _QUESTION, "max_tokens": 40, **more})
+
+
+def test_it_serves_a_completion_with_the_key_and_none_without(appliance: Container, key: str) -> None:
+    answer = _chat(appliance, key)
+    assert answer.status_code == 200
+    assert "Shoehorn" in answer.json()["choices"][0]["message"]["content"]
+    assert _chat(appliance, "wrong-key").status_code == 401
+
+
+def test_one_scrape_has_the_appliance_and_the_engine(appliance: Container) -> None:
+    text = httpx.get(f"{appliance.url(6334)}/metrics", timeout=10).text
+    assert re.search(r"^shoehorn_", text, re.MULTILINE)
+    assert re.search(r"^vllm:", text, re.MULTILINE)
+
+
+def test_docker_calls_it_healthy(appliance: Container) -> None:
+    wait_until(lambda: appliance.inspect()["State"]["Health"]["Status"] == "healthy", 40, "healthy")
+
+
+def test_every_part_runs_and_none_as_root(appliance: Container) -> None:
+    processes = appliance.processes()
+    assert {uid for uid, _ in processes} == {10001}
+    parts = ("tini", "shoehorn.supervise", "shoehorn.watcher", "shoehorn.engine", "shoehorn.exporter",
+             "nginx: master", "nginx: worker", "vllm", "VLLM::EngineCore")
+    lines = [arguments for _, arguments in processes]
+    assert [part for part in parts if not any(part in line for line in lines)] == []
+
+
+def test_the_key_is_shown_once_and_lies_nowhere_else(appliance: Container, key: str) -> None:
+    assert len(key) >= 20
+    assert appliance.logs.count(key) == 1  # in the welcome
+    assert key not in json.dumps(appliance.inspect())
+    assert key not in "\n".join(arguments for _, arguments in appliance.processes())
+    assert key not in appliance.execute("sh", "-c", "cat /proc/[0-9]*/environ")
+    for place in (f"{appliance.url(6333)}/status", f"{appliance.url(6333)}/", f"{appliance.url(6334)}/metrics"):
+        assert key not in httpx.get(place, timeout=10).text
+    assert appliance.execute("stat", "-c", "%a %u", "/models/.shoehorn/api_key").split() == ["600", "10001"]
+
+
+def test_the_process_has_no_privilege_and_can_write_only_where_it_must(appliance: Container) -> None:
+    status = dict(re.findall(r"^(\w+):\s+(\S+)", appliance.execute("cat", "/proc/1/status"), re.MULTILINE))
+    assert int(status["CapEff"], 16) == int(status["CapBnd"], 16) == 0
+    assert status["NoNewPrivs"] == "1"
+    places = "/ /opt/shoehorn /opt/venv /etc /var/lib /home /usr"
+    script = f'for d in {places}; do touch "$d/probe" 2>/dev/null && echo "$d"; done; true'
+    assert appliance.execute("sh", "-c", script) == ""
+    assert appliance.execute("sh", "-c", "ulimit -c; ulimit -l").split() == ["0", "unlimited"]
+
+
+def test_a_killed_engine_core_comes_back_in_the_same_container(appliance: Container, key: str) -> None:
+    appliance.announce("started again in", r"EngineCore|EngineDeadError|Traceback", "leaked")
+    appliance.execute("sh", "-c", "kill -9 $(grep -l VLLM::EngineCor /proc/[0-9]*/comm | cut -d/ -f3)")
+    wait_until(lambda: appliance.phase() != "ready", 20, "its death is noticed")
+    assert _chat(appliance, key).status_code == 503
+    appliance.wait_for("ready", 150)
+    assert _chat(appliance, key).status_code == 200
+    assert appliance.inspect()["RestartCount"] == 0
+
+
+def test_a_stop_while_a_stream_runs_ends_it_within_the_grace_period(appliance: Container, key: str) -> None:
+    begun, ended = threading.Event(), threading.Event()
+    url = f"{appliance.url(6333)}/v1/chat/completions"
+    body = {"model": "shoehorn-demo", "messages": _QUESTION, "stream": True, "ignore_eos": True, "max_tokens": 900}
+
+    def stream() -> None:
+        try:
+            with httpx.stream("POST", url, json=body, headers={"Authorization": f"Bearer {key}"}, timeout=60) as answer:
+                for _ in answer.iter_lines():
+                    begun.set()
+        except httpx.TransportError:
+            pass  # cut off after DRAIN_TIMEOUT
+        ended.set()
+
+    thread = threading.Thread(target=stream)
+    thread.start()
+    assert begun.wait(30)
+    code, seconds = appliance.stop()
+    assert code == 0
+    assert seconds < 30
+    assert ended.wait(5)
+    thread.join()
+
+
+def test_a_second_start_keeps_key_and_model(appliance: Container, composed: Callable[..., str], key: str) -> None:
+    composed("up", "--detach", "--no-build")
+    wait_until(lambda: appliance.phase() == "loading", 30, "loading")
+    assert composed("exec", "-T", "shoehorn", "shoehorn", "keys", "show").strip() == key
+    time.sleep(1)
+    code, _ = appliance.stop()
+    assert code == 0
+    assert appliance.logs.count(key) == 1  # a key that was shown is not shown again

@@ -1,0 +1,108 @@
+"""The image under plain `docker run`: refusals with words and codes, and `docker stop` before anything is served."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from hub import Hub
+from tracked import COMPOSE, Container, clean_environment, docker, wait_until
+
+from shoehorn.paths import HOME
+
+pytestmark = pytest.mark.container
+
+Run = Callable[..., Container]
+DEMO = {"MODEL_ID": "/opt/shoehorn/demo/model", "MODEL_SOURCE": "local"}
+
+
+@pytest.mark.parametrize("flavour", ["gpu", "cpu"])
+def test_compose_accepts_its_files(flavour: str) -> None:
+    files = COMPOSE if flavour == "cpu" else COMPOSE[:-2]
+    service = yaml.safe_load(docker(*files, "config", environment=clean_environment()))["services"]["shoehorn"]
+    assert service["image"] == f"shoehorn:{flavour}"
+    assert service["build"]["args"]["FLAVOUR"] == flavour
+    assert ("deploy" in service) == (flavour == "gpu")
+
+
+def test_the_image_holds_no_secret_no_cache_and_nothing_writable(image: str) -> None:
+    config = json.loads(docker("image", "inspect", image))[0]["Config"]
+    assert config["User"] == "shoehorn"
+    assert config["Entrypoint"][0] == "tini"
+    assert "VRAM_PROFILE=cpu" in config["Env"]
+    script = ("find / -xdev -writable -not -path '/proc/*' -not -path '/dev/*' -not -type l 2>/dev/null; "
+              "ls -A /var/lib/apt/lists /var/cache/apt; find / -xdev -perm -4000 -user shoehorn 2>/dev/null")
+    found = docker("run", "--rm", "--entrypoint=sh", image, "-c", script).split()
+    roots = ("/home/shoehorn", "/models", "/run/shoehorn", "/var/cache/shoehorn", "/tmp", "/var/tmp", "/run/lock")
+    assert [path for path in found if path.startswith("/") and not path.startswith(roots) and path[-1] != ":"] == []
+
+
+def test_its_sources_are_those_of_the_checkout(image: str) -> None:
+    script = "cd /opt/shoehorn && find . -type f -not -name '*.pyc' -not -path '*.egg-info/*' | sort"
+    files = docker("run", "--rm", "--entrypoint=sh", image, "-c", script).split()
+    assert [name for name in files if not (HOME / name).is_file()] == []
+    assert {"./entrypoint.py", "./healthcheck/healthcheck.py", "./demo/model/config.json"} <= set(files)
+    where = docker("run", "--rm", "--entrypoint=python", image, "-c", "import shoehorn.paths as p; print(p.HOME)")
+    assert where.strip() == "/opt/shoehorn"
+
+
+def test_an_argument_is_a_subcommand(run: Run) -> None:
+    container = run(command=("profiles", "--json"))
+    assert container.wait(30) == 0
+    assert json.loads(container.logs)
+
+
+def test_a_bad_setting_ends_with_code_2_and_says_so_once(run: Run) -> None:
+    begun = time.monotonic()
+    container = run(**DEMO, MAX_NUM_SEQS="zero", DRAIN_TIMEOUT="soon")
+    assert container.wait(30) == 2
+    assert time.monotonic() - begun < 20
+    assert container.logs.count("MAX_NUM_SEQS: 'zero' is not a whole number") == 1
+    assert container.logs.count("DRAIN_TIMEOUT: 'soon' is not a whole number") == 1
+    assert "Traceback" not in container.logs
+
+
+@pytest.mark.parametrize("profile", ["auto", "7gb", "32gb"])
+def test_no_gpu_ends_with_code_2_and_says_what_to_type(run: Run, profile: str) -> None:
+    container = run(**DEMO, VRAM_PROFILE=profile)
+    assert container.wait(30) == 2
+    assert re.search(r"GPU", container.logs)
+    assert "--gpus" in container.logs
+    assert "Traceback" not in container.logs
+
+
+def test_a_volume_that_cannot_be_written_is_named(run: Run, tmp_path: Path) -> None:
+    tmp_path.chmod(0o755)  # root's: the account inside may read it only
+    container = run(f"--volume={tmp_path}:/models", **DEMO)
+    assert container.wait(30) == 2
+    assert "chown" in container.logs
+
+
+def test_a_stop_while_loading_is_obeyed_and_a_given_key_shows_nowhere(run: Run, tmp_path: Path) -> None:
+    key = "sk-canary-0123456789abcdef"
+    (tmp_path / "api_key").write_text(key + "\n")
+    container = run(f"--volume={tmp_path}:/run/secrets:ro", **DEMO, API_KEY_FILE="/run/secrets/api_key")
+    container.wait_for("loading", 30)
+    wait_until(lambda: "Starting to load model" in container.logs, 90, "the engine core loads")
+    seen = "\n".join(arguments for _, arguments in container.processes())
+    seen += container.execute("sh", "-c", "cat /proc/[0-9]*/environ") + json.dumps(container.inspect())
+    code, seconds = container.stop()
+    assert code == 0
+    assert seconds < 30
+    assert key not in seen + container.logs
+
+
+def test_a_stop_while_pulling_is_obeyed(run: Run) -> None:
+    gateway = json.loads(docker("network", "inspect", "bridge"))[0]["IPAM"]["Config"][0]["Gateway"]
+    with Hub({"shoehorn/demo": HOME / "demo" / "model"}, host=gateway, bytes_per_second=200_000) as hub:
+        container = run(MODEL_ID="shoehorn/demo", MODELSCOPE_ENDPOINT=hub.url)
+        container.wait_for("pulling", 30)
+        time.sleep(3)
+        code, seconds = container.stop()
+    assert code == 0
+    assert seconds < 20

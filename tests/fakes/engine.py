@@ -1,0 +1,166 @@
+"""A stand-in for the engine's API server, on a Unix socket: for tests of the gateway only.
+
+It answers 200 on every path, so that whatever the gateway lets through is seen in `requests`. A body may steer it:
+`{"stream": true, "events": N}` sends N server-sent events, each when the test gives it leave (`allow`);
+`{"slow": true}` waits for leave before a plain answer; `{"status": N}` and `{"headers": {...}}` set the answer's.
+"""
+
+from __future__ import annotations
+
+import json
+import select
+import socket
+import socketserver
+import threading
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Received:
+    """One request as it came in."""
+
+    method: str
+    target: str
+    headers: dict[str, str]
+    body: bytes
+
+
+class FakeEngine:
+    """The running stand-in; a context manager."""
+
+    def __init__(self, path: Path) -> None:
+        self.requests: list[Received] = []
+        self.health_status = 200
+        self.hung = False
+        self.absent: set[str] = set()
+        self.left = threading.Event()
+        self.started = threading.Event()
+        self.closing = threading.Event()
+        self._leave = threading.Semaphore(0)
+        self._connections: set[socket.socket] = set()
+        self._server = _Server(str(path), _Handler)
+        self._server.engine = self
+        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02})
+
+    def __enter__(self) -> FakeEngine:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        self.closing.set()
+        for connection in list(self._connections):
+            connection.shutdown(socket.SHUT_RDWR)
+        self._server.shutdown()
+        self._server.server_close()  # joins the handlers' threads
+        self._thread.join()
+
+    def allow(self, events: int = 1) -> None:
+        """Let that many events, or slow answers, go out."""
+        self._leave.release(events)
+
+    def wait_for_leave(self, connection: socket.socket) -> bool:
+        """True when the test gave leave, False when the client left (or the test ends) first."""
+        while not self._leave.acquire(timeout=0.02):
+            readable, _, _ = select.select([connection], [], [], 0)
+            if readable and not connection.recv(1, socket.MSG_PEEK):
+                self.left.set()
+                return False
+            if self.closing.is_set():
+                return False
+        return True
+
+    def note(self, connection: socket.socket, open_: bool) -> None:
+        """Keep track of the connections, which are ended with the engine."""
+        (self._connections.add if open_ else self._connections.discard)(connection)
+
+
+class _Server(socketserver.ThreadingUnixStreamServer):
+    engine: FakeEngine
+    request_queue_size = 128
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: _Server
+
+    def setup(self) -> None:
+        super().setup()
+        self.server.engine.note(self.connection, True)
+
+    def finish(self) -> None:
+        self.server.engine.note(self.connection, False)
+        super().finish()
+
+    def handle(self) -> None:
+        try:
+            super().handle()
+        except (BrokenPipeError, ConnectionResetError):
+            self.server.engine.left.set()
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+    def address_string(self) -> str:
+        return "unix"
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("do_"):
+            return self._answer
+        raise AttributeError(name)
+
+    def _answer(self) -> None:
+        engine = self.server.engine
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        path = self.path.split("?")[0]
+        if path == "/health":
+            if engine.hung:
+                engine.wait_for_leave(self.connection)
+            return self._send(engine.health_status, b"")
+        engine.requests.append(Received(self.command, self.path, dict(self.headers.items()), body))
+        if path in engine.absent:
+            return self._send(404, b'{"detail":"Not Found"}')
+        try:
+            steer = json.loads(body)
+        except ValueError:
+            steer = {}
+        if steer.get("stream"):
+            return self._stream(int(steer.get("events", 3)))
+        if steer.get("slow"):
+            engine.started.set()
+            if not engine.wait_for_leave(self.connection):
+                self.close_connection = True
+                return None
+        return self._send(int(steer.get("status", 200)), json.dumps({"engine": path}).encode(),
+                          steer.get("headers", {}))
+
+    def _send(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def _stream(self, events: int) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream; charset=utf-8")
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        self.server.engine.started.set()
+        for number in range(events):
+            if not self.server.engine.wait_for_leave(self.connection):
+                self.close_connection = True
+                return
+            self._chunk(f'data: {{"number": {number}}}\n\n'.encode())
+        self._chunk(b"data: [DONE]\n\n")
+        self._chunk(b"")
+
+    def _chunk(self, data: bytes) -> None:
+        self.wfile.write(f"{len(data):x}\r\n".encode() + data + b"\r\n")

@@ -1,0 +1,143 @@
+"""A stand-in for the module pynvml that replays a recording (`shoehorn.gpu_metrics.record` says its shape).
+
+Rules: errors and constants are pynvml's own, which needs no driver for them; every function has pynvml's name and
+arguments; a call that the recording lacks fails with FUNCTION_NOT_FOUND, as an older driver would.
+
+Tests change what happens next: `fail["nvmlInit"] = 12` (an NVML code, for every card), `lose(1)` (that card is lost),
+`hang["nvmlDeviceGetName"] = event` (the call waits for the event), `capture["gpus"]` (cards come and go).
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections import Counter
+from collections.abc import Callable, Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import pynvml
+
+GIB = 1 << 30
+
+
+def example_gpu(index: int = 0, name: str = "Made-up 24G") -> dict[str, Any]:
+    """Answers of a card that does not exist: 24 GiB, of which a process with id 4242 uses 6 GiB."""
+    return {
+        "nvmlDeviceGetName": name, "nvmlDeviceGetUUID": f"GPU-00000000-0000-0000-0000-{index:012d}",
+        "nvmlDeviceGetCudaComputeCapability": [8, 9],
+        "nvmlDeviceGetMemoryInfo": {"total": 24 * GIB, "used": 7 * GIB, "free": 17 * GIB},
+        "nvmlDeviceGetMemoryInfo_v2": {"version": pynvml.nvmlMemory_v2, "total": 24 * GIB, "reserved": GIB,
+                                       "used": 6 * GIB, "free": 17 * GIB},
+        "nvmlDeviceGetMaxPcieLinkGeneration": 4, "nvmlDeviceGetMaxPcieLinkWidth": 16,
+        "nvmlDeviceGetCurrPcieLinkGeneration": 1, "nvmlDeviceGetCurrPcieLinkWidth": 16,
+        "nvmlDeviceGetMigMode": {"error": pynvml.NVML_ERROR_NOT_SUPPORTED},
+        "nvmlDeviceGetComputeRunningProcesses": [
+            {"pid": 4242, "usedGpuMemory": 6 * GIB, "gpuInstanceId": 0xFFFFFFFF, "computeInstanceId": 0xFFFFFFFF}],
+        "nvmlDeviceGetUtilizationRates": {"gpu": 37, "memory": 12}, "nvmlDeviceGetPowerUsage": 123_456,
+        "nvmlDeviceGetEnforcedPowerLimit": 300_000, "nvmlDeviceGetTotalEnergyConsumption": 987_654_321,
+        "nvmlDeviceGetCurrentClocksEventReasons": 1, "nvmlDeviceGetTemperature": 51}
+
+
+def example(*gpus: dict[str, Any]) -> dict[str, Any]:
+    """A made-up recording with these cards."""
+    return {"version": 1, "recorded": "made up", "gpus": list(gpus),
+            "system": {"nvmlSystemGetDriverVersion": "580.95.05", "nvmlSystemGetNVMLVersion": "13.580.95.05",
+                       "nvmlSystemGetCudaDriverVersion_v2": 13000}}
+
+
+class FakeNvml:
+    """Behaves as pynvml on the machine of the recording; has what `record` records."""
+
+    NVMLError = pynvml.NVMLError
+    NVMLLibraryMismatchError = pynvml.NVMLLibraryMismatchError
+
+    def __init__(self, capture: Mapping[str, Any] | None = None) -> None:
+        self.capture = copy.deepcopy(dict(capture if capture is not None else example(example_gpu())))
+        self.fail: dict[str, int] = {}
+        self.hang: dict[str, threading.Event] = {}
+        self.calls: Counter[str] = Counter()
+        self.initialised = 0
+        self._lost: set[int] = set()
+
+    def lose(self, index: int) -> None:
+        """From now on every question about this card is answered with GPU_IS_LOST."""
+        self._lost.add(index)
+
+    def nvmlInit(self) -> None:
+        """As pynvml's: counted."""
+        self._begin("nvmlInit")
+        self.initialised += 1
+
+    def nvmlShutdown(self) -> None:
+        """As pynvml's."""
+        self._begin("nvmlShutdown")
+        self._need_init()
+        self.initialised -= 1
+
+    def nvmlDeviceGetCount(self) -> int:
+        """The number of recorded cards."""
+        self._begin("nvmlDeviceGetCount")
+        self._need_init()
+        return len(self.capture["gpus"])
+
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> int:
+        """A handle, which here is the index itself."""
+        self._begin("nvmlDeviceGetHandleByIndex")
+        self._need_init()
+        if index in self._lost:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_GPU_IS_LOST)
+        if index not in range(len(self.capture["gpus"])):
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_INVALID_ARGUMENT)
+        return index
+
+    def nvmlDeviceGetMemoryInfo(self, handle: int, version: int | None = None) -> Any:
+        """The first form, or with `version` the second."""
+        return self._replay("nvmlDeviceGetMemoryInfo_v2" if version else "nvmlDeviceGetMemoryInfo", handle)
+
+    def nvmlDeviceGetTemperature(self, handle: int, sensor: int) -> Any:
+        """Of the one sensor that there is."""
+        if sensor != pynvml.NVML_TEMPERATURE_GPU:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_INVALID_ARGUMENT)
+        return self._replay("nvmlDeviceGetTemperature", handle)
+
+    def __getattr__(self, name: str) -> Any:
+        """Constants and error classes from pynvml; the other calls from the recording."""
+        real = getattr(pynvml, name)
+        if not name.startswith(("nvmlDeviceGet", "nvmlSystemGet")):
+            return real
+        system: Callable[[], Any] = lambda: self._replay(name)  # noqa: E731  # two signatures, as pynvml has
+        device: Callable[[int], Any] = lambda handle: self._replay(name, handle)  # noqa: E731  # the same
+        return system if name.startswith("nvmlSystemGet") else device
+
+    def _replay(self, name: str, handle: int | None = None) -> Any:
+        self._begin(name)
+        self._need_init()
+        if handle in self._lost:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_GPU_IS_LOST)
+        answers = self.capture["system"] if handle is None else self.capture["gpus"][handle]
+        answer = answers.get(name, {"error": pynvml.NVML_ERROR_FUNCTION_NOT_FOUND})
+        if isinstance(answer, dict) and set(answer) == {"error"}:
+            raise pynvml.NVMLError(answer["error"])
+        return _struct(answer)
+
+    def _begin(self, name: str) -> None:
+        self.calls[name] += 1
+        if name in self.hang:
+            self.hang[name].wait()
+        if name in self.fail:
+            raise pynvml.NVMLError(self.fail[name])
+
+    def _need_init(self) -> None:
+        if self.initialised < 1:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_UNINITIALIZED)
+
+
+def _struct(answer: Any) -> Any:
+    if isinstance(answer, dict):
+        return SimpleNamespace(**answer)
+    if isinstance(answer, list) and answer and isinstance(answer[0], dict):
+        return [SimpleNamespace(**each) for each in answer]
+    if isinstance(answer, list):  # pynvml gives pairs as tuples or lists
+        return tuple(answer) if answer else []
+    return answer

@@ -1,0 +1,98 @@
+"""nginx's configuration as text: quoting, what is refused, what reaches the file."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from shoehorn import gateway
+from shoehorn.errors import SettingsError
+from shoehorn.gateway import ROUTES, error_body, quote, render
+from shoehorn.settings import load
+
+
+def _render(run_dir: Path, user: str | None = None, **settings: str) -> str:
+    return render(load({"RUN_DIR": str(run_dir), "MODEL_ID": "a/b", **settings}), run_dir, user)
+
+
+def _words(text: str, directive: str) -> list[str]:
+    """What stands behind a directive, quotes taken off, wherever it comes."""
+    return [word.strip('"') for line in re.findall(rf"^\s*{directive} (.+);", text, re.M) for word in line.split()]
+
+
+@pytest.mark.parametrize(("value", "written"), [
+    ("plain", '"plain"'), ("a b;{}#'", '"a b;{}#\'"'), ('"', r'"\""'), ("\\", r'"\\"'), ("\\n", r'"\\n"'),
+    ("\n", r'"\n"'), (7, '"7"'), ("鞋", '"鞋"')])
+def test_words_are_quoted(value: object, written: str) -> None:
+    assert quote(value) == written
+
+
+@pytest.mark.parametrize("value", ["$host", "a\0b", "a\rb", "\x7f", "\udcff"])
+def test_what_nginx_cannot_be_told_is_refused(value: str) -> None:
+    with pytest.raises(SettingsError, match="nginx cannot be told"):
+        quote(value)
+
+
+@pytest.mark.parametrize("name", ["with $dollar", "star*", "what?", "brack[et", "x" * 100])
+def test_a_run_directory_that_nginx_would_misread_is_refused(name: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        _render(Path("/tmp") / name)
+    assert caught.value.remedy
+
+
+def test_a_model_name_that_nginx_would_misread_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "cheap$model").mkdir()
+    with pytest.raises(SettingsError, match="nginx cannot be told") as caught:
+        _render(tmp_path, MODEL_ID=str(tmp_path / "cheap$model"), MODEL_SOURCE="local")
+    assert "SERVED_MODEL_NAME" in caught.value.remedy
+
+
+def test_settings_reach_the_configuration(tmp_path: Path) -> None:
+    text = _render(tmp_path, PORT="7001", DRAIN_TIMEOUT="33")
+    assert _words(text, "listen") == ["7001", "default_server"]
+    assert _words(text, "worker_shutdown_timeout") == ["33s"]
+    assert _words(text, "pid") == [str(tmp_path / "nginx.pid")]
+    assert "user" not in re.findall(r"^\w+", text, re.M)
+    assert _words(_render(tmp_path, user="root"), "user") == ["root"]
+    assert _words(_render(tmp_path, DRAIN_TIMEOUT="0"), "worker_shutdown_timeout") == ["1s"]
+
+
+def test_the_engine_is_reached_by_the_listed_routes_and_health_only(tmp_path: Path) -> None:
+    passed = _words(_render(tmp_path), "proxy_pass")
+    assert sorted(passed) == sorted([f"http://engine{route.path}" for route in ROUTES] + ["http://engine/health"])
+    assert "*" not in str(passed)
+    assert "$" not in str(passed)
+
+
+def test_nothing_is_written_outside_the_run_directory(tmp_path: Path) -> None:
+    text = _render(tmp_path)
+    written = _words(text, r"(?:pid|\w+_temp_path)")
+    assert {Path(path).parent for path in written} == {tmp_path}
+    assert len(written) == 6
+    assert _words(text, "access_log")[0] == "/dev/stdout"
+
+
+def test_the_configuration_holds_no_key(tmp_path: Path) -> None:
+    assert "canary" not in _render(tmp_path, API_KEY="sk-canary-key")
+
+
+@pytest.mark.parametrize(("status", "kind"), [(400, "invalid_request_error"), (429, "rate_limit_error"),
+                                              (500, "server_error")])
+def test_errors_have_openais_form(status: int, kind: str) -> None:
+    error = json.loads(error_body("a_code", "Words.", status))["error"]
+    assert error == {"message": "Words.", "type": kind, "param": None, "code": "a_code"}
+
+
+def test_a_relative_run_directory_becomes_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert _words(_render(Path("run")), "pid") == [str(tmp_path / "run" / "nginx.pid")]
+
+
+@pytest.mark.parametrize("content", [None, "", "nonsense", "1", "99999999"])
+def test_no_running_gateway_is_found_where_none_is(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "nginx.pid").write_text(content)
+    assert gateway.master(tmp_path) is None
