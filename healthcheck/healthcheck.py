@@ -28,7 +28,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Exit 1 with the usage."""
-        say(f"{message}; {self.format_usage()}")
+        say(f"{message[:150]}; {self.format_usage()}")
         sys.exit(1)
 
 
@@ -75,7 +75,7 @@ def main(arguments: list[str], environment: Mapping[str, str]) -> int:
     parser.add_argument("--port", default=environment.get("PORT", "").strip() or "6333")
     given = parser.parse_args(arguments)
     if not (given.port.isascii() and given.port.isdigit() and 1 <= int(given.port[:9]) <= 65535):
-        parser.error(f"{given.port!r} is no port")
+        parser.error(f"no port: {given.port!r}")
     signal.signal(signal.SIGALRM, out_of_time)
     signal.setitimer(signal.ITIMER_REAL, LIMIT_SECONDS)
     try:

@@ -1,12 +1,13 @@
-"""Writes docs/configuration.md and .env.example from the settings table: `make docs`.
+"""Writes docs/configuration.md and .env.example from the settings table, docs/metrics.md from the metrics: `make docs`.
 
-A test compares both with what this makes, so that neither can go stale.
+A test compares each with what this makes, so that none can go stale.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from shoehorn import metric_table
 from shoehorn.paths import HOME
 from shoehorn.settings import TABLE
 
@@ -42,7 +43,8 @@ def example() -> str:
     return "".join(lines)
 
 
-DOCUMENTS = {Path("docs/configuration.md"): configuration, Path(".env.example"): example}
+DOCUMENTS = {Path("docs/configuration.md"): configuration, Path(".env.example"): example,
+             Path("docs/metrics.md"): metric_table.document}
 
 if __name__ == "__main__":
     for path, text in DOCUMENTS.items():

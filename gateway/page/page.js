@@ -15,7 +15,7 @@ const TEXT = {
     steps: { prepare: "Plan", fetch: "Download", load: "Load", ready: "Ready" },
     failure: "The model cannot be served", remedy: "What to do",
     use: "Call it", copy: "Copy", copied: "Copied", prompt: "What is your name?",
-    key: "Put your key in the place of YOUR_KEY. `shoehorn keys show` inside the container prints it.",
+    key: "Put your key in the place of YOUR_KEY. Inside the container, this prints it:",
     lost: "No connection to the server; trying again.",
     elapsed: (text) => `for ${text}`, units: ["s", "min", "h"],
   },
@@ -32,7 +32,7 @@ const TEXT = {
     steps: { prepare: "规划", fetch: "下载", load: "加载", ready: "就绪" },
     failure: "模型无法提供服务", remedy: "解决办法",
     use: "调用方法", copy: "复制", copied: "已复制", prompt: "你叫啥?",
-    key: "请把 YOUR_KEY 换成您的密钥；在容器内运行 `shoehorn keys show` 可以查看密钥。",
+    key: "请把 YOUR_KEY 换成您的密钥。在容器内可用此命令查看：",
     lost: "无法连接服务器，正在重试。",
     elapsed: (text) => `已用 ${text}`, units: ["秒", "分", "小时"],
   },
@@ -66,12 +66,16 @@ function duration(seconds) {
 }
 
 function curl(model) {
-  const body = JSON.stringify({ model, stream: true, messages: [{ role: "user", content: words.prompt }] }, null, 2);
+  const quoted = (value) => JSON.stringify(value).replaceAll("'", "'\\''");
   return [
     `curl -N ${location.origin}/v1/chat/completions \\`,
     `  -H "Authorization: Bearer YOUR_KEY" \\`,
     `  -H "Content-Type: application/json" \\`,
-    `  -d '${body.replaceAll("'", "'\\''")}'`,
+    `  -d '{`,
+    `    "model": ${quoted(model)},`,
+    `    "stream": true,`,
+    `    "messages": [{"role": "user", "content": ${quoted(words.prompt)}}]`,
+    `  }'`,
   ].join("\n");
 }
 
@@ -105,6 +109,7 @@ function show(state, now) {
   say("detail", state.detail);
   const downloading = phase === "pulling" && state.bytes_total > 0;
   say("amount", downloading ? `${size(state.bytes_done)} / ${size(state.bytes_total)}` : "");
+  say("percent", state.progress === null ? "" : `${Math.floor(state.progress * 100)} %`);
   say("elapsed", state.since > 0 ? words.elapsed(duration(Math.max(0, now - state.since))) : "");
 
   say("cause", state.cause);

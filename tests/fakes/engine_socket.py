@@ -1,0 +1,56 @@
+"""A stand-in for the engine's `/metrics` on a Unix socket: answers with what a test gives it."""
+
+from __future__ import annotations
+
+import socket
+import socketserver
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+TEXT = b"text/plain; version=0.0.4; charset=utf-8"
+
+
+def http(body: bytes, status: bytes = b"200 OK", kind: bytes = TEXT) -> bytes:
+    """A whole HTTP answer."""
+    return b"HTTP/1.1 %s\r\nContent-Type: %s\r\nContent-Length: %d\r\n\r\n%s" % (status, kind, len(body), body)
+
+
+class EngineSocket(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
+    """Serves `answer`, raw bytes, in pieces of `piece` bytes with `pause_seconds` between; keeps the requests seen."""
+
+    daemon_threads = True
+
+    def __init__(self, path: Path, answer: bytes) -> None:
+        self.answer = answer
+        self.piece, self.pause_seconds = len(answer) or 1, 0.0
+        self.requests: list[str] = []
+        super().__init__(str(path), _Handler)
+
+
+class _Handler(socketserver.BaseRequestHandler):
+    server: EngineSocket
+    request: socket.socket
+
+    def handle(self) -> None:
+        self.server.requests.append(self.request.recv(65536).decode())
+        with suppress(BrokenPipeError, ConnectionResetError):  # the other side may give up
+            for start in range(0, len(self.server.answer), self.server.piece):
+                self.request.sendall(self.server.answer[start:start + self.server.piece])
+                time.sleep(self.server.pause_seconds)
+
+
+@contextmanager
+def serving(path: Path, answer: bytes) -> Iterator[EngineSocket]:
+    """An engine that listens on `path` meanwhile."""
+    with EngineSocket(path, answer) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join()
+            path.unlink()
