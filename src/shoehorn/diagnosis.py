@@ -60,7 +60,8 @@ _ROWS = (
     _Row("unsupported_dtype", re.compile(r"Bfloat16 is only supported on GPUs|compute capability of at least"),
          "This GPU lacks a number format or kernel that the plan uses.",
          "Set VLLM_EXTRA_ARGS='--dtype float16'; if that fails too, the card is too old for this engine."),
-    _Row("bad_engine_argument", re.compile(r"error: (unrecognized arguments|argument )|validation errors? for \w+Config"),
+    _Row("bad_engine_argument", re.compile(r"error: (unrecognized arguments|argument )|"
+                                           r"validation errors? for \w+Config"),
          "The engine refused an option.",
          "Correct VLLM_EXTRA_ARGS, the setting or the profile that the engine's message above names."),
     _Row("bad_weights", re.compile(r"SafetensorError|Error while deserializing header"),

@@ -43,10 +43,10 @@ class EngineSource:
 
     def __init__(self, socket: Path, limit_seconds: float) -> None:
         self._limit_seconds = limit_seconds
-        # No kept connections: the engine may be another one the next time. No proxy settings: this is a local socket.
+        # No connection is kept: the engine may be another one the next time.
         transport = httpx.HTTPTransport(uds=str(socket), limits=httpx.Limits(max_keepalive_connections=0))
-        self._client = httpx.Client(transport=transport, timeout=limit_seconds, trust_env=False,
-                                    headers={"Accept": CONTENT_TYPE_PLAIN_0_0_4, "Accept-Encoding": "identity"})
+        self._client = httpx.Client(transport=transport, timeout=limit_seconds, headers={
+            "Accept": CONTENT_TYPE_PLAIN_0_0_4, "Accept-Encoding": "identity"})
 
     def scrape(self) -> EngineScrape:
         """Fetch once; a failure is part of the result, never an exception."""

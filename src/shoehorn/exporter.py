@@ -184,6 +184,7 @@ def main(environment: Mapping[str, str], nvml: Any) -> int:
     Args:
         nvml: a module like pynvml.
     """
+    owner = os.getppid()
     ending = {signal.SIGTERM, signal.SIGINT}
     signal.pthread_sigmask(signal.SIG_BLOCK, ending)  # before the first thread: only the wait below takes them
     try:
@@ -203,7 +204,6 @@ def main(environment: Mapping[str, str], nvml: Any) -> int:
         return 1
     threading.Thread(target=server.serve_forever, args=(0.1,), name="http", daemon=True).start()
     log.info("metrics on port %d", port)
-    owner = os.getppid()
     while signal.sigtimedwait(ending, 1.0) is None and os.getppid() == owner:
         pass  # when supervisord was killed nobody else would end this
     server.shutdown()

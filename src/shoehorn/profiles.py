@@ -21,6 +21,7 @@ from shoehorn import engine_options
 from shoehorn.errors import SettingsError
 from shoehorn.hardware import Gpu, Hardware
 from shoehorn.paths import PROFILES
+from shoehorn.settings import Settings
 from shoehorn.units import format_size, parse_size
 
 _KEYS = {"name", "description", "match", "engine", "environment"}
@@ -135,6 +136,17 @@ def choose(hardware: Hardware, directory: Path = PROFILES, limit_bytes: int | No
             f"Use a GPU of {least / 1e9:.0f} GB or more, or write a profile of your own and set VRAM_PROFILE to its "
             "path.")
     return fitting[-1]
+
+
+def select(settings: Settings, hardware: Hardware, directory: Path = PROFILES) -> Profile:
+    """The profile that VRAM_PROFILE means on this machine.
+
+    Raises:
+        SettingsError: as `choose` and `load` do.
+    """
+    if settings.vram_profile == "auto":
+        return choose(hardware, directory, settings.vram_limit)
+    return load(settings.vram_profile, directory)
 
 
 def fits(profile: Profile, gpus: int, usable_bytes: int) -> bool:

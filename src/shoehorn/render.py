@@ -70,7 +70,8 @@ def supervisord_config(settings: Settings, user: str | None) -> str:
     config["eventlistener:watcher"] = {
         "command": _command([*python, "shoehorn.watcher", str(settings.run_dir)]),
         "events": "PROCESS_STATE_EXITED,PROCESS_STATE_FATAL", "priority": "100", "autorestart": "true",
-        "startretries": "100", "stdout_logfile": "NONE", "stderr_logfile": "/dev/stderr", "stderr_logfile_maxbytes": "0",
+        "startretries": "100", "stdout_logfile": "NONE", "stderr_logfile": "/dev/stderr",
+        "stderr_logfile_maxbytes": "0",
     }
     config["program:exporter"] = {
         "command": _command([*python, "shoehorn.exporter"]), "priority": "200", "autorestart": "true",

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hub import Hub
 from tracked import COMPOSE, Container, clean_environment, docker, wait_until
 
+from fakes.hub import Hub
 from shoehorn.paths import HOME
 
 pytestmark = pytest.mark.container
@@ -36,10 +36,10 @@ def test_the_image_holds_no_secret_no_cache_and_nothing_writable(image: str) -> 
     assert config["Entrypoint"][0] == "tini"
     assert "VRAM_PROFILE=cpu" in config["Env"]
     script = ("find / -xdev -writable -not -path '/proc/*' -not -path '/dev/*' -not -type l 2>/dev/null; "
-              "ls -A /var/lib/apt/lists /var/cache/apt; find / -xdev -perm -4000 -user shoehorn 2>/dev/null")
+              "find /var/lib/apt/lists /var/cache/apt /root -type f 2>/dev/null; true")
     found = docker("run", "--rm", "--entrypoint=sh", image, "-c", script).split()
-    roots = ("/home/shoehorn", "/models", "/run/shoehorn", "/var/cache/shoehorn", "/tmp", "/var/tmp", "/run/lock")
-    assert [path for path in found if path.startswith("/") and not path.startswith(roots) and path[-1] != ":"] == []
+    assert set(found) <= {"/home/shoehorn", "/models", "/run/shoehorn", "/run/lock", "/tmp", "/var/tmp",
+                          "/var/cache/shoehorn"}
 
 
 def test_its_sources_are_those_of_the_checkout(image: str) -> None:
@@ -99,7 +99,7 @@ def test_a_stop_while_loading_is_obeyed_and_a_given_key_shows_nowhere(run: Run, 
 
 def test_a_stop_while_pulling_is_obeyed(run: Run) -> None:
     gateway = json.loads(docker("network", "inspect", "bridge"))[0]["IPAM"]["Config"][0]["Gateway"]
-    with Hub({"shoehorn/demo": HOME / "demo" / "model"}, host=gateway, bytes_per_second=200_000) as hub:
+    with Hub({"shoehorn/demo": HOME / "demo" / "model"}, address=gateway, bytes_per_second=200_000) as hub:
         container = run(MODEL_ID="shoehorn/demo", MODELSCOPE_ENDPOINT=hub.url)
         container.wait_for("pulling", 30)
         time.sleep(3)

@@ -1,150 +1,15 @@
-"""A running appliance for tests: entrypoint.py as `make demo` starts it, on ports of its own."""
+"""Fixtures: a shared ready appliance, and starts of a test's own."""
 
 from __future__ import annotations
 
-import os
-import signal
-import socket
-import subprocess
-import sys
-import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
-import psutil
 import pytest
+from running import Appliance
 
-from shoehorn.paths import HOME
-from shoehorn.state import Phase, StateFile
-
-DEMO_MODEL = HOME / "demo" / "model"
-KEPT = ("PATH", "HOME", "LANG", "TMPDIR")
-
-
-def free_port() -> int:
-    """A port that nobody listens on just now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def wait_until(condition: Callable[[], object], seconds: float, what: str) -> None:
-    """Wait for a condition; fails, naming it, when it does not come true."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            pytest.fail(f"not within {seconds} s: {what}")
-        time.sleep(0.1)
-
-
-class Appliance:
-    """One start of the appliance, with the demo model unless settings say otherwise."""
-
-    def __init__(self, home: Path, **settings: str) -> None:
-        self.port, self.metrics_port = free_port(), free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
-        self.run_dir, self.models_dir = home / "run", home / "models"
-        self.models_dir.mkdir(parents=True, exist_ok=True)
-        environment = {name: os.environ[name] for name in KEPT if name in os.environ}
-        environment |= {
-            "MODEL_ID": str(DEMO_MODEL), "MODEL_SOURCE": "local", "SERVED_MODEL_NAME": "shoehorn-demo",
-            "VRAM_PROFILE": "cpu", "MODELS_DIR": str(self.models_dir), "RUN_DIR": str(self.run_dir),
-            "PORT": str(self.port), "METRICS_PORT": str(self.metrics_port), "DRAIN_TIMEOUT": "3", **settings}
-        self.process = subprocess.Popen([sys.executable, str(HOME / "entrypoint.py")], env=environment,
-                                        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                                        start_new_session=True)
-        self.lines: list[str] = []
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-        self._known: dict[int, psutil.Process] = {}
-
-    @property
-    def output(self) -> str:
-        """All that it printed so far."""
-        return "\n".join(self.lines)
-
-    @property
-    def key(self) -> str:
-        """The generated key, from the volume."""
-        return (self.models_dir / ".shoehorn" / "api_key").read_text().strip()
-
-    @property
-    def phase(self) -> Phase:
-        """The published phase."""
-        return StateFile(self.run_dir).read().phase
-
-    def headers(self) -> dict[str, str]:
-        """The bearer header."""
-        return {"Authorization": f"Bearer {self.key}"}
-
-    def descendants(self) -> list[psutil.Process]:
-        """Every process that it ever started and that lives, also those whose parent is gone."""
-        try:
-            for process in psutil.Process(self.process.pid).children(recursive=True):
-                self._known.setdefault(process.pid, process)
-        except psutil.NoSuchProcess:
-            pass
-        return [process for process in self._known.values()
-                if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
-
-    def find(self, word: str) -> psutil.Process:
-        """The one descendant whose name or command line holds `word`."""
-        for process in self.descendants():
-            try:
-                if word in " ".join(process.cmdline()) or word in process.name():
-                    return process
-            except psutil.NoSuchProcess:
-                continue
-        raise AssertionError(f"no process {word!r} among {[p.name() for p in self.descendants()]}")
-
-    def wait_for(self, phase: Phase, seconds: float = 150) -> None:
-        """Wait for a phase; fails at once when the appliance ends first."""
-        def reached() -> bool:
-            if self.process.poll() is not None and self.phase is not phase:
-                pytest.fail(f"ended with {self.process.returncode} before {phase}:\n{self.output}")
-            return self.phase is phase
-
-        wait_until(reached, seconds, f"phase {phase}, is {self.phase}\n{self.output[-3000:]}")
-
-    def end(self, number: int = signal.SIGTERM, seconds: float = 30) -> int:
-        """Send a signal, wait for the end; returns the exit code."""
-        self.descendants()
-        self.process.send_signal(number)
-        return self.wait(seconds)
-
-    def wait(self, seconds: float) -> int:
-        """Wait for the end; returns the exit code. Fails when a process outlives it."""
-        try:
-            self.process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            pytest.fail(f"still running after {seconds} s:\n{self.output[-3000:]}")
-        wait_until(lambda: not self.descendants(), 5, f"no process left, but {self.descendants()}")
-        self._reader.join(5)
-        return self.process.returncode
-
-    def discard(self) -> None:
-        """Leave nothing behind, whatever the test did."""
-        left = self.descendants()
-        if self.process.poll() is None:
-            self.process.terminate()
-            try:
-                self.process.wait(40)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait()
-        for process in left:
-            if process.is_running():
-                process.kill()
-        self._reader.join(5)
-        if self.process.stdout:
-            self.process.stdout.close()
-
-    def _read(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self.lines.append(line.rstrip())
+from shoehorn.state import Phase
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ import subprocess
 from pathlib import Path
 
 import httpx
-from conftest import free_port, wait_until
+from running import free_port, wait_until
 
 from fakes.engine import FakeEngine
 from shoehorn import gateway, keys

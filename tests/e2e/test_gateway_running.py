@@ -17,7 +17,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from conftest import wait_until
+from running import wait_until
 from gateway_process import BEARER, KEY, MODEL, Gateway, authorization, openai_error
 
 from shoehorn import gateway

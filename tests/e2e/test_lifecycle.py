@@ -11,8 +11,8 @@ from pathlib import Path
 
 import httpx
 import pytest
-from conftest import DEMO_MODEL, Appliance, wait_until
-from hub import Hub
+from running import DEMO_MODEL, Appliance, wait_until
+from fakes.hub import Hub
 
 from shoehorn.state import Phase, StateFile
 

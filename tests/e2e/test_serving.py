@@ -9,7 +9,7 @@ import sys
 
 import httpx
 import pytest
-from conftest import Appliance
+from running import Appliance
 from langchain_openai import ChatOpenAI
 from openai import AuthenticationError, OpenAI
 from prometheus_client.parser import text_string_to_metric_families

@@ -19,13 +19,18 @@ def http(body: bytes, status: bytes = b"200 OK", kind: bytes = TEXT) -> bytes:
 
 
 class EngineSocket(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
-    """Serves `answer`, raw bytes, in pieces of `piece` bytes with `pause_seconds` between; keeps the requests seen."""
+    """Serves `answer`, raw bytes, in pieces of `piece` bytes with `pause_seconds` between; keeps the requests seen.
+
+    With `keep_alive` the connection stays open until the client closes it, which `closed` then tells.
+    """
 
     daemon_threads = True
 
     def __init__(self, path: Path, answer: bytes) -> None:
         self.answer = answer
         self.piece, self.pause_seconds = len(answer) or 1, 0.0
+        self.keep_alive = False
+        self.closed = threading.Event()
         self.requests: list[str] = []
         super().__init__(str(path), _Handler)
 
@@ -40,6 +45,8 @@ class _Handler(socketserver.BaseRequestHandler):
             for start in range(0, len(self.server.answer), self.server.piece):
                 self.request.sendall(self.server.answer[start:start + self.server.piece])
                 time.sleep(self.server.pause_seconds)
+            if self.server.keep_alive and self.request.recv(1) == b"":
+                self.server.closed.set()
 
 
 @contextmanager

@@ -131,7 +131,7 @@ class PeakMemory:
 def serve_once(name: str, out: Path, model: Path, path: str, **settings: str) -> dict[str, object]:
     """Start, stream, scrape, kill the engine core, recover, stop."""
     memory = PeakMemory()
-    run = Run(Path("/dev/shm/shoehorn-run"), out / f"{name}.log", model, path, **settings)  # noqa: S108  # memory on purpose
+    run = Run(Path("/dev/shm/shoehorn-run"), out / f"{name}.log", model, path, **settings)  # memory on purpose
     seen: dict[str, object] = {"settings": settings, "ready_seconds": run.wait_ready(300)}
     if seen["ready_seconds"] is None:
         seen |= {"exit_code": run.process.poll(), "phase": run.phase(),
@@ -146,7 +146,8 @@ def serve_once(name: str, out: Path, model: Path, path: str, **settings: str) ->
     seen["memory_baseline_bytes"] = memory.baseline
     metrics = httpx.get("http://127.0.0.1:6334/metrics", timeout=10).text
     (out / f"{name}.metrics.txt").write_text(metrics)
-    seen["gpu_series"] = sorted({line.split("{")[0] for line in metrics.splitlines() if line.startswith("shoehorn_gpu")})
+    seen["gpu_series"] = sorted({line.split("{")[0] for line in metrics.splitlines()
+                                 if line.startswith("shoehorn_gpu")})
     seen["plan"] = json.loads((run.run_dir / "plan.json").read_text())
     seen["refused_without_key"] = httpx.post("http://127.0.0.1:6333/v1/chat/completions", json={}).status_code
     seen["invocations"] = httpx.post("http://127.0.0.1:6333/invocations", json={}).status_code
@@ -181,8 +182,8 @@ def main(out: Path, model: Path) -> None:
     results: dict[str, object] = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"), "machine": machine,
         "versions": {name: version(name) for name in ("vllm", "torch", "bitsandbytes", "supervisor")}}
-    everything = tools(Path("/tmp/tools"), TOOLS + COMPILER)  # noqa: S108  # a machine of our own, for minutes
-    bare = tools(Path("/tmp/tools-bare"), TOOLS)  # noqa: S108  # likewise
+    everything = tools(Path("/tmp/tools"), TOOLS + COMPILER)  # a machine of our own, for minutes
+    bare = tools(Path("/tmp/tools-bare"), TOOLS)  # likewise
     results["path"] = {"with_compiler": TOOLS + COMPILER, "without": TOOLS}
     common = {"VRAM_PROFILE": "32gb", "MAX_MODEL_LEN": "4096"}
     resident = {"VLLM_EXTRA_ARGS": "--cpu-offload-gb 0"}
@@ -200,7 +201,7 @@ def main(out: Path, model: Path) -> None:
 if __name__ == "__main__":
     destination = Path(sys.argv[1])
     destination.mkdir(parents=True, exist_ok=True)
-    checkpoint = Path(sys.argv[2]) if len(sys.argv) > 2 else Path("/dev/shm/random-8b")  # noqa: S108  # 16 GB, in memory
+    checkpoint = Path(sys.argv[2]) if len(sys.argv) > 2 else Path("/dev/shm/random-8b")  # 16 GB, in memory
     if not (checkpoint / "model.safetensors.index.json").exists():
         import make_model
 

@@ -62,6 +62,13 @@ def test_each_scrape_reaches_the_engine_of_that_moment(path: Path, source: Engin
             assert source.scrape().text == text
 
 
+def test_no_connection_is_kept(path: Path, source: EngineSource) -> None:
+    with serving(path, http(b"a 1\n")) as engine:
+        engine.keep_alive = True
+        assert source.scrape().success
+        assert engine.closed.wait(5)
+
+
 def test_proxy_settings_do_not_apply(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
     monkeypatch.setenv("ALL_PROXY", "http://127.0.0.1:9")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import socket
 import struct
@@ -209,7 +210,8 @@ def test_it_ends_when_its_owner_was_killed(tmp_path: Path) -> None:
         assert b"metrics on port" in owner.stdout.readline()
         owner.kill()
         owner.wait()
-        assert owner.stdout.read() == b""  # ends only when the exporter has closed it too
+        assert select.select([owner.stdout], [], [], 5)[0]
+        assert owner.stdout.read() == b""  # the end of it, as the exporter has closed it too
     with socket.socket() as taker:
         taker.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         taker.bind(("0.0.0.0", port))

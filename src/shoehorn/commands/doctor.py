@@ -53,7 +53,7 @@ def examine(environment: Mapping[str, str], machine: Hardware) -> list[Check]:
     except SettingsError as error:
         return [Check("settings", False, error.cause, error.remedy)]
     return [Check("settings", True, f"{len(settings.given)} given"), _gpus(settings, machine),
-            Check("memory", True, f"{format_size(machine.host_memory_bytes)} for this container, {machine.cpus:g} CPUs"),
+            Check("memory", True, f"{format_size(machine.host_memory_bytes)} for us, {machine.cpus:g} CPUs"),
             _volume(settings), _program("nginx", "install nginx, or put /usr/sbin on PATH"), _engine()]
 
 

@@ -1,0 +1,139 @@
+"""`shoehorn plan`: what would be started on this machine or on another, from the model's config and headers alone."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from shoehorn import checkpoint, hardware, profiles, speed
+from shoehorn import settings as settings_module
+from shoehorn.checkpoint import Files
+from shoehorn.errors import EXIT_DOES_NOT_FIT, EXIT_DONE, SettingsError
+from shoehorn.estimate import VramParts
+from shoehorn.hardware import Gpu, Hardware
+from shoehorn.plan import Plan, Refusal, make_plan
+from shoehorn.settings import Settings
+from shoehorn.units import format_size, parse_size
+
+_PARTS = (("weights", "weights_bytes"), ("quantization state", "quant_state_bytes"),
+          ("embeddings", "embeddings_bytes"), ("offload buffers", "offload_buffer_bytes"),
+          ("activations", "activations_bytes"), ("CUDA graphs", "cuda_graphs_bytes"),
+          ("framework", "framework_bytes"), ("KV cache", "kv_cache_bytes"), ("together", "total_bytes"),
+          ("limit", "limit_bytes"))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The model, the machine, and settings that stand in for environment variables."""
+    parser.add_argument("--model", metavar="DIR_OR_ID", help="a folder, or OWNER/NAME on the hub (MODEL_ID)")
+    parser.add_argument("--gpu", metavar="SIZE[:NAME]", action="append", default=[],
+                        help="plan for this card instead of the machine's own, like 24GiB:RTX4090; once for each card")
+    parser.add_argument("--ram", metavar="SIZE", help="plan for this much host memory, like 64GiB")
+    parser.add_argument("--profile", metavar="P", help="VRAM_PROFILE")
+    parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[],
+                        help="a setting as in the environment, like MAX_MODEL_LEN=4096")
+    parser.add_argument("--json", action="store_true", help="print the plan or the refusal as JSON")
+
+
+def run(arguments: argparse.Namespace, environment: Mapping[str, str]) -> int:
+    """Print a plan, exit code 0, or a refusal, exit code 3."""
+    settings = settings_module.load(_environment(arguments, environment))
+    machine = _machine(arguments, hardware.detect())
+    profile = profiles.select(settings, machine)
+    free = None
+    if not arguments.gpu and settings.model_source != "local" and settings.models_dir.is_dir():
+        free = hardware.disk_free(settings.models_dir)
+    plan = make_plan(settings, machine, profile, checkpoint.read(_files(settings)), free)
+    if arguments.json:
+        print(json.dumps(plan.to_json(), indent=1, ensure_ascii=False))
+    else:
+        print("\n".join(_text(plan, settings)))
+    return EXIT_DONE if isinstance(plan, Plan) else EXIT_DOES_NOT_FIT
+
+
+def _environment(arguments: argparse.Namespace, environment: Mapping[str, str]) -> dict[str, str]:
+    """The settings: the environment's, with what the command line says in their place."""
+    result = dict(environment)
+    for word in arguments.set:
+        name, equals, value = word.partition("=")
+        if not equals or name not in {setting.name for setting in settings_module.TABLE}:
+            raise SettingsError(f"--set {word}: {name} is no setting.",
+                                "Write --set KEY=VALUE; docs/configuration.md lists the settings.")
+        result[name] = value
+    if arguments.model:
+        path = Path(arguments.model)
+        local = path.is_dir() or arguments.model.startswith(("/", "./", "../"))
+        result["MODEL_ID"] = str(path.absolute()) if local else arguments.model
+        if local:
+            result["MODEL_SOURCE"] = "local"
+        elif result.get("MODEL_SOURCE") == "local":
+            del result["MODEL_SOURCE"]
+    if arguments.profile:
+        result["VRAM_PROFILE"] = arguments.profile
+    return result
+
+
+def _machine(arguments: argparse.Namespace, here: Hardware) -> Hardware:
+    """This machine, or the one described; host memory that is not described is unknown there (0)."""
+    gpus, memory, notes = here.gpus, here.host_memory_bytes, here.notes
+    if arguments.gpu:
+        gpus, memory, notes = tuple(_gpu(index, word) for index, word in enumerate(arguments.gpu)), 0, ()
+    available = here.host_available_bytes
+    if arguments.ram:
+        memory = available = _size("--ram", arguments.ram)
+    return Hardware(gpus, here.driver_version, memory, available, here.cpus, notes)
+
+
+def _gpu(index: int, word: str) -> Gpu:
+    size, _, name = word.partition(":")
+    total = _size("--gpu", size)
+    generation, width = speed.usual_link(name)
+    return Gpu(index, "", name, total, total, (0, 0), generation, width, False)
+
+
+def _size(option: str, text: str) -> int:
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise SettingsError(f"{option}: {error}") from error
+
+
+def _files(settings: Settings) -> Files:
+    if settings.model_source == "local":
+        return checkpoint.LocalFiles(Path(settings.model_id))
+    from shoehorn import store  # the hub's client is slow to import, and not needed for a folder
+
+    return store.hub_files(settings)
+
+
+def _text(plan: Plan | Refusal, settings: Settings) -> list[str]:
+    """The plan for people, line by line."""
+    lines = [f"{settings.model_id} with profile {plan.profile}", ""]
+    if plan.vram:
+        lines += [*_table(plan.vram[0], len(plan.vram)), ""]
+    if isinstance(plan, Plan):
+        rates = [f"{plan.expected_tokens_per_second[key]} tokens/s for {users}"
+                 for key, users in (("batch_1", "one request"), ("batch_8", "eight together"))
+                 if plan.expected_tokens_per_second[key] is not None]
+        lines += [f"fits: {plan.kv_cache_tokens} tokens of context for all requests together"
+                  + (f"; about {', '.join(rates)}" if rates else ""),
+                  f"host memory {format_size(plan.host_bytes)}, of it pinned {format_size(plan.host_pinned_bytes)}; "
+                  f"disk {format_size(plan.disk_bytes)}"]
+    else:
+        lines += [f"does not fit: {plan.cause}", *(f"  -> {remedy}" for remedy in plan.remedies)]
+    width = max((len(reason.option) for reason in plan.reasons), default=0)
+    return [*lines, "", *(f"{reason.option:{width}}  {_shown(reason.value):>12}  {reason.source}: {reason.text}"
+                          for reason in plan.reasons)]
+
+
+def _table(parts: VramParts, gpus: int) -> list[str]:
+    sizes = parts.to_json()
+    rows = [f"  {name:20}{format_size(sizes[key]):>12}" for name, key in _PARTS]
+    return [f"memory of each of {gpus} GPUs" if gpus > 1 else "memory of the GPU", *rows]
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "-" if value is None else json.dumps(value) if isinstance(value, dict) else str(value)
