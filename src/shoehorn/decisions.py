@@ -86,8 +86,9 @@ def decide(settings: Settings, hardware: Hardware, profile: Profile, shape: Mode
         draft.set(option, value, "profile", profile.name)
     _apply_settings(draft, settings)
     for option, value in engine_options.parse_arguments(settings.vllm_extra_args).items():
-        before = draft.reasons.get(option)
-        instead = f" instead of {before.value} ({before.source} {before.text})" if before and before.value != value else ""
+        before, instead = draft.reasons.get(option), ""
+        if before and before.value != value:
+            instead = f" instead of {before.value} ({before.source} {before.text})"
         draft.set(option, value, "setting", f"VLLM_EXTRA_ARGS{instead}")
         draft.fixed.add(option)
     _quantization(draft, settings, shape)

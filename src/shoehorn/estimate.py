@@ -21,8 +21,9 @@ _LIBRARIES_BYTES = 200 * MIB  # workspaces that vLLM does count (cuBLAS, attenti
 _COLLECTIVES_BYTES = 300 * MIB  # NCCL, with more than one GPU
 _GRAPH_BYTES_PER_LAYER = 128 << 10
 _LOGITS_BYTES_PER_ENTRY = 14  # bf16, then fp32 for the logits, their filtered copy and the probabilities
-HOST_BASE_BYTES = 4 * GIB  # API server and one engine process
-HOST_WORKER_BYTES = 3 * GIB  # every further GPU's worker
+_HOST_BYTES = 4 * GIB  # API server and one engine process with CUDA
+_HOST_WORKER_BYTES = 3 * GIB  # every further GPU's worker
+_HOST_CPU_BYTES = 2 * GIB  # all processes of an engine on the CPU, without weights and KV cache
 
 
 @dataclass(frozen=True)
@@ -148,9 +149,9 @@ def host_bytes(shape: ModelShape, choices: Choices, on_cpu: bool = False) -> int
     """Host memory that all processes need together; `on_cpu` when the model itself runs there."""
     if on_cpu:
         linears, state = layer_bytes(shape, choices)
-        return (HOST_BASE_BYTES + linears + state + _other_bytes(shape, choices) + _embeddings_bytes(shape, choices)
+        return (_HOST_CPU_BYTES + linears + state + _other_bytes(shape, choices) + _embeddings_bytes(shape, choices)
                 + activations_bytes(shape, choices) + (choices.kv_cache_bytes or 0))
-    return (HOST_BASE_BYTES + HOST_WORKER_BYTES * (choices.tensor_parallel - 1) + pinned_bytes(shape, choices))
+    return _HOST_BYTES + _HOST_WORKER_BYTES * (choices.tensor_parallel - 1) + pinned_bytes(shape, choices)
 
 
 def kv_bytes_per_token(shape: ModelShape, choices: Choices) -> int:

@@ -89,6 +89,17 @@ def disk_free(path: Path) -> int:
     return shutil.disk_usage(path).free
 
 
+def disk_used(path: Path) -> int:
+    """Bytes of all files in a folder, which need not exist; a model that was pulled in part is not pulled anew."""
+    total = 0
+    for file in path.rglob("*"):
+        try:
+            total += file.stat().st_size if file.is_file() else 0
+        except FileNotFoundError:
+            continue  # a pull that runs beside us has just renamed it
+    return total
+
+
 def _gpus(nvml: Any, notes: list[str]) -> tuple[tuple[Gpu, ...], str]:
     try:
         nvml.nvmlInit()

@@ -129,8 +129,8 @@ def make_plan(settings: Settings, hardware: Hardware, profile: Profile, shape: M
     if short > 0 and not on_cpu:
         needed = choices.limit_bytes + short
         return refuse(f"The model needs {format_size(needed)} on each GPU, and may use "
-                      f"{format_size(choices.limit_bytes)}: {format_size(short)} are missing. {_largest(parts)}", "vram",
-                      short, _vram_remedies(settings, hardware, shape, decisions))
+                      f"{format_size(choices.limit_bytes)}: {format_size(short)} are missing. {_largest(parts)}",
+                      "vram", short, _vram_remedies(settings, hardware, shape, decisions))
     if short > 0:
         return refuse(f"The KV cache of {format_size(choices.kv_cache_bytes or 0)} is too small for one request of "
                       f"{choices.max_model_len} tokens: {format_size(short)} are missing.", "host_memory", short,

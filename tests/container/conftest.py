@@ -28,7 +28,7 @@ def run(image: str) -> Iterator[Callable[..., Container]]:
     def start(*options: str, command: tuple[str, ...] = (), **settings: str) -> Container:
         environment = [f"--env={name}={value}" for name, value in settings.items()]
         identity = docker("run", "--detach", "--publish=127.0.0.1::6333", "--stop-timeout=60",
-                          *environment, *options, image, *command)
+                          "--shm-size=1g", *environment, *options, image, *command)
         started.append(Container(identity.strip()))
         return started[-1]
 
@@ -36,7 +36,7 @@ def run(image: str) -> Iterator[Callable[..., Container]]:
     complaints = [line for container in started for line in container.unannounced()]
     for container in started:
         container.remove()
-    assert complaints == []
+    _must_be_none(complaints)
 
 
 @pytest.fixture(scope="module")
@@ -62,4 +62,9 @@ def appliance(composed: Callable[..., str]) -> Iterator[Container]:
     container = Container(composed("ps", "--all", "--quiet", "shoehorn").strip())
     container.wait_for("ready", 180)
     yield container
-    assert container.unannounced() == []
+    _must_be_none(container.unannounced())
+
+
+def _must_be_none(complaints: list[str]) -> None:
+    if complaints:
+        pytest.fail("log lines that nobody announced:\n" + "\n".join(complaints))

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import httpx
 import pytest
-from tracked import Container, wait_until
+from tracked import INTERRUPTED, Container, wait_until
 
 pytestmark = pytest.mark.container
 
@@ -73,15 +73,17 @@ def test_the_process_has_no_privilege_and_can_write_only_where_it_must(appliance
     places = "/ /opt/shoehorn /opt/venv /etc /var/lib /home /usr"
     script = f'for d in {places}; do touch "$d/probe" 2>/dev/null && echo "$d"; done; true'
     assert appliance.execute("sh", "-c", script) == ""
-    assert appliance.execute("sh", "-c", "ulimit -c; ulimit -l").split() == ["0", "unlimited"]
+    assert appliance.execute("sh", "-c", "ulimit -c").strip() == "0"
 
 
 def test_a_killed_engine_core_comes_back_in_the_same_container(appliance: Container, key: str) -> None:
-    appliance.announce("started again in", r"EngineCore|EngineDeadError|Traceback", "leaked")
+    appliance.announce("started again in", *INTERRUPTED)
     appliance.execute("sh", "-c", "kill -9 $(grep -l VLLM::EngineCor /proc/[0-9]*/comm | cut -d/ -f3)")
+    begun = time.monotonic()
     wait_until(lambda: appliance.phase() != "ready", 20, "its death is noticed")
     assert _chat(appliance, key).status_code == 503
     appliance.wait_for("ready", 150)
+    print(f"ready again after {time.monotonic() - begun:.1f} s")
     assert _chat(appliance, key).status_code == 200
     assert appliance.inspect()["RestartCount"] == 0
 
@@ -103,6 +105,7 @@ def test_a_stop_while_a_stream_runs_ends_it_within_the_grace_period(appliance: C
     thread = threading.Thread(target=stream)
     thread.start()
     assert begun.wait(30)
+    appliance.announce(*INTERRUPTED)
     code, seconds = appliance.stop()
     assert code == 0
     assert seconds < 30

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tracked import COMPOSE, Container, clean_environment, docker, wait_until
+from tracked import COMPOSE, ENDING, INTERRUPTED, Container, clean_environment, docker, wait_until
 
 from fakes.hub import Hub
 from shoehorn.paths import HOME
@@ -70,6 +70,7 @@ def test_a_bad_setting_ends_with_code_2_and_says_so_once(run: Run) -> None:
 @pytest.mark.parametrize("profile", ["auto", "7gb", "32gb"])
 def test_no_gpu_ends_with_code_2_and_says_what_to_type(run: Run, profile: str) -> None:
     container = run(**DEMO, VRAM_PROFILE=profile)
+    container.announce(f"ERROR VRAM_PROFILE={profile} needs 1 GPU", *ENDING)
     assert container.wait(30) == 2
     assert re.search(r"GPU", container.logs)
     assert "--gpus" in container.logs
@@ -86,11 +87,14 @@ def test_a_volume_that_cannot_be_written_is_named(run: Run, tmp_path: Path) -> N
 def test_a_stop_while_loading_is_obeyed_and_a_given_key_shows_nowhere(run: Run, tmp_path: Path) -> None:
     key = "sk-canary-0123456789abcdef"
     (tmp_path / "api_key").write_text(key + "\n")
+    (tmp_path / "api_key").chmod(0o644)
+    tmp_path.chmod(0o755)
     container = run(f"--volume={tmp_path}:/run/secrets:ro", **DEMO, API_KEY_FILE="/run/secrets/api_key")
     container.wait_for("loading", 30)
     wait_until(lambda: "Starting to load model" in container.logs, 90, "the engine core loads")
     seen = "\n".join(arguments for _, arguments in container.processes())
     seen += container.execute("sh", "-c", "cat /proc/[0-9]*/environ") + json.dumps(container.inspect())
+    container.announce(*INTERRUPTED)
     code, seconds = container.stop()
     assert code == 0
     assert seconds < 30

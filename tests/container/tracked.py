@@ -35,8 +35,14 @@ KNOWN = {
     "Reset SSM cache type": "said for every model, also without such a cache",
     "numa_(?:migrate_pages|set_membind) failed": "needs a capability that the container gives up",
     "(?:libtcmalloc|libiomp) is not found": "speed of a CPU server, which is for trying things out",
+    "sampling parameters have been overridden by the model's": "as the model wants it",
     "Found ulimit of": "the host's hard limit on open files is below what vLLM would like",
 }
+ENDING = (r"WARN received SIGTERM indicating exit request", r"WARN stopped: watcher \(terminated by SIGTERM\)")
+"""supervisord's own words at every end."""
+INTERRUPTED = (r"Traceback", r"\[shutdown\]", r"resource_tracker: There appear to be",
+               r"ERROR .* \[async_llm\.py:\d+\]")
+"""vLLM's words when it is ended before it serves or in the middle of a stream, or when its engine core is gone."""
 
 
 def clean_environment(**settings: str) -> dict[str, str]:
@@ -101,15 +107,17 @@ class Container:
 
     def phase(self) -> str:
         """The phase that /status names; empty while nobody answers."""
+        published = docker("port", self.id, "6333", accept=(0, 1)).split()  # 1: the container is not up
         try:
-            return str(httpx.get(f"{self.url(6333)}/status", timeout=5).json()["phase"])
+            return str(httpx.get(f"http://{published[0]}/status", timeout=5).json()["phase"]) if published else ""
         except httpx.TransportError:
             return ""
 
     def wait_for(self, phase: str, seconds: float) -> None:
         """Wait for a phase; fails at once when the container ends first."""
         def reached() -> bool:
-            if not self.inspect()["State"]["Running"]:
+            state = self.inspect()["State"]
+            if not state["Running"] or state["Restarting"]:
                 pytest.fail(f"ended before {phase}:\n{self.logs[-4000:]}")
             return self.phase() == phase
 
@@ -121,9 +129,12 @@ class Container:
 
     def stop(self) -> tuple[int, float]:
         """`docker stop` with the container's own grace period; returns the exit code and the seconds that it took."""
+        self.announce(*ENDING)
         begun = time.monotonic()
         docker("stop", self.id, timeout=120)
-        return int(self.inspect()["State"]["ExitCode"]), time.monotonic() - begun
+        code, seconds = int(self.inspect()["State"]["ExitCode"]), time.monotonic() - begun
+        print(f"docker stop: exit code {code} after {seconds:.1f} s")
+        return code, seconds
 
     def unannounced(self) -> list[str]:
         """Log lines of level WARNING or above that nobody announced."""

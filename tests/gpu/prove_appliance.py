@@ -190,7 +190,7 @@ def main(out: Path, model: Path) -> None:
     for name, path, settings in (
             ("bf16", everything, {**common, **resident, "QUANTIZATION": "none"}),
             ("nf4", everything, {**common, **resident, "QUANTIZATION": "bitsandbytes"}),
-            ("nf4-offloaded", everything, {**common, "VRAM_PROFILE": "7gb", "MAX_MODEL_LEN": "512"}),
+            ("nf4-offloaded", everything, {"VRAM_PROFILE": "7gb", "VRAM_LIMIT": "5GiB", "MAX_MODEL_LEN": "2048"}),
             ("bf16-no-compiler", bare, {**common, **resident, "QUANTIZATION": "none"})):
         begun = time.monotonic()
         results[name] = serve_once(name, out, model, path, **settings)

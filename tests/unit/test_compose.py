@@ -58,7 +58,7 @@ def test_every_setting_is_handed_on_and_nothing_else(gpu: dict[str, Any]) -> Non
     inside_only = {"PORT", "METRICS_PORT", "MODELS_DIR", "RUN_DIR"}  # ports are published, folders mounted
     wanted = {setting.name for setting in TABLE} - inside_only
     wanted |= {f"{setting.name}_FILE" for setting in TABLE if setting.secret}
-    assert set(gpu["environment"]) == wanted  # names only: a value here would hide the image's own
+    assert set(gpu["environment"]) == wanted  # names only
 
 
 def test_the_ports_are_published_on_loopback_unless_told_otherwise(gpu: dict[str, Any]) -> None:
@@ -100,7 +100,8 @@ def test_a_refusal_is_not_repeated_for_ever(gpu: dict[str, Any]) -> None:
 
 
 def test_the_cpu_file_changes_only_what_it_must(cpu: dict[str, Any]) -> None:
-    assert set(cpu) == {"image", "build", "deploy", "ulimits"}
+    assert set(cpu) == {"image", "build", "environment", "deploy", "ulimits"}
+    assert cpu["environment"] == ["VRAM_PROFILE=${VRAM_PROFILE:-cpu}"]
     assert cpu["ulimits"] == {"core": 0}
 
 

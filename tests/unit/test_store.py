@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from fakes.hub import Hub
 from safetensors.torch import save_file
 
+from fakes.hub import Hub
 from shoehorn import checkpoint, settings, store
 from shoehorn.errors import ModelUnavailableError
 from shoehorn.hub import RemoteFile

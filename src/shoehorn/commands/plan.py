@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace, environment: Mapping[str, str]) -> int:
     profile = profiles.select(settings, machine)
     free = None
     if not arguments.gpu and settings.model_source != "local" and settings.models_dir.is_dir():
-        free = hardware.disk_free(settings.models_dir)
+        free = hardware.disk_free(settings.models_dir) + hardware.disk_used(settings.models_dir / settings.model_id)
     plan = make_plan(settings, machine, profile, checkpoint.read(_files(settings)), free)
     if arguments.json:
         print(json.dumps(plan.to_json(), indent=1, ensure_ascii=False))

@@ -1,0 +1,170 @@
+"""`shoehorn plan` and `shoehorn profiles`, run through the command line as a person would."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fakes.checkpoint_files import CheckpointFiles, captured, dense
+from shoehorn import hardware, store
+from shoehorn.commands import plan as command
+from shoehorn.commands import profiles as profiles_command
+from shoehorn.errors import SettingsError
+from shoehorn.hardware import Gpu, Hardware
+
+GIB = 1 << 30
+HERE = Hardware((), "", 64 * GIB, 64 * GIB, 8.0, ("NVML: driver library not found",))
+CARD = Gpu(0, "GPU-0", "NVIDIA GeForce RTX 5090", round(31.8 * GIB), round(31.8 * GIB), (12, 0), 5, 16, False)
+
+
+@pytest.fixture(autouse=True)
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine without a GPU."""
+    monkeypatch.setattr(hardware, "detect", lambda: HERE)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with the tiny model's config and headers; the weights are a hole."""
+    files = dense(256, 768, 4, 4, 2, 2048, max_position=2048, tied=True)
+    for name, size in files.names().items():
+        with (tmp_path / name).open("wb") as file:
+            file.write(files.read(name, 0, min(size, 1 << 16)))
+            file.truncate(size)
+    return tmp_path
+
+
+def run(*words: str, module: Any = command, **environment: str) -> int:
+    parser = argparse.ArgumentParser()
+    module.add_arguments(parser)
+    return int(module.run(parser.parse_args(words), environment))
+
+
+def serve_from_hub(monkeypatch: pytest.MonkeyPatch, files: CheckpointFiles) -> list[str]:
+    """The hub answers with these files; returns the models that were asked for."""
+    asked: list[str] = []
+
+    def hub_files(settings: Any) -> CheckpointFiles:
+        asked.append(f"{settings.model_source}:{settings.model_id}")
+        return files
+
+    monkeypatch.setattr(store, "hub_files", hub_files)
+    return asked
+
+
+def test_a_folder_is_planned_for_the_cpu_as_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--model", str(folder), "--profile", "cpu", "--json") == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["fits"] is True
+    assert document["engine_args"]["max-model-len"] == 2048
+    assert document["vram"] == []
+
+
+def test_a_folder_beside_one_is_a_folder(folder: Path, monkeypatch: pytest.MonkeyPatch,
+                                         capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(folder.parent)
+    assert run("--model", folder.name, "--profile", "cpu", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["fits"] is True
+
+
+def test_a_model_of_the_hub_is_planned_for_a_card_that_is_not_here(
+        monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = serve_from_hub(monkeypatch, captured("deepseek-r1-distill-llama-70b"))
+    assert run("--model", "a/b", "--gpu", "32GiB:RTX5090", "--ram", "64GB", MODEL_SOURCE="local", MODEL_ID="/x") == 0
+    text = capsys.readouterr().out
+    assert asked == ["modelscope:a/b"]
+    for words in ("a/b with profile 32gb", "memory of the GPU", "quantization state      3.98 GiB",
+                  "PCIe 5 with 16 lanes", "tokens/s for one request", "gpu-memory-utilization", "profile: 32gb"):
+        assert words in text, text
+
+
+def test_two_cards_make_one_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    serve_from_hub(monkeypatch, captured("deepseek-r1-distill-llama-70b"))
+    assert run("--gpu", "20GiB", "--gpu", "20GiB", "--ram", "64GiB") == 0
+    text = capsys.readouterr().out
+    assert text.count("memory of each of 2 GPUs") == 1
+    assert "profile 2x20gb" in text
+
+
+def test_a_refusal_ends_with_3_and_says_what_would_do(monkeypatch: pytest.MonkeyPatch,
+                                                      capsys: pytest.CaptureFixture[str]) -> None:
+    serve_from_hub(monkeypatch, captured("deepseek-r1-distill-llama-70b"))
+    assert run("--gpu", "7GiB", "--ram", "64GiB") == 3
+    text = capsys.readouterr().out
+    assert "does not fit: The model needs" in text
+    assert "  -> a GPU with" in text
+    assert run("--gpu", "7GiB", "--ram", "64GiB", "--json") == 3
+    document = json.loads(capsys.readouterr().out)
+    assert document["fits"] is False
+    assert document["missing_bytes"] > 0
+    assert document["remedies"]
+
+
+def test_memory_elsewhere_is_unknown_unless_given(monkeypatch: pytest.MonkeyPatch,
+                                                  capsys: pytest.CaptureFixture[str]) -> None:
+    serve_from_hub(monkeypatch, captured("deepseek-r1-distill-llama-70b"))
+    assert run("--gpu", "24GiB") == 0
+    assert "not checked" in capsys.readouterr().out
+    assert run("--gpu", "24GiB", "--ram", "8GiB") == 3
+    assert "host memory" in capsys.readouterr().out
+
+
+def test_settings_given_on_the_command_line_win(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--model", str(folder), "--profile", "cpu", "--set", "MAX_MODEL_LEN=1024", "--set", "MAX_NUM_SEQS=2",
+               "--json", MAX_MODEL_LEN="512", VRAM_PROFILE="7gb") == 0
+    arguments = json.loads(capsys.readouterr().out)["engine_args"]
+    assert (arguments["max-model-len"], arguments["max-num-seqs"]) == (1024, 2)
+
+
+def test_the_disk_counts_where_the_volume_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                             capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(hardware, "detect", lambda: Hardware((CARD,), "580", 64 * GIB, 64 * GIB, 8.0))
+    monkeypatch.setattr(hardware, "disk_free", lambda path: 10 * GIB)
+    serve_from_hub(monkeypatch, captured("deepseek-r1-distill-llama-70b"))
+    assert run(MODELS_DIR=str(tmp_path)) == 3
+    assert "10.00 GiB free" in capsys.readouterr().out
+    assert run(MODELS_DIR=str(tmp_path / "not there")) == 0
+    monkeypatch.setattr(hardware, "disk_used", lambda path: (200 if path == tmp_path / "a" / "b" else 0) * GIB)
+    assert run("--model", "a/b", MODELS_DIR=str(tmp_path)) == 0  # pulled already, but for the rest
+    assert run("--gpu", "32GiB", MODELS_DIR=str(tmp_path)) == 0
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (("--set", "MAX_LEN=1"), "MAX_LEN is no setting"), (("--set", "PORT"), "--set PORT"),
+    (("--gpu", "big"), "--gpu: 'big' is not a size"), (("--gpu", "8GB", "--ram", "x"), "--ram: 'x' is not a size"),
+    (("--profile", "9gb"), "9gb is no profile"), (("--set", "MAX_NUM_SEQS=0"), "MAX_NUM_SEQS"),
+    ((), "driver library not found"),
+])
+def test_a_mistake_is_named(words: tuple[str, ...], said: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        run(*words)
+    assert said in caught.value.cause
+
+
+def test_profiles_are_listed_with_the_one_chosen_here(monkeypatch: pytest.MonkeyPatch,
+                                                      capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(hardware, "detect", lambda: Hardware((CARD,), "580", 64 * GIB, 64 * GIB, 8.0))
+    assert run("--json", module=profiles_command) == 0
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    assert [name for name, row in rows.items() if row["chosen"]] == ["32gb"]
+    assert {name for name, row in rows.items() if row["fits"]} == {"7gb", "32gb", "cpu"}
+    assert rows["2x20gb"] | {"description": ""} == {
+        "name": "2x20gb", "description": "", "device": "cuda", "gpus": 2, "vram_bytes": 20 * 10**9, "fits": False,
+        "chosen": False}
+    assert run(module=profiles_command) == 0
+    text = capsys.readouterr().out
+    assert "* 32gb" in text
+    assert "too small" in text
+    assert run("--json", module=profiles_command, VRAM_LIMIT="7GiB") == 0
+    assert [row["name"] for row in json.loads(capsys.readouterr().out) if row["chosen"]] == ["7gb"]
+
+
+def test_without_a_gpu_no_profile_is_chosen_unasked(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(module=profiles_command) == 0
+    assert "choose one with VRAM_PROFILE" in capsys.readouterr().out
+    assert run("--json", module=profiles_command, VRAM_PROFILE="cpu") == 0
+    assert [row["name"] for row in json.loads(capsys.readouterr().out) if row["chosen"]] == ["cpu"]

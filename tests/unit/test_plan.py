@@ -1,0 +1,462 @@
+"""Plans: which source wins, what is worked out, what is refused; and golden plans of the machines of interest.
+
+The machines are made up by hand: `Hardware` as such a machine would report it. After a change that is meant, make the
+goldens again with UPDATE_GOLDENS=1 and read the difference.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from fakes.checkpoint_files import captured, checkpoint, dense
+from shoehorn import checkpoint as checkpoints
+from shoehorn import profiles, settings
+from shoehorn.checkpoint import ModelShape
+from shoehorn.errors import SettingsError
+from shoehorn.estimate import CONTEXT_BYTES
+from shoehorn.hardware import Gpu, Hardware
+from shoehorn.plan import Plan, Refusal, make_plan
+from shoehorn.settings import Settings
+
+GIB = 1 << 30
+GOLDEN = Path(__file__).resolve().parents[1] / "golden"
+
+
+@cache
+def llama_70b() -> ModelShape:
+    return checkpoints.read(captured("deepseek-r1-distill-llama-70b"))
+
+
+@cache
+def llama_8b() -> ModelShape:
+    return checkpoints.read(dense(4096, 14336, 32, 32, 8, 128256))
+
+
+@cache
+def tiny() -> ModelShape:
+    return checkpoints.read(dense(256, 768, 4, 4, 2, 2048, max_position=2048, tied=True))
+
+
+def quantized(method: str) -> ModelShape:
+    """The 8B as if another had quantized it."""
+    return replace(llama_8b(), quantization=method)
+
+
+def machine(*cards: tuple[str, float], ram: int = 64) -> Hardware:
+    """A machine with these cards (name, GiB as CUDA reports it) on PCIe 4, and that many GiB of host memory."""
+    gpus = tuple(Gpu(index, f"GPU-{index}", name, round(size * GIB), round(size * GIB), (8, 9), 4, 16, False)
+                 for index, (name, size) in enumerate(cards))
+    return Hardware(gpus, "580.95.05", ram * GIB, ram * GIB, 16.0)
+
+
+SMALL, MIDDLE, LARGE = ("made up", 7.0), ("NVIDIA GeForce RTX 4090", 23.6), ("NVIDIA GeForce RTX 5090", 31.8)
+TWENTY, HUGE = ("NVIDIA GeForce RTX 3080", 19.7), ("NVIDIA H200", 139.8)
+CPU_ONLY = machine(ram=4)
+
+
+def plan_for(hardware: Hardware, shape: ModelShape, disk: int | None = None, **environment: str) -> Plan | Refusal:
+    loaded: Settings = settings.load(environment)
+    return make_plan(loaded, hardware, profiles.select(loaded, hardware), shape, disk)
+
+
+def planned(hardware: Hardware, shape: ModelShape, **environment: str) -> Plan:
+    plan = plan_for(hardware, shape, **environment)
+    assert isinstance(plan, Plan), plan
+    return plan
+
+
+def refused(hardware: Hardware, shape: ModelShape, disk: int | None = None, **environment: str) -> Refusal:
+    refusal = plan_for(hardware, shape, disk, **environment)
+    assert isinstance(refusal, Refusal)
+    return refusal
+
+
+def reason(plan: Plan | Refusal, option: str) -> tuple[object, str, str]:
+    """(value, source, text) of an option's one reason."""
+    found = [each for each in plan.reasons if each.option == option]
+    assert len(found) == 1, option
+    return found[0].value, found[0].source, found[0].text
+
+
+# Golden plans: the 70B on the machines of interest, and the tiny model without a GPU.
+
+CASES = {
+    "70b-1x7-ram64": (machine(SMALL), llama_70b, {}),
+    "70b-1x7-ram16": (machine(SMALL, ram=16), llama_70b, {}),
+    "70b-1x24-ram64": (machine(MIDDLE), llama_70b, {}),
+    "70b-1x24-ram16": (machine(MIDDLE, ram=16), llama_70b, {}),
+    "70b-1x32-ram64": (machine(LARGE), llama_70b, {}),
+    "70b-1x32-ram24": (machine(LARGE, ram=24), llama_70b, {}),
+    "70b-2x20-ram64": (machine(TWENTY, TWENTY), llama_70b, {}),
+    "70b-2x20-ram16": (machine(TWENTY, TWENTY, ram=16), llama_70b, {}),
+    "tiny-cpu": (CPU_ONLY, tiny, {"VRAM_PROFILE": "cpu"}),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_golden_plan_is_unchanged(name: str) -> None:
+    hardware, shape, environment = CASES[name]
+    text = json.dumps(plan_for(hardware, shape(), **environment).to_json(), indent=1) + "\n"
+    path = GOLDEN / f"{name}.json"
+    if os.environ.get("UPDATE_GOLDENS"):
+        path.write_text(text)
+    assert json.loads(text) == json.loads(path.read_text())
+
+
+def test_no_golden_is_stale() -> None:
+    assert {path.stem for path in GOLDEN.glob("*.json")} == set(CASES)
+
+
+def test_goldens_hold_both_answers() -> None:
+    answers = {name: json.loads((GOLDEN / f"{name}.json").read_text())["fits"] for name in CASES}
+    assert answers == {name: name in ("70b-1x24-ram64", "70b-1x32-ram64", "70b-2x20-ram64", "tiny-cpu")
+                       for name in CASES}
+
+
+# Precedence.
+
+
+def test_extra_arguments_win_over_settings_and_settings_over_the_profile() -> None:
+    plan = planned(machine(LARGE), llama_8b(), MAX_MODEL_LEN="4096", MAX_NUM_SEQS="16",
+                   VLLM_EXTRA_ARGS="--max-num-seqs 4")
+    assert plan.engine_args["max-model-len"] == 4096
+    assert reason(plan, "max-model-len") == (4096, "setting", "MAX_MODEL_LEN")
+    assert reason(plan, "max-num-seqs") == (4, "setting", "VLLM_EXTRA_ARGS instead of 16 (setting MAX_NUM_SEQS)")
+    assert reason(plan, "block-size") == (32, "profile", "32gb")
+
+
+def test_every_option_has_one_reason() -> None:
+    plan = planned(machine(MIDDLE), llama_70b(), SPECULATIVE="ngram", VLLM_EXTRA_ARGS="--seed 1")
+    for option, value in plan.engine_args.items():
+        assert reason(plan, option)[0] == value
+
+
+def test_the_model_lowers_a_profiles_context_with_a_reason() -> None:
+    plan = planned(CPU_ONLY, tiny(), VRAM_PROFILE="cpu")
+    assert reason(plan, "max-model-len") == (2048, "model", "the model's own limit; profile has 4096")
+
+
+@pytest.mark.parametrize(("environment", "named"), [
+    ({"MAX_MODEL_LEN": "4096"}, "MAX_MODEL_LEN"), ({"VLLM_EXTRA_ARGS": "--max-model-len 4k"}, "VLLM_EXTRA_ARGS"),
+])
+def test_a_context_beyond_the_model_is_refused_by_name(environment: dict[str, str], named: str) -> None:
+    with pytest.raises(SettingsError, match=f"^{named} asks for a context of 4.* limit is 2048") as caught:
+        plan_for(CPU_ONLY, tiny(), VRAM_PROFILE="cpu", **environment)
+    assert "2048" in caught.value.remedy
+
+
+def test_what_nobody_said_is_fixed_and_said(tmp_path: Path) -> None:
+    path = tmp_path / "bare.yaml"
+    path.write_text("engine: {}\n")
+    plan = planned(machine(HUGE), llama_8b(), VRAM_PROFILE=str(path))
+    assert reason(plan, "max-model-len")[:2] == (131072, "model")
+    assert reason(plan, "max-num-seqs")[:2] == (256, "machine")
+    assert reason(plan, "gpu-memory-utilization")[:2] == (0.92, "machine")
+
+
+def test_more_sequences_than_batched_tokens_raise_the_batch() -> None:
+    plan = planned(machine(SMALL), llama_8b(), VLLM_EXTRA_ARGS="--max-num-seqs 9 --max-num-batched-tokens 8")
+    assert reason(plan, "max-num-batched-tokens")[:2] == (9, "machine")
+
+
+def test_switches_of_the_settings_reach_the_engine() -> None:
+    plan = planned(CPU_ONLY, tiny(), VRAM_PROFILE="cpu", SPECULATIVE="ngram", TRUST_REMOTE_CODE="yes")
+    assert plan.engine_args["speculative-config"] == {
+        "method": "ngram", "num_speculative_tokens": 8, "prompt_lookup_max": 4, "prompt_lookup_min": 2}
+    assert plan.engine_args["trust-remote-code"] is True
+    plain = planned(CPU_ONLY, tiny(), VRAM_PROFILE="cpu", SPECULATIVE="off")
+    assert not {"speculative-config", "trust-remote-code", "quantization"} & set(plain.engine_args)
+
+
+def test_a_profiles_environment_reaches_the_engine(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("match: {device: cpu}\nenvironment: {OMP_NUM_THREADS: 2}\n")
+    plan = planned(CPU_ONLY, tiny(), VRAM_PROFILE=str(path))
+    assert plan.engine_environment == {"OMP_NUM_THREADS": "2"}
+    assert reason(plan, "kv-cache-memory-bytes")[:2] == (GIB, "machine")
+
+
+# Quantization.
+
+
+def test_quantization_none_takes_the_checkpoint_as_it_is() -> None:
+    plan = planned(machine(MIDDLE), llama_8b(), QUANTIZATION="none")
+    assert "quantization" not in plan.engine_args
+    assert plan.vram[0].quant_state_bytes == 0
+    assert reason(plan, "quantization")[1] == "setting"
+
+
+@pytest.mark.parametrize("method", ["awq", "gptq", "compressed-tensors", "fp8"])
+def test_a_quantized_checkpoint_is_left_alone_by_a_profile(method: str) -> None:
+    plan = planned(machine(LARGE), quantized(method))
+    assert "quantization" not in plan.engine_args
+    assert reason(plan, "quantization")[1] == "model"
+    assert method in reason(plan, "quantization")[2]
+
+
+@pytest.mark.parametrize("environment", [
+    {"QUANTIZATION": "bitsandbytes"}, {"VLLM_EXTRA_ARGS": "--quantization bitsandbytes"},
+])
+def test_nf4_of_an_awq_checkpoint_is_refused_by_both_names(environment: dict[str, str]) -> None:
+    with pytest.raises(SettingsError, match="bitsandbytes, but the checkpoint is quantized already, by awq") as caught:
+        plan_for(machine(LARGE), quantized("awq"), **environment)
+    assert next(iter(environment)) in caught.value.cause
+
+
+def test_another_kernel_for_the_same_checkpoint_may_be_asked_for() -> None:
+    plan = planned(machine(LARGE), quantized("awq"), VLLM_EXTRA_ARGS="--quantization awq_marlin")
+    assert plan.engine_args["quantization"] == "awq_marlin"
+
+
+def test_nf4_made_by_others_is_served_on_one_card_and_refused_on_two() -> None:
+    assert planned(machine(LARGE), quantized("bitsandbytes")).engine_args["quantization"] == "bitsandbytes"
+    with pytest.raises(SettingsError, match="cannot be divided over 2 GPUs") as caught:
+        plan_for(machine(TWENTY, TWENTY), quantized("bitsandbytes"))
+    assert "--pipeline-parallel-size 2" in caught.value.remedy
+
+
+# The machine.
+
+
+@pytest.mark.parametrize("profile", ["auto", "7gb", "2x20gb"])
+def test_no_gpu_says_how_to_pass_one_in(profile: str) -> None:
+    with pytest.raises(SettingsError, match="GPU") as caught:
+        plan_for(CPU_ONLY, tiny(), VRAM_PROFILE=profile)
+    assert "--gpus" in caught.value.remedy
+
+
+def test_one_card_is_too_few_for_two() -> None:
+    with pytest.raises(SettingsError, match="needs 2 GPUs"):
+        plan_for(machine(LARGE), llama_8b(), VRAM_PROFILE="2x20gb")
+
+
+def test_heads_that_cannot_be_divided_are_refused() -> None:
+    with pytest.raises(SettingsError, match="4 attention heads cannot be divided over 3 GPUs"):
+        plan_for(machine(LARGE, LARGE, LARGE), tiny(), VLLM_EXTRA_ARGS="--tensor-parallel-size 3")
+    with pytest.raises(SettingsError, match="less than one"):
+        plan_for(machine(LARGE), tiny(), VLLM_EXTRA_ARGS="--tensor-parallel-size 0")
+
+
+def test_a_divided_card_is_refused() -> None:
+    hardware = machine(LARGE)
+    divided = replace(hardware, gpus=(replace(hardware.gpus[0], mig=True),))
+    with pytest.raises(SettingsError, match="MIG"):
+        plan_for(divided, tiny())
+
+
+def test_a_limit_for_the_gpu_contradicts_the_cpu_profile() -> None:
+    with pytest.raises(SettingsError, match="VRAM_LIMIT is set, but profile cpu"):
+        plan_for(CPU_ONLY, tiny(), VRAM_PROFILE="cpu", VRAM_LIMIT="7GiB")
+
+
+@pytest.mark.parametrize("limit", [7, 10, 24])
+def test_a_limit_is_never_exceeded_by_context_and_share_together(limit: int) -> None:
+    plan = planned(machine(HUGE), llama_8b(), VRAM_LIMIT=f"{limit}GiB")
+    share, source, text = reason(plan, "gpu-memory-utilization")
+    assert isinstance(share, float)
+    assert share * 139.8 * GIB + CONTEXT_BYTES <= limit * GIB
+    assert (source, f"VRAM_LIMIT is {limit}.00 GiB" in text) == ("setting", True)
+    assert plan.vram[0].total_bytes <= plan.vram[0].limit_bytes <= limit * GIB
+
+
+def test_a_card_that_another_process_uses_gives_what_is_free() -> None:
+    hardware = machine(LARGE)
+    shared = replace(hardware, gpus=(replace(hardware.gpus[0], free_bytes=20 * GIB),))
+    plan = planned(shared, llama_8b())
+    assert plan.vram[0].total_bytes <= 20 * GIB
+    assert reason(plan, "gpu-memory-utilization")[1:] == (
+        "machine", "20.00 GiB of the card are free, of which the CUDA context takes 584 MiB that vLLM does not count")
+
+
+def test_a_share_given_by_hand_stands_and_the_contradiction_is_said() -> None:
+    plan = planned(machine(HUGE), llama_8b(), VRAM_LIMIT="10GiB", VLLM_EXTRA_ARGS="--gpu-memory-utilization 0.5")
+    value, source, text = reason(plan, "gpu-memory-utilization")
+    assert (value, source) == (0.5, "setting")
+    assert "although VRAM_LIMIT is 10.00 GiB" in text
+
+
+# Offload.
+
+
+def test_what_fits_is_not_offloaded() -> None:
+    plan = planned(machine(MIDDLE), llama_8b(), QUANTIZATION="none")
+    assert reason(plan, "cpu-offload-gb")[:2] == (0, "model")
+    assert plan.host_pinned_bytes == 0
+
+
+def test_as_little_is_offloaded_as_leaves_room_for_two_requests() -> None:
+    plan = planned(machine(TWENTY, TWENTY), llama_70b())
+    value, source, _ = reason(plan, "cpu-offload-gb")
+    assert isinstance(value, float)
+    assert 0 < value < 20
+    assert source == "model"
+    assert 2 * 8192 <= plan.kv_cache_tokens < 2 * 8192 + 1000
+    longer = planned(machine(TWENTY, TWENTY), llama_70b(), MAX_MODEL_LEN="12288")
+    more = reason(longer, "cpu-offload-gb")[0]
+    assert isinstance(more, float)
+    assert more > value
+
+
+def test_a_profile_offloads_no_more_than_it_says() -> None:
+    assert reason(planned(machine(LARGE), llama_70b(), MAX_MODEL_LEN="9000"), "cpu-offload-gb") == (
+        20.0, "profile", "32gb")
+
+
+def test_offload_given_by_hand_stands() -> None:
+    plan = planned(machine(HUGE), llama_8b(), VLLM_EXTRA_ARGS="--cpu-offload-gb 2")
+    assert reason(plan, "cpu-offload-gb")[:2] == (2.0, "setting")
+    assert plan.host_pinned_bytes > 2 * GIB
+
+
+def test_prefetch_offload_is_estimated_as_itself() -> None:
+    plan = planned(machine(MIDDLE), llama_70b(), VLLM_EXTRA_ARGS="--offload-group-size 1 --offload-prefetch-step 2")
+    assert plan.vram[0].offload_buffer_bytes > 0
+    assert plan.vram[0].weights_bytes < GIB
+
+
+def test_what_is_not_estimated_is_said() -> None:
+    plan = planned(machine(LARGE), llama_8b(), VLLM_EXTRA_ARGS="--kv-offloading-size 4 --pipeline-parallel-size 1")
+    assert "its memory is not estimated" in reason(plan, "kv-offloading-size")[2]
+    assert "not estimated" not in reason(plan, "pipeline-parallel-size")[2]
+
+
+def test_a_small_kv_cache_format_doubles_the_tokens() -> None:
+    plain = planned(machine(MIDDLE), llama_8b())
+    small = planned(machine(MIDDLE), llama_8b(), VLLM_EXTRA_ARGS="--kv-cache-dtype fp8")
+    assert small.kv_cache_tokens == pytest.approx(2 * plain.kv_cache_tokens, rel=0.01)
+
+
+# Refusals.
+
+
+def test_the_70b_does_not_fit_7_gb_with_stock_parts_and_the_refusal_says_what_would() -> None:
+    refusal = refused(machine(SMALL), llama_70b())
+    assert refusal.missing == "vram"
+    assert 2 * GIB < refusal.missing_bytes < 3 * GIB
+    assert "quant state (3.98 GiB) and embeddings (3.91 GiB)" in refusal.cause
+    assert refusal.remedies[0].startswith("a GPU with 9.")
+    error = refusal.as_error()
+    assert error.exit_code == 3
+    assert refusal.remedies[0] in error.remedy
+    document = refusal.to_json()
+    assert (document["fits"], document["missing_bytes"]) == (False, refusal.missing_bytes)
+
+
+def test_the_named_card_does_fit() -> None:
+    size = float(refused(machine(SMALL), llama_70b()).remedies[0].split()[3])
+    assert isinstance(plan_for(machine(("made up", size)), llama_70b()), Plan)
+    assert isinstance(plan_for(machine(("made up", size - 0.5)), llama_70b()), Refusal)
+
+
+def apply(remedy: str) -> dict[str, str]:
+    """`A=1 with B='2'` as environment."""
+    return dict(word.replace("'", "").split("=", 1) for word in remedy.split(" with "))
+
+
+@pytest.mark.parametrize(("hardware", "shape", "environment", "expected"), [
+    (machine(HUGE), llama_70b, {"VRAM_LIMIT": "7GiB"}, "VRAM_LIMIT="),
+    (machine(HUGE), llama_70b, {"VLLM_EXTRA_ARGS": "--gpu-memory-utilization 0.06", "VRAM_PROFILE": "7gb"},
+     "VLLM_EXTRA_ARGS='--gpu-memory-utilization"),
+    (machine(LARGE), llama_70b, {"MAX_MODEL_LEN": "18000"}, "MAX_MODEL_LEN="),
+    (machine(LARGE), llama_70b, {"MAX_MODEL_LEN": "18000"}, "MAX_NUM_SEQS=8 with VLLM_EXTRA_ARGS="),
+    (machine(LARGE), llama_70b, {"MAX_MODEL_LEN": "18000"}, "VLLM_EXTRA_ARGS='--cpu-offload-gb"),
+    (machine(LARGE), llama_70b, {"MAX_MODEL_LEN": "18000"}, "VLLM_EXTRA_ARGS='--enforce-eager'"),
+    (machine(SMALL), llama_8b, {"QUANTIZATION": "none", "VLLM_EXTRA_ARGS": "--cpu-offload-gb 0"},
+     "QUANTIZATION=bitsandbytes"),
+])
+def test_each_remedy_does_what_it_says(hardware: Hardware, shape: object, environment: dict[str, str],
+                                       expected: str) -> None:
+    model = shape()  # type: ignore[operator]  # a cached function
+    refusal = refused(hardware, model, **environment)
+    remedy = next(each for each in refusal.remedies if each.startswith(expected))
+    changed = apply(remedy)
+    if "VLLM_EXTRA_ARGS" in changed:
+        changed["VLLM_EXTRA_ARGS"] = f"{environment.get('VLLM_EXTRA_ARGS', '')} {changed['VLLM_EXTRA_ARGS']}"
+    assert isinstance(plan_for(hardware, model, **{**environment, **changed}), Plan), remedy
+
+
+def test_too_little_host_memory_is_refused_with_what_is_missing() -> None:
+    refusal = refused(machine(MIDDLE, ram=16), llama_70b())
+    assert refusal.missing == "host_memory"
+    enough = 16 + -(-refusal.missing_bytes // GIB)
+    assert isinstance(plan_for(machine(MIDDLE, ram=enough), llama_70b()), Plan)
+    assert isinstance(plan_for(machine(MIDDLE, ram=enough - 1), llama_70b()), Refusal)
+
+
+def test_unknown_host_memory_is_not_checked_and_that_is_said() -> None:
+    plan = planned(machine(MIDDLE, ram=0), llama_70b())
+    assert "unknown" in reason(plan, "host-memory")[2]
+
+
+def test_host_memory_that_others_hold_is_a_remark() -> None:
+    plan = planned(replace(machine(MIDDLE), host_available_bytes=GIB), llama_70b())
+    assert "only 1.00 GiB are free" in reason(plan, "host-memory")[2]
+
+
+def test_a_full_disk_is_refused_before_anything_is_pulled() -> None:
+    refusal = refused(machine(LARGE), llama_70b(), disk=100 * GIB)
+    assert refusal.missing == "disk"
+    assert refusal.missing_bytes == llama_70b().disk_bytes - 100 * GIB
+    assert isinstance(plan_for(machine(LARGE), llama_70b(), llama_70b().disk_bytes), Plan)
+
+
+def test_a_cache_on_the_cpu_that_is_too_small_names_the_context_that_fits() -> None:
+    refusal = refused(machine(ram=64), llama_8b(), VRAM_PROFILE="cpu", MAX_MODEL_LEN="9000")
+    assert "MAX_MODEL_LEN=8192" in refusal.remedies
+    assert isinstance(plan_for(machine(ram=64), llama_8b(), VRAM_PROFILE="cpu", MAX_MODEL_LEN="8192"), Plan)
+
+
+def test_a_model_larger_than_the_hosts_memory_names_quantization() -> None:
+    refusal = refused(machine(ram=16), llama_8b(), VRAM_PROFILE="cpu")
+    assert "QUANTIZATION=bitsandbytes" in refusal.remedies
+    assert isinstance(plan_for(machine(ram=16), llama_8b(), VRAM_PROFILE="cpu", QUANTIZATION="bitsandbytes"), Plan)
+
+
+def test_a_fixed_cache_counts_as_it_is() -> None:
+    plan = planned(machine(MIDDLE), llama_8b(), VLLM_EXTRA_ARGS=f"--kv-cache-memory-bytes {GIB}")
+    assert plan.kv_cache_tokens == 8192
+    assert refused(machine(MIDDLE), llama_8b(), VLLM_EXTRA_ARGS=f"--kv-cache-memory-bytes {20 * GIB}").missing == "vram"
+
+
+# What is expected.
+
+
+def test_speed_is_that_of_the_link_when_offloaded_and_unknown_on_the_cpu() -> None:
+    fast = planned(replace(machine(MIDDLE), gpus=(replace(machine(MIDDLE).gpus[0], pcie_generation=5),)), llama_70b())
+    slow = planned(machine(MIDDLE), llama_70b())
+    assert fast.expected_tokens_per_second["batch_1"] > slow.expected_tokens_per_second["batch_1"]  # type: ignore[operator]  # neither is None
+    plan = planned(CPU_ONLY, tiny(), VRAM_PROFILE="cpu")
+    assert plan.expected_tokens_per_second == {"batch_1": None, "batch_8": None}
+    assert reason(plan, "speed")[1] == "machine"
+
+
+def test_unequal_cards_are_remarked() -> None:
+    plan = planned(machine(LARGE, TWENTY), llama_70b())
+    assert "unequal" in reason(plan, "gpus")[2]
+    assert plan.vram[0] == plan.vram[1]
+    assert plan.vram[0].limit_bytes < 20 * GIB
+
+
+def test_what_the_checkpoint_did_not_tell_is_among_the_reasons() -> None:
+    odd = checkpoints.read(checkpoint({
+        "architectures": ["OddForCausalLM"], "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4,
+        "vocab_size": 100, "intermediate_size": 128, "max_position_embeddings": 512},
+        {"model.layers.0.mlp.up_proj.weight": ("BF16", [128, 64])}))
+    assert "OddForCausalLM is not one of" in reason(planned(machine(LARGE), odd), "model")[2]
+
+
+def test_the_plan_is_json_as_documented() -> None:
+    document = json.loads(json.dumps(planned(machine(LARGE), llama_70b()).to_json()))
+    assert set(document) >= {"fits", "profile", "engine_args", "reasons", "vram", "host_pinned_bytes",
+                             "kv_cache_tokens", "expected_tokens_per_second", "disk_bytes"}
+    assert document["fits"] is True
+    assert set(document["vram"][0]) == {
+        "weights_bytes", "quant_state_bytes", "embeddings_bytes", "offload_buffer_bytes", "kv_cache_bytes",
+        "activations_bytes", "cuda_graphs_bytes", "framework_bytes", "total_bytes", "limit_bytes"}
+    assert set(document["expected_tokens_per_second"]) == {"batch_1", "batch_8"}
