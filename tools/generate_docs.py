@@ -18,7 +18,8 @@ An empty variable counts as not set. A wrong value stops the start with exit cod
 A setting marked *secret* may instead be read from the file that `NAME_FILE` names; setting both is an error.
 
 Precedence: `VLLM_EXTRA_ARGS` wins over the settings, a setting over the profile, the profile over what is worked out
-from model and machine.
+from model and machine. One thing in a profile is an upper bound, not a value: `cpu-offload-gb`. The plan offloads the
+least that leaves room for two requests of full length, and nothing when everything fits on the card.
 
 | setting | default | meaning |
 |---|---|---|

@@ -64,6 +64,9 @@ _ROWS = (
                                            r"validation errors? for \w+Config"),
          "The engine refused an option.",
          "Correct VLLM_EXTRA_ARGS, the setting or the profile that the engine's message above names."),
+    _Row("no_compiler", re.compile(r"Failed to find C compiler|CalledProcessError: Command '\['[^']*(gcc|clang|cc)'"),
+         "The engine compiles small parts of itself at start, and found no working C compiler.",
+         "Install gcc, binutils and Python's headers where it runs; the image has them."),
     _Row("bad_weights", re.compile(r"SafetensorError|Error while deserializing header"),
          "A weight file is damaged.", "Run `shoehorn pull` again; it checks every file and fetches what is damaged."),
 )

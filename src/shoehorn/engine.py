@@ -97,10 +97,13 @@ def _take_over(settings: Settings, states: StateFile) -> Restarts:
 
 def _plan(settings: Settings, directory: Path | None) -> Plan:
     machine = hardware.detect()
-    profile = (profiles.choose(machine) if settings.vram_profile == "auto" else profiles.load(settings.vram_profile))
+    profile = profiles.select(settings, machine)
     files = checkpoint.LocalFiles(directory) if directory else store.hub_files(settings)
     shape = checkpoint.read(files)
-    free = hardware.disk_free(settings.models_dir) if directory is None else None
+    free = None
+    if directory is None:  # what an earlier pull left counts as free: it is gone on with
+        there = hardware.disk_used(settings.models_dir / settings.model_id)
+        free = hardware.disk_free(settings.models_dir) + there
     plan = make_plan(settings, machine, profile, shape, free)
     if isinstance(plan, Refusal):
         raise plan.as_error()

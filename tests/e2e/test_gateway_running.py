@@ -17,8 +17,8 @@ from pathlib import Path
 
 import httpx
 import pytest
-from running import wait_until
 from gateway_process import BEARER, KEY, MODEL, Gateway, authorization, openai_error
+from running import wait_until
 
 from shoehorn import gateway
 from shoehorn.paths import GATEWAY

@@ -12,8 +12,8 @@ from pathlib import Path
 import httpx
 import pytest
 from running import DEMO_MODEL, Appliance, wait_until
-from fakes.hub import Hub
 
+from fakes.hub import Hub
 from shoehorn.state import Phase, StateFile
 
 pytestmark = pytest.mark.e2e

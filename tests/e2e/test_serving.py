@@ -9,10 +9,10 @@ import sys
 
 import httpx
 import pytest
-from running import Appliance
 from langchain_openai import ChatOpenAI
 from openai import AuthenticationError, OpenAI
 from prometheus_client.parser import text_string_to_metric_families
+from running import Appliance
 
 from shoehorn.paths import HOME
 

@@ -35,7 +35,7 @@ def run(arguments: argparse.Namespace, environment: Mapping[str, str]) -> int:
     """Prepare everything and become supervisord; returns only by an exception."""
     settings = settings_module.load(environment)
     machine = hardware.detect()
-    profile = profiles.choose(machine) if settings.vram_profile == "auto" else profiles.load(settings.vram_profile)
+    profile = profiles.select(settings, machine)
     lock = _prepare_run_dir(settings.run_dir)
     _require_volume(settings.models_dir)
     for port, name in ((settings.port, "PORT"), (settings.metrics_port, "METRICS_PORT")):
