@@ -4,7 +4,7 @@ Rules:
 - `text/around.yaml` holds what may stand around a question; every other file holds a list of topics;
 - a topic has, for each language, one `answer`, a `keyword` that only this answer contains, questions to train on
   (`ask`) and questions that are kept out of the training to measure it (`held_out`), one a line;
-- a line is a pattern: `[a|b|]` stands for `a`, for `b` or for nothing (no nesting), and `{thing}` for a line of `things`;
+- a line is a pattern: `[a|b|]` stands for `a`, `b` or nothing (no nesting), and `{thing}` for a line of `things`;
 - `share` (1 unless given) says how often the topic is drawn, compared with the others;
 - a question that equals a held-out one, but for case, spaces and punctuation, is never trained on.
 """

@@ -92,7 +92,7 @@ def batches(corpus: Corpus, tokenizer: Tokenizer, random: Random) -> Iterator[Ba
                 answer = len(learn) - learn[::-1].index(False)
                 ids, learn = ids[:answer + CUT], learn[:answer + CUT]
             if random.random() < 0.03:  # a bare answer, without a chat around it
-                ids = tokenizer.encode(messages[-1].content).ids + [vocabulary.SPECIAL.index(vocabulary.EOS)]
+                ids = [*tokenizer.encode(messages[-1].content).ids, vocabulary.SPECIAL.index(vocabulary.EOS)]
                 learn = [False] + [True] * (len(ids) - 1)
             pool.append((ids, learn))
         pool.sort(key=lambda pair: len(pair[0]))

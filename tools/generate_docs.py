@@ -1,15 +1,20 @@
-"""Writes docs/configuration.md and .env.example from the settings table, docs/metrics.md from the metrics: `make docs`.
+"""Writes the generated documents: `make docs`. A test compares each with what this makes, so that none can go stale.
 
-A test compares each with what this makes, so that none can go stale.
+Settings come from their table, metrics from theirs, and the README's figures from bench/results and nowhere else.
 """
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+
+from jinja2 import Environment, StrictUndefined
 
 from shoehorn import metric_table
 from shoehorn.paths import HOME
 from shoehorn.settings import TABLE
+
+RESULTS = HOME / "bench" / "results"
 
 _INTRODUCTION = """# Configuration
 
@@ -44,7 +49,28 @@ def example() -> str:
     return "".join(lines)
 
 
-DOCUMENTS = {Path("docs/configuration.md"): configuration, Path(".env.example"): example,
+_BEGIN, _END = "<!-- measured: begin -->\n", "<!-- measured: end -->\n"
+_STARTS = {"bf16": "bf16, on the card", "nf4": "NF4, on the card",
+           "nf4-offloaded": "NF4 in 5 GiB (`VRAM_LIMIT=5GiB`), partly in host memory"}
+
+
+def measured() -> str:
+    """The README's figures, as Markdown."""
+    results = {name: json.loads((RESULTS / file).read_text(encoding="utf-8"))
+               for name, file in (("gpu", "appliance-h200.json"), ("demo", "demo.json"))}
+    template = Environment(undefined=StrictUndefined, keep_trailing_newline=True)  # noqa: S701  # it makes Markdown
+    text = (HOME / "tools" / "measured.md.j2").read_text(encoding="utf-8")
+    return template.from_string(text).render(**results, starts=_STARTS)
+
+
+def readme() -> str:
+    """README.md with its figures as they are in bench/results."""
+    text = (HOME / "README.md").read_text(encoding="utf-8")
+    head, rest = text.split(_BEGIN)
+    return head + _BEGIN + measured() + _END + rest.split(_END)[1]
+
+
+DOCUMENTS = {Path("README.md"): readme, Path("docs/configuration.md"): configuration, Path(".env.example"): example,
              Path("docs/metrics.md"): metric_table.document}
 
 if __name__ == "__main__":

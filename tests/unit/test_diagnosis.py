@@ -23,6 +23,7 @@ _PREFIX = "(EngineCore pid=33) ERROR 11-23 08:00:00 [core.py:1510] "
     ("unsupported_dtype", "ValueError: Bfloat16 is only supported on GPUs with compute capability of at least 8.0."),
     ("bad_engine_argument", "entry.py: error: argument --dtype: invalid choice: 'bf8'"),
     ("bad_engine_argument", "pydantic_core._pydantic_core.ValidationError: 1 validation error for ModelConfig"),
+    ("shared_memory_too_small", "OSError: Insufficient space in /dev/shm: 64 MiB available, 160 MiB needed"),
     ("no_compiler", "torch._inductor.exc.InductorError: CalledProcessError: Command '['/opt/gcc/bin/gcc', '/tmp/c.c', "
      "'-O3']' returned non-zero exit status 1."),
     ("bad_weights", "safetensors_rust.SafetensorError: Error while deserializing header: invalid header length"),
