@@ -32,6 +32,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 SEED = 6333
 POSITIONS = 2048
 BATCH = 48
+LONGEST = 256  # tokens of a conversation; keeps the memory for training below 2 GB
 CUT, CUT_SHARE = 12, 0.75
 SWAPPED = 0.08
 IGNORED = -100
@@ -94,7 +95,7 @@ def batches(corpus: Corpus, tokenizer: Tokenizer, random: Random) -> Iterator[Ba
             if random.random() < 0.03:  # a bare answer, without a chat around it
                 ids = [*tokenizer.encode(messages[-1].content).ids, vocabulary.SPECIAL.index(vocabulary.EOS)]
                 learn = [False] + [True] * (len(ids) - 1)
-            pool.append((ids, learn))
+            pool.append((ids[:LONGEST], learn[:LONGEST]))
         pool.sort(key=lambda pair: len(pair[0]))
         starts = list(range(0, len(pool), BATCH))
         random.shuffle(starts)

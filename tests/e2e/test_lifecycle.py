@@ -133,8 +133,9 @@ def test_a_taken_port_is_named_at_once(start: Start, appliance: Appliance) -> No
     assert f"PORT={appliance.port} cannot be listened on" in second.output
 
 
-def test_no_gpu_is_said_in_words(start: Start) -> None:
-    appliance = start(VRAM_PROFILE="auto")
+@pytest.mark.parametrize("profile", ["auto", "7gb"])
+def test_no_gpu_is_said_in_words(start: Start, profile: str) -> None:
+    appliance = start(VRAM_PROFILE=profile)
     assert appliance.wait(20) == 2
     assert "GPU" in appliance.output
 

@@ -9,13 +9,17 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
+from pathlib import Path
 
 from shoehorn import hardware
 from shoehorn import settings as settings_module
 from shoehorn.errors import EXIT_BAD_SETTINGS, EXIT_DONE, SettingsError
 from shoehorn.hardware import Hardware
 from shoehorn.settings import Settings
-from shoehorn.units import format_size
+from shoehorn.units import MIB, format_size
+
+_SHARED_MEMORY_BYTES = 160 * MIB
+"""What vLLM 0.32.0 wants before it starts; Docker gives 64 MiB unless told otherwise."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ def examine(environment: Mapping[str, str], machine: Hardware) -> list[Check]:
         return [Check("settings", False, error.cause, error.remedy)]
     return [Check("settings", True, f"{len(settings.given)} given"), _gpus(settings, machine),
             Check("memory", True, f"{format_size(machine.host_memory_bytes)} for us, {machine.cpus:g} CPUs"),
-            _volume(settings), _program("nginx", "install nginx, or put /usr/sbin on PATH"), _engine()]
+            _volume(settings), _shared_memory(), _program("nginx", "install it, or put /usr/sbin on PATH"), _engine()]
 
 
 def _gpus(settings: Settings, machine: Hardware) -> Check:
@@ -75,6 +79,13 @@ def _volume(settings: Settings) -> Check:
         return Check("volume", False, f"{directory} cannot be written by user {os.geteuid()}",
                      f"on the host: sudo chown -R {os.geteuid()} THE_MOUNTED_FOLDER")
     return Check("volume", True, f"{directory}, {format_size(hardware.disk_free(directory))} free")
+
+
+def _shared_memory() -> Check:
+    free = hardware.disk_free(Path("/dev/shm"))  # noqa: S108  # the place itself is looked at
+    enough = free >= _SHARED_MEMORY_BYTES
+    return Check("shared memory", enough, f"{format_size(free)} free in /dev/shm",
+                 "" if enough else "docker run --shm-size 8g, or shm_size: 8gb in compose")
 
 
 def _program(name: str, remedy: str) -> Check:

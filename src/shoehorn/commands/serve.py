@@ -36,6 +36,8 @@ def run(arguments: argparse.Namespace, environment: Mapping[str, str]) -> int:
     settings = settings_module.load(environment)
     machine = hardware.detect()
     profile = profiles.select(settings, machine)
+    if profile.match.device == "cuda":
+        profiles.require_gpus(machine, profile.name)
     lock = _prepare_run_dir(settings.run_dir)
     _require_volume(settings.models_dir)
     for port, name in ((settings.port, "PORT"), (settings.metrics_port, "METRICS_PORT")):
@@ -81,7 +83,8 @@ def _prepare_run_dir(run_dir: Path) -> int:
     """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        run_dir.chmod(0o700)
+        if run_dir.stat().st_uid == os.geteuid():  # under another uid of the image's group it is not ours to change
+            run_dir.chmod(0o700)
         lock = os.open(run_dir / "lock", os.O_CREAT | os.O_RDWR, 0o600)
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
