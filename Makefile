@@ -15,7 +15,8 @@ help: ## print this help
 
 setup: ## make .venv with the CPU engine and the shoehorn command; install nginx from the distribution
 	@command -v nginx >/dev/null || [ -x /usr/sbin/nginx ] || \
-	  { echo "installing nginx"; $(SUDO) apt-get update -qq; $(SUDO) apt-get install -y -qq --no-install-recommends nginx-light >/dev/null; }
+	  { echo "installing nginx"; $(SUDO) apt-get update -qq; $(SUDO) apt-get install -y -qq --no-install-recommends nginx-light >/dev/null; \
+	    [ ! -d /run/systemd/system ] || $(SUDO) systemctl disable --quiet --now nginx; } # the service is not wanted
 	requirements/install $(VENV) cpu
 	[ -x $(VENV)/bin/shoehorn ] || $(VENV)/bin/uv pip install --quiet --python $(VENV)/bin/python --no-deps --no-build-isolation -e .
 

@@ -160,10 +160,10 @@ def read(files: Files) -> ModelShape:
     """
     names = files.names()
     config = _json(files, names, "config.json")
-    shards = _shards(files, names)
-    tensors = [tensor for name in shards for tensor in _header(files, name, names[name])]
+    weights = shards(files, names)
+    tensors = [tensor for name in weights for tensor in _header(files, name, names[name])]
     disk = sum(size for name, size in names.items()
-               if name in shards or (not name.endswith((*_NOT_STORED, ".safetensors")) and "/" not in name))
+               if name in weights or (not name.endswith((*_NOT_STORED, ".safetensors")) and "/" not in name))
     return shape_of(config, tensors, disk)
 
 
@@ -265,8 +265,12 @@ def _count(text: Mapping[str, Any], key: str, default: int | None = None, notes:
     return value
 
 
-def _shards(files: Files, names: Mapping[str, int]) -> list[str]:
-    """The safetensors files that the engine would load, in order."""
+def shards(files: Files, names: Mapping[str, int]) -> list[str]:
+    """The safetensors files that the engine would load, in order.
+
+    Raises:
+        ModelUnavailableError: there are none, or the index names one that is not there.
+    """
     index = "model.safetensors.index.json"
     if index in names:
         weight_map = _json(files, names, index).get("weight_map")

@@ -1,52 +1,44 @@
 """The model store: a model id -> a local folder in which every byte was checked.
 
 Rules:
-- nothing is served from an incomplete folder: the manifest is written last, after every size and SHA-256 matched;
-- once complete the hub is asked nothing; a start compares sizes and times with the manifest;
+- nothing is served from an incomplete folder: the manifest is completed last, after every size and SHA-256 matched;
+- once complete the hub is asked nothing; a start compares sizes and times with the manifest, and where only the times
+  differ (a copied volume) the content decides, without the hub;
 - the hub's own library fetches, and what it leaves is checked here: it can return success without a file;
 - safetensors, configuration and tokenizer only; Python files only with TRUST_REMOTE_CODE, pickled weights never;
-- one writer for each model, by a lock that the kernel drops when its holder dies.
-Layout: MODELS_DIR/OWNER/NAME holds the files, MODELS_DIR/.shoehorn manifests and locks.
+- one writer for each model.
+Layout: MODELS_DIR/OWNER/NAME holds the files, MODELS_DIR/.shoehorn the manifests and locks.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
 import os
-import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from fnmatch import fnmatch
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePosixPath
 
+from shoehorn import checkpoint, manifest, volume
 from shoehorn.checkpoint import Files, LocalFiles
+from shoehorn.download import bytes_there, download, partial_path
 from shoehorn.errors import ModelUnavailableError
-from shoehorn.files import sync_directory, write_atomic
-from shoehorn.hub import Hub, RemoteFile
+from shoehorn.files import sync_directory
+from shoehorn.hub import Hub
+from shoehorn.manifest import Manifest, ModelFile
+from shoehorn.progress import Progress, Report, reported
 from shoehorn.settings import Settings
-from shoehorn.units import format_size
+
+__all__ = ["Progress", "choose", "hub_files", "locate", "pull"]
 
 log = logging.getLogger("store")
 
-_WANTED = ("*.safetensors", "*.json", "*.jinja", "*.tiktoken", "tokenizer.model", "vocab*.txt", "merges.txt")
+_WANTED = ("*.json", "*.jinja", "*.tiktoken", "*.model", "tokenizer.model.*", "vocab*.txt", "merges*.txt")
+_PICKLED = ("*.bin", "*.pt", "*.pth", "*.pickle", "*.pkl", "*.ckpt")
 _BLOCK_BYTES = 8 << 20
-_SPARE = 1.02
-MANIFEST_VERSION = 1
-
-
-@dataclass(frozen=True)
-class Progress:
-    """A moment of a pull. `rate_bytes_per_second` is 0 while unknown."""
-
-    phase: str
-    bytes_done: int
-    bytes_total: int
-    rate_bytes_per_second: float
+_FETCHES = 2
 
 
 def locate(settings: Settings) -> Path | None:
@@ -57,206 +49,215 @@ def locate(settings: Settings) -> Path | None:
     """
     if settings.model_source == "local":
         return _local(Path(settings.model_id))
-    directory = _directory(settings)
-    try:
-        manifest = json.loads(_manifest(settings).read_text(encoding="utf-8"))
-        if manifest["version"] != MANIFEST_VERSION or manifest["revision"] != settings.model_revision:
-            return None
-        for file in manifest["files"]:
-            status = (directory / file["path"]).stat()
-            if (status.st_size, status.st_mtime_ns) != (file["size_bytes"], file["mtime_ns"]):
-                log.warning("%s changed since it was checked; the model is checked again", file["path"])
-                return None
-    except (OSError, ValueError, KeyError, TypeError):
+    directory, found = _directory(settings), _completed(settings)
+    if found is None:
         return None
-    return directory
+    for file in found.files:
+        if not manifest.unchanged(directory, file):
+            log.warning("%s changed since it was checked; the model is checked again", file.path)
+            return None
+    return None if _strangers(directory, found.files) else directory
 
 
 def hub_files(settings: Settings) -> Files:
-    """The model's files where they are: local when complete, else on the hub, read by ranges."""
+    """The model's files, for a look at them: local ones when all are there, else on the hub, read by ranges."""
     directory = locate(settings)
+    if directory is None and (known := _completed(settings)):  # `pull` settles these without the hub, most likely
+        here = _directory(settings)
+        directory = here if all(_size(here, file) == file.size_bytes for file in known.files) else None
     return LocalFiles(directory) if directory else Hub(settings)
 
 
-def pull(settings: Settings, report: Callable[[Progress], None]) -> Path:
+def pull(settings: Settings, report: Report) -> Path:
     """Fetch what is missing, check all of it, and return the folder.
 
     Raises:
-        ModelUnavailableError: hub, disk or a file that fails its check twice.
+        ModelUnavailableError: hub, volume, or a file that fails its check twice.
     """
-    with _locked(settings):
-        if found := locate(settings):
+    if settings.model_source == "local":
+        return _local(Path(settings.model_id))
+    try:
+        if found := locate(settings):  # needs no lock, and so no volume that can be written
             return found
-        directory = _directory(settings)
-        hub = Hub(settings)
-        wanted = choose(hub.listing(), settings)
-        _require_trust(hub, wanted, settings)
-        _require_disk(directory, wanted)
-        bad = list(wanted)
-        for _attempt in range(2):
-            _fetch(settings, directory, wanted, bad, report)
-            bad = _verify(directory, wanted, report)
-            if not bad:
-                return _complete(settings, directory, wanted)
-            for file in bad:
-                (directory / file.path).unlink(missing_ok=True)
-        names = ", ".join(file.path for file in bad)
-        raise ModelUnavailableError(f"These files came twice with a wrong size or checksum: {names}.",
-                                    "Try again later, or another MODELSCOPE_ENDPOINT; nothing of them was kept.")
+        with volume.only_writer(settings):
+            return _settle(settings, report) or _fetch(settings, report)
+    except OSError as error:
+        raise volume.trouble(settings.models_dir, error) from error
 
 
-def choose(listing: tuple[RemoteFile, ...], settings: Settings) -> list[RemoteFile]:
-    """The files of a listing that serving needs.
+def choose(files: Files, listing: Iterable[ModelFile], settings: Settings) -> list[ModelFile]:
+    """The files of a listing that serving needs: the weights that the engine would load, configuration, tokenizer.
 
     Raises:
-        ModelUnavailableError: no safetensors weights among them.
+        ModelUnavailableError: no config.json, or no safetensors weights.
     """
-    patterns = (*_WANTED, "*.py") if settings.trust_remote_code else _WANTED
-    wanted = [file for file in listing if any(fnmatch(Path(file.path).name, pattern) for pattern in patterns)]
-    if not any(file.path.endswith(".safetensors") for file in wanted):
-        raise ModelUnavailableError(f"{settings.model_id} has no weights in safetensors format.",
-                                    "Choose another MODEL_ID; pickled weights are not loaded, they can run code.")
-    return wanted
+    names = files.names()
+    if "config.json" not in names:
+        raise ModelUnavailableError(f"{settings.model_id} has no config.json, so it is no model that can be served.",
+                                    "Choose another MODEL_ID: one with config.json and *.safetensors.")
+    pickled = [name for name in names if _fits(name, _PICKLED)]
+    if pickled and not any(name.endswith(".safetensors") for name in names):
+        raise ModelUnavailableError(f"{settings.model_id} has its weights only as {PurePosixPath(pickled[0]).name}; "
+                                    "pickled files can run code and are not loaded.",
+                                    "Choose another MODEL_ID: one whose files end in .safetensors.")
+    shards = set(checkpoint.shards(files, names))
+    wanted = (*_WANTED, "*.py") if settings.trust_remote_code else _WANTED
+    return [file for file in listing if file.path in shards or _fits(file.path, wanted)]
+
+
+def _fits(path: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(PurePosixPath(path).name, pattern) for pattern in patterns)
 
 
 def _local(directory: Path) -> Path:
-    if not (directory / "config.json").is_file() or not any(directory.glob("*.safetensors")):
-        raise ModelUnavailableError(f"MODEL_ID={directory} holds no model: config.json and *.safetensors are needed.",
-                                    "Set MODEL_ID to the model's folder as it is called inside the container.")
-    return directory.resolve()
+    try:
+        names = {path.name for path in directory.iterdir()}
+        if "config.json" in names and any(name.endswith(".safetensors") for name in names):
+            return directory.resolve()
+        reason = "config.json and *.safetensors are needed"
+    except OSError as error:
+        reason = error.strerror or "it cannot be read"
+    raise ModelUnavailableError(f"MODEL_ID={directory} holds no model: {reason}.",
+                                "Set MODEL_ID to the model's folder as it is called inside the container.")
 
 
-def _require_trust(hub: Hub, wanted: list[RemoteFile], settings: Settings) -> None:
-    if settings.trust_remote_code or not any(file.path == "config.json" for file in wanted):
+def _completed(settings: Settings) -> Manifest | None:
+    """The manifest, when it says that this model was complete at this revision."""
+    found = manifest.read(settings)
+    return found if found and found.complete and found.is_of(settings) else None
+
+
+def _settle(settings: Settings, report: Report) -> Path | None:
+    """The folder, when all that speaks against it are times, or a file that is not the model's. Asks no hub."""
+    directory, known = _directory(settings), _completed(settings)
+    if known is None:
+        return None
+    checked = _check(directory, known.files, known.files, report)
+    if wrong := _wrong(known.files, checked):
+        log.warning("not what was checked, and fetched again: %s", ", ".join(file.path for file in wrong))
+        manifest.write(settings, replace(known, complete=False, files=_marked(known.files, checked)))
+        _remove(directory, wrong)
+        return None
+    return _complete(settings, directory, known.endpoint, known.files, checked)
+
+
+def _fetch(settings: Settings, report: Report) -> Path:
+    directory, known = _directory(settings), manifest.read(settings)
+    before = known.files if known else ()
+    with Hub(settings) as hub:
+        wanted = choose(hub, hub.listing(), settings)
+        _require_no_code(hub, settings)
+        endpoint = hub.endpoint
+    directory.mkdir(parents=True, exist_ok=True)
+    if known is None or not known.is_of(settings):  # without a checksum nothing tells what is there from what should be
+        _remove(directory, [file for file in wanted if not file.sha256], partial=True)
+    checked = _check(directory, wanted, before, report)
+    paths = {file.path for file in wanted}
+    leftovers = [file for file in before if file.path not in paths]
+    manifest.write(settings, Manifest(settings.model_id, settings.model_revision, endpoint, False,
+                                      (*_marked(wanted, checked), *leftovers)))
+    _remove(directory, leftovers, partial=True)
+    for _ in range(_FETCHES):
+        wrong = _wrong(wanted, checked)
+        if not wrong:
+            break
+        _remove(directory, wrong)
+        volume.require_space(directory, sum(file.size_bytes for file in wrong) - bytes_there(directory, wrong))
+        download(settings, endpoint, directory, wanted, wrong, report)
+        checked = _check(directory, wanted, tuple(checked.values()), report)
+    if wrong := _wrong(wanted, checked):
+        _remove(directory, wrong)
+        names = ", ".join(file.path for file in wrong)
+        raise ModelUnavailableError(f"These files came twice with a wrong size or checksum: {names}.",
+                                    "Try again later, or another MODELSCOPE_ENDPOINT; nothing wrong was kept.")
+    if bare := sum(not file.sha256 for file in wanted):
+        log.warning("the hub gives no checksum for %d of %d files: only the sizes could be checked", bare, len(wanted))
+    return _complete(settings, directory, endpoint, wanted, checked)
+
+
+def _require_no_code(hub: Hub, settings: Settings) -> None:
+    if settings.trust_remote_code:
         return
     try:
-        remote_code = "auto_map" in json.loads(hub.read("config.json"))
-    except ValueError as error:
+        config = json.loads(hub.read("config.json"))
+    except (ValueError, RecursionError) as error:
         raise ModelUnavailableError("config.json of this model is no JSON.", "Choose another MODEL_ID.") from error
-    if remote_code:
-        raise ModelUnavailableError(f"{settings.model_id} wants to run its own Python code (auto_map).",
+    if isinstance(config, dict) and "auto_map" in config:
+        raise ModelUnavailableError(f"{settings.model_id} wants to run its own Python code (auto_map in config.json).",
                                     "Set TRUST_REMOTE_CODE=yes only if you trust its author.")
 
 
-def _require_disk(directory: Path, wanted: list[RemoteFile]) -> None:
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ModelUnavailableError(f"{directory} cannot be written: {error.strerror}.",
-                                    f"Give the volume to user {os.geteuid()}: sudo chown -R {os.geteuid()} FOLDER"
-                                    ) from error
-    missing = sum(file.size_bytes for file in wanted) - _bytes_there(directory, wanted)
-    status = os.statvfs(directory)
-    free = status.f_bavail * status.f_frsize
-    if missing * _SPARE > free:
-        raise ModelUnavailableError(
-            f"The volume is too small: {format_size(round(missing * _SPARE))} are still needed, "
-            f"{format_size(free)} are free.", "Free space there, or mount a larger volume at MODELS_DIR.")
+def _check(directory: Path, files: Iterable[ModelFile], known: Iterable[ModelFile], report: Report,
+           ) -> dict[str, ModelFile]:
+    """What lies in `directory` of `files` with the right size, each with its true SHA-256, synced to the disk.
 
-
-def _fetch(settings: Settings, directory: Path, wanted: list[RemoteFile], needed: list[RemoteFile],
-           report: Callable[[Progress], None]) -> None:
-    """Let the library fetch `needed`, reporting what arrives."""
-    home = settings.run_dir / "modelscope"  # its credentials folder is unpickled: never one that others may write
-    os.environ.update({
-        "MODELSCOPE_HOME": str(home), "MODELSCOPE_CREDENTIALS_PATH": str(home / "credentials"),
-        "MODELSCOPE_CACHE": str(settings.models_dir / ".shoehorn" / "modelscope"),
-        "MODELSCOPE_API_TOKEN": settings.modelscope_api_token or "", "MODELSCOPE_DOWNLOAD_INTRA_CLOUD": "false",
-        "MODELSCOPE_DOWNLOAD_TOTAL_TIMEOUT": "86400", "MODELSCOPE_LOG_LEVEL": "40", "TQDM_DISABLE": "1",
-        **({"MODELSCOPE_ENDPOINT": settings.modelscope_endpoint} if settings.modelscope_endpoint else {})})
-    from modelscope.hub.snapshot_download import snapshot_download  # reads its environment at import
-    from modelscope_hub.errors import HubError
-
-    done = threading.Event()
-    watcher = threading.Thread(target=_watch, args=(directory, wanted, report, done), daemon=True)
-    watcher.start()
-    try:
-        snapshot_download(settings.model_id, revision=settings.model_revision, local_dir=str(directory),
-                          allow_patterns=[file.path for file in needed])
-    except (HubError, OSError) as error:  # requests' errors are OSErrors too
-        raise ModelUnavailableError(f"The download stopped: {error}",
-                                    "Start again; it goes on where it stopped.") from error
-    finally:
-        done.set()
-        watcher.join()
-
-
-def _watch(directory: Path, wanted: list[RemoteFile], report: Callable[[Progress], None],
-           done: threading.Event) -> None:
-    total = sum(file.size_bytes for file in wanted)
-    begun, most = time.monotonic(), 0
-    first = _bytes_there(directory, wanted)
-    while not done.wait(0.5):
-        most = max(most, _bytes_there(directory, wanted))
-        report(Progress("pulling", most, total, max(0.0, (most - first) / (time.monotonic() - begun))))
-
-
-def _bytes_there(directory: Path, wanted: list[RemoteFile]) -> int:
-    """Bytes of `wanted` on disk, whole files and the library's partial ones."""
-    there = 0
-    for file in wanted:
-        path = directory / file.path
-        sizes = [candidate.stat().st_size for candidate in (path, *path.parent.glob(f"{path.name}.incomplete*"))
-                 if candidate.is_file()]
-        there += min(file.size_bytes, max(sizes, default=0))
-    return there
-
-
-def _verify(directory: Path, wanted: list[RemoteFile], report: Callable[[Progress], None]) -> list[RemoteFile]:
-    """The files that are absent or wrong."""
-    total, done, bad, begun = sum(file.size_bytes for file in wanted), 0, [], time.monotonic()
-    for file in wanted:
-        digest = hashlib.sha256()
-        try:
+    Args:
+        known: files that were checked before; one that did not change since is not read again.
+    """
+    checked = {file.path: file for file in known if manifest.unchanged(directory, file)}
+    present = [file for file in files if file.path not in checked and _size(directory, file) == file.size_bytes]
+    hashed = 0
+    if not present:
+        return checked
+    with reported("verifying", sum(file.size_bytes for file in present), lambda: hashed, report):
+        for file in present:
+            digest = hashlib.sha256()
             with (directory / file.path).open("rb") as opened:
                 while block := opened.read(_BLOCK_BYTES):
                     digest.update(block)
-                    done += len(block)
-                    report(Progress("verifying", min(done, total), total, done / (time.monotonic() - begun + 1e-9)))
-                whole = opened.tell() == file.size_bytes
+                    hashed += len(block)
                 os.fsync(opened.fileno())
-        except FileNotFoundError:
-            whole = False
-        if not whole or (file.sha256 and digest.hexdigest() != file.sha256):
-            bad.append(file)
-    return bad
+                status = os.fstat(opened.fileno())
+            checked[file.path] = ModelFile(file.path, status.st_size, digest.hexdigest(), status.st_mtime_ns)
+    return checked
 
 
-def _complete(settings: Settings, directory: Path, wanted: list[RemoteFile]) -> Path:
-    for folder in {(directory / file.path).parent for file in wanted}:
+def _wrong(wanted: Iterable[ModelFile], checked: Mapping[str, ModelFile]) -> list[ModelFile]:
+    """The files that are absent or are not what they should be."""
+    return [file for file in wanted
+            if not (there := checked.get(file.path)) or there.size_bytes != file.size_bytes
+            or (file.sha256 and there.sha256 != file.sha256)]
+
+
+def _marked(files: Iterable[ModelFile], checked: Mapping[str, ModelFile]) -> tuple[ModelFile, ...]:
+    """`files`, the checked ones as checked."""
+    files = tuple(files)
+    wrong = _wrong(files, checked)
+    return tuple(replace(file, mtime_ns=None) if file in wrong else checked[file.path] for file in files)
+
+
+def _complete(settings: Settings, directory: Path, endpoint: str, files: Iterable[ModelFile],
+              checked: Mapping[str, ModelFile]) -> Path:
+    files = tuple(checked[file.path] for file in files)
+    if strangers := _strangers(directory, files):
+        raise ModelUnavailableError(f"{directory} holds weights that are not the model's: {', '.join(strangers)}.",
+                                    "Remove them: the engine could load them instead.")
+    for folder in {parent for file in files for parent in (directory / file.path).parents
+                   if parent.is_relative_to(settings.models_dir)}:
         sync_directory(folder)
-    files = [{**asdict(file), "mtime_ns": (directory / file.path).stat().st_mtime_ns} for file in wanted]
-    _manifest(settings).parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(_manifest(settings), json.dumps({
-        "version": MANIFEST_VERSION, "model": settings.model_id, "revision": settings.model_revision,
-        "files": files}, indent=1) + "\n")
+    manifest.write(settings, Manifest(settings.model_id, settings.model_revision, endpoint, True, files))
     return directory
+
+
+def _strangers(directory: Path, files: Iterable[ModelFile]) -> list[str]:
+    """Weights in the folder that are none of `files`."""
+    known = {file.path for file in files}
+    return sorted(path.name for path in directory.glob("*.safetensors") if path.name not in known)
+
+
+def _remove(directory: Path, files: Iterable[ModelFile], *, partial: bool = False) -> None:
+    for file in files:
+        (directory / file.path).unlink(missing_ok=True)
+        if partial:
+            partial_path(directory / file.path).unlink(missing_ok=True)
+
+
+def _size(directory: Path, file: ModelFile) -> int | None:
+    try:
+        return (directory / file.path).stat().st_size
+    except FileNotFoundError:
+        return None
 
 
 def _directory(settings: Settings) -> Path:
     return settings.models_dir / settings.model_id
-
-
-def _manifest(settings: Settings) -> Path:
-    return settings.models_dir / ".shoehorn" / "manifests" / f"{settings.model_id.replace('/', '--')}.json"
-
-
-@contextmanager
-def _locked(settings: Settings) -> Iterator[None]:
-    path = settings.models_dir / ".shoehorn" / "locks" / f"{settings.model_id.replace('/', '--')}.lock"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)
-    except OSError as error:
-        raise ModelUnavailableError(f"{path.parent} cannot be written: {error.strerror}.",
-                                    f"Give the volume to user {os.geteuid()}: sudo chown -R {os.geteuid()} FOLDER"
-                                    ) from error
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            log.info("another process pulls %s; waiting for it", settings.model_id)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)

@@ -1,8 +1,8 @@
 """A stand-in ModelScope hub: the true HTTP API over folders of this machine.
 
-As a class in tests, or `python -m fakes.hub --port N --model owner/name=DIR [--bytes-per-second R] [--fault NAME]`.
-API as asked by modelscope 1.40.2 / modelscope_hub 0.5.1. A fault is one branch in `_Handler`:
-flip (a byte of the weights), cut (the connection, in the middle), traversal (a listed `../`), nosha (no checksums).
+As a class in tests, or `python tests/fakes/hub.py --port N --model owner/name=DIR [--bytes-per-second R] [--fault F]`.
+API as asked by modelscope 1.40.2 / modelscope_hub 0.5.1: listing, files with ranges, errors, the token as bearer and as
+cookie. To add a fault, name it in `FAULTS` and let one place of `_Handler` ask `self.owner.has(NAME)`.
 """
 
 from __future__ import annotations
@@ -11,32 +11,64 @@ import argparse
 import hashlib
 import json
 import socket
+import sys
 import threading
 import time
 from collections.abc import Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 from urllib.parse import parse_qs, urlparse
 
+FAULTS = {
+    "slow": "weights come with 200 kB/s, unless told otherwise",
+    "flip": "the last byte of weights is another",
+    "cut": "the connection ends in the middle of weights, once for each file",
+    "traversal": "the listing holds a path that leaves the folder",
+    "nosha": "the listing holds no checksums",
+    "linked": "files come with their checksum as X-Linked-ETag",
+    "norange": "ranges are ignored",
+    "absent": "weights are listed and not given",
+    "401": "every request is answered so", "403": "the same", "404": "the same", "429": "the same", "503": "the same",
+}
 _PIECE_BYTES = 64 << 10
+_SLOW_BYTES_PER_SECOND = 200_000
+
+
+class Request(NamedTuple):
+    """What was asked: the path with its query, and the headers by their names in small letters."""
+
+    path: str
+    headers: Mapping[str, str]
 
 
 class Hub:
-    """A running hub; `requests` records (path with query, Range header) in the order of arrival."""
+    """A running hub; `requests` records what was asked, in the order of arrival.
+
+    Args:
+        models: folders by OWNER/NAME.
+        bytes_per_second: of each connection that sends weights; 0 for no limit.
+        fault: one of FAULTS, or several with commas between them.
+        token: needed for every request, when not empty.
+        redirect: files are answered by a redirect to the same path of this address.
+    """
 
     def __init__(self, models: Mapping[str, Path], *, bytes_per_second: int = 0, fault: str = "", token: str = "",
-                 address: str = "127.0.0.1", port: int = 0) -> None:
-        self.models, self.bytes_per_second, self.fault, self.token = dict(models), bytes_per_second, fault, token
-        self.requests: list[tuple[str, str]] = []
+                 redirect: str = "", address: str = "127.0.0.1", port: int = 0) -> None:
+        self.models, self.bytes_per_second, self.token, self.redirect = dict(models), bytes_per_second, token, redirect
+        self.faults = {name for name in fault.split(",") if name}
+        if unknown := self.faults - set(FAULTS):
+            raise ValueError(f"no such fault: {', '.join(unknown)}; there are {', '.join(FAULTS)}")
+        if self.has("slow") and not bytes_per_second:
+            self.bytes_per_second = _SLOW_BYTES_PER_SECOND
+        self.requests: list[Request] = []
         hub = self
 
         class Handler(_Handler):
             owner = hub
 
-        self.server = ThreadingHTTPServer((address, port), Handler)
-        self.server.daemon_threads = True
+        self.server = _Server((address, port), Handler)
         self.port = int(self.server.server_address[1])
         self.url = f"http://{address}:{self.port}"
         self._thread = threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True)
@@ -51,9 +83,23 @@ class Hub:
         self.server.server_close()
         self._thread.join()
 
+    def has(self, fault: str) -> bool:
+        """Whether it has this fault."""
+        return fault in self.faults
+
     def downloads(self, name: str) -> list[str]:
-        """The Range headers with which a file was asked for."""
-        return [span for path, span in self.requests if parse_qs(urlparse(path).query).get("FilePath") == [name]]
+        """The Range headers ("" for none) with which a file was asked for."""
+        return [request.headers.get("range", "") for request in list(self.requests)
+                if parse_qs(urlparse(request.path).query).get("FilePath") == [name]]
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that left, as tests that kill one intend, is no error."""
+        if not isinstance(sys.exception(), OSError):
+            super().handle_error(request, client_address)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -61,21 +107,25 @@ class _Handler(BaseHTTPRequestHandler):
     owner: Hub
 
     def do_GET(self) -> None:
-        """Every request that the client makes is a GET."""
+        """Every request that the clients make is a GET."""
         url = urlparse(self.path)
         query = {name: values[0] for name, values in parse_qs(url.query).items()}
-        self.owner.requests.append((self.path, self.headers.get("Range", "")))
+        self.owner.requests.append(Request(self.path, {name.lower(): value for name, value in self.headers.items()}))
+        status = next((int(fault) for fault in self.owner.faults if fault.isdigit()), 200)
         if self.owner.token and not self._has_token():
-            self._json(401, {"Code": 401, "Message": "unauthorized", "Success": False, "RequestId": "r"})
+            status = 401
+        if status != 200:
+            self._error(status)
             return
         for name, folder in self.owner.models.items():
             if url.path == f"/api/v1/models/{name}/repo/files":
-                self._json(200, {"Code": 200, "Success": True, "RequestId": "r", "Data": {"Files": self._list(folder)}})
+                files = self._list(folder, recursive=query.get("Recursive") != "False")
+                self._json(200, {"Code": 200, "Success": True, "RequestId": "r", "Data": {"Files": files}})
                 return
             if url.path == f"/api/v1/models/{name}/repo" and (folder / query.get("FilePath", "/none")).is_file():
-                self._file((folder / query["FilePath"]).read_bytes(), query["FilePath"])
+                self._file(folder / query["FilePath"])
                 return
-        self._json(404, {"Code": 10010205001, "Message": "not found", "Success": False, "RequestId": "r"})
+        self._error(404)
 
     def log_message(self, format: str, *args: object) -> None:
         """Say nothing: `requests` holds it all."""
@@ -84,58 +134,74 @@ class _Handler(BaseHTTPRequestHandler):
         return (self.headers.get("Authorization") == f"Bearer {self.owner.token}"
                 and f"m_session_id={self.owner.token}" in self.headers.get("Cookie", ""))
 
-    def _list(self, folder: Path) -> list[dict[str, Any]]:
+    def _list(self, folder: Path, *, recursive: bool) -> list[dict[str, Any]]:
         files: list[dict[str, Any]] = []
-        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        for path in sorted(folder.rglob("*") if recursive else folder.glob("*")):
+            entry = {"Path": str(path.relative_to(folder)), "Name": path.name}
+            if path.is_dir():
+                files.append({**entry, "Type": "tree", "Size": 0})
+                continue
             content = path.read_bytes()
-            digest = {} if self.owner.fault == "nosha" else {"Sha256": hashlib.sha256(content).hexdigest()}
-            files.append({"Path": str(path.relative_to(folder)), "Name": path.name, "Type": "blob",
-                          "Size": len(content), **digest})
-        if self.owner.fault == "traversal":
+            digest = {} if self.owner.has("nosha") else {"Sha256": hashlib.sha256(content).hexdigest()}
+            files.append({**entry, "Type": "blob", "Size": len(content), **digest})
+        if self.owner.has("traversal"):
             files.append({"Path": "../../escape.json", "Name": "escape.json", "Type": "blob", "Size": 4, "Sha256": ""})
         return files
 
-    def _file(self, content: bytes, name: str) -> None:
-        if self.owner.fault == "flip" and name.endswith(".safetensors"):
+    def _file(self, path: Path) -> None:
+        weights = path.suffix == ".safetensors"
+        if self.owner.redirect:
+            self._answer(302, {"Location": self.owner.redirect + self.path, "Content-Length": "0"})
+            return
+        if weights and self.owner.has("absent"):
+            self._error(404)
+            return
+        content = path.read_bytes()
+        headers = {"Content-Type": "application/octet-stream"}
+        if self.owner.has("linked"):
+            headers["X-Linked-ETag"] = f'"{hashlib.sha256(content).hexdigest()}"'
+        if weights and self.owner.has("flip"):
             content = content[:-1] + bytes([content[-1] ^ 1])
         total, start, end, status = len(content), 0, len(content) - 1, 200
-        if span := self.headers.get("Range"):
+        span = "" if self.owner.has("norange") else self.headers.get("Range", "")
+        if span:
             first, last = span.removeprefix("bytes=").split("-")
             start, end, status = int(first), min(int(last) if last else total - 1, total - 1), 206
             if start >= total:
-                self.send_response(416)
-                self.send_header("Content-Range", f"bytes */{total}")
-                self.send_header("Content-Length", "0")
-                self.end_headers()
+                self._answer(416, {"Content-Range": f"bytes */{total}", "Content-Length": "0"})
                 return
-        self.send_response(status)
-        self.send_header("Content-Type", "application/octet-stream")
-        self.send_header("Content-Length", str(end - start + 1))
-        if status == 206:
-            self.send_header("Content-Range", f"bytes {start}-{end}/{total}")
-        self.end_headers()
-        self._send(content[start:end + 1], name)
+            headers["Content-Range"] = f"bytes {start}-{end}/{total}"
+        self._answer(status, {**headers, "Content-Length": str(end - start + 1)})
+        cut = weights and self.owner.has("cut") and not span
+        self._send(content[start:end + 1], self.owner.bytes_per_second if weights else 0, cut=cut)
 
-    def _send(self, content: bytes, name: str) -> None:
-        weights = name.endswith(".safetensors")
+    def _send(self, content: bytes, bytes_per_second: int, *, cut: bool) -> None:
         try:
             for offset in range(0, len(content), _PIECE_BYTES):
-                if self.owner.fault == "cut" and weights and offset >= len(content) // 2:
-                    self.connection.shutdown(socket.SHUT_RDWR)
+                if cut and offset >= len(content) // 2:
+                    self.close_connection = True
+                    self.connection.shutdown(socket.SHUT_RDWR)  # a close alone leaves the client waiting
                     return
-                self.wfile.write(content[offset:offset + _PIECE_BYTES])
-                if self.owner.bytes_per_second and weights:
-                    time.sleep(_PIECE_BYTES / self.owner.bytes_per_second)
+                piece = content[offset:offset + _PIECE_BYTES]
+                self.wfile.write(piece)
+                if bytes_per_second:
+                    time.sleep(len(piece) / bytes_per_second)
         except OSError:
-            pass  # the client left, as tests that kill it intend
+            self.close_connection = True  # the client left, as tests that kill it intend
+
+    def _error(self, status: int) -> None:
+        self._json(status, {"Code": 10010205001, "Message": f"no: {status}", "Success": False, "RequestId": "r"})
 
     def _json(self, status: int, body: object) -> None:
         content = json.dumps(body).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
+        self._answer(status, {"Content-Type": "application/json", "Content-Length": str(len(content))})
         self.wfile.write(content)
+
+    def _answer(self, status: int, headers: Mapping[str, str]) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
 
 
 def main() -> None:
@@ -144,12 +210,13 @@ def main() -> None:
     parser.add_argument("--address", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--model", action="append", default=[], metavar="OWNER/NAME=DIR")
-    parser.add_argument("--bytes-per-second", type=int, default=0)
-    parser.add_argument("--fault", default="")
+    parser.add_argument("--bytes-per-second", "--delay-bytes-per-second", type=int, default=0, metavar="R")
+    parser.add_argument("--fault", default="", help="; ".join(f"{name}: {text}" for name, text in FAULTS.items()))
+    parser.add_argument("--token", default="")
     arguments = parser.parse_args()
     models = {name: Path(folder) for name, folder in (pair.split("=", 1) for pair in arguments.model)}
-    with Hub(models, bytes_per_second=arguments.bytes_per_second, fault=arguments.fault, address=arguments.address,
-             port=arguments.port) as hub:
+    with Hub(models, bytes_per_second=arguments.bytes_per_second, fault=arguments.fault, token=arguments.token,
+             address=arguments.address, port=arguments.port) as hub:
         print(hub.url, flush=True)
         threading.Event().wait()
 

@@ -1,231 +1,345 @@
-"""The store against a stand-in hub, with the hub's real client. Each pull is a process of its own, as in production."""
+"""The store against a stand-in hub, with the hub's real client: whole pulls, broken ones, and what a start trusts."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-import signal
+import shutil
 import subprocess
 import sys
-import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import save_file
+from pulling import MODEL, WEIGHTS, Volume, stop_when_arrived, write_model, write_weights
 
 from fakes.hub import Hub
 from shoehorn import checkpoint, settings, store
 from shoehorn.errors import ModelUnavailableError
-from shoehorn.hub import RemoteFile
+from shoehorn.manifest import ModelFile
+from shoehorn.progress import Report
 from shoehorn.settings import Settings
-
-WEIGHTS = "model.safetensors"
-MODEL = "owner/tiny"
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small checkpoint, with files that are not to be fetched."""
-    folder = tmp_path_factory.mktemp("hub")
-    save_file({"model.norm.weight": torch.arange(1 << 20, dtype=torch.float32)}, folder / WEIGHTS)
-    for name, text in {"config.json": '{"architectures": ["LlamaForCausalLM"]}', "tokenizer.json": "{}",
-                       "README.md": "no", "pytorch_model.bin": "no", "modeling.py": "no"}.items():
-        (folder / name).write_text(text)
-    return folder
+    return write_model(tmp_path_factory.mktemp("hub") / "model")
 
 
-class Volume:
-    """A volume, and pulls into it."""
-
-    def __init__(self, home: Path, hub: Hub, **more: str) -> None:
-        self.environment = {"MODEL_ID": MODEL, "MODELSCOPE_ENDPOINT": hub.url, "MODELS_DIR": str(home / "models"),
-                            "RUN_DIR": str(home / "run"), "PATH": os.environ["PATH"], "HOME": str(home), **more}
-        self.models = home / "models"
-        self.models.mkdir(exist_ok=True)
-
-    @property
-    def settings(self) -> Settings:
-        return settings.load(self.environment)
-
-    def start(self, *arguments: str) -> subprocess.Popen[str]:
-        return subprocess.Popen([sys.executable, "-m", "shoehorn.cli", "pull", *arguments], env=self.environment,
-                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-    def pull(self, *arguments: str) -> tuple[int, str, str]:
-        with self.start(*arguments) as process:
-            out, err = process.communicate(timeout=120)
-        return process.returncode, out, err
+@pytest.fixture(scope="module")
+def pulled(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
+    """A home whose volume holds the complete model. Copy it, do not change it."""
+    home = tmp_path_factory.mktemp("pulled")
+    with Hub({MODEL: model}) as hub:
+        assert Volume(home, hub).pull()[0] == 0
+    return home
 
 
 @pytest.fixture
-def hub(model: Path) -> Hub:
-    return Hub({MODEL: model})
+def volume(pulled: Path, tmp_path: Path) -> Volume:
+    """A volume of its own with the complete model, without a hub."""
+    shutil.copytree(pulled, tmp_path / "home")
+    return Volume(tmp_path / "home")
 
 
-def test_a_pull_fetches_what_serving_needs_and_says_where(tmp_path: Path, hub: Hub, model: Path) -> None:
-    with hub:
-        code, out, err = Volume(tmp_path, hub).pull("--json")
-    assert code == 0, err
-    lines = [json.loads(line) for line in out.splitlines()]
-    directory = Path(lines[-1]["directory"])
-    assert lines[-1]["phase"] == "done"
-    assert {line["phase"] for line in lines} >= {"verifying", "done"}
-    assert sorted(path.name for path in directory.glob("*") if path.is_file()) == [
-        "config.json", WEIGHTS, "tokenizer.json"]
-    assert (directory / WEIGHTS).read_bytes() == (model / WEIGHTS).read_bytes()
+def flip_last_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
 
 
-def test_a_complete_model_asks_the_hub_nothing(tmp_path: Path, hub: Hub) -> None:
-    with hub:
-        volume = Volume(tmp_path, hub)
+def test_a_pull_fetches_what_serving_needs_and_nothing_else(pulled: Path, model: Path) -> None:
+    volume = Volume(pulled)
+    assert sorted(path.name for path in volume.folder.iterdir()) == ["config.json", WEIGHTS, "tokenizer.json"]
+    assert (volume.folder / WEIGHTS).read_bytes() == (model / WEIGHTS).read_bytes()
+    assert sorted(path.name for path in (volume.models / ".shoehorn").iterdir()) == ["locks", "manifests"]
+    manifest = json.loads(volume.manifest.read_text())
+    assert manifest["complete"] is True
+    assert {file["path"]: file["sha256"] for file in manifest["files"]}[WEIGHTS] == hashlib.sha256(
+        (model / WEIGHTS).read_bytes()).hexdigest()
+
+
+def test_a_complete_model_asks_no_hub(volume: Volume, tmp_path: Path) -> None:
+    (volume.models / ".shoehorn" / "locks").rename(tmp_path / "locks")
+    (volume.models / ".shoehorn" / "locks").touch()  # nor a lock: the volume may be read-only
+    assert volume.complete()
+    assert volume.pull_here() == []
+    assert isinstance(store.hub_files(volume.settings), checkpoint.LocalFiles)
+
+
+def test_other_times_are_settled_by_the_content_without_a_hub(volume: Volume) -> None:
+    os.utime(volume.folder / WEIGHTS, ns=(1, 1))
+    assert not volume.complete()
+    assert isinstance(store.hub_files(volume.settings), checkpoint.LocalFiles), "to plan, before it is settled"
+    assert {progress.phase for progress in volume.pull_here()} == {"verifying"}
+    assert volume.complete()
+
+
+def test_every_file_and_folder_is_on_the_disk_before_the_manifest_says_so(volume: Volume,
+                                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[Path] = []
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+        real(descriptor)
+
+    for path in volume.folder.iterdir():
+        os.utime(path, ns=(1, 1))
+    monkeypatch.setattr(os, "fsync", fsync)
+    volume.pull_here()
+    before = synced[:next(index for index, path in enumerate(synced) if volume.manifest.name in path.name)]
+    assert {*volume.folder.iterdir(), volume.folder, volume.folder.parent, volume.models} <= set(before)
+
+
+def test_a_changed_file_is_found_and_fetched_again(volume: Volume, model: Path) -> None:
+    flip_last_byte(volume.folder / WEIGHTS)
+    assert not volume.complete()
+    with Hub({MODEL: model}) as hub:
+        volume.environment["MODELSCOPE_ENDPOINT"] = hub.url
         assert volume.pull()[0] == 0
-        asked = len(hub.requests)
-        assert volume.pull()[0] == 0
-        assert len(hub.requests) == asked
-    assert volume.pull()[0] == 0, "also with the hub gone"
+        assert hub.downloads("tokenizer.json") == [], "what is right is not fetched again"
+    assert (volume.folder / WEIGHTS).read_bytes() == (model / WEIGHTS).read_bytes()
 
 
-def test_a_changed_file_is_found_and_fetched_again(tmp_path: Path, hub: Hub, model: Path) -> None:
-    with hub:
-        volume = Volume(tmp_path, hub)
-        volume.pull()
-        weights = volume.models / MODEL / WEIGHTS
-        content = bytearray(weights.read_bytes())
-        content[-1] ^= 1
-        weights.write_bytes(content)
-        assert store.locate(volume.settings) is None
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"version": 2}', '{"version": 1, "files": []}',
+                                     '{"version": 1, "model": "owner/tiny", "revision": "master", "endpoint": "",'
+                                     ' "complete": true, "files": []}'])
+def test_a_damaged_manifest_counts_as_none(volume: Volume, content: str) -> None:
+    volume.manifest.write_text(content)
+    assert not volume.complete()
+    with pytest.raises(ModelUnavailableError, match="cannot be reached"):
+        volume.pull_here()
+
+
+def test_a_manifest_cannot_have_files_removed_elsewhere(volume: Volume, model: Path) -> None:
+    victim = volume.models.parent / "victim.json"
+    victim.touch()
+    manifest = json.loads(volume.manifest.read_text())
+    manifest["files"].append({**manifest["files"][0], "path": "../../../victim.json"})
+    volume.manifest.write_text(json.dumps(manifest))
+    with Hub({MODEL: model}) as hub:
+        volume.environment["MODELSCOPE_ENDPOINT"] = hub.url
+        volume.pull_here()  # all the files are there and right
+    assert victim.exists()
+
+
+def test_foreign_weights_in_the_folder_are_named(volume: Volume) -> None:
+    write_weights(volume.folder / "other.safetensors")
+    assert not volume.complete()
+    with pytest.raises(ModelUnavailableError, match=r"not the model's: other\.safetensors"):
+        volume.pull_here()
+
+
+def test_another_revision_replaces_what_differs_and_removes_what_is_gone(volume: Volume, tmp_path: Path) -> None:
+    newer = write_model(tmp_path / "newer")
+    other = (newer / "config.json").read_text().replace("Llama", "Qwen3")
+    (newer / "config.json").write_text(other)  # of the same size, and this hub gives no checksums
+    (newer / "tokenizer.json").unlink()
+    with Hub({MODEL: newer}, fault="nosha") as hub:
+        volume.environment |= {"MODELSCOPE_ENDPOINT": hub.url, "MODEL_REVISION": "v2"}
+        assert not volume.complete()
         assert volume.pull()[0] == 0
-    assert weights.read_bytes() == (model / WEIGHTS).read_bytes()
+    assert (volume.folder / "config.json").read_text() == other
+    assert not (volume.folder / "tokenizer.json").exists()
+    assert volume.complete()
 
 
 def test_a_killed_pull_goes_on_where_it_stopped(tmp_path: Path, model: Path) -> None:
-    with Hub({MODEL: model}, bytes_per_second=1_000_000) as hub:
+    with Hub({MODEL: model}, bytes_per_second=2_000_000) as hub:
         volume = Volume(tmp_path, hub)
         with volume.start("--json") as process:
-            assert process.stdout is not None
-            for line in process.stdout:
-                if json.loads(line)["bytes_done"] > 1 << 20:
-                    break
-            process.kill()
+            stop_when_arrived(process, 1 << 20)
         assert store.locate(volume.settings) is None, "half a model is no model"
         hub.bytes_per_second = 0
         assert volume.pull()[0] == 0
-        starts = [int(span.removeprefix("bytes=").split("-")[0]) for span in hub.downloads(WEIGHTS) if span]
-    assert max(starts) >= 1 << 20
-    assert (volume.models / MODEL / WEIGHTS).read_bytes() == (model / WEIGHTS).read_bytes()
+        first, second = hub.downloads(WEIGHTS)
+        assert first == ""
+        assert int(second.removeprefix("bytes=").removesuffix("-")) >= 1 << 20
+    assert (volume.folder / WEIGHTS).read_bytes() == (model / WEIGHTS).read_bytes()
+    assert not list(volume.folder.glob("*.incomplete"))
 
 
-def test_sigterm_ends_a_pull_at_once_without_a_trace(tmp_path: Path, model: Path) -> None:
-    with Hub({MODEL: model}, bytes_per_second=100_000) as hub:
-        with Volume(tmp_path, hub).start("--json") as process:
-            assert process.stdout is not None
-            assert process.stdout.readline()
-            process.send_signal(signal.SIGTERM)
-            begun = time.monotonic()
-            assert process.wait(10) == 128 + signal.SIGTERM
-            assert process.stderr is not None
-            assert "Traceback" not in process.stderr.read()
-        assert time.monotonic() - begun < 5
+def test_a_cut_connection_is_gone_on_with(tmp_path: Path, model: Path) -> None:
+    with Hub({MODEL: model}, fault="cut") as hub:
+        volume = Volume(tmp_path, hub)
+        code, out, err = volume.pull()
+        assert (code, err) == (0, "")
+        assert out.count("retrying") == 1, "in our own log"
+        first, second = hub.downloads(WEIGHTS)
+        assert (first, second[-1]) == ("", "-")
+    assert volume.complete()
 
 
-def test_flipped_bytes_are_refused_and_nothing_is_kept(tmp_path: Path, model: Path) -> None:
+def test_wrong_bytes_are_refused_and_not_kept(tmp_path: Path, model: Path) -> None:
     with Hub({MODEL: model}, fault="flip") as hub:
         volume = Volume(tmp_path, hub)
-        code, _, err = volume.pull()
+        code, out, err = volume.pull()
     assert code == 4
-    assert "shoehorn: " in err
-    assert store.locate(volume.settings) is None
-    assert not (volume.models / MODEL / WEIGHTS).exists()
+    assert f"wrong bytes in every try, by their SHA-256: {WEIGHTS}." in err
+    assert "Failed to download" not in out + err, "failures are told once"
+    assert not volume.complete()
+    assert not (volume.folder / WEIGHTS).exists()
+
+
+def test_a_checksum_that_comes_with_the_file_is_used_too(tmp_path: Path, model: Path) -> None:
+    with Hub({MODEL: model}, fault="flip,nosha,linked") as hub:
+        code, _, err = Volume(tmp_path, hub).pull()
+    assert code == 4
+    assert "wrong bytes" in err
+
+
+def test_without_any_checksum_the_sizes_decide_and_it_is_said(tmp_path: Path, model: Path) -> None:
+    with Hub({MODEL: model}, fault="nosha") as hub:
+        volume = Volume(tmp_path, hub)
+        code, out, _ = volume.pull()
+        assert code == 0
+        assert "no checksum for 3 of 3 files" in out
+        assert volume.complete()
+        flip_last_byte(volume.folder / WEIGHTS)
+        assert volume.pull()[0] == 0, "what was received is known by its checksum from then on"
+    assert (volume.folder / WEIGHTS).read_bytes() == (model / WEIGHTS).read_bytes()
+
+
+def test_what_the_library_leaves_is_checked(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A download that says that all is well: first without a file and with a wrong one, then right."""
+    rounds: list[list[str]] = []
+
+    def download(_settings: Settings, _endpoint: str, directory: Path, _wanted: Sequence[ModelFile],
+                 needed: Sequence[ModelFile], _report: Report) -> None:
+        rounds.append([file.path for file in needed])
+        for file in needed:
+            if len(rounds) == 1 and file.path == "tokenizer.json":
+                continue
+            shutil.copy(model / file.path, directory / file.path)
+            if file.path == WEIGHTS and len(rounds) <= wrong_rounds:
+                flip_last_byte(directory / file.path)
+
+    monkeypatch.setattr(store, "download", download)
+    with Hub({MODEL: model}) as hub:
+        volume = Volume(tmp_path, hub)
+        wrong_rounds = 2
+        with pytest.raises(ModelUnavailableError, match=f"twice.*{WEIGHTS}"):
+            volume.pull_here()
+        assert rounds == [["config.json", WEIGHTS, "tokenizer.json"], [WEIGHTS, "tokenizer.json"]]
+        assert not (volume.folder / WEIGHTS).exists()
+        assert not volume.complete()
+        rounds.clear()
+        wrong_rounds = 1
+        volume.pull_here()
+    assert rounds == [[WEIGHTS], [WEIGHTS]]
+    assert volume.complete()
 
 
 def test_a_path_that_leaves_the_folder_is_refused_before_anything_is_fetched(tmp_path: Path, model: Path) -> None:
     with Hub({MODEL: model}, fault="traversal") as hub:
-        code, _, err = Volume(tmp_path, hub).pull()
-        assert code == 4
-        assert "escape.json" in err
-        assert hub.downloads(WEIGHTS) == []
+        volume = Volume(tmp_path, hub)
+        with pytest.raises(ModelUnavailableError, match=r"escape\.json"):
+            volume.pull_here()
+        assert len(hub.requests) == 1
     assert not list(tmp_path.rglob("escape.json"))
-
-
-def test_a_hub_without_checksums_still_serves(tmp_path: Path, model: Path) -> None:
-    with Hub({MODEL: model}, fault="nosha") as hub:
-        assert Volume(tmp_path, hub).pull()[0] == 0
+    assert not volume.folder.exists()
 
 
 def test_two_pulls_at_once_fetch_the_weights_once(tmp_path: Path, model: Path) -> None:
-    with Hub({MODEL: model}, bytes_per_second=4_000_000) as hub:
+    with Hub({MODEL: model}, bytes_per_second=2_000_000) as hub:
         volume = Volume(tmp_path, hub)
         with volume.start() as one, volume.start() as two:
-            one.communicate(timeout=60)
-            two.communicate(timeout=60)
+            out = one.communicate(timeout=60)[0] + two.communicate(timeout=60)[0]
         assert (one.returncode, two.returncode) == (0, 0)
-        assert len(hub.downloads(WEIGHTS)) == 1
-
-
-@pytest.mark.parametrize(("change", "words"), [
-    ({"MODEL_ID": "owner/absent"}, "no model owner/absent"),
-    ({"MODELSCOPE_ENDPOINT": "http://127.0.0.1:9"}, "cannot be reached"),
-])
-def test_trouble_is_told_in_words(tmp_path: Path, hub: Hub, change: dict[str, str], words: str) -> None:
-    with hub:
-        code, _, err = Volume(tmp_path, hub, **change).pull()
-    assert code == 4
-    assert words in err
-    assert "Traceback" not in err
-
-
-def test_a_token_is_needed_used_and_never_shown(tmp_path: Path, model: Path) -> None:
-    with Hub({MODEL: model}, token="ms-canary") as hub:
-        code, _, err = Volume(tmp_path, hub).pull()
-        assert code == 4
-        assert "MODELSCOPE_API_TOKEN" in err
-        code, out, err = Volume(tmp_path, hub, MODELSCOPE_API_TOKEN="ms-canary").pull()
-    assert code == 0, err
-    assert "canary" not in out + err
+        assert hub.downloads(WEIGHTS).count("") == 1
+    assert out.count("another process pulls") == 1
 
 
 def test_remote_code_is_refused_unless_trusted(tmp_path: Path, model: Path) -> None:
     folder = tmp_path / "remote"
-    folder.mkdir()
-    for name in (WEIGHTS, "modeling.py"):
-        (folder / name).write_bytes((model / name).read_bytes())
+    shutil.copytree(model, folder)
     (folder / "config.json").write_text('{"auto_map": {"AutoModel": "modeling.Model"}}')
     with Hub({MODEL: folder}) as hub:
-        code, _, err = Volume(tmp_path, hub).pull()
-        assert code == 4
-        assert "TRUST_REMOTE_CODE" in err
+        with pytest.raises(ModelUnavailableError, match="auto_map") as refusal:
+            Volume(tmp_path, hub).pull_here()
+        assert "TRUST_REMOTE_CODE=yes" in refusal.value.remedy
+        assert "" not in hub.downloads("config.json"), "only looked at"
         trusting = Volume(tmp_path, hub, TRUST_REMOTE_CODE="yes")
         assert trusting.pull()[0] == 0
-    assert (trusting.models / MODEL / "modeling.py").exists()
+    assert (trusting.folder / "modeling.py").exists()
+    assert not (trusting.folder / "pytorch_model.bin").exists()
 
 
-def test_a_model_without_safetensors_is_refused(tmp_path: Path, hub: Hub) -> None:
-    listing = (RemoteFile("pytorch_model.bin", 10, ""), RemoteFile("config.json", 10, ""))
-    with hub, pytest.raises(ModelUnavailableError, match="no weights in safetensors"):
-        store.choose(listing, Volume(tmp_path, hub).settings)
+class Listing:
+    """Files of which only names and sizes matter, and an index."""
+
+    def __init__(self, *names: str, index: Sequence[str] = ()) -> None:
+        self.files = tuple(ModelFile(name, 100, "") for name in names)
+        self.index = json.dumps({"weight_map": {name: name for name in index}}).encode()
+
+    def names(self) -> dict[str, int]:
+        return {file.path: file.size_bytes for file in self.files}
+
+    def read(self, name: str, start: int = 0, length: int | None = None) -> bytes:
+        assert (name, start, length) == ("model.safetensors.index.json", 0, None)
+        return self.index
 
 
-def test_a_full_volume_is_told_before_the_first_byte(tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def choose(listing: Listing, **environment: str) -> list[str]:
+    chosen = store.choose(listing, listing.files, settings.load({"MODEL_ID": MODEL, **environment}))
+    return [file.path for file in chosen]
+
+
+def test_only_the_weights_that_the_engine_loads_are_chosen() -> None:
+    index, shards = "model.safetensors.index.json", ["a.safetensors", "b.safetensors"]
+    others = ["c.safetensors", "onnx/model.safetensors", "original/consolidated.00.pth", "model.gguf"]
+    assert choose(Listing("config.json", index, *shards, *others, index=shards)) == ["config.json", index, *shards]
+    assert choose(Listing("config.json", "model.safetensors", "consolidated.safetensors", "fp8/model.safetensors")) == [
+        "config.json", "model.safetensors"]
+    with pytest.raises(ModelUnavailableError, match=r"b\.safetensors is named by .*index\.json but not there"):
+        choose(Listing("config.json", index, "a.safetensors", index=shards))
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "chat_template.jinja", "additional_chat_templates/tool.jinja",
+                                  "tokenizer.model", "tokenizer.model.v3", "qwen.tiktoken", "vocab.txt", "merges.txt",
+                                  "1_Pooling/config.json"])
+def test_configuration_and_tokenizer_are_chosen(name: str) -> None:
+    assert name in choose(Listing("config.json", WEIGHTS, name))
+
+
+@pytest.mark.parametrize("name", ["README.md", "pytorch_model.bin", "x.pt", "x.pth", "x.pickle", "modeling.py", "x.sh",
+                                  "requirements.txt", "model.safetensors.py", "LICENSE", ".gitattributes"])
+def test_what_serving_does_not_need_is_not_chosen(name: str) -> None:
+    assert name not in choose(Listing("config.json", WEIGHTS, name))
+    trusted = choose(Listing("config.json", WEIGHTS, name), TRUST_REMOTE_CODE="yes")
+    assert (name in trusted) == name.endswith(".py")
+
+
+@pytest.mark.parametrize(("names", "words"), [
+    (["pytorch_model.bin", "config.json"], r"only as pytorch_model\.bin; pickled files can run code"),
+    (["config.json", "model.gguf"], r"holds no \*\.safetensors"),
+    ([WEIGHTS], r"has no config\.json")])
+def test_what_is_no_model_to_be_served_is_refused_with_the_reason(names: list[str], words: str) -> None:
+    with pytest.raises(ModelUnavailableError, match=words):
+        choose(Listing(*names))
+
+
+def test_a_full_volume_is_told_before_the_first_byte(tmp_path: Path, model: Path,
+                                                     monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.statvfs(tmp_path)
     monkeypatch.setattr(os, "statvfs", lambda _: os.statvfs_result((*real[:4], 0, *real[5:])))
-    with hub, pytest.raises(ModelUnavailableError, match="too small: 4 MiB"):
-        store.pull(Volume(tmp_path, hub).settings, lambda _: None)
+    with Hub({MODEL: model}) as hub, pytest.raises(ModelUnavailableError, match="4 MiB are still needed, 0 B are free"):
+        Volume(tmp_path, hub).pull_here()
     assert hub.downloads(WEIGHTS) == []
 
 
-def test_headers_are_read_by_short_ranges(tmp_path: Path, hub: Hub) -> None:
-    with hub:
-        files = store.hub_files(Volume(tmp_path, hub).settings)
-        assert files.names()[WEIGHTS] > 4 << 20
-        length = int.from_bytes(files.read(WEIGHTS, 0, 8), "little")
-        assert b"model.norm.weight" in files.read(WEIGHTS, 8, length)
-        assert hub.downloads(WEIGHTS) == ["bytes=0-7", f"bytes=8-{7 + length}"]
-
-
 def test_a_local_folder_is_used_where_it_lies(tmp_path: Path, model: Path) -> None:
-    there = settings.load({"MODEL_SOURCE": "local", "MODEL_ID": str(model)})
-    assert store.locate(there) == model.resolve()
+    there = settings.load({"MODEL_SOURCE": "local", "MODEL_ID": str(model), "MODELS_DIR": str(tmp_path / "none")})
+    assert store.locate(there) == store.pull(there, lambda _: None) == model.resolve()
     assert isinstance(store.hub_files(there), checkpoint.LocalFiles)
-    with pytest.raises(ModelUnavailableError, match="holds no model"):
-        store.locate(settings.load({"MODEL_SOURCE": "local", "MODEL_ID": str(tmp_path)}))
+    for folder, words in ((tmp_path, "are needed"), (tmp_path / "absent", "No such file")):
+        with pytest.raises(ModelUnavailableError, match=words):
+            store.locate(settings.load({"MODEL_SOURCE": "local", "MODEL_ID": str(folder)}))
+
+
+def test_the_store_is_imported_without_the_hubs_library() -> None:
+    code = "import sys, shoehorn.store; sys.exit(any(name.startswith('modelscope') for name in sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": str(Path(store.__file__).parents[1])},
+                          check=False).returncode == 0

@@ -1,14 +1,19 @@
-"""`shoehorn pull [MODEL_ID] [--json]`: fetch a model into the volume and check every file."""
+"""`shoehorn pull [MODEL_ID] [--json]`: fetch a model into the volume and check every file.
+
+Rules: SIGTERM and Ctrl-C end it at once, and what has arrived is gone on with by the next pull; with `--json` nothing
+but JSON objects goes to standard output, and the log to standard error as text.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from types import FrameType
 
@@ -16,7 +21,7 @@ from shoehorn import log as logs
 from shoehorn import settings as settings_module
 from shoehorn import store
 from shoehorn.errors import EXIT_DONE
-from shoehorn.store import Progress
+from shoehorn.progress import Progress
 from shoehorn.units import format_size
 
 _LINE_SECONDS = 3.0
@@ -30,36 +35,64 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, environment: Mapping[str, str]) -> int:
-    """Pull; returns the exit code. SIGTERM ends it at once: what has arrived is kept and gone on with."""
-    signal.signal(signal.SIGTERM, _end)
+    """Pull; returns the exit code."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _end)
     settings = settings_module.load({**environment, **({"MODEL_ID": arguments.model} if arguments.model else {})})
-    logs.configure(settings.log_format)
-    sys.stdout.flush()
-    directory = store.pull(settings, _print_json if arguments.json else _Lines())
-    print(json.dumps({"phase": "done", "directory": str(directory)}) if arguments.json else directory, flush=True)
+    if arguments.json:
+        logging.basicConfig(level=logging.INFO, format="%(name)s %(levelname)s %(message)s", stream=sys.stderr,
+                            force=True)
+        logging.getLogger("httpx").setLevel(logging.WARNING)
+    else:
+        logs.configure(settings.log_format)
+    directory = store.pull(settings, _print_json if arguments.json else Lines(_print))
+    _print(json.dumps({"phase": "done", "directory": str(directory)}) if arguments.json else str(directory))
     return EXIT_DONE
 
 
-def _end(_signal: int, _frame: FrameType | None) -> None:
-    os._exit(128 + signal.SIGTERM)  # the library's threads would be waited for otherwise
+def _end(number: int, _frame: FrameType | None) -> None:
+    os._exit(128 + number)  # an orderly end would wait for the library's threads
+
+
+def _print(text: str) -> None:
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        _end(signal.SIGPIPE, None)  # the reader is gone, and with it who wanted the model
 
 
 def _print_json(progress: Progress) -> None:
-    print(json.dumps(asdict(progress)), flush=True)
+    _print(json.dumps(asdict(progress)))
 
 
-class _Lines:
-    """A line every few seconds: bytes, share, rate, time left."""
+class Lines:
+    """Progress for people: a line every few seconds, at each change of phase and at its end.
 
-    def __init__(self) -> None:
-        self._said = 0.0
+    Args:
+        write: takes one line.
+        clock: seconds.
+    """
+
+    def __init__(self, write: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
+        self._write, self._clock = write, clock
+        self._phase, self._ended, self._at = "", False, 0.0
 
     def __call__(self, progress: Progress) -> None:
-        if time.monotonic() - self._said < _LINE_SECONDS:
+        ended = progress.bytes_done == progress.bytes_total
+        same = (progress.phase, ended) == (self._phase, self._ended)
+        if same and (ended or self._clock() - self._at < _LINE_SECONDS):
             return
-        self._said = time.monotonic()
+        self._phase, self._ended, self._at = progress.phase, ended, self._clock()
+        rate, missing = progress.rate_bytes_per_second, progress.bytes_total - progress.bytes_done
         share = progress.bytes_done / progress.bytes_total if progress.bytes_total else 1.0
-        rate = progress.rate_bytes_per_second
-        left = f", {(progress.bytes_total - progress.bytes_done) / rate:.0f} s left" if rate else ""
-        print(f"{progress.phase}: {format_size(progress.bytes_done)} of {format_size(progress.bytes_total)} "
-              f"({share:.0%}), {format_size(round(rate))}/s{left}", flush=True)
+        pace = f", {format_size(round(rate))}/s" if rate else ""
+        left = f", {_duration(missing / rate)} left" if rate and missing else ""
+        self._write(f"{progress.phase}: {format_size(progress.bytes_done)} of {format_size(progress.bytes_total)} "
+                    f"({share:.0%}){pace}{left}")
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

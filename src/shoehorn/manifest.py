@@ -1,0 +1,112 @@
+"""The manifest of a model: what belongs to it, and what of that was checked, in `MODELS_DIR/.shoehorn/manifests/`.
+
+Rules:
+- it is written atomically, and `complete` only after every file was checked and synced: it is the one mark that a model
+  may be served;
+- it lists files that do not belong to the model any more until they are gone;
+- the volume may have been edited: a manifest that is not understood counts as none, and no path in it is believed.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from shoehorn.files import write_atomic
+from shoehorn.settings import Settings
+
+log = logging.getLogger("store")
+
+VERSION = 1
+_LONGEST_NAME_BYTES = 240  # 255 less what the hub's library appends to a partial file
+_LONGEST_PATH_BYTES = 1024
+
+
+@dataclass(frozen=True)
+class ModelFile:
+    """One file of a model.
+
+    Attributes:
+        path: below the model's folder, with `/`.
+        sha256: hexadecimal, of the content once it was checked, before that as the hub lists it; "" where it does not.
+        mtime_ns: modification time at which the content was checked; None while it was not.
+    """
+
+    path: str
+    size_bytes: int
+    sha256: str
+    mtime_ns: int | None = None
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What is known of a model's folder. `revision` is as asked for: a branch, tag or commit."""
+
+    model: str
+    revision: str
+    endpoint: str
+    complete: bool
+    files: tuple[ModelFile, ...]
+
+    def is_of(self, settings: Settings) -> bool:
+        """Whether it describes the model and the revision that the settings name."""
+        return (self.model, self.revision) == (settings.model_id, settings.model_revision)
+
+
+def is_plain(path: str) -> bool:
+    """Whether a path stays below its folder, on every filesystem and in every log."""
+    parts = PurePosixPath(path).parts
+    return (path.isprintable() and "\\" not in path and not path.startswith("/") and ".." not in parts
+            and "/".join(parts) == path != "" and len(path.encode()) <= _LONGEST_PATH_BYTES
+            and all(len(part.encode()) <= _LONGEST_NAME_BYTES and part == part.strip() for part in parts))
+
+
+def location(settings: Settings) -> Path:
+    """Where the model's manifest lies."""
+    return settings.models_dir / ".shoehorn" / "manifests" / f"{settings.model_id.replace('/', '--')}.json"
+
+
+def read(settings: Settings) -> Manifest | None:
+    """The model's manifest, or None where there is none that can be understood."""
+    path = location(settings)
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        if document.pop("version") != VERSION:
+            return None
+        return _parse(document)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        log.warning("the manifest %s cannot be used (%s); the model is checked again", path, error)
+        return None
+
+
+def _parse(document: dict[str, Any]) -> Manifest:
+    files = tuple(ModelFile(**entry) for entry in document.pop("files"))
+    for file in files:
+        if not is_plain(file.path) or type(file.size_bytes) is not int or type(file.sha256) is not str:
+            raise ValueError(f"{file.path!r} is no entry")
+    found = Manifest(**document, files=files)
+    if type(found.complete) is not bool or (found.complete and not files):
+        raise ValueError("it is complete without files")
+    return found
+
+
+def write(settings: Settings, manifest: Manifest) -> None:
+    """Replace the model's manifest; durable when it returns."""
+    path = location(settings)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, json.dumps({"version": VERSION, **asdict(manifest)}, indent=1) + "\n")
+
+
+def unchanged(directory: Path, file: ModelFile) -> bool:
+    """Whether a checked file still has the size and the time at which it was checked."""
+    try:
+        status = os.stat(directory / file.path)
+    except OSError:
+        return False
+    return (status.st_size, status.st_mtime_ns) == (file.size_bytes, file.mtime_ns)

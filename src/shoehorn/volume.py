@@ -1,0 +1,88 @@
+"""The models volume: is it there, writable, large enough; and one writer for each model.
+
+Every trouble with it ends in one `ModelUnavailableError` that says what to type.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from shoehorn.errors import ModelUnavailableError
+from shoehorn.settings import Settings
+from shoehorn.units import format_size
+
+log = logging.getLogger("store")
+
+_SPARE = 1.02
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_DENIED = (errno.EACCES, errno.EPERM)
+
+
+def trouble(models_dir: Path, error: OSError) -> ModelUnavailableError:
+    """What an error of the file system means for the volume, in words."""
+    if error.errno in _FULL:
+        return ModelUnavailableError(f"The volume {models_dir} is full.",
+                                     "Free space there or mount a larger volume at MODELS_DIR, then start again; "
+                                     "what has arrived is kept.")
+    if error.errno == errno.EROFS:
+        return ModelUnavailableError(f"The volume {models_dir} is mounted read-only, and the model has to be written.",
+                                     "Mount it writable (without :ro), or use a folder that is complete with "
+                                     "MODEL_SOURCE=local.")
+    if error.errno in _DENIED:
+        user = os.geteuid()
+        return ModelUnavailableError(f"{error.filename or models_dir} cannot be written by user {user}.",
+                                     f"On the host: sudo chown -R {user} FOLDER, where FOLDER is what is mounted at "
+                                     f"{models_dir}.")
+    return ModelUnavailableError(f"The volume {models_dir} fails: {error}.",
+                                 "Check the disk, and that a volume is mounted at MODELS_DIR.")
+
+
+def require_space(directory: Path, needed_bytes: int) -> None:
+    """Check the free space, with 2 % to spare.
+
+    Raises:
+        ModelUnavailableError: less is free.
+    """
+    status = os.statvfs(directory)
+    needed, free = round(needed_bytes * _SPARE), status.f_bavail * status.f_frsize
+    if needed > free:
+        raise ModelUnavailableError(
+            f"The volume is too small: {format_size(needed)} are still needed, {format_size(free)} are free.",
+            "Free space there, or mount a larger volume at MODELS_DIR.")
+
+
+@contextmanager
+def only_writer(settings: Settings) -> Iterator[None]:
+    """Hold the model's lock. The kernel drops it with the process, so that a crash leaves none behind.
+
+    Raises:
+        ModelUnavailableError: the volume is absent, cannot be written, or knows no locks.
+    """
+    models_dir = settings.models_dir
+    if not models_dir.is_dir():
+        raise ModelUnavailableError(f"MODELS_DIR={models_dir} does not exist.",
+                                    f"Mount a volume there, or: mkdir -p {models_dir}")
+    path = models_dir / ".shoehorn" / "locks" / f"{settings.model_id.replace('/', '--')}.lock"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)
+    except OSError as error:
+        raise trouble(models_dir, error) from error
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.info("another process pulls %s; waiting for it", settings.model_id)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError as error:
+            raise ModelUnavailableError(f"The file system of {models_dir} has no locks ({error.strerror}).",
+                                        "Mount a volume at MODELS_DIR whose file system has them.") from error
+        yield
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,116 @@
+"""The parts of the store that need no hub: progress, and the volume's troubles in words."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import time
+from pathlib import Path
+
+import pytest
+from pulling import MODEL, Volume
+
+from shoehorn import store, volume
+from shoehorn.download import bytes_there, partial_path
+from shoehorn.errors import ModelUnavailableError
+from shoehorn.manifest import ModelFile
+from shoehorn.progress import Meter, Progress, reported
+
+
+def test_progress_only_rises_and_never_passes_the_total() -> None:
+    now = iter(range(100))
+    meter = Meter("pulling", 100, lambda: next(now))
+    assert [meter.at(done).bytes_done for done in (0, 50, 20, 60, 1000, 0)] == [0, 50, 50, 60, 100, 100]
+
+
+def test_the_rate_is_that_of_the_last_seconds() -> None:
+    now = [0.0]
+    meter = Meter("pulling", 10**9, lambda: now[0])
+    assert meter.at(1000).rate_bytes_per_second == 0, "what was there before does not count"
+    rates = []
+    for second in range(1, 31):
+        now[0] = float(second)
+        rates.append(meter.at(1000 + 100 * min(second, 15)).rate_bytes_per_second)
+    assert rates[10] == 100
+    assert rates[19] == 50
+    assert rates[29] == 0, "a stall shows"
+
+
+def test_a_phase_is_reported_at_its_start_meanwhile_and_at_its_end() -> None:
+    seen: list[Progress] = []
+    done = 0
+    with reported("verifying", 10, lambda: done, seen.append, period_seconds=0.01):
+        time.sleep(0.1)
+        done = 10
+    assert (seen[0].bytes_done, seen[-1].bytes_done) == (0, 10)
+    assert len(seen) > 4
+
+
+def test_a_phase_that_fails_is_not_reported_as_done() -> None:
+    seen: list[Progress] = []
+    with pytest.raises(FileNotFoundError), reported("pulling", 10, lambda: len(seen), seen.append):
+        Path("/nowhere/at/all").stat()
+    assert [progress.bytes_done for progress in seen] == [0]
+
+
+def test_whole_and_partial_files_count_and_none_above_its_size(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    files = [ModelFile(name, 10, "") for name in ("whole", "sub/partial", "absent", "too long")]
+    (tmp_path / "whole").write_bytes(bytes(10))
+    partial_path(tmp_path / "sub/partial").write_bytes(bytes(4))
+    (tmp_path / "too long").write_bytes(bytes(50))
+    assert bytes_there(tmp_path, files) == 24
+
+
+@pytest.mark.parametrize(("number", "words", "remedy"), [
+    (errno.ENOSPC, "is full", "larger volume"), (errno.EDQUOT, "is full", "larger volume"),
+    (errno.EROFS, "read-only", "without :ro"), (errno.EACCES, "cannot be written by user", "sudo chown -R"),
+    (errno.EPERM, "cannot be written by user", "sudo chown -R"), (errno.EIO, "fails", "Check the disk")])
+def test_trouble_with_the_volume_is_told_in_words(number: int, words: str, remedy: str) -> None:
+    told = volume.trouble(Path("/models"), OSError(number, os.strerror(number), "/models/x"))
+    assert words in told.cause
+    assert remedy in told.remedy
+
+
+def test_an_absent_volume_is_not_made_up(tmp_path: Path) -> None:
+    user = Volume(tmp_path)
+    user.models.rmdir()
+    with pytest.raises(ModelUnavailableError, match="does not exist") as refusal:
+        user.pull_here()
+    assert "Mount a volume" in refusal.value.remedy
+    assert not user.models.exists()
+
+
+def test_a_volume_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    user = Volume(tmp_path)
+    (user.models / ".shoehorn").touch()  # stands in the way, for root too
+    with pytest.raises(ModelUnavailableError, match=str(user.models)):
+        user.pull_here()
+
+
+def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(_descriptor: int, _operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(ModelUnavailableError, match="has no locks"):
+        Volume(tmp_path).pull_here()
+
+
+def test_a_disk_error_while_checking_is_told_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def locate(_settings: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), "/models/owner/tiny")
+
+    monkeypatch.setattr(store, "locate", locate)
+    with pytest.raises(ModelUnavailableError, match="Input/output error"):
+        store.pull(Volume(tmp_path).settings, lambda _: None)
+
+
+def test_locks_of_different_models_do_not_meet(tmp_path: Path) -> None:
+    user = Volume(tmp_path)
+    with volume.only_writer(user.settings):
+        user.environment["MODEL_ID"] = "owner/other"
+        with volume.only_writer(user.settings):
+            names = sorted(path.name for path in (user.models / ".shoehorn" / "locks").iterdir())
+    assert names == ["owner--other.lock", f"{MODEL.replace('/', '--')}.lock"]
