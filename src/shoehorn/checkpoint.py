@@ -1,84 +1,39 @@
 """A checkpoint's `config.json` and safetensors headers -> `ModelShape`: true bytes per tensor, never the model's name.
 
-Rules:
-- no weights are read: one short range per safetensors file, so that a model can be looked at on its hub;
-- nothing in a file is believed before it was checked: a header that lies about its length, a tensor's place or its
-  size is a `ModelUnavailableError` that names the file;
-- what is not understood is said in `notes` and counted as resident and unquantized, which is the safe side.
+Rules: every tensor counts in exactly one group; what the engine does with attention, experts and compressed caches is
+read from the config's own keys; what is not understood is said in `notes` and counted as resident, unquantized and at
+full length, which is the safe side.
 
-Format: https://github.com/huggingface/safetensors (8 bytes of header length, little endian; JSON; data).
+Sources: config classes of transformers, and the models and kv_cache_interface.py of vLLM 0.32.0.
 """
 
 from __future__ import annotations
 
-import json
-import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from shoehorn.errors import ModelUnavailableError
+from shoehorn.tensor_files import Files, Tensor, damaged, header, read_json, shards
 
-DENSE = frozenset({"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"})
-"""Architectures whose layers are plain attention and one MLP, all of it linear layers that can be quantized."""
+KNOWN = frozenset({
+    "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Phi3ForCausalLM",
+    "Gemma2ForCausalLM", "Gemma3ForCausalLM", "Gemma3ForConditionalGeneration", "MixtralForCausalLM",
+    "Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM", "DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM",
+    "GptOssForCausalLM"})
+"""Architectures whose layers are understood: attention (of any kind below) and one MLP or experts."""
 
-DTYPE_BITS = {"F64": 64, "I64": 64, "U64": 64, "F32": 32, "I32": 32, "U32": 32, "BF16": 16, "F16": 16, "I16": 16,
-              "U16": 16, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "I8": 8, "U8": 8, "BOOL": 8, "F4": 4}
-_FIRST_READ_BYTES = 128 << 10
-_MOST_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
-_MOST_JSON_BYTES = 64 << 20
 _NOT_STORED = (".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
 
-_IN_LAYER = re.compile(r"(?:model\.|language_model\.|transformer\.)*(?:layers|h)\.(\d+)\.(.+)")
-_EMBEDDING = re.compile(r"(?:model\.|language_model\.|transformer\.)*(?:embed_tokens|wte|tok_embeddings)\.\w+")
+_TOP = r"(?:model\.|language_model\.|transformer\.)*"
+_IN_LAYER = re.compile(_TOP + r"(?:layers|h)\.(\d+)\.(.+)")
+_EMBEDDING = re.compile(_TOP + r"(?:embed_tokens|wte|tok_embeddings)\.\w+")
 _LM_HEAD = re.compile(r"(?:language_model\.)?lm_head\.\w+")
 _BNB_STATE = re.compile(r".*\.weight\.(absmax|nested_absmax|quant_map|nested_quant_map|quant_state\..*)|.*\.SCB")
-_PACKED = re.compile(r".*\.(qweight|qzeros|scales|g_idx|weight_packed|weight_shape|weight_scale(_inv)?|"
+_PACKED = re.compile(r".*\.(qweight|qzeros|scales|g_idx|weight_g_idx|weight_packed|weight_shape|weight_scale(_inv)?|"
                      r"weight_zero_point|input_scale)")
-
-
-class Files(Protocol):
-    """A checkpoint's files, wherever they lie."""
-
-    def names(self) -> Mapping[str, int]:
-        """Size in bytes by file name."""
-
-    def read(self, name: str, start: int = 0, length: int | None = None) -> bytes:
-        """Up to `length` bytes from `start`; all when None."""
-
-
-class LocalFiles:
-    """The files of a folder, without its subfolders."""
-
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-
-    def names(self) -> Mapping[str, int]:
-        """Size in bytes by file name.
-
-        Raises:
-            ModelUnavailableError: the folder cannot be listed.
-        """
-        try:
-            return {path.name: path.stat().st_size for path in sorted(self._directory.iterdir()) if path.is_file()}
-        except OSError as error:
-            raise ModelUnavailableError(f"The model's folder {self._directory} cannot be read: {error.strerror}.",
-                                        "Set MODEL_ID to a folder with config.json and *.safetensors.") from error
-
-    def read(self, name: str, start: int = 0, length: int | None = None) -> bytes:
-        """Up to `length` bytes from `start`; all when None.
-
-        Raises:
-            ModelUnavailableError: the file cannot be read.
-        """
-        try:
-            with (self._directory / name).open("rb") as file:
-                file.seek(start)
-                return file.read(-1 if length is None else length)
-        except OSError as error:
-            raise _damaged(name, f"cannot be read ({error.strerror})") from error
+_EXPERTS = re.compile(r".*\.experts\..*")
 
 
 @dataclass(frozen=True)
@@ -91,19 +46,50 @@ class TensorGroup:
 
 @dataclass(frozen=True)
 class TensorBytes:
-    """Every tensor in exactly one group.
+    """Every tensor that the engine loads, in exactly one group.
 
     Attributes:
         linears: linear layers of the decoder layers, with the scales and zeros of packed formats.
+        experts: those of mixtures of experts, likewise.
         quant_state: bitsandbytes' own state; `parameters` counts the absmax entries alone.
-        other: norms, biases, experts, vision, and whatever else.
+        other: norms, biases, vision, and whatever else.
+        unused: layers beyond the config's count, as for multi-token prediction, which are not loaded.
     """
 
     embedding: TensorGroup = TensorGroup()
     lm_head: TensorGroup = TensorGroup()
     linears: TensorGroup = TensorGroup()
+    experts: TensorGroup = TensorGroup()
     quant_state: TensorGroup = TensorGroup()
     other: TensorGroup = TensorGroup()
+    unused: TensorGroup = TensorGroup()
+
+
+@dataclass(frozen=True)
+class KvLayers:
+    """Layers whose KV cache is of the same kind.
+
+    Attributes:
+        heads: that hold keys and values; 1 for a compressed cache (MLA), which every GPU keeps whole.
+        width: entries of one head and token, key and value together.
+        window: tokens that are kept; 0 for all of them.
+        latent: compressed (MLA).
+    """
+
+    layers: int
+    heads: int
+    width: int
+    window: int = 0
+    latent: bool = False
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A mixture of experts: how many a layer has, how many a token passes, and the inner width of each."""
+
+    count: int
+    per_token: int
+    intermediate: int
 
 
 @dataclass(frozen=True)
@@ -111,6 +97,10 @@ class ModelShape:
     """What planning needs to know of a model.
 
     Attributes:
+        intermediate: inner width of a dense MLP, the widest one.
+        head_dim: of the rotary embedding's table; rotary_positions: the rows of all such tables together.
+        kv_layers: one entry a kind; their layers add up to `layers`.
+        absorbed_parameters: of bf16 copies that the engine makes of projections beside the weights (MLA).
         max_position: the longest context, rotary scaling counted as the engine does.
         dtype: the checkpoint's number format, as `bfloat16`.
         tied_embeddings: the output head is the embedding, so no second one is held.
@@ -126,30 +116,24 @@ class ModelShape:
     heads: int
     kv_heads: int
     head_dim: int
+    rotary_positions: int
     vocab: int
     max_position: int
     dtype: str
     tied_embeddings: bool
     quantization: str | None
+    kv_layers: tuple[KvLayers, ...]
     tensor_bytes: TensorBytes
     weights_bytes: int
     disk_bytes: int
+    experts: Experts | None = None
+    absorbed_parameters: int = 0
     notes: tuple[str, ...] = ()
 
-
-@dataclass(frozen=True)
-class Tensor:
-    """One tensor as its header describes it; `dtype` as in safetensors."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    bytes: int
-
     @property
-    def elements(self) -> int:
-        """The number of stored elements."""
-        return math.prod(self.shape)
+    def understood(self) -> bool:
+        """Whether its layers are of a known architecture, so that they can be quantized and estimated closely."""
+        return self.architecture in KNOWN
 
 
 def read(files: Files) -> ModelShape:
@@ -159,9 +143,9 @@ def read(files: Files) -> ModelShape:
         ModelUnavailableError: a file is missing, damaged or lies; it names the file.
     """
     names = files.names()
-    config = _json(files, names, "config.json")
+    config = read_json(files, names, "config.json")
     weights = shards(files, names)
-    tensors = [tensor for name in weights for tensor in _header(files, name, names[name])]
+    tensors = [tensor for name in weights for tensor in header(files, name, names[name])]
     disk = sum(size for name, size in names.items()
                if name in weights or (not name.endswith((*_NOT_STORED, ".safetensors")) and "/" not in name))
     return shape_of(config, tensors, disk)
@@ -177,71 +161,146 @@ def shape_of(config: Mapping[str, Any], tensors: Iterable[Tensor], disk_bytes: i
     tensors = list(tensors)
     text = _section(config, "text_config") or config
     if text is not config:
-        notes.append("the model takes more than text; only its language part is understood")
+        notes.append("the model takes more than text; what its other parts need while they work is not estimated")
     architectures = config.get("architectures")
     architecture = str(architectures[0]) if isinstance(architectures, list) and architectures else "unknown"
     layers, hidden, heads = (_count(text, key) for key in ("num_hidden_layers", "hidden_size", "num_attention_heads"))
     embedding = next((tensor for tensor in tensors if _EMBEDDING.fullmatch(tensor.name)), None)
     groups = _group(tensors, layers, notes)
-    dtype = text.get("torch_dtype") or text.get("dtype") or config.get("torch_dtype") or config.get("dtype")
-    if not isinstance(dtype, str):
-        dtype = {"F16": "float16", "F32": "float32"}.get(embedding.dtype if embedding else "", "bfloat16")
     quantized = _section(config, "quantization_config") or _section(config, "compression_config")
     quantization = quantized.get("quant_method")
-    if architecture not in DENSE:
-        notes.append(f"{architecture} is not one of {', '.join(sorted(DENSE))}: its layers are counted as dense ones "
-                     "with full attention, and what is no plain linear layer as resident and unquantized")
-    if text.get("sliding_window") and text.get("use_sliding_window", True):
-        notes.append("the sliding window is not used: the KV cache is counted at full length")
-    if text.get("kv_lora_rank"):
-        notes.append("the compressed KV cache (MLA) is not understood: it is counted uncompressed")
+    if architecture not in KNOWN:
+        notes.append(f"{architecture} is none of the known architectures: what is no plain linear layer or expert is "
+                     "counted as resident and unquantized, and its activations with half as much again")
     if quantized.get("load_in_8bit"):
         notes.append("8-bit bitsandbytes is not understood: its state is counted as stored")
+    kv_heads = _count(text, "num_key_value_heads", heads)
+    head_dim = _count(text, "head_dim", _head_dim(tensors, kv_heads) or hidden // heads)
+    latent = _count(text, "kv_lora_rank", 0)
     return ModelShape(
         architecture=architecture, layers=layers, hidden=hidden, heads=heads,
-        intermediate=_count(text, "intermediate_size", 4 * hidden, notes),
-        kv_heads=_count(text, "num_key_value_heads", heads), head_dim=_count(text, "head_dim", hidden // heads),
-        vocab=_count(text, "vocab_size", embedding.shape[0] if embedding and embedding.shape else 0,
-                     notes),
-        max_position=_max_position(text, notes), dtype=dtype.removeprefix("torch."),
+        intermediate=_count(text, "intermediate_size", 4 * hidden, notes), kv_heads=kv_heads,
+        head_dim=_count(text, "qk_rope_head_dim", 64) if latent else head_dim,
+        vocab=_count(text, "vocab_size", embedding.shape[0] if embedding and embedding.shape else None),
+        max_position=_max_position(text, notes), rotary_positions=_rotary_positions(text),
+        dtype=_dtype(config, text, embedding),
         tied_embeddings=not groups.lm_head.bytes or bool(
             text.get("tie_word_embeddings", config.get("tie_word_embeddings"))),
-        quantization=str(quantization) if quantization else None, tensor_bytes=groups,
-        weights_bytes=sum(tensor.bytes for tensor in tensors), disk_bytes=disk_bytes, notes=tuple(notes))
+        quantization=str(quantization) if quantization else None,
+        kv_layers=_kv_layers(text, layers, kv_heads, head_dim, latent, notes), tensor_bytes=groups,
+        weights_bytes=sum(tensor.bytes for tensor in tensors), disk_bytes=disk_bytes, experts=_experts(text, groups),
+        absorbed_parameters=layers * latent * heads * (_count(text, "qk_nope_head_dim", 128)
+                                                       + _count(text, "v_head_dim", 128)) if latent else 0,
+        notes=tuple(notes))
 
 
 def _group(tensors: Iterable[Tensor], layers: int, notes: list[str]) -> TensorBytes:
-    groups: dict[str, list[tuple[int, int]]] = {
-        name: [] for name in ("embedding", "lm_head", "linears", "quant_state", "other")}
+    groups: dict[str, list[tuple[int, int]]] = {name: [] for name in TensorBytes.__dataclass_fields__}
     seen: set[int] = set()
     for tensor in tensors:
         name, elements = tensor.name, tensor.elements
         layer = _IN_LAYER.fullmatch(name)
         if layer:
             seen.add(int(layer[1]))
-        if _BNB_STATE.fullmatch(name):
+        if layer and int(layer[1]) >= layers:
+            kind = "unused"
+        elif _BNB_STATE.fullmatch(name):
             kind, elements = "quant_state", elements if name.endswith(".weight.absmax") else 0
         elif _EMBEDDING.fullmatch(name):
             kind = "embedding"
         elif _LM_HEAD.fullmatch(name):
             kind = "lm_head"
-        elif layer and ".experts." not in name and (len(tensor.shape) == 2 or _PACKED.fullmatch(name)):
+        elif layer and _EXPERTS.fullmatch(name):
+            kind = "experts"
+        elif layer and (len(tensor.shape) == 2 or _PACKED.fullmatch(name)):
             kind = "linears"
         else:
             kind = "other"
         groups[kind].append((tensor.bytes, elements))
-    if len(seen) != layers:
+    if len(seen) < layers:
         notes.append(f"config.json names {layers} layers, the weights hold {len(seen)}")
     return TensorBytes(**{kind: TensorGroup(sum(size for size, _ in found), sum(number for _, number in found))
                           for kind, found in groups.items()})
 
 
+def _kv_layers(text: Mapping[str, Any], layers: int, kv_heads: int, head_dim: int, latent: int,
+               notes: list[str]) -> tuple[KvLayers, ...]:
+    """The KV cache of all layers, by kind, those that keep everything first."""
+    if latent:
+        return (KvLayers(layers, 1, latent + _count(text, "qk_rope_head_dim", 64), latent=True),)
+    width = 2 * head_dim
+    window = text.get("sliding_window")
+    if type(window) is not int or window <= 0 or not text.get("use_sliding_window", True):
+        window = 0
+    kinds = Counter(_windowed(text, layers, bool(window), notes))
+    found = [KvLayers(kinds[False], kv_heads, width)] if kinds[False] else []
+    return (*found, KvLayers(kinds[True], kv_heads, width, window)) if kinds[True] else tuple(found)
+
+
+def _windowed(text: Mapping[str, Any], layers: int, has_window: bool, notes: list[str]) -> list[bool]:
+    """Which layers keep a window only, as the models of vLLM decide it."""
+    types = text.get("layer_types")
+    if isinstance(types, list) and len(types) == layers:
+        strange = set(map(str, types)) - {"full_attention", "sliding_attention"}
+        if strange:
+            notes.append(f"layers of type {', '.join(sorted(strange))} are not understood: their cache is counted as "
+                         "that of full attention")
+        return [has_window and kind == "sliding_attention" for kind in types]
+    if not has_window:
+        return [False] * layers
+    kind = str(text.get("model_type", ""))
+    pattern = text.get("sliding_window_pattern", 6 if kind.startswith("gemma3") else 2 if kind == "gemma2" else None)
+    if type(pattern) is int and pattern > 0:
+        return [(layer + 1) % pattern != 0 for layer in range(layers)]
+    return [True] * layers
+
+
+def _experts(text: Mapping[str, Any], groups: TensorBytes) -> Experts | None:
+    """The mixture that the config describes; None for a dense model."""
+    count = next((text[key] for key in ("num_local_experts", "num_experts", "n_routed_experts") if text.get(key)), 0)
+    if type(count) is not int or not count or not groups.experts.bytes:
+        return None
+    return Experts(count, _count(text, "num_experts_per_tok", _count(text, "experts_per_token", 2)),
+                   _count(text, "moe_intermediate_size", _count(text, "intermediate_size", 1)))
+
+
+def _head_dim(tensors: Iterable[Tensor], kv_heads: int) -> int:
+    """As the key projection has it, for configs that leave it to their class; 0 where that does not tell."""
+    found = next((tensor for tensor in tensors if tensor.name.endswith(".self_attn.k_proj.weight")
+                  and len(tensor.shape) == 2 and tensor.dtype in ("BF16", "F16", "F32")), None)
+    return found.shape[0] // kv_heads if found else 0
+
+
+def _dtype(config: Mapping[str, Any], text: Mapping[str, Any], embedding: Tensor | None) -> str:
+    for found in (text.get("torch_dtype"), text.get("dtype"), config.get("torch_dtype"), config.get("dtype")):
+        if isinstance(found, str):
+            return found.removeprefix("torch.")
+    return {"F16": "float16", "F32": "float32"}.get(embedding.dtype if embedding else "", "bfloat16")
+
+
+def _rotary_positions(text: Mapping[str, Any]) -> int:
+    """Rows of the tables that vLLM makes (model_executor/layers/rotary_embedding/): scaled ones are longer."""
+    longest = _count(text, "max_position_embeddings", 131072 if _is_gemma3(text) else 2048)
+    rope = _section(text, "rope_scaling") or _section(text, "rope_parameters")
+    kind, factor = rope.get("rope_type", rope.get("type", "default")), rope.get("factor") or 1.0
+    rows = longest
+    if kind in ("linear", "dynamic", "yarn", "deepseek_yarn") and isinstance(factor, int | float) and factor >= 1:
+        original = rope.get("original_max_position_embeddings")
+        rows = round((original if type(original) is int and kind.endswith("yarn") else longest) * factor)
+    return rows + (longest if text.get("rope_local_base_freq") or _is_gemma3(text) else 0)
+
+
+def _is_gemma3(text: Mapping[str, Any]) -> bool:
+    return str(text.get("model_type", "")).startswith("gemma3")
+
+
 def _max_position(text: Mapping[str, Any], notes: list[str]) -> int:
     """As vLLM 0.32.0 derives it (vllm/config/model.py, _get_and_verify_max_len)."""
-    longest = _count(text, "max_position_embeddings", 2048, notes)
+    longest = _count(text, "max_position_embeddings", *((131072,) if _is_gemma3(text) else (2048, notes)))
     rope = _section(text, "rope_scaling") or _section(text, "rope_parameters")
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind in ("su", "longrope", "llama3", "yarn", "deepseek_yarn", "deepseek_llama_scaling"):
+    if _is_gemma3(text) or kind in (
+            "su", "longrope", "llama3", "yarn", "deepseek_yarn", "deepseek_llama_scaling"):
         return longest
     factor = rope.get("factor") or 1.0
     return int(longest * factor) if isinstance(factor, int | float) and factor >= 1 else longest
@@ -256,87 +315,10 @@ def _section(document: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 def _count(text: Mapping[str, Any], key: str, default: int | None = None, notes: list[str] | None = None) -> int:
     """A positive integer of config.json; the default, noted where `notes` is given, when it is absent."""
     value = text.get(key)
-    if value is None and default:
-        if notes is not None:
+    if value is None and default is not None:
+        if notes is not None and default:
             notes.append(f"config.json lacks {key}: {default} is assumed")
         return default
     if type(value) is not int or not 0 < value < 1 << 40:
-        raise _damaged("config.json", f"gives {key} as {value!r}, not as a positive whole number")
+        raise damaged("config.json", f"gives {key} as {value!r}, not as a positive whole number")
     return value
-
-
-def shards(files: Files, names: Mapping[str, int]) -> list[str]:
-    """The safetensors files that the engine would load, in order.
-
-    Raises:
-        ModelUnavailableError: there are none, or the index names one that is not there.
-    """
-    index = "model.safetensors.index.json"
-    if index in names:
-        weight_map = _json(files, names, index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise _damaged(index, "has no weight_map")
-        shards = sorted({str(shard) for shard in weight_map.values()})
-        for shard in shards:
-            if shard not in names:
-                raise _damaged(shard, f"is named by {index} but not there")
-        return shards
-    shards = sorted(name for name in names if name.endswith(".safetensors") and "/" not in name)
-    shards = [name for name in shards if not name.startswith("consolidated")] or shards
-    if not shards:
-        raise ModelUnavailableError("The model holds no *.safetensors files, and other formats are not used.",
-                                    "Choose another MODEL_ID: one whose files end in .safetensors.")
-    return shards
-
-
-def _header(files: Files, name: str, size: int) -> list[Tensor]:
-    """The tensors of one safetensors file, checked against its size."""
-    start = files.read(name, 0, min(size, _FIRST_READ_BYTES))
-    length = int.from_bytes(start[:8], "little")
-    if len(start) < 8 or not 2 <= length <= min(size - 8, _MOST_HEADER_BYTES):
-        raise _damaged(name, f"says that its header has {length} bytes, in a file of {size}")
-    text = start[8:8 + length]
-    if len(text) < length:
-        text += files.read(name, 8 + len(text), length - len(text))
-    try:
-        header = json.loads(text.decode())
-        header.pop("__metadata__", None)
-        tensors = [_tensor(tensor_name, entry) for tensor_name, entry in header.items()]
-        ends = [entry["data_offsets"][1] for entry in header.values()]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise _damaged(name, f"has a header that cannot be understood ({error})") from error
-    data = size - 8 - length
-    if max(ends, default=0) > data or sum(tensor.bytes for tensor in tensors) > data:
-        raise _damaged(name, "has a header that describes more data than the file holds")
-    return tensors
-
-
-def _tensor(name: str, entry: Mapping[str, Any]) -> Tensor:
-    """One entry of a header. Raises ValueError, KeyError or TypeError where it makes no sense."""
-    shape = tuple(entry["shape"])
-    begin, end = entry["data_offsets"]
-    if not all(type(number) is int and 0 <= number < 1 << 50 for number in (*shape, begin, end)):
-        raise ValueError(f"{name}: a size or place is no plain number")
-    bits = DTYPE_BITS.get(entry["dtype"])  # a number format that came later is taken at its word
-    if end < begin or (bits and end - begin != (math.prod(shape) * bits + 7) // 8):
-        raise ValueError(f"{name}: {end - begin} bytes do not hold {entry['dtype']} of shape {list(shape)}")
-    return Tensor(name, str(entry["dtype"]), shape, end - begin)
-
-
-def _json(files: Files, names: Mapping[str, int], name: str) -> dict[str, Any]:
-    if name not in names:
-        raise _damaged(name, "is not there")
-    if names[name] > _MOST_JSON_BYTES:
-        raise _damaged(name, f"has {names[name]} bytes, too many for what it should be")
-    try:
-        document = json.loads(files.read(name).decode())
-    except (ValueError, RecursionError) as error:
-        raise _damaged(name, f"is no JSON ({error})") from error
-    if not isinstance(document, dict):
-        raise _damaged(name, "holds no JSON object")
-    return document
-
-
-def _damaged(name: str, what: str) -> ModelUnavailableError:
-    return ModelUnavailableError(f"The model's file {name} {what}.",
-                                 "Run `shoehorn pull` again, or choose another MODEL_ID or MODEL_REVISION.")

@@ -1,9 +1,9 @@
 """Profile, settings, model and machine -> the engine's options, each with the one reason that decided it.
 
 Rules:
-- VLLM_EXTRA_ARGS wins over the settings, a setting over the profile, the profile over what is worked out here;
-- worked out is what the others leave open, and what they cannot have: a profile's context beyond the model's, more of
-  the card than there is, more offload than the model needs;
+- VLLM_EXTRA_ARGS wins over the settings, a setting over the profile, the profile over `auto`;
+- `auto` fills what the others leave open; what they cannot have is taken back: a context beyond the model's, more of
+  the card than there is, more offload than the model needs, a number format that the card lacks;
 - two settings that contradict each other, or the model, are a `SettingsError` that names both.
 """
 
@@ -13,32 +13,30 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from shoehorn import engine_options
+from shoehorn import auto, engine_options
 from shoehorn.checkpoint import ModelShape
 from shoehorn.errors import SettingsError
-from shoehorn.estimate import CONTEXT_BYTES, Choices, estimate, kv_bytes, layer_bytes
+from shoehorn.estimate import CONTEXT_BYTES, Choices, estimate
 from shoehorn.hardware import Gpu, Hardware
+from shoehorn.options import Options, Reason
 from shoehorn.profiles import Profile, require_gpus
 from shoehorn.settings import Settings
 from shoehorn.units import GIB, format_size
 
 NGRAM = {"method": "ngram", "num_speculative_tokens": 8, "prompt_lookup_max": 4, "prompt_lookup_min": 2}
 
-_ENGINE_DEFAULTS: Mapping[str, object] = {"max-num-seqs": 256, "max-num-batched-tokens": 8192, "block-size": 16,
-                                          "enforce-eager": False}
-_UNMODELLED = ("pipeline-parallel-size", "data-parallel-size", "enable-lora", "compilation-config", "spec-model",
-               "kv-offloading-size", "attention-backend")
+BF16_CAPABILITY = (8, 0)
+"""The least compute capability with bf16 arithmetic."""
+
+_UNMODELLED = ("data-parallel-size", "enable-lora", "compilation-config", "spec-model", "kv-offloading-size",
+               "attention-backend")
+_ENTRY_BYTES = {"fp8": 1, "fp8_e4m3": 1, "fp8_e5m2": 1, "int8_per_token_head": 1, "fp8_per_token_head": 1,
+                "int4_per_token_head": 0.5, "nvfp4": 0.5}
+_FIELDS = {"quantization": "quantization", "cpu-offload-gb": "offload_bytes", "enforce-eager": "eager",
+           "max-model-len": "max_model_len", "max-num-seqs": "max_num_seqs",
+           "max-num-batched-tokens": "max_num_batched_tokens"}
 _CPU_KV_CACHE_BYTES = GIB
-
-
-@dataclass(frozen=True)
-class Reason:
-    """Why an option has its value; `source` is `setting`, `profile`, `model` or `machine`."""
-
-    option: str
-    value: object
-    source: str
-    text: str
+_UNBOUNDED = 1 << 40
 
 
 @dataclass(frozen=True)
@@ -49,199 +47,288 @@ class Decisions:
     reasons: tuple[Reason, ...]
     choices: Choices
     gpus: tuple[Gpu, ...]
+    fixed: frozenset[str]
 
 
-class _Draft:
-    """Options under construction; the last reason of an option stands."""
+def decide(settings: Settings, hardware: Hardware, profile: Profile, shape: ModelShape,
+           stepped: Mapping[str, object]) -> Decisions:
+    """Every decision; that it fits is another question.
 
-    def __init__(self) -> None:
-        self.options: dict[str, object] = {}
-        self.reasons: dict[str, Reason] = {}
-        self.fixed: set[str] = set()
-
-    def set(self, option: str, value: object, source: str, text: str) -> None:
-        self.options[option] = value
-        self.reasons[option] = Reason(option, value, source, text)
-
-    def drop(self, option: str, source: str, text: str) -> None:
-        before = self.options.pop(option, None)
-        self.reasons[option] = Reason(option, None, source, text + (f" instead of {before}" if before else ""))
-
-    def number(self, option: str, default: float = 0) -> float:
-        value = self.options.get(option, default)
-        return value if isinstance(value, int | float) else default
-
-    def whole(self, option: str, default: int = 0) -> int:
-        return int(self.number(option, default))
-
-
-def decide(settings: Settings, hardware: Hardware, profile: Profile, shape: ModelShape) -> Decisions:
-    """Everything that can be decided without asking whether it fits.
+    Args:
+        stepped: options that an earlier start had to step down to.
 
     Raises:
         SettingsError: settings that contradict each other, the profile, the model or the machine.
     """
-    draft = _Draft()
+    options = Options()
     for option, value in profile.engine.items():
-        draft.set(option, value, "profile", profile.name)
-    _apply_settings(draft, settings)
+        options.set(option, value, "profile", profile.name)
+    _apply_settings(options, settings)
     for option, value in engine_options.parse_arguments(settings.vllm_extra_args).items():
-        before, instead = draft.reasons.get(option), ""
-        if before and before.value != value:
-            instead = f" instead of {before.value} ({before.source} {before.text})"
-        draft.set(option, value, "setting", f"VLLM_EXTRA_ARGS{instead}")
-        draft.fixed.add(option)
-    _quantization(draft, settings, shape)
-    _context(draft, settings, shape)
-    for option, value in _ENGINE_DEFAULTS.items():
-        if option not in draft.options:
-            draft.set(option, value, "machine", "left open; fixed, because the engine's default depends on the card")
-    if draft.whole("max-num-batched-tokens") < draft.whole("max-num-seqs"):
-        draft.set("max-num-batched-tokens", draft.whole("max-num-seqs"), "machine", "at least one token a sequence")
+        options.fix(option, value, "VLLM_EXTRA_ARGS")
+    by_user = frozenset(options.fixed)
+    for option, value in stepped.items():
+        if option not in by_user:
+            options.set(option, value, "step-down", "what the engine needed to start here")
+            options.fixed.add(option)
+    _quantization(options, settings, shape)
+    _context(options, shape)
     for option in _UNMODELLED:
-        if draft.options.get(option) not in (None, False, 1):
-            _note(draft, option, "its memory is not estimated")
+        if options.values.get(option) not in (None, False, 1):
+            options.note(option, "its memory is not estimated")
     on_cpu = profile.match.device == "cpu"
     if on_cpu and settings.vram_limit:
         raise SettingsError(f"VRAM_LIMIT is set, but profile {profile.name} uses no GPU.",
                             "Unset VRAM_LIMIT, or choose another VRAM_PROFILE.")
-    if on_cpu and "kv-cache-memory-bytes" not in draft.options:
-        draft.set("kv-cache-memory-bytes", _CPU_KV_CACHE_BYTES, "machine", "left open")
-    gpus = () if on_cpu else _gpus(draft, hardware, profile, shape)
-    limit = hardware.host_memory_bytes if on_cpu else _limit(draft, settings, gpus)
-    choices = _choices(draft, shape, limit)
+    if on_cpu and "kv-cache-memory-bytes" not in options.values:
+        options.set("kv-cache-memory-bytes", _CPU_KV_CACHE_BYTES, "machine", "left open")
+    gpus = () if on_cpu else _gpus(options, hardware, profile, shape)
     if gpus:
-        choices = _least_offload(draft, shape, choices)
-    return Decisions(draft.options, tuple(draft.reasons.values()), choices, gpus)
+        _number_format(options, gpus, shape)
+    limit = hardware.host_memory_bytes if on_cpu else _limit(options, settings, gpus)
+    choices = _fill(options, settings, hardware, shape, limit, bool(gpus))
+    if gpus:
+        _cache(options, shape, choices, by_user)
+    if choices.max_num_batched_tokens < choices.max_num_seqs:
+        choices = replace(choices, max_num_batched_tokens=choices.max_num_seqs)
+        options.set("max-num-batched-tokens", choices.max_num_seqs, "machine", "at least one token a sequence")
+    return Decisions(options.values, tuple(options.reasons.values()), choices, gpus, by_user)
 
 
-def _apply_settings(draft: _Draft, settings: Settings) -> None:
+def _apply_settings(options: Options, settings: Settings) -> None:
     for setting, option in (("MAX_MODEL_LEN", "max-model-len"), ("MAX_NUM_SEQS", "max-num-seqs")):
         value = getattr(settings, setting.lower())
         if value is not None:
-            draft.set(option, value, "setting", setting)
+            options.fix(option, value, setting)
     if settings.speculative == "ngram":
-        draft.set("speculative-config", dict(NGRAM), "setting", "SPECULATIVE=ngram")
+        options.fix("speculative-config", dict(NGRAM), "SPECULATIVE=ngram")
     if settings.trust_remote_code:
-        draft.set("trust-remote-code", True, "setting", "TRUST_REMOTE_CODE")
+        options.fix("trust-remote-code", True, "TRUST_REMOTE_CODE")
 
 
-def _quantization(draft: _Draft, settings: Settings, shape: ModelShape) -> None:
+def _quantization(options: Options, settings: Settings, shape: ModelShape) -> None:
     """The setting, VLLM_EXTRA_ARGS or the profile against what the checkpoint is."""
-    is_setting = settings.quantization != "auto" and "quantization" not in draft.fixed
-    if is_setting and settings.quantization == "none":
-        draft.drop("quantization", "setting", "QUANTIZATION=none")
-    elif is_setting:
-        draft.set("quantization", settings.quantization, "setting", f"QUANTIZATION={settings.quantization}")
-    if shape.quantization in (None, "bitsandbytes") or draft.options.get("quantization") != "bitsandbytes":
+    if settings.quantization != "auto" and "quantization" not in options.fixed:
+        if settings.quantization == "none":
+            options.drop("quantization", "setting", "QUANTIZATION=none")
+            options.fixed.add("quantization")
+        else:
+            options.fix("quantization", settings.quantization, f"QUANTIZATION={settings.quantization}")
+    if shape.quantization in (None, "bitsandbytes") or options.values.get("quantization") != "bitsandbytes":
         return
-    reason = draft.reasons["quantization"]
+    reason = options.reasons["quantization"]
     if reason.source == "setting":
         raise SettingsError(f"{reason.text.split(' ')[0]} asks for bitsandbytes, but the checkpoint is quantized "
                             f"already, by {shape.quantization}.",
                             "Set QUANTIZATION=auto, or choose the model's unquantized checkpoint.")
-    draft.drop("quantization", "model", f"the checkpoint is quantized already, by {shape.quantization}")
+    options.drop("quantization", "model", f"the checkpoint is quantized already, by {shape.quantization}")
 
 
-def _context(draft: _Draft, settings: Settings, shape: ModelShape) -> None:
+def _context(options: Options, shape: ModelShape) -> None:
     longest = shape.max_position
-    if "max-model-len" not in draft.options:
-        draft.set("max-model-len", longest, "model", "left open: the model's own limit")
-        return
-    wanted, reason = draft.whole("max-model-len"), draft.reasons["max-model-len"]
+    wanted = options.whole("max-model-len")
     if wanted <= longest:
         return
+    reason = options.reasons["max-model-len"]
     if reason.source == "profile":
-        draft.set("max-model-len", longest, "model", f"the model's own limit; profile has {wanted}")
+        options.set("max-model-len", longest, "model", f"the model's own limit; profile has {wanted}")
         return
     raise SettingsError(f"{reason.text.split(' ')[0]} asks for a context of {wanted} tokens, but the model's limit is "
                         f"{longest}.", f"Set MAX_MODEL_LEN to {longest} or less.")
 
 
-def _gpus(draft: _Draft, hardware: Hardware, profile: Profile, shape: ModelShape) -> tuple[Gpu, ...]:
-    """The GPUs that the options use, checked against machine and model."""
-    parallel = draft.whole("tensor-parallel-size", 1)
-    count = parallel * draft.whole("pipeline-parallel-size", 1)
-    if count < 1:
+def _gpus(options: Options, hardware: Hardware, profile: Profile, shape: ModelShape) -> tuple[Gpu, ...]:
+    """The GPUs that the options use, checked against machine and model; all equal ones where that is left open."""
+    if {"tensor-parallel-size", "pipeline-parallel-size"} & options.values.keys() or not profile.is_auto:
+        tensor, pipeline = options.whole("tensor-parallel-size", 1), options.whole("pipeline-parallel-size", 1)
+    else:
+        tensor, pipeline = _spread(options, require_gpus(hardware, profile.name), shape)
+    if tensor < 1 or pipeline < 1:
         raise SettingsError("The number of GPUs to divide the model over is less than one.",
                             "Correct tensor-parallel-size or pipeline-parallel-size.")
-    gpus = require_gpus(hardware, profile.name, count)[:count]
+    found = require_gpus(hardware, profile.name, tensor * pipeline)
+    gpus = tuple(sorted(found, key=lambda gpu: (-gpu.total_bytes, gpu.index))[:tensor * pipeline])
     if any(gpu.mig for gpu in gpus):
         raise SettingsError("The GPU is divided by MIG, and the size of a slice is not understood.",
                             "Pass a whole GPU in, or switch MIG off on the host: nvidia-smi -mig 0")
-    if parallel > 1 and shape.heads % parallel:
-        raise SettingsError(f"The model's {shape.heads} attention heads cannot be divided over {parallel} GPUs.",
+    if tensor > 1 and shape.heads % tensor:
+        raise SettingsError(f"The model's {shape.heads} attention heads cannot be divided over {tensor} GPUs.",
                             "Set VRAM_PROFILE or --tensor-parallel-size in VLLM_EXTRA_ARGS to a number that divides "
                             "them.")
-    if parallel > 1 and shape.quantization == "bitsandbytes":
+    if tensor > 1 and shape.quantization == "bitsandbytes":
         raise SettingsError(
-            f"The checkpoint is quantized by bitsandbytes, and such a one cannot be divided over {parallel} GPUs.",
+            f"The checkpoint is quantized by bitsandbytes, and such a one cannot be divided over {tensor} GPUs.",
             "Choose the model's unquantized checkpoint, or set VLLM_EXTRA_ARGS='--tensor-parallel-size 1 "
-            f"--pipeline-parallel-size {parallel}'.")
+            f"--pipeline-parallel-size {tensor}'.")
     return gpus
 
 
-def _limit(draft: _Draft, settings: Settings, gpus: tuple[Gpu, ...]) -> int:
+def _spread(options: Options, gpus: tuple[Gpu, ...], shape: ModelShape) -> tuple[int, int]:
+    """(tensor, pipeline) parallelism over the largest set of equal cards."""
+    sizes = [round(gpu.total_bytes / GIB) for gpu in gpus]
+    equal = max((sizes.count(size) * size, sizes.count(size)) for size in sizes)[1]
+    if equal < len(gpus):
+        options.set("gpus", equal, "machine", f"the {len(gpus)} cards are not equal; only equal ones work together")
+    if equal == 1:
+        return 1, 1
+    if shape.quantization == "bitsandbytes":
+        options.set("pipeline-parallel-size", equal, "machine",
+                    f"{equal} equal cards; a checkpoint of bitsandbytes can be divided by layers only")
+        return 1, equal
+    count = next(count for count in range(equal, 0, -1)
+                 if not shape.heads % count and (not shape.kv_heads % count or not count % shape.kv_heads))
+    if count > 1:
+        options.set("tensor-parallel-size", count, "machine", f"{equal} equal cards, and {shape.heads} attention heads")
+        options.set("disable-custom-all-reduce", True, "machine", "works without peer access between the cards")
+    return count, 1
+
+
+def _number_format(options: Options, gpus: tuple[Gpu, ...], shape: ModelShape) -> None:
+    """float16 where the card has no bf16."""
+    capability = min(gpu.compute_capability for gpu in gpus)
+    if not (0, 0) < capability < BF16_CAPABILITY:
+        return
+    wanted = str(options.values.get("dtype", shape.dtype))
+    if "dtype" in options.fixed and wanted == "bfloat16":
+        raise SettingsError(f"{gpus[0].name} has no bfloat16 (compute capability {capability[0]}.{capability[1]}).",
+                            "Set VLLM_EXTRA_ARGS='--dtype float16', or use a card of the Ampere generation or newer.")
+    if wanted == "bfloat16" and shape.architecture.startswith(("Gemma2", "Gemma3")):
+        raise SettingsError(f"{shape.architecture} is unstable in float16, so the engine refuses that, and "
+                            f"{gpus[0].name} has no bfloat16.",
+                            "Use a card of the Ampere generation or newer (RTX 30, A10), or another model.")
+    if wanted == "bfloat16":
+        options.set("dtype", "float16", "machine", f"{gpus[0].name} has no bfloat16")
+
+
+def _limit(options: Options, settings: Settings, gpus: tuple[Gpu, ...]) -> int:
     """What may be used of each card, as NVML counts; sets gpu-memory-utilization to it where that asks for more.
 
     vLLM counts from after the CUDA context was made, so the context comes on top of its share.
     """
     total, free = min(gpu.total_bytes for gpu in gpus), min(gpu.free_bytes for gpu in gpus)
-    share = draft.number("gpu-memory-utilization", 0.92)
+    share = options.number("gpu-memory-utilization", 0.92)
     wanted = math.ceil(total * share) + CONTEXT_BYTES
     caps = [(free, "machine", f"{format_size(free)} of the card are free")]
     if settings.vram_limit:
         caps.append((settings.vram_limit, "setting", f"VRAM_LIMIT is {format_size(settings.vram_limit)}"))
     cap, source, why = min(caps)
-    if "gpu-memory-utilization" in draft.fixed:
+    if "gpu-memory-utilization" in options.fixed:
         if wanted > cap:
-            _note(draft, "gpu-memory-utilization", f"although {why}")
+            options.note("gpu-memory-utilization", f"although {why}")
         return wanted
-    if wanted <= cap and "gpu-memory-utilization" in draft.options:
+    if wanted <= cap and "gpu-memory-utilization" in options.values:
         return wanted
     lowered = math.floor(min(share, max(0.0, (cap - CONTEXT_BYTES) / total)) * 10_000) / 10_000
-    draft.set("gpu-memory-utilization", lowered, source,
-              f"{why}, of which the CUDA context takes {format_size(CONTEXT_BYTES)} that vLLM does not count")
+    options.set("gpu-memory-utilization", lowered, source,
+                f"{why}, of which the CUDA context takes {format_size(CONTEXT_BYTES)} that vLLM does not count")
     return math.ceil(total * lowered) + CONTEXT_BYTES
 
 
-def _choices(draft: _Draft, shape: ModelShape, limit_bytes: int) -> Choices:
-    width = 4 if draft.options.get("dtype") in ("float32", "float") else 2
-    kv_dtype = str(draft.options.get("kv-cache-dtype", "auto"))
-    nf4 = "bitsandbytes" in (draft.options.get("quantization"), shape.quantization)
-    group = draft.whole("offload-group-size")
+def _fill(options: Options, settings: Settings, hardware: Hardware, shape: ModelShape, limit_bytes: int,
+          on_gpu: bool) -> Choices:
+    """The choices, with everything that was left open filled in and written into the options."""
+    left_open = frozenset(field for option, field in _FIELDS.items()
+                          if option not in options.values and option not in options.fixed)
+    bounds = left_open | ({"offload_bytes"} if options.whole("cpu-offload-gb") and "cpu-offload-gb"
+                          not in options.fixed else set())
+    if options.whole("offload-group-size"):
+        bounds -= {"offload_bytes"}
+    if "max-model-len" in options.values and options.reasons["max-model-len"].source == "profile":
+        bounds |= {"max_model_len"}
+    start = _choices(options, settings, shape, limit_bytes, left_open)
+    if not on_gpu:
+        bounds -= {"quantization", "offload_bytes", "eager"}
+        start = replace(start, offload_bytes=0)
+    found = auto.search(shape, start, frozenset(bounds), hardware.host_memory_bytes if on_gpu else 0,
+                        may_quantize=on_gpu and shape.understood and not shape.quantization) if on_gpu else None
+    choices = found.choices if found else _smallest(shape, start, frozenset(bounds), on_gpu)
+    written: dict[str, object] = {
+        "quantization": choices.quantization, "cpu-offload-gb": round(choices.offload_bytes / GIB, 1),
+        "enforce-eager": choices.eager, "max-model-len": choices.max_model_len, "max-num-seqs": choices.max_num_seqs,
+        "max-num-batched-tokens": choices.max_num_batched_tokens}
+    for option, field in _FIELDS.items():
+        if field not in bounds or (option == "quantization" and (shape.quantization or not choices.quantization)):
+            continue
+        if option == "cpu-offload-gb" and not choices.offload_bytes and option not in options.values:
+            continue
+        before = options.values.get(option)
+        if before == written[option]:
+            continue
+        text = _why(option, shape, choices, found)
+        options.set(option, written[option], "machine", text + (f"; the profile has {before}" if before else ""))
+    if "block-size" not in options.values:
+        options.set("block-size", choices.block_size, "machine",
+                    "fixed, because the engine's default depends on the card")
+    return choices
+
+
+def _cache(options: Options, shape: ModelShape, choices: Choices, by_user: frozenset[str]) -> None:
+    """The size of the KV cache, unless the user left it to the engine by giving its share of the card."""
+    if "gpu-memory-utilization" in by_user or "kv-cache-memory-bytes" in options.values:
+        return
+    size = max(parts.kv_cache_bytes for parts in estimate(shape, choices))
+    if size:
+        options.set("kv-cache-memory-bytes", size, "machine", "what the other parts leave; the engine itself would "
+                    "keep back what it needs for a moment while it compiles, before the cache is made")
+
+
+def _why(option: str, shape: ModelShape, choices: Choices, found: auto.Found | None) -> str:
+    """The reason of one option that was left open."""
+    if found is None:
+        return "nothing fits; this is the smallest that was tried"
+    many = "two requests" if found.requests == 2 else "one request"
+    if option == "quantization":
+        whole = format_size(shape.tensor_bytes.linears.bytes + shape.tensor_bytes.experts.bytes)
+        place = "everything fits on the GPU" if found.mode == 2 else "less has to cross the link"
+        return f"the layers take {whole} as they are; in NF4 {place}"
+    if option == "cpu-offload-gb":
+        if not choices.offload_bytes:
+            return "everything fits on the card, and there it is many times faster"
+        return f"the least that leaves room for {many} of {choices.max_model_len} tokens"
+    if option == "enforce-eager":
+        if choices.eager and not choices.offload_bytes:
+            return "compiling and CUDA graphs would take memory that is not there without offload"
+        return "CUDA graphs would take memory, and most of a pass is waiting for the link" if choices.eager else \
+            "CUDA graphs save time between the kernels, and there is room for them"
+    if option == "max-model-len":
+        return f"the longest, of the usual lengths, with room for {many} at a time" if found.mode < 3 else \
+            "a useful length; a longer one would mean more offload" if found.mode == 3 else \
+            f"the longest for which {many} still fit"
+    if option == "max-num-seqs":
+        return "as many at a time as suit the KV cache"
+    return "goes with the number of sequences; more would take memory from the KV cache"
+
+
+def _smallest(shape: ModelShape, start: Choices, left_open: frozenset[str], on_gpu: bool) -> Choices:
+    """What a refusal is explained with: the least of everything that is left open."""
+    level = auto.LEVELS[-1] if on_gpu else auto.LEVELS[5]
+    choices = auto.at_level(start, level, left_open)
+    if "quantization" in left_open and on_gpu and shape.understood and not shape.quantization:
+        choices = replace(choices, quantization="bitsandbytes")
+    if "eager" in left_open:
+        choices = replace(choices, eager=True)
+    return auto.least_offload(shape, choices, 1) if "offload_bytes" in left_open else choices
+
+
+def _choices(options: Options, settings: Settings, shape: ModelShape, limit_bytes: int,
+             left_open: frozenset[str]) -> Choices:
+    """The choices that the options make; what is left open has its bound."""
+    width = 4 if options.values.get("dtype") in ("float32", "float") else 2
+    kv_dtype = str(options.values.get("kv-cache-dtype", "auto"))
+    nf4 = "bitsandbytes" in (options.values.get("quantization"), shape.quantization)
+    group = options.whole("offload-group-size")
+    offload = 0 if group else _UNBOUNDED if "offload_bytes" in left_open else \
+        round(options.number("cpu-offload-gb") * GIB)
     return Choices(
-        limit_bytes=limit_bytes, max_model_len=draft.whole("max-model-len"), max_num_seqs=draft.whole("max-num-seqs"),
-        max_num_batched_tokens=draft.whole("max-num-batched-tokens"),
+        limit_bytes=limit_bytes,
+        max_model_len=options.whole("max-model-len", min(shape.max_position, auto.LEVELS[0].context)),
+        max_num_seqs=options.whole("max-num-seqs", auto.LEVELS[0].sequences),
+        max_num_batched_tokens=options.whole("max-num-batched-tokens", auto.LEVELS[0].tokens),
         quantization="bitsandbytes" if nf4 else None,
-        tensor_parallel=draft.whole("tensor-parallel-size", 1),
-        offload_bytes=0 if group else round(draft.number("cpu-offload-gb") * GIB),
-        prefetch=(group, draft.whole("offload-num-in-group", 1), draft.whole("offload-prefetch-step", 1))
+        tensor_parallel=options.whole("tensor-parallel-size", 1),
+        pipeline_parallel=options.whole("pipeline-parallel-size", 1), offload_bytes=offload,
+        prefetch=(group, options.whole("offload-num-in-group", 1), options.whole("offload-prefetch-step", 1))
         if group else (0, 0, 0),
-        dtype_bytes=width, kv_dtype_bytes=width if kv_dtype in ("auto", "bfloat16", "float16") else 1,
-        block_size=draft.whole("block-size"), eager=bool(draft.options.get("enforce-eager")),
-        kv_cache_bytes=draft.whole("kv-cache-memory-bytes") or None)
-
-
-def _least_offload(draft: _Draft, shape: ModelShape, choices: Choices) -> Choices:
-    """Take no more of a profile's offload than leaves room for two requests of full length."""
-    most = choices.offload_bytes
-    if not most or "cpu-offload-gb" in draft.fixed:
-        return choices
-    resident = estimate(shape, replace(choices, offload_bytes=0))
-    room = choices.kv_cache_bytes or kv_bytes(shape, choices, 2 * choices.max_model_len)
-    needed = resident.total_bytes - resident.kv_cache_bytes + room - choices.limit_bytes
-    if needed <= 0:
-        draft.set("cpu-offload-gb", 0, "model", "everything fits on the card, and there it is many times faster")
-        return replace(choices, offload_bytes=0)
-    if needed >= min(most, layer_bytes(shape, choices)[0]):
-        return choices
-    gib = math.ceil(needed / GIB * 10) / 10
-    draft.set("cpu-offload-gb", gib, "model",
-              f"leaves room for two requests of {choices.max_model_len} tokens; the profile has {most / GIB:g}")
-    return replace(choices, offload_bytes=round(gib * GIB))
-
-
-def _note(draft: _Draft, option: str, text: str) -> None:
-    reason = draft.reasons[option]
-    draft.reasons[option] = replace(reason, text=f"{reason.text}; {text}")
+        dtype_bytes=width, kv_dtype_bytes=_ENTRY_BYTES.get(kv_dtype, width),
+        block_size=options.whole("block-size", 16), eager=bool(options.values.get("enforce-eager")),
+        kv_cache_bytes=options.whole("kv-cache-memory-bytes") or None)

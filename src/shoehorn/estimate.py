@@ -8,19 +8,29 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 
-from shoehorn.checkpoint import DENSE, ModelShape
+from shoehorn import kv_cache
+from shoehorn.checkpoint import ModelShape
 from shoehorn.units import GIB, MIB
 
 NF4_BLOCK = 64
 """Weights that share one absmax in bitsandbytes' NF4."""
 
-CONTEXT_BYTES = 584 * MIB
-"""The CUDA context and libraries that stand before vLLM first looks at the card, so that it never counts them."""
+CONTEXT_BYTES = 528 * MIB
+"""The CUDA context that stands before vLLM first looks at the card, so that it never counts it."""
 
-_LIBRARIES_BYTES = 200 * MIB  # workspaces that vLLM does count (cuBLAS, attention)
+MARGIN_BYTES = 64 * MIB
+"""Left free below the limit: the allocator rounds, and the driver's own need varies."""
+
+_LIBRARIES_BYTES = 296 * MIB  # workspaces (cuBLAS, attention) and compiled kernels
+_NF4_LIBRARIES_BYTES = 104 * MIB  # bitsandbytes' kernels
 _COLLECTIVES_BYTES = 300 * MIB  # NCCL, with more than one GPU
-_GRAPH_BYTES_PER_LAYER = 128 << 10
+_COUNT_BYTES = 4  # the sampler counts every token of the vocabulary for every sequence
+_RESIDUAL_WIDTHS = 9  # activations of a layer's width that live at once, besides the MLP's three
+_GRAPH_BYTES_PER_LAYER = 192 << 10
+_GRAPH_NF4_BYTES_PER_LAYER = 400 << 10
 _LOGITS_BYTES_PER_ENTRY = 14  # bf16, then fp32 for the logits, their filtered copy and the probabilities
+_INT4_BITS = 4 + 16 / 128  # one bf16 scale per 128 weights
+_STRANGER = 1.5  # activations of an architecture that is not known
 _HOST_BYTES = 4 * GIB  # API server and one engine process with CUDA
 _HOST_WORKER_BYTES = 3 * GIB  # every further GPU's worker
 _HOST_CPU_BYTES = 2 * GIB  # all processes of an engine on the CPU, without weights and KV cache
@@ -32,11 +42,13 @@ class Choices:
 
     Attributes:
         limit_bytes: of one GPU, everything counted, as NVML shows it.
-        quantization: `bitsandbytes` (NF4 made while loading, or as the checkpoint is), or None: as the checkpoint is.
+        quantization: `bitsandbytes` (NF4 made while loading, or as the checkpoint is), `int4` (W4A16 in groups of 128),
+            or None: as the checkpoint is.
         dtype_bytes: of one unquantized weight or activation; kv_dtype_bytes: of one entry of the KV cache.
         offload_bytes: UVA offload, at most this per GPU (vLLM's cpu-offload-gb).
         prefetch: (group size, layers offloaded in a group, steps ahead); all 0 without prefetch offload.
         kv_cache_bytes: the KV cache per GPU where it is fixed; else None, and it takes what is left.
+        draft: the draft model of speculative decoding, held whole on every GPU as its checkpoint is.
     """
 
     limit_bytes: int
@@ -45,13 +57,20 @@ class Choices:
     max_num_batched_tokens: int
     quantization: str | None = None
     tensor_parallel: int = 1
+    pipeline_parallel: int = 1
     offload_bytes: int = 0
     prefetch: tuple[int, int, int] = (0, 0, 0)
     dtype_bytes: int = 2
-    kv_dtype_bytes: int = 2
+    kv_dtype_bytes: float = 2
     block_size: int = 16
     eager: bool = False
     kv_cache_bytes: int | None = None
+    draft: ModelShape | None = None
+
+    @property
+    def gpus(self) -> int:
+        """How many GPUs the model is divided over."""
+        return self.tensor_parallel * self.pipeline_parallel
 
 
 @dataclass(frozen=True)
@@ -85,116 +104,211 @@ class VramParts:
         return {**asdict(self), "total_bytes": self.total_bytes}
 
 
-def estimate(shape: ModelShape, choices: Choices) -> VramParts:
-    """Expected bytes per part on each of the GPUs, which all hold the same.
+def estimate(shape: ModelShape, choices: Choices) -> tuple[VramParts, ...]:
+    """Expected bytes per part on each GPU, in the order of the pipeline's stages.
 
-    The KV cache is 0 when nothing is left for it; `total_bytes` then exceeds `limit_bytes` by what is missing.
+    The KV cache is 0 when nothing is left for it; `total_bytes` then exceeds `limit_bytes` by what is missing. Every
+    GPU gets the same number of blocks, those that the fullest one has room for.
     """
-    linears, quant_state = layer_bytes(shape, choices)
-    rotary = shape.max_position * shape.head_dim * choices.dtype_bytes
-    parts = VramParts(
-        weights_bytes=linears - offloaded_bytes(shape, choices) + _other_bytes(shape, choices) + rotary,
-        quant_state_bytes=quant_state, embeddings_bytes=_embeddings_bytes(shape, choices),
-        offload_buffer_bytes=-(-linears // shape.layers) * choices.prefetch[2],
-        kv_cache_bytes=0, activations_bytes=activations_bytes(shape, choices),
-        cuda_graphs_bytes=_graphs_bytes(shape, choices),
-        framework_bytes=CONTEXT_BYTES + _LIBRARIES_BYTES + _COLLECTIVES_BYTES * (choices.tensor_parallel > 1),
+    bare = [_without_cache(shape, choices, stage) for stage in range(choices.pipeline_parallel)]
+    layouts = [_layout(shape, choices, stage) for stage in range(choices.pipeline_parallel)]
+    if choices.kv_cache_bytes is None:
+        blocks = min(max(0, choices.limit_bytes - MARGIN_BYTES - parts.total_bytes) // layout.block_bytes
+                     for parts, layout in zip(bare, layouts, strict=True))
+        caches = [blocks * layout.block_bytes for layout in layouts]
+    else:
+        caches = [choices.kv_cache_bytes] * len(layouts)
+    return tuple(replace(parts, kv_cache_bytes=cache) for parts, cache in zip(bare, caches, strict=True)
+                 for _ in range(choices.tensor_parallel))
+
+
+def _without_cache(shape: ModelShape, choices: Choices, stage: int) -> VramParts:
+    weights, quant_state = layer_bytes(shape, choices)
+    share = stage_share(shape, choices, stage)
+    draft = _draft_bytes(choices)
+    rotary = shape.rotary_positions * shape.head_dim * choices.dtype_bytes
+    absorbed = -(-shape.absorbed_parameters * choices.dtype_bytes // choices.tensor_parallel)
+    return VramParts(
+        weights_bytes=round((weights + absorbed) * share) - offloaded_bytes(shape, choices, stage)
+        + round((_other_bytes(shape, choices) + _rounding_bytes(shape, choices)) * share) + rotary + draft,
+        quant_state_bytes=round(quant_state * share), embeddings_bytes=_embeddings_bytes(shape, choices, stage),
+        offload_buffer_bytes=-(-weights // shape.layers) * choices.prefetch[2],
+        kv_cache_bytes=0, activations_bytes=activations_bytes(shape, choices, stage),
+        cuda_graphs_bytes=round(_graphs_bytes(shape, choices) * share),
+        framework_bytes=framework_bytes(shape, choices),
         limit_bytes=choices.limit_bytes)
-    block = kv_bytes_per_token(shape, choices) * choices.block_size
-    left = max(0, choices.limit_bytes - parts.total_bytes) // block * block
-    return replace(parts, kv_cache_bytes=left if choices.kv_cache_bytes is None else choices.kv_cache_bytes)
+
+
+def framework_bytes(shape: ModelShape, choices: Choices) -> int:
+    """What a process of the engine holds besides the model: context, libraries, sampler state, collectives."""
+    nf4 = "bitsandbytes" in (choices.quantization, shape.quantization)
+    return (CONTEXT_BYTES + _LIBRARIES_BYTES + _NF4_LIBRARIES_BYTES * nf4 + _COLLECTIVES_BYTES * (choices.gpus > 1)
+            + _COUNT_BYTES * choices.max_num_seqs * shape.vocab)
+
+
+def compiling_bytes(shape: ModelShape, choices: Choices) -> int:
+    """What torch.compile needs for a moment before the KV cache is made: a copy of the embedding; 0 when eager."""
+    if choices.eager:
+        return 0
+    width = choices.dtype_bytes * shape.hidden
+    return -(-shape.vocab // choices.tensor_parallel) * width + choices.max_num_batched_tokens * width
+
+
+def stage_share(shape: ModelShape, choices: Choices, stage: int) -> float:
+    """The share of the layers that a stage of the pipeline holds; what does not divide goes to the middle stages.
+
+    Source: vllm/distributed/utils.py, get_pp_indices.
+    """
+    stages = choices.pipeline_parallel
+    each, rest = divmod(shape.layers, stages)
+    extra = set(range(stages - 1 - rest, stages - 1)) if rest < stages - 1 or stages == 1 else set(range(1, stages))
+    return (each + (stage in extra)) / shape.layers
 
 
 def layer_bytes(shape: ModelShape, choices: Choices) -> tuple[int, int]:
-    """(linear weights, quantization state) of all layers on one GPU, before any offload.
+    """(weights, quantization state) of all layers on one GPU of each stage, experts too, before any offload.
 
     NF4 holds two weights a byte and one absmax per 64 weights, which the plugin keeps as fp32 on the card whether or
     not the checkpoint nests it.
     """
     groups = shape.tensor_bytes
+    parameters = groups.linears.parameters + groups.experts.parameters
+    stored = groups.linears.bytes + groups.experts.bytes
     if shape.quantization == "bitsandbytes":
-        linears, state = groups.linears.bytes, groups.quant_state.parameters * 4
+        weights, state = stored, groups.quant_state.parameters * 4
     elif shape.quantization:
-        linears, state = groups.linears.bytes + groups.quant_state.bytes, 0
-    elif choices.quantization == "bitsandbytes" and shape.architecture in DENSE:
-        linears, state = groups.linears.parameters // 2, groups.linears.parameters // NF4_BLOCK * 4
+        weights, state = stored + groups.quant_state.bytes, 0
+    elif choices.quantization == "bitsandbytes" and shape.understood:
+        weights, state = parameters // 2, parameters // NF4_BLOCK * 4
+    elif choices.quantization == "int4" and shape.understood:
+        weights, state = round(parameters * _INT4_BITS / 8), 0
     else:
-        linears, state = groups.linears.parameters * choices.dtype_bytes, 0
-    return -(-linears // choices.tensor_parallel), -(-state // choices.tensor_parallel)
+        weights, state = parameters * choices.dtype_bytes, 0
+    return -(-weights // choices.tensor_parallel), -(-state // choices.tensor_parallel)
 
 
-def offloaded_bytes(shape: ModelShape, choices: Choices) -> int:
+def offloaded_bytes(shape: ModelShape, choices: Choices, stage: int = 0) -> int:
     """Weights of one GPU that lie in host memory instead."""
-    linears, _ = layer_bytes(shape, choices)
+    weights = round(layer_bytes(shape, choices)[0] * stage_share(shape, choices, stage))
     group, in_group, _ = choices.prefetch
     if group:
         layers = sum(1 for layer in range(shape.layers) if layer % group >= group - in_group)
-        return linears * layers // shape.layers
-    return min(linears, choices.offload_bytes)
+        return weights * layers // shape.layers
+    return min(weights, choices.offload_bytes)
 
 
 def pinned_bytes(shape: ModelShape, choices: Choices) -> int:
     """Host memory that offload pins, all GPUs together: torch rounds every tensor up to a power of two."""
-    offloaded = offloaded_bytes(shape, choices)
-    query, key_value = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    fused = [shape.hidden * (query + 2 * key_value), shape.hidden * query, 2 * shape.hidden * shape.intermediate,
-             shape.hidden * shape.intermediate]  # the layer's parameters as vLLM holds them
-    per_layer = layer_bytes(shape, choices)[0] / shape.layers
-    exact = [round(per_layer * elements / sum(fused)) for elements in fused]
+    offloaded = sum(offloaded_bytes(shape, choices, stage) for stage in range(choices.pipeline_parallel))
+    exact = _layer_tensors(shape, choices)
     rounded = sum(1 << (size - 1).bit_length() for size in exact if size)
     return round(offloaded * rounded / max(1, sum(exact))) * choices.tensor_parallel
+
+
+def _layer_tensors(shape: ModelShape, choices: Choices) -> list[int]:
+    """Bytes of a layer's parameters on one GPU as vLLM holds them: queries, keys and values in one, gate and up too."""
+    query, key_value = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    inner = shape.experts.count * shape.experts.intermediate if shape.experts else shape.intermediate
+    fused = [shape.hidden * (query + 2 * key_value), shape.hidden * query, 2 * shape.hidden * inner,
+             shape.hidden * inner]
+    per_layer = layer_bytes(shape, choices)[0] / shape.layers
+    return [round(per_layer * elements / sum(fused)) for elements in fused]
+
+
+def _rounding_bytes(shape: ModelShape, choices: Choices) -> int:
+    """What torch's allocator adds: a tensor of 10 MiB or more takes whole pieces of 2 MiB (CUDACachingAllocator).
+
+    Packed checkpoints hold several tensors where others hold one; theirs are not followed.
+    """
+    if shape.quantization:
+        return 0
+    lost = sum(-size % (2 * MIB) for size in _layer_tensors(shape, choices) if size >= 10 * MIB)
+    return lost * shape.layers
 
 
 def host_bytes(shape: ModelShape, choices: Choices, on_cpu: bool = False) -> int:
     """Host memory that all processes need together; `on_cpu` when the model itself runs there."""
     if on_cpu:
-        linears, state = layer_bytes(shape, choices)
-        return (_HOST_CPU_BYTES + linears + state + _other_bytes(shape, choices) + _embeddings_bytes(shape, choices)
-                + activations_bytes(shape, choices) + (choices.kv_cache_bytes or 0))
-    return _HOST_BYTES + _HOST_WORKER_BYTES * (choices.tensor_parallel - 1) + pinned_bytes(shape, choices)
+        return (_HOST_CPU_BYTES + sum(layer_bytes(shape, choices)) + _other_bytes(shape, choices)
+                + _embeddings_bytes(shape, choices) + activations_bytes(shape, choices)
+                + (choices.kv_cache_bytes or 0))
+    return _HOST_BYTES + _HOST_WORKER_BYTES * (choices.gpus - 1) + pinned_bytes(shape, choices)
 
 
-def kv_bytes_per_token(shape: ModelShape, choices: Choices) -> int:
-    """Keys and values of one token in every layer on one GPU; heads are copied where there are fewer than GPUs."""
-    heads = max(1, -(-shape.kv_heads // choices.tensor_parallel))
-    return 2 * shape.layers * heads * shape.head_dim * choices.kv_dtype_bytes
+def kv_tokens(shape: ModelShape, choices: Choices, cache_bytes: int) -> int:
+    """Tokens of all requests together in a cache of that size on the first stage."""
+    return _layout(shape, choices).tokens(cache_bytes)
 
 
-def kv_bytes(shape: ModelShape, choices: Choices, tokens: int) -> int:
-    """The KV cache of that many tokens on one GPU, in whole blocks."""
-    blocks = -(-tokens // choices.block_size)
-    return blocks * choices.block_size * kv_bytes_per_token(shape, choices)
+def kv_bytes(shape: ModelShape, choices: Choices, requests: int = 1) -> int:
+    """The KV cache on one GPU for that many requests of full length, in whole blocks."""
+    return max(_layout(shape, choices, stage).bytes_for(requests) for stage in range(choices.pipeline_parallel))
 
 
-def activations_bytes(shape: ModelShape, choices: Choices) -> int:
-    """The peak of vLLM's profile run: one MLP over all batched tokens, or the logits of all sequences.
+def _layout(shape: ModelShape, choices: Choices, stage: int = 0) -> kv_cache.KvLayout:
+    own = kv_cache.layout(shape, choices.max_model_len, choices.block_size, choices.kv_dtype_bytes,
+                          choices.max_num_batched_tokens, choices.tensor_parallel,
+                          stage_share(shape, choices, stage))
+    if choices.draft is None:
+        return own
+    draft = kv_cache.layout(choices.draft, choices.max_model_len, choices.block_size, choices.kv_dtype_bytes,
+                            choices.max_num_batched_tokens, choices.tensor_parallel)
+    return replace(own, block_bytes=own.block_bytes + draft.block_bytes)
+
+
+def activations_bytes(shape: ModelShape, choices: Choices, stage: int = 0) -> int:
+    """The peak of vLLM's profile run: one layer over all batched tokens, or the logits of all sequences.
 
     NF4 adds the bf16 copy of one projection that bitsandbytes makes for more than a few tokens, and its output.
     """
     tokens, inner = choices.max_num_batched_tokens, -(-shape.intermediate // choices.tensor_parallel)
     width = choices.dtype_bytes
-    residual = 2 * tokens * shape.hidden * width
-    mlp = 3 * tokens * inner * width
-    if choices.quantization == "bitsandbytes":
-        mlp += (tokens + shape.hidden) * inner * width
-    logits = min(choices.max_num_seqs, tokens) * shape.vocab * _LOGITS_BYTES_PER_ENTRY
-    return residual + max(mlp, logits)
+    residual = _RESIDUAL_WIDTHS * tokens * shape.hidden * width
+    layer = 3 * tokens * inner * width
+    if shape.experts:
+        each = -(-shape.experts.intermediate // choices.tensor_parallel)
+        layer = max(layer, tokens * shape.experts.per_token * (2 * each + max(each, shape.hidden)) * width)
+    if "bitsandbytes" in (choices.quantization, shape.quantization):
+        layer += (tokens + shape.hidden) * inner * width
+    last = stage == choices.pipeline_parallel - 1
+    logits = min(choices.max_num_seqs, tokens) * shape.vocab * _LOGITS_BYTES_PER_ENTRY if last else 0
+    return round(max(residual + layer, logits) * (1 if shape.understood else _STRANGER))
 
 
-def streamed_and_resident_bytes(shape: ModelShape, choices: Choices) -> tuple[int, int]:
-    """Bytes that one GPU reads for one pass over the model: (over the link, from its own memory)."""
-    linears, state = layer_bytes(shape, choices)
-    offloaded = offloaded_bytes(shape, choices)
-    head = _embeddings_bytes(shape, choices) // (1 if shape.tied_embeddings else 2)
-    return offloaded, linears - offloaded + state + head + _other_bytes(shape, choices)
+def moved_bytes(shape: ModelShape, choices: Choices, requests: int = 1) -> tuple[int, int]:
+    """Bytes that one GPU reads for one pass over the model: (over the link, from its own memory).
 
-
-def _embeddings_bytes(shape: ModelShape, choices: Choices) -> int:
-    """Embedding and output head, which every format of today leaves as they are; split over the GPUs."""
+    Of a mixture's experts only those that some token passes are read from the card; what is offloaded by prefetch
+    crosses the link whole.
+    """
+    weights, state = layer_bytes(shape, choices)
     groups = shape.tensor_bytes
-    held = [groups.embedding] if shape.tied_embeddings else [groups.embedding, groups.lm_head]
-    total = sum(group.bytes if shape.quantization else group.parameters * choices.dtype_bytes for group in held)
-    return -(-total // choices.tensor_parallel)
+    active = 1.0
+    if shape.experts:
+        touched = 1 - (1 - shape.experts.per_token / shape.experts.count) ** requests
+        whole = groups.linears.bytes + groups.experts.bytes
+        active = (groups.linears.bytes + touched * groups.experts.bytes) / max(1, whole)
+    offloaded = sum(offloaded_bytes(shape, choices, stage) for stage in range(choices.pipeline_parallel))
+    head = _head_bytes(shape, choices)
+    streamed = offloaded if choices.prefetch[0] else round(offloaded * active)
+    return streamed, round((weights - offloaded + state) * active) + head + _other_bytes(shape, choices)
+
+
+def _head_bytes(shape: ModelShape, choices: Choices) -> int:
+    """The output head, or the embedding that serves as one, on one GPU."""
+    groups = shape.tensor_bytes
+    group = groups.embedding if shape.tied_embeddings else groups.lm_head
+    return -(-(group.bytes if shape.quantization else group.parameters * choices.dtype_bytes)
+             // choices.tensor_parallel)
+
+
+def _embeddings_bytes(shape: ModelShape, choices: Choices, stage: int = 0) -> int:
+    """Embedding and output head, which every format of today leaves as they are; split over the GPUs of a stage."""
+    groups = shape.tensor_bytes
+    first, last = stage == 0, stage == choices.pipeline_parallel - 1
+    embedding = groups.embedding.bytes if shape.quantization else groups.embedding.parameters * choices.dtype_bytes
+    held = -(-embedding // choices.tensor_parallel) if first or (last and shape.tied_embeddings) else 0
+    return held + (_head_bytes(shape, choices) if last and not shape.tied_embeddings else 0)
 
 
 def _other_bytes(shape: ModelShape, choices: Choices) -> int:
@@ -203,10 +317,22 @@ def _other_bytes(shape: ModelShape, choices: Choices) -> int:
     return other.bytes if shape.quantization else other.parameters * choices.dtype_bytes
 
 
+def _draft_bytes(choices: Choices) -> int:
+    """The draft model's weights on one GPU."""
+    if choices.draft is None:
+        return 0
+    return -(-(choices.draft.weights_bytes - choices.draft.tensor_bytes.unused.bytes) // choices.tensor_parallel)
+
+
 def _graphs_bytes(shape: ModelShape, choices: Choices) -> int:
-    """CUDA graphs: one whole and one in pieces for every size that vLLM captures."""
+    """CUDA graphs: one whole and one in pieces for every size that vLLM captures, together so much a layer."""
     if choices.eager:
         return 0
+    nf4 = "bitsandbytes" in (choices.quantization, shape.quantization)
+    return len(captured_sizes(choices)) * shape.layers * (_GRAPH_NF4_BYTES_PER_LAYER if nf4 else _GRAPH_BYTES_PER_LAYER)
+
+
+def captured_sizes(choices: Choices) -> list[int]:
+    """The batch sizes that vLLM captures graphs for (vllm/config/vllm.py, _set_cudagraph_sizes)."""
     most = min(2 * choices.max_num_seqs, 512)
-    sizes = [size for size in (1, 2, 4, *range(8, 256, 8), *range(256, 513, 16)) if size <= most]
-    return 2 * len(sizes) * shape.layers * _GRAPH_BYTES_PER_LAYER
+    return [size for size in (1, 2, 4, *range(8, 256, 8), *range(256, 513, 16)) if size <= most]

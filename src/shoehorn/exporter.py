@@ -43,11 +43,17 @@ def state_samples(state: State) -> _Values:
     values: _Values = {
         "shoehorn_phase": [((phase,), float(phase is state.phase)) for phase in Phase],
         "shoehorn_engine_restarts_total": [((), state.restarts)],
+        "shoehorn_engine_step_downs_total": [((), state.step_downs)],
     }
     if state.since:
         values["shoehorn_phase_since_timestamp_seconds"] = [((), state.since)]
     if state.progress is not None:
         values["shoehorn_phase_progress_ratio"] = [((), state.progress)]
+    if state.memory:
+        rows = [((str(row["gpu"]), str(row["part"])), row) for row in state.memory]
+        values["shoehorn_vram_expected_bytes"] = [(labels, row["expected_bytes"]) for labels, row in rows]
+        values["shoehorn_vram_bytes"] = [(labels, row["measured_bytes"]) for labels, row in rows
+                                         if row["measured_bytes"] is not None]
     if state.bytes_total:
         values["shoehorn_download_bytes"] = [((), state.bytes_done)]
         values["shoehorn_download_expected_bytes"] = [((), state.bytes_total)]

@@ -31,6 +31,7 @@ class Gpu:
         free_bytes: of these, what no process holds at this moment.
         pcie_generation, pcie_width: the most that card and slot can do together; 0 where unknown. The current link is
             no use: it idles at generation 1.
+        link_bytes_per_second, device_bytes_per_second: as `link_probe` measured them; 0 where unknown.
     """
 
     index: int
@@ -42,6 +43,8 @@ class Gpu:
     pcie_generation: int
     pcie_width: int
     mig: bool
+    link_bytes_per_second: float = 0.0
+    device_bytes_per_second: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,13 @@ TABLE: tuple[Metric, ...] = (
     Metric("shoehorn_download_bytes", "Bytes of the model that are on disk.", absent="when nothing is pulled"),
     Metric("shoehorn_download_expected_bytes", "Bytes that the whole model has.", absent="when nothing is pulled"),
     Metric("shoehorn_engine_restarts_total", "Engine restarts since the container started.", kind="counter"),
+    Metric("shoehorn_engine_step_downs_total", "Starts with a smaller plan after one that failed, since the container "
+           "started.", kind="counter"),
+    Metric("shoehorn_vram_expected_bytes", "What the plan expected of each part of a GPU's memory after the load: "
+           "weights, kv_cache, cuda_graphs, framework (CUDA's context and workspaces), and their total.",
+           ("gpu", "part"), absent="before the first load"),
+    Metric("shoehorn_vram_bytes", "What the engine and NVML said of the same parts when it became ready.",
+           ("gpu", "part"), absent="before the first load, and for what nobody said"),
     Metric("shoehorn_engine_scrape_success", "1 when the engine's own metrics are part of this scrape."),
     Metric("shoehorn_engine_scrape_duration_seconds", "How long the engine took to give its metrics, or to fail.",
            absent="when no engine listens"),
@@ -86,6 +93,15 @@ ENGINE: tuple[tuple[str, str], ...] = (
     ("vllm:request_queue_time_seconds", "Histogram: time in the queue."),
 )
 """Metrics of vLLM 0.32 that an operator looks at first; it has many more."""
+
+PER_KEY: tuple[tuple[str, str], ...] = (
+    ("shoehorn_requests_total", "Requests by `outcome`: `ok`, `error`, `left` (by the client), `aborted` (by a stop), "
+     "or the code of the refusal, such as `rate_limit_exceeded`."),
+    ("shoehorn_requests_running", "Requests that are admitted and not yet answered."),
+    ("shoehorn_tokens_total", "Tokens by `kind` (`prompt`, `completion`), of answers that show their usage: OpenAI's "
+     "streams do when asked with `stream_options.include_usage`."),
+)
+"""What the appliance's middleware counts inside the engine's API server, by `key`: its name, never the key itself."""
 
 
 class _Snapshot(Collector):
@@ -143,6 +159,17 @@ Everything that vLLM exposes, unchanged, with the labels `model_name` and `engin
 """
 
 
+_PER_KEY_INTRODUCTION = """
+## For each key
+
+Counted by the appliance inside the engine's API server, with the label `key`: the key's name. They begin anew when the
+engine does.
+
+| metric | meaning |
+|---|---|
+"""
+
+
 def document() -> str:
     """The text of docs/metrics.md."""
     own = []
@@ -151,4 +178,5 @@ def document() -> str:
         absent = f" Absent {metric.absent}." if metric.absent else ""
         own.append(f"| `{metric.name}` | {metric.kind} | {labels} | {metric.help}{absent} |\n")
     engine = [f"| `{name}` | {meaning} |\n" for name, meaning in ENGINE]
-    return _INTRODUCTION + "".join(own) + _ENGINE_INTRODUCTION + "".join(engine)
+    per_key = [f"| `{name}` | {meaning} |\n" for name, meaning in PER_KEY]
+    return "".join([_INTRODUCTION, *own, _ENGINE_INTRODUCTION, *engine, _PER_KEY_INTRODUCTION, *per_key])

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from shoehorn import speed
-from shoehorn.checkpoint import DENSE, ModelShape
-from shoehorn.decisions import Decisions, Reason, decide
+from shoehorn import auto, speed
+from shoehorn.checkpoint import ModelShape
+from shoehorn.decisions import Decisions, decide
 from shoehorn.errors import DoesNotFitError
 from shoehorn.estimate import (
     CONTEXT_BYTES,
@@ -22,12 +22,13 @@ from shoehorn.estimate import (
     estimate,
     host_bytes,
     kv_bytes,
-    kv_bytes_per_token,
+    kv_tokens,
     layer_bytes,
     offloaded_bytes,
     pinned_bytes,
 )
 from shoehorn.hardware import Hardware
+from shoehorn.options import Reason
 from shoehorn.profiles import Profile
 from shoehorn.settings import Settings
 from shoehorn.units import GIB, format_size
@@ -42,10 +43,12 @@ class Plan:
     Attributes:
         engine_args: vLLM's options without dashes in front; model, name and addresses are added when rendering.
         vram: one entry a GPU; none on the CPU.
-        host_bytes: host memory that all processes need; host_pinned_bytes: of it, what offload pins.
+        host_bytes: host memory that all processes need; host_pinned_bytes: of it, what offload pins;
+            offloaded_bytes: the weights that lie there.
         kv_cache_tokens: of all requests together.
         expected_tokens_per_second: `batch_1` and `batch_8`; None where nothing is known.
         disk_bytes: the model's files.
+        choices: what the estimate was made of; fixed: the options that the user gave.
     """
 
     engine_args: Mapping[str, object]
@@ -55,9 +58,12 @@ class Plan:
     vram: tuple[VramParts, ...]
     host_bytes: int
     host_pinned_bytes: int
+    offloaded_bytes: int
     kv_cache_tokens: int
     expected_tokens_per_second: Mapping[str, float | None]
     disk_bytes: int
+    choices: Choices = field(repr=False)
+    fixed: frozenset[str] = field(repr=False)
 
     def to_json(self) -> dict[str, Any]:
         """JSON-ready; `fits` is true."""
@@ -65,7 +71,8 @@ class Plan:
                 "engine_environment": dict(self.engine_environment),
                 "reasons": [asdict(reason) for reason in self.reasons],
                 "vram": [parts.to_json() for parts in self.vram], "host_bytes": self.host_bytes,
-                "host_pinned_bytes": self.host_pinned_bytes, "kv_cache_tokens": self.kv_cache_tokens,
+                "host_pinned_bytes": self.host_pinned_bytes,
+                "offloaded_bytes": self.offloaded_bytes, "kv_cache_tokens": self.kv_cache_tokens,
                 "expected_tokens_per_second": dict(self.expected_tokens_per_second), "disk_bytes": self.disk_bytes}
 
 
@@ -100,22 +107,22 @@ class Refusal:
 
 
 def make_plan(settings: Settings, hardware: Hardware, profile: Profile, shape: ModelShape,
-              disk_free_bytes: int | None) -> Plan | Refusal:
+              disk_free_bytes: int | None, stepped: Mapping[str, object] | None = None) -> Plan | Refusal:
     """Plan a start.
 
     Args:
+        stepped: options that an earlier start had to step down to; only what the user fixed wins over them.
         hardware: host memory of 0 bytes counts as unknown, and is not checked.
         disk_free_bytes: where the model will be stored; None when it is there already.
 
     Raises:
         SettingsError: settings that contradict each other, the profile, the model or the machine.
     """
-    decisions = decide(settings, hardware, profile, shape)
+    decisions = decide(settings, hardware, profile, shape, stepped or {})
     choices, on_cpu = decisions.choices, not decisions.gpus
-    parts = estimate(shape, choices)
-    vram = () if on_cpu else (parts,) * len(decisions.gpus)
+    vram = () if on_cpu else estimate(shape, choices)
     host = host_bytes(shape, choices, on_cpu)
-    reasons = (*decisions.reasons, *_remarks(hardware, shape, decisions, host))
+    reasons = (*decisions.reasons, *_remarks(hardware, profile, shape, decisions, host))
 
     def refuse(cause: str, missing: str, missing_bytes: int, remedies: list[str]) -> Refusal:
         return Refusal(cause, missing, missing_bytes, tuple(remedies), profile.name, reasons, vram)
@@ -129,7 +136,8 @@ def make_plan(settings: Settings, hardware: Hardware, profile: Profile, shape: M
     if short > 0 and not on_cpu:
         needed = choices.limit_bytes + short
         return refuse(f"The model needs {format_size(needed)} on each GPU, and may use "
-                      f"{format_size(choices.limit_bytes)}: {format_size(short)} are missing. {_largest(parts)}",
+                      f"{format_size(choices.limit_bytes)}: {format_size(short)} are missing. {_largest(vram)}"
+                      f"{_neighbours(decisions)}",
                       "vram", short, _vram_remedies(settings, hardware, shape, decisions))
     if short > 0:
         return refuse(f"The KV cache of {format_size(choices.kv_cache_bytes or 0)} is too small for one request of "
@@ -141,36 +149,41 @@ def make_plan(settings: Settings, hardware: Hardware, profile: Profile, shape: M
         return refuse(f"The start needs {format_size(host)} of host memory{layers}, and this container has "
                       f"{format_size(hardware.host_memory_bytes)}.", "host_memory", lacking,
                       _host_remedies(shape, choices, lacking, on_cpu))
-    cache = choices.kv_cache_bytes or 0 if on_cpu else parts.kv_cache_bytes
+    cache = choices.kv_cache_bytes or 0 if on_cpu else vram[0].kv_cache_bytes
     return Plan(
         engine_args=decisions.options, engine_environment=profile.environment, reasons=reasons, profile=profile.name,
         vram=vram, host_bytes=host, host_pinned_bytes=0 if on_cpu else pinned_bytes(shape, choices),
-        kv_cache_tokens=cache // kv_bytes_per_token(shape, choices),
+        offloaded_bytes=0 if on_cpu else sum(
+            offloaded_bytes(shape, choices, stage) for stage in range(choices.pipeline_parallel)
+        ) * choices.tensor_parallel,
+        kv_cache_tokens=kv_tokens(shape, choices, cache),
         expected_tokens_per_second={"batch_1": None, "batch_8": None} if on_cpu else
-        speed.expected(shape, choices, decisions.gpus[0]), disk_bytes=shape.disk_bytes)
+        speed.expected(shape, choices, decisions.gpus[0]), disk_bytes=shape.disk_bytes,
+        choices=choices, fixed=decisions.fixed)
 
 
-def _largest(parts: VramParts) -> str:
-    """The two largest parts, which say where a change would help."""
-    sizes = {key: size for key, size in parts.to_json().items() if key not in ("total_bytes", "limit_bytes")}
+def _largest(vram: tuple[VramParts, ...]) -> str:
+    """The two largest parts of the fullest GPU, which say where a change would help."""
+    fullest = max(vram, key=lambda parts: parts.total_bytes - parts.kv_cache_bytes)
+    sizes = {key: size for key, size in fullest.to_json().items() if key not in ("total_bytes", "limit_bytes")}
     first, second = sorted(sizes, key=lambda key: -sizes[key])[:2]
     return "The largest parts are " + " and ".join(
         f"{key.removesuffix('_bytes').replace('_', ' ')} ({format_size(sizes[key])})" for key in (first, second)) + "."
 
 
-def _short(shape: ModelShape, choices: Choices, on_cpu: bool = False) -> int:
-    """Bytes that each GPU lacks, or on the CPU the KV cache; negative where there is more than enough.
+def _neighbours(decisions: Decisions) -> str:
+    """What other processes hold of the cards, where that is much."""
+    held = max(gpu.total_bytes - gpu.free_bytes for gpu in decisions.gpus)
+    if held < GIB // 2:
+        return ""
+    return f" Other processes hold {format_size(held)} of the card (`nvidia-smi` names them): end them."
 
-    vLLM refuses to start when the KV cache holds less than one request of full length.
-    """
-    least = kv_bytes(shape, choices, choices.max_model_len)
+
+def _short(shape: ModelShape, choices: Choices, on_cpu: bool = False) -> int:
+    """Bytes that the fullest GPU lacks, or on the CPU the KV cache; negative where there is more than enough."""
     if on_cpu:
-        return least - (choices.kv_cache_bytes or 0)
-    parts = estimate(shape, choices)
-    others = parts.total_bytes - parts.kv_cache_bytes
-    if choices.kv_cache_bytes is not None:
-        return max(others + choices.kv_cache_bytes - choices.limit_bytes, least - choices.kv_cache_bytes)
-    return others + least - choices.limit_bytes
+        return kv_bytes(shape, choices) - (choices.kv_cache_bytes or 0)
+    return auto.missing_bytes(shape, choices)
 
 
 def _vram_remedies(settings: Settings, hardware: Hardware, shape: ModelShape, decisions: Decisions) -> list[str]:
@@ -188,15 +201,15 @@ def _vram_remedies(settings: Settings, hardware: Hardware, shape: ModelShape, de
     if fits(smaller):
         remedies.append(f"MAX_NUM_SEQS={smaller.max_num_seqs} with VLLM_EXTRA_ARGS="
                         f"'--max-num-batched-tokens {smaller.max_num_batched_tokens}'")
-    parts = estimate(shape, choices)
-    remedies += _context_remedy(shape, choices, choices.limit_bytes - parts.total_bytes + parts.kv_cache_bytes)
+    room = min(choices.limit_bytes - parts.total_bytes + parts.kv_cache_bytes for parts in estimate(shape, choices))
+    remedies += _context_remedy(shape, choices, room)
     short, offloaded = _short(shape, choices), offloaded_bytes(shape, choices)
     more = math.ceil((offloaded + short) / GIB * 10) / 10
     if not choices.prefetch[0] and more * GIB <= layer_bytes(shape, choices)[0] and fits(
             replace(choices, offload_bytes=round(more * GIB))):
         remedies.append(f"VLLM_EXTRA_ARGS='--cpu-offload-gb {more}'")
     quantized = replace(choices, quantization="bitsandbytes")
-    if not shape.quantization and not choices.quantization and shape.architecture in DENSE and fits(quantized):
+    if not shape.quantization and not choices.quantization and shape.understood and fits(quantized):
         remedies.append("QUANTIZATION=bitsandbytes")
     needed = choices.limit_bytes + short
     if needed <= min(gpu.free_bytes for gpu in decisions.gpus):
@@ -212,14 +225,16 @@ def _vram_remedies(settings: Settings, hardware: Hardware, shape: ModelShape, de
 
 
 def _context_remedy(shape: ModelShape, choices: Choices, room_bytes: int) -> list[str]:
-    block = kv_bytes_per_token(shape, choices) * choices.block_size
-    tokens = max(0, room_bytes) // block * choices.block_size
-    return [f"MAX_MODEL_LEN={tokens}"] if _LEAST_CONTEXT <= tokens < choices.max_model_len else []
+    """The longest context, of those worth having, whose single request fits into that much KV cache."""
+    for tokens in range(choices.max_model_len // _LEAST_CONTEXT * _LEAST_CONTEXT, 0, -_LEAST_CONTEXT):
+        if tokens < choices.max_model_len and kv_bytes(shape, replace(choices, max_model_len=tokens)) <= room_bytes:
+            return [f"MAX_MODEL_LEN={tokens}"]
+    return []
 
 
 def _host_remedies(shape: ModelShape, choices: Choices, lacking: int, on_cpu: bool) -> list[str]:
     remedies = [f"give the container {format_size(lacking)} more memory"]
-    if on_cpu and not choices.quantization and not shape.quantization and shape.architecture in DENSE:
+    if on_cpu and not choices.quantization and not shape.quantization and shape.understood:
         if lacking <= host_bytes(shape, choices, True) - host_bytes(
                 shape, replace(choices, quantization="bitsandbytes"), True):
             remedies.append("QUANTIZATION=bitsandbytes")
@@ -229,9 +244,10 @@ def _host_remedies(shape: ModelShape, choices: Choices, lacking: int, on_cpu: bo
     return [*remedies, "a smaller model"]
 
 
-def _remarks(hardware: Hardware, shape: ModelShape, decisions: Decisions, host: int) -> list[Reason]:
+def _remarks(hardware: Hardware, profile: Profile, shape: ModelShape, decisions: Decisions, host: int) -> list[Reason]:
     """What a person should know besides the options."""
-    remarks = [Reason("model", shape.architecture, "model", note) for note in shape.notes]
+    remarks = [Reason("profile", profile.name, "profile", note) for note in profile.notes]
+    remarks += [Reason("model", shape.architecture, "model", note) for note in shape.notes]
     if not hardware.host_memory_bytes:
         remarks.append(Reason("host-memory", format_size(host), "machine",
                               "unknown, so it is not checked that there is this much"))

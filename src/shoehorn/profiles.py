@@ -1,10 +1,11 @@
-"""Profiles: one YAML file a class of machine -> `Profile`, by name, by path, or the one that fits this machine.
+"""Profiles: one YAML file a class of machine -> `Profile`, by name or by path; or `auto`, which leaves all to the plan.
 
 Rules:
 - a profile is data only: `name`, `description`, `match` (what machine it is for), `engine` (vLLM's own options) and
   `environment` (the engine's variables); any other key is refused by name, and so is an option that vLLM lacks;
 - `cpu-offload-gb` and `max-model-len` are upper bounds: the plan takes less where the model needs or allows less;
-- a profile for the CPU is never chosen unasked.
+- what a profile leaves open, the plan fills in for the machine and the model;
+- a profile for the CPU is never used unasked.
 """
 
 from __future__ import annotations
@@ -17,17 +18,16 @@ from typing import Any
 
 import yaml
 
-from shoehorn import engine_options
+from shoehorn import engine_config, engine_options
 from shoehorn.errors import SettingsError
 from shoehorn.hardware import Gpu, Hardware
 from shoehorn.paths import PROFILES
 from shoehorn.settings import Settings
-from shoehorn.units import format_size, parse_size
+from shoehorn.units import parse_size
+
+AUTO = "auto"
 
 _KEYS = {"name", "description", "match", "engine", "environment"}
-_TOLERANCE = 0.95
-"""Of a class's size: cards hold a little less than their name says (a "16 GB" T4 has 14.7 GiB, 15.8 GB)."""
-
 
 @dataclass(frozen=True)
 class Match:
@@ -41,13 +41,22 @@ class Match:
 
 @dataclass(frozen=True)
 class Profile:
-    """A profile; `engine` maps vLLM's option names, without dashes in front, to their values."""
+    """A profile; `engine` maps vLLM's option names, without dashes in front, to their values.
+
+    `notes` say what was dropped or translated of a file for an older engine.
+    """
 
     name: str
     description: str
     match: Match
     engine: Mapping[str, object]
     environment: Mapping[str, str]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def is_auto(self) -> bool:
+        """Whether everything is left to the plan."""
+        return self.name == AUTO
 
 
 def names(directory: Path = PROFILES) -> tuple[str, ...]:
@@ -85,6 +94,10 @@ def parse(document: object, where: str, name: str) -> Profile:
     sections: dict[str, Any] = document if isinstance(document, dict) else {}
     if not isinstance(document, dict):
         mistakes.append(f"holds no mapping; it needs {', '.join(sorted(_KEYS))}")
+    notes: list[str] = []
+    if engine_config.is_engine_config(sections):
+        translated, notes, mistakes = engine_config.translate(sections)
+        sections = {"description": "vLLM's own configuration", "engine": translated}
     mistakes += [f"has the unknown key {key!r}; known are {', '.join(sorted(_KEYS))}"
                  for key in sections if key not in _KEYS]
     for key in ("match", "engine", "environment"):
@@ -110,48 +123,24 @@ def parse(document: object, where: str, name: str) -> Profile:
     if mistakes:
         raise _refused(where, mistakes)
     return Profile(str(sections.get("name", name)), str(sections.get("description", "")).strip(), match, engine,
-                   environment)
-
-
-def choose(hardware: Hardware, directory: Path = PROFILES, limit_bytes: int | None = None) -> Profile:
-    """The profile of the largest class that fits the smallest visible card and their number.
-
-    Args:
-        limit_bytes: use no more than this of each card (VRAM_LIMIT).
-
-    Raises:
-        SettingsError: there is no GPU, or none as large as the smallest class.
-    """
-    require_gpus(hardware, "auto")
-    smallest = min(gpu.total_bytes for gpu in hardware.gpus)
-    usable = min(smallest, limit_bytes or smallest)
-    classes = sorted((profile for profile in (load(name, directory) for name in names(directory))
-                      if profile.match.vram_bytes),
-                     key=lambda profile: (profile.match.gpus * profile.match.vram_bytes, profile.match.gpus))
-    fitting = [profile for profile in classes if fits(profile, len(hardware.gpus), usable)]
-    if not fitting:
-        least = min((profile.match.vram_bytes for profile in classes), default=0)
-        raise SettingsError(
-            f"The smallest GPU has {format_size(usable)} to use, less than any profile is made for.",
-            f"Use a GPU of {least / 1e9:.0f} GB or more, or write a profile of your own and set VRAM_PROFILE to its "
-            "path.")
-    return fitting[-1]
+                   environment, tuple(notes))
 
 
 def select(settings: Settings, hardware: Hardware, directory: Path = PROFILES) -> Profile:
-    """The profile that VRAM_PROFILE means on this machine.
+    """The profile that VRAM_PROFILE means; `auto` decides nothing beforehand.
 
     Raises:
-        SettingsError: as `choose` and `load` do.
+        SettingsError: there is no GPU for `auto`, or as `load` does.
     """
-    if settings.vram_profile == "auto":
-        return choose(hardware, directory, settings.vram_limit)
-    return load(settings.vram_profile, directory)
+    if settings.vram_profile != AUTO:
+        return load(settings.vram_profile, directory)
+    require_gpus(hardware, AUTO)
+    return automatic()
 
 
-def fits(profile: Profile, gpus: int, usable_bytes: int) -> bool:
-    """True when a machine with that many GPUs, each with that much to use, is of the profile's class or larger."""
-    return profile.match.gpus <= gpus and usable_bytes >= profile.match.vram_bytes * _TOLERANCE
+def automatic() -> Profile:
+    """The profile that leaves everything to the plan."""
+    return Profile(AUTO, "the best that this machine can do with this model", Match("cuda", 1, 0), {}, {})
 
 
 def require_gpus(hardware: Hardware, profile: str, count: int = 1) -> tuple[Gpu, ...]:

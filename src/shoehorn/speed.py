@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from shoehorn.checkpoint import ModelShape
-from shoehorn.estimate import Choices, streamed_and_resident_bytes
+from shoehorn.estimate import Choices, moved_bytes
 from shoehorn.hardware import Gpu
 
 GB = 10**9
@@ -33,14 +34,41 @@ _SLOWEST_BYTES_PER_SECOND = 224e9
 _USUAL_LINK = {r"H[12]00|50[789]0": (5, 16), r"5060": (5, 8), r"4060": (4, 8), r"T4": (3, 16),
                r"[34]0[5-9]0|A100|A10|A4500|A6000|L40?|[46]000 Ada": (4, 16)}
 
-# Shares of the bound at one request, and how many times faster eight requests together are.
+_COPY_SHARE = 0.904
+"""What a copy within the card reaches of pure reading, by which the probe's figure is made comparable (H200)."""
+
+_FEW = 4
+"""Up to so many requests bitsandbytes' kernel takes the same time as for one (backends/cuda/ops.py)."""
+
 _LINK_SHARE, _LINK_GAIN = 0.91, 8.0
 _LINK_GAIN_NF4 = 4.4
-_DEVICE_SHARE = {"none": (0.70, 8.0), "bitsandbytes": (0.25, 2.7), "other": (0.43, 7.9)}
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """How the kernels of one number format use a card.
+
+    Attributes:
+        share: of the card's memory bandwidth that they reach for one request; share_8: for eight together.
+        layer_seconds: spent in every layer whatever the bytes; eager_seconds: the same without CUDA graphs, where the
+            host starts every kernel one by one.
+    """
+
+    share: float
+    share_8: float
+    layer_seconds: float
+    eager_seconds: float
+
+
+_KERNELS = {"none": Kernels(0.85, 0.85, 30e-6, 410e-6), "bitsandbytes": Kernels(0.27, 0.096, 35e-6, 1070e-6),
+            "other": Kernels(0.55, 0.55, 55e-6, 450e-6)}
+"""Fitted to the H200's measurements in docs/estimator.md."""
 
 
 def link_bytes_per_second(gpu: Gpu) -> tuple[float, bool]:
     """The link's practical speed from host memory, and whether it is known; generation 4 with 16 lanes if not."""
+    if gpu.link_bytes_per_second:
+        return gpu.link_bytes_per_second, True
     speed = LINK_BYTES_PER_SECOND.get(gpu.pcie_generation)
     if speed is None or not gpu.pcie_width:
         return LINK_BYTES_PER_SECOND[4], False
@@ -63,14 +91,29 @@ def expected(shape: ModelShape, choices: Choices, gpu: Gpu) -> Mapping[str, floa
     Args:
         gpu: the slowest card.
     """
-    streamed, resident = streamed_and_resident_bytes(shape, choices)
-    device = device_bytes_per_second(gpu.name)
+    device = gpu.device_bytes_per_second / _COPY_SHARE or device_bytes_per_second(gpu.name)
+    streamed, _ = moved_bytes(shape, choices)
     if device is None and not streamed:
         return {"batch_1": None, "batch_8": None}
+    found = {}
+    for requests in (1, 8):
+        seconds = _pass_seconds(shape, choices, device or _SLOWEST_BYTES_PER_SECOND, link_bytes_per_second(gpu)[0],
+                                min(requests, choices.max_num_seqs))
+        found[f"batch_{requests}"] = round(min(requests, choices.max_num_seqs) / seconds, 2)
+    found["batch_8"] = max(found.values())  # where eight together would be slower, they can be served in turn
+    return found
+
+
+def _pass_seconds(shape: ModelShape, choices: Choices, device: float, link: float, requests: int) -> float:
+    """The time of one pass with so many requests; stages of a pipeline work one after the other."""
+    streamed, resident = moved_bytes(shape, choices, requests)
     kind = shape.quantization or choices.quantization or "none"
-    share, gain = _DEVICE_SHARE.get(kind, _DEVICE_SHARE["other"])
-    on_link = streamed / link_bytes_per_second(gpu)[0] / _LINK_SHARE
-    on_device = resident / (device or _SLOWEST_BYTES_PER_SECOND) / share
-    link_gain = _LINK_GAIN_NF4 if kind == "bitsandbytes" and not choices.prefetch[0] else _LINK_GAIN
-    return {"batch_1": round(1 / (on_link + on_device), 2),
-            "batch_8": round(1 / (on_link / link_gain + on_device / gain), 2)}
+    kernels = _KERNELS.get(kind, _KERNELS["other"])
+    gain = _LINK_GAIN_NF4 if kind == "bitsandbytes" and not choices.prefetch[0] else _LINK_GAIN
+    few = requests <= _FEW
+    on_link = streamed / link / _LINK_SHARE * (1 if few else 8 / gain)
+    reading = resident / device / (kernels.share if few else kernels.share_8)
+    per_layer = kernels.eager_seconds if choices.eager else kernels.layer_seconds
+    if streamed and choices.eager:  # while the link is waited for, the host runs ahead
+        return max(on_link + reading, reading + shape.layers * per_layer)
+    return on_link + reading + shape.layers * per_layer

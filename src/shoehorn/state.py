@@ -1,7 +1,8 @@
 """What the appliance is doing: one JSON document, written by `engine`, read by exporter, gateway and healthcheck.
 
 Rules: the document is replaced atomically and never holds a secret. Beside it lie what the gateway serves without
-asking anybody: `unavailable.json`, the OpenAI-style error that `/v1/*` answers while not ready, and the empty files
+asking anybody: `unavailable.json`, the OpenAI-style error that `/v1/*` answers while not ready
+(`unavailable.anthropic.json` in Anthropic's style, for its routes), and the empty files
 `ready` and `failed`, which exist exactly while the phase says so.
 """
 
@@ -10,9 +11,11 @@ from __future__ import annotations
 import json
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
 from shoehorn.files import write_atomic
 
@@ -40,9 +43,10 @@ class State:
     Attributes:
         progress: share of the phase that is done, 0..1; None where nothing can be measured.
         since: Unix time, in seconds, at which the phase began.
-        restarts: engine restarts since the container started.
+        restarts: engine restarts since the container started; step_downs: starts with a smaller plan.
         bytes_done, bytes_total: of the download, while pulling and after.
         cause, remedy: on failure, in words.
+        memory: after the load, one entry for each part of each GPU: gpu, part, expected_bytes, measured_bytes.
     """
 
     phase: Phase = Phase.STARTING
@@ -51,10 +55,12 @@ class State:
     since: float = 0.0
     model: str = ""
     restarts: int = 0
+    step_downs: int = 0
     bytes_done: int = 0
     bytes_total: int = 0
     cause: str = ""
     remedy: str = ""
+    memory: tuple[Mapping[str, Any], ...] = ()
     version: int = STATE_VERSION
 
 
@@ -72,6 +78,12 @@ def unavailable_body(state: State) -> str:
     return json.dumps({"error": error}) + "\n"
 
 
+def anthropic_body(openai_body: str) -> str:
+    """The same 503 in Anthropic's error form."""
+    message = json.loads(openai_body)["error"]["message"]
+    return json.dumps({"type": "error", "error": {"type": "overloaded_error", "message": message}}) + "\n"
+
+
 class StateFile:
     """The state document in a run directory. Only the `engine` program writes it."""
 
@@ -86,7 +98,7 @@ class StateFile:
             document = json.loads(self.path.read_text(encoding="utf-8"))
             if document["version"] != STATE_VERSION:
                 return State()
-            return State(**{**document, "phase": Phase(document["phase"])})
+            return State(**{**document, "phase": Phase(document["phase"]), "memory": tuple(document["memory"])})
         except (OSError, ValueError, TypeError, KeyError):
             return State()
 
@@ -95,7 +107,9 @@ class StateFile:
         if state.phase is not Phase.READY:
             self._mark("ready", False)
         write_atomic(self.path, json.dumps(asdict(state)) + "\n")
-        write_atomic(self.run_dir / "unavailable.json", unavailable_body(state))
+        body = unavailable_body(state)
+        write_atomic(self.run_dir / "unavailable.json", body)
+        write_atomic(self.run_dir / "unavailable.anthropic.json", anthropic_body(body))
         self._mark("failed", state.phase is Phase.FAILED)
         self._mark("ready", state.phase is Phase.READY)
 

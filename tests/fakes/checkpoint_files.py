@@ -8,11 +8,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from pathlib import Path
 
-from shoehorn.checkpoint import DTYPE_BITS
-
-CAPTURES = Path(__file__).resolve().parents[1] / "captures" / "models"
+from shoehorn.tensor_files import DTYPE_BITS
 
 
 def header(tensors: Mapping[str, tuple[str, list[int]]]) -> tuple[bytes, int]:
@@ -61,16 +58,6 @@ def checkpoint(config: Mapping[str, object], tensors: Mapping[str, tuple[str, li
     if shards > 1:
         heads["model.safetensors.index.json"] = json.dumps({"metadata": {}, "weight_map": place}).encode()
     return CheckpointFiles(heads, tails)
-
-
-def captured(name: str, shards: int = 17) -> CheckpointFiles:
-    """A model of tests/captures/models."""
-    config = json.loads((CAPTURES / name / "config.json").read_text())
-    recorded = json.loads((CAPTURES / name / "tensors.json").read_text())
-    tensors = {tensor.format(layer): (recorded["dtype"], shape)
-               for layer in range(recorded["layers"]) for tensor, shape in recorded["layer"].items()}
-    tensors |= {tensor: (recorded["dtype"], shape) for tensor, shape in recorded["rest"].items()}
-    return checkpoint(config, tensors, shards)
 
 
 def dense(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, vocab: int, *, head_dim: int = 0,

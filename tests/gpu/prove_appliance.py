@@ -31,6 +31,7 @@ sys.path[:0] = [str(HOME / "src"), str(HOME / "tests" / "gpu")]
 from shoehorn import gpu_metrics  # noqa: E402  # the path is set just above
 from shoehorn.state import Phase, StateFile  # noqa: E402  # likewise
 
+KEY = "sk-key-for-the-proof"
 TOOLS = ("sh", "nginx", "ldconfig")
 COMPILER = ("gcc", "cc", "as", "ld")
 
@@ -56,7 +57,8 @@ class Run:
         environment = {name: value for name, value in os.environ.items() if name not in ("OUT",)}
         environment |= {"PATH": path, "MODEL_ID": str(model), "MODEL_SOURCE": "local", "SERVED_MODEL_NAME": "random-8b",
                         "RUN_DIR": str(self.run_dir), "MODELS_DIR": str(self.models), "DRAIN_TIMEOUT": "3",
-                        "TRITON_CACHE_DIR": str(work / "triton"), "VLLM_CACHE_ROOT": str(work / "vllm"), **settings}
+                        "API_KEY": KEY, "TRITON_CACHE_DIR": str(work / "triton"),
+                        "VLLM_CACHE_ROOT": str(work / "vllm"), **settings}
         self.log = log
         self.started = time.monotonic()
         self.process = subprocess.Popen([sys.executable, str(HOME / "entrypoint.py")], env=environment,
@@ -74,7 +76,7 @@ class Run:
         return None
 
     def key(self) -> str:
-        return (self.models / ".shoehorn" / "api_key").read_text().strip()
+        return KEY
 
     def stop(self) -> tuple[int, float]:
         """SIGTERM; exit code and seconds."""

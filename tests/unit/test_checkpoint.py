@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import save_file
 
-from fakes.checkpoint_files import CheckpointFiles, captured, checkpoint, dense, header
-from shoehorn.checkpoint import LocalFiles, TensorGroup, read
+from fakes import captured as captured_models
+from fakes.checkpoint_files import CheckpointFiles, checkpoint, dense, header
+from shoehorn.checkpoint import Experts, TensorGroup, read
 from shoehorn.errors import ModelUnavailableError
+from shoehorn.tensor_files import LocalFiles
 
 CONFIG = {"architectures": ["LlamaForCausalLM"], "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4,
           "vocab_size": 100, "intermediate_size": 128, "max_position_embeddings": 512}
@@ -18,7 +20,7 @@ NF4 = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": T
 
 
 def test_the_70b_has_its_true_bytes_from_a_few_ranges() -> None:
-    files = captured("deepseek-r1-distill-llama-70b")
+    files = captured_models.files("deepseek-r1-distill-llama-70b")
     shape = read(files)
     assert (shape.layers, shape.hidden, shape.heads, shape.kv_heads, shape.head_dim) == (80, 8192, 64, 8, 128)
     assert shape.tensor_bytes.linears == TensorGroup(136_902_082_560, 68_451_041_280)
@@ -26,6 +28,18 @@ def test_the_70b_has_its_true_bytes_from_a_few_ranges() -> None:
     assert shape.weights_bytes == 141_107_412_992
     assert shape.disk_bytes == sum(files.names().values())
     assert (shape.max_position, shape.dtype, shape.quantization, shape.notes) == (131072, "bfloat16", None, ())
+    assert sum(length for _, length in files.reads) < 50_000_000
+
+
+@pytest.mark.parametrize("name", captured_models.names())
+def test_every_captured_model_is_understood_from_less_than_50_mb(name: str) -> None:
+    files = captured_models.files(name)
+    shape = read(files)
+    assert shape.understood
+    assert not [note for note in shape.notes if "takes more than text" not in note]
+    assert sum(kind.layers for kind in shape.kv_layers) == shape.layers
+    groups = [getattr(shape.tensor_bytes, group) for group in shape.tensor_bytes.__dataclass_fields__]
+    assert sum(group.bytes for group in groups) == shape.weights_bytes
     assert sum(length for _, length in files.reads) < 50_000_000
 
 
@@ -78,9 +92,8 @@ def test_packed_formats_keep_their_true_bytes() -> None:
 
 
 @pytest.mark.parametrize(("change", "note"), [
-    ({"architectures": ["MixtralForCausalLM"]}, "MixtralForCausalLM is not one of"),
-    ({"kv_lora_rank": 512}, "MLA"),
-    ({"sliding_window": 4096}, "sliding window"),
+    ({"architectures": ["OddForCausalLM"]}, "OddForCausalLM is none of the known architectures"),
+    ({"layer_types": ["linear_attention"]}, "linear_attention are not understood"),
     ({"text_config": CONFIG, "architectures": ["LlamaForCausalLM"]}, "takes more than text"),
     ({"num_hidden_layers": 2}, "config.json names 2 layers, the weights hold 1"),
     ({"intermediate_size": None}, "lacks intermediate_size"),
@@ -91,19 +104,55 @@ def test_what_is_not_understood_is_said(change: dict[str, object], note: str) ->
     assert any(note in each for each in shape.notes), shape.notes
 
 
-def test_a_sliding_window_that_is_switched_off_needs_no_note() -> None:
-    files = checkpoint({**CONFIG, "sliding_window": 4096, "use_sliding_window": False},
-                       {"model.layers.0.mlp.up_proj.weight": ("BF16", [128, 64])})
-    assert read(files).notes == ()
+ONE = {"model.layers.0.mlp.up_proj.weight": ("BF16", [128, 64])}
 
 
-def test_experts_and_vision_are_counted_as_resident() -> None:
-    shape = read(checkpoint(CONFIG, {
+@pytest.mark.parametrize(("change", "expected"), [
+    ({"sliding_window": 4096}, [(1, 0, 4096)]),
+    ({"sliding_window": 4096, "use_sliding_window": False}, [(1, 0, 0)]),
+    ({"sliding_window": None}, [(1, 0, 0)]),
+    ({"sliding_window": 128, "layer_types": ["full_attention"]}, [(1, 0, 0)]),
+    ({"sliding_window": 128, "num_hidden_layers": 12, "model_type": "gemma3_text"}, [(2, 0, 0), (10, 0, 128)]),
+    ({"sliding_window": 128, "num_hidden_layers": 4, "model_type": "gemma2"}, [(2, 0, 0), (2, 0, 128)]),
+    ({"sliding_window": 128, "num_hidden_layers": 4,
+      "layer_types": ["sliding_attention", "full_attention"] * 2}, [(2, 0, 0), (2, 0, 128)]),
+    ({"kv_lora_rank": 512, "qk_rope_head_dim": 64}, [(1, 576, 0)]),
+])
+def test_every_layer_has_the_cache_of_its_kind(change: dict[str, object], expected: list[tuple[int, int, int]]) -> None:
+    kinds = read(checkpoint({**CONFIG, **change}, ONE)).kv_layers
+    assert [(kind.layers, kind.width * kind.latent, kind.window) for kind in kinds] == expected
+
+
+def test_experts_are_apart_and_vision_is_counted_as_resident() -> None:
+    shape = read(checkpoint({**CONFIG, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128}, {
         "model.layers.0.mlp.experts.3.up_proj.weight": ("BF16", [128, 64]),
         "vision_tower.encoder.layers.0.fc1.weight": ("BF16", [64, 64]),
         "model.layers.0.self_attn.q_proj.bias": ("BF16", [64])}))
+    assert shape.experts == Experts(4, 2, 128)
+    assert shape.tensor_bytes.experts.parameters == 128 * 64
     assert shape.tensor_bytes.linears.bytes == 0
-    assert shape.tensor_bytes.other.parameters == 128 * 64 + 64 * 64 + 64
+    assert shape.tensor_bytes.other.parameters == 64 * 64 + 64
+
+
+def test_layers_beyond_the_last_are_not_loaded() -> None:
+    shape = read(checkpoint(CONFIG, {**ONE, "model.layers.1.mlp.up_proj.weight": ("BF16", [128, 64])}))
+    assert shape.tensor_bytes.unused.bytes == shape.tensor_bytes.linears.bytes == 128 * 64 * 2
+
+
+def test_a_head_size_that_the_config_leaves_out_is_that_of_the_projection() -> None:
+    projection = {"model.layers.0.self_attn.k_proj.weight": ("BF16", [128, 64])}
+    shape = read(checkpoint({**CONFIG, "head_dim": None}, projection))
+    assert shape.kv_layers[0].width == 2 * 128 // shape.kv_heads
+
+
+@pytest.mark.parametrize(("change", "rows"), [
+    ({}, 512), ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, 512),
+    ({"rope_scaling": {"rope_type": "linear", "factor": 8.0}}, 4096),
+    ({"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}}, 512),
+    ({"rope_scaling": {"rope_type": "linear", "factor": 8.0}, "model_type": "gemma3_text"}, 4096 + 512),
+])
+def test_the_rotary_tables_are_as_long_as_the_engine_makes_them(change: dict[str, object], rows: int) -> None:
+    assert read(checkpoint({**CONFIG, **change}, ONE)).rotary_positions == rows
 
 
 @pytest.mark.parametrize(("rope", "longest"), [

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
-from fakes.checkpoint_files import CheckpointFiles, captured, dense
+from fakes import captured as captured_models
+from fakes.checkpoint_files import CheckpointFiles, dense
 from shoehorn import hardware, store
 from shoehorn.commands import plan as command
 from shoehorn.commands import profiles as profiles_command
-from shoehorn.errors import SettingsError
+from shoehorn.errors import ModelUnavailableError, SettingsError
 from shoehorn.hardware import Gpu, Hardware
 
 GIB = 1 << 30
@@ -73,26 +74,27 @@ def test_a_folder_beside_one_is_a_folder(folder: Path, monkeypatch: pytest.Monke
 
 def test_a_model_of_the_hub_is_planned_for_a_card_that_is_not_here(
         monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    asked = serve_from_hub(monkeypatch, captured("deepseek-r1-distill-llama-70b"))
+    asked = serve_from_hub(monkeypatch, captured_models.files("deepseek-r1-distill-llama-70b"))
     assert run("--model", "a/b", "--gpu", "32GiB:RTX5090", "--ram", "64GB", MODEL_SOURCE="local", MODEL_ID="/x") == 0
     text = capsys.readouterr().out
     assert asked == ["modelscope:a/b"]
-    for words in ("a/b with profile 32gb", "memory of the GPU", "quantization state      3.98 GiB",
-                  "PCIe 5 with 16 lanes", "tokens/s for one request", "gpu-memory-utilization", "profile: 32gb"):
+    for words in ("a/b with profile auto", "memory of the GPU", "quantization state      3.98 GiB",
+                  "PCIe 5 with 16 lanes", "tokens/s for one request", "gpu-memory-utilization",
+                  "the least that leaves room for two requests"):
         assert words in text, text
 
 
 def test_two_cards_make_one_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    serve_from_hub(monkeypatch, captured("deepseek-r1-distill-llama-70b"))
+    serve_from_hub(monkeypatch, captured_models.files("deepseek-r1-distill-llama-70b"))
     assert run("--gpu", "20GiB", "--gpu", "20GiB", "--ram", "64GiB") == 0
     text = capsys.readouterr().out
     assert text.count("memory of each of 2 GPUs") == 1
-    assert "profile 2x20gb" in text
+    assert "2 equal cards, and 64 attention heads" in text
 
 
 def test_a_refusal_ends_with_3_and_says_what_would_do(monkeypatch: pytest.MonkeyPatch,
                                                       capsys: pytest.CaptureFixture[str]) -> None:
-    serve_from_hub(monkeypatch, captured("deepseek-r1-distill-llama-70b"))
+    serve_from_hub(monkeypatch, captured_models.files("deepseek-r1-distill-llama-70b"))
     assert run("--gpu", "7GiB", "--ram", "64GiB") == 3
     text = capsys.readouterr().out
     assert "does not fit: The model needs" in text
@@ -106,7 +108,7 @@ def test_a_refusal_ends_with_3_and_says_what_would_do(monkeypatch: pytest.Monkey
 
 def test_memory_elsewhere_is_unknown_unless_given(monkeypatch: pytest.MonkeyPatch,
                                                   capsys: pytest.CaptureFixture[str]) -> None:
-    serve_from_hub(monkeypatch, captured("deepseek-r1-distill-llama-70b"))
+    serve_from_hub(monkeypatch, captured_models.files("deepseek-r1-distill-llama-70b"))
     assert run("--gpu", "24GiB") == 0
     assert "not checked" in capsys.readouterr().out
     assert run("--gpu", "24GiB", "--ram", "8GiB") == 3
@@ -124,7 +126,7 @@ def test_the_disk_counts_where_the_volume_is(tmp_path: Path, monkeypatch: pytest
                                              capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(hardware, "detect", lambda: Hardware((CARD,), "580", 64 * GIB, 64 * GIB, 8.0))
     monkeypatch.setattr(hardware, "disk_free", lambda path: 10 * GIB)
-    serve_from_hub(monkeypatch, captured("deepseek-r1-distill-llama-70b"))
+    serve_from_hub(monkeypatch, captured_models.files("deepseek-r1-distill-llama-70b"))
     assert run(MODELS_DIR=str(tmp_path)) == 3
     assert "10.00 GiB free" in capsys.readouterr().out
     assert run(MODELS_DIR=str(tmp_path / "not there")) == 0
@@ -145,26 +147,43 @@ def test_a_mistake_is_named(words: tuple[str, ...], said: str) -> None:
     assert said in caught.value.cause
 
 
-def test_profiles_are_listed_with_the_one_chosen_here(monkeypatch: pytest.MonkeyPatch,
-                                                      capsys: pytest.CaptureFixture[str]) -> None:
+def test_profiles_are_grouped_by_what_they_would_do_here(monkeypatch: pytest.MonkeyPatch,
+                                                         capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(hardware, "detect", lambda: Hardware((CARD,), "580", 64 * GIB, 64 * GIB, 8.0))
+    serve_from_hub(monkeypatch, captured_models.files("deepseek-r1-distill-llama-70b"))
     assert run("--json", module=profiles_command) == 0
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
-    assert [name for name, row in rows.items() if row["chosen"]] == ["32gb"]
-    assert {name for name, row in rows.items() if row["fits"]} == {"7gb", "32gb", "cpu"}
-    assert rows["2x20gb"] | {"description": ""} == {
-        "name": "2x20gb", "description": "", "device": "cuda", "gpus": 2, "vram_bytes": 20 * 10**9, "fits": False,
-        "chosen": False}
-    assert run(module=profiles_command) == 0
+    assert [name for name, row in rows.items() if row["chosen"]] == ["auto"]
+    assert (rows["auto"]["group"], rows["auto"]["context"]) == ("slow", 8192)
+    assert rows["auto"]["tokens_per_second"] > 0
+    assert rows["32gb"]["group"] == "slow"
+    assert (rows["2x20gb"]["group"], rows["2x20gb"]["why"]) == (
+        "does not fit", "VRAM_PROFILE=2x20gb needs 2 GPUs, and this container sees only 1.")
+    assert rows["cpu"]["group"] == "does not fit"
+    assert run(module=profiles_command, VRAM_PROFILE="32gb") == 0
     text = capsys.readouterr().out
     assert "* 32gb" in text
-    assert "too small" in text
-    assert run("--json", module=profiles_command, VRAM_LIMIT="7GiB") == 0
-    assert [row["name"] for row in json.loads(capsys.readouterr().out) if row["chosen"]] == ["7gb"]
+    assert text.index("runs slowly") < text.index("* 32gb") < text.index("does not fit:") < text.index("2x20gb")
 
 
-def test_without_a_gpu_no_profile_is_chosen_unasked(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(module=profiles_command) == 0
-    assert "choose one with VRAM_PROFILE" in capsys.readouterr().out
-    assert run("--json", module=profiles_command, VRAM_PROFILE="cpu") == 0
-    assert [row["name"] for row in json.loads(capsys.readouterr().out) if row["chosen"]] == ["cpu"]
+def test_a_small_model_runs_everywhere_and_a_limit_is_a_small_card(
+        folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(hardware, "detect", lambda: Hardware((CARD,), "580", 64 * GIB, 64 * GIB, 8.0))
+    assert run("--json", "--model", str(folder), module=profiles_command) == 0
+    groups = {row["name"]: row["group"] for row in json.loads(capsys.readouterr().out)}
+    assert {groups["auto"], groups["7gb"], groups["cpu"]} == {"runs"}
+    assert run("--json", "--model", str(folder), module=profiles_command, VRAM_LIMIT="600MiB") == 0
+    assert {row["group"] for row in json.loads(capsys.readouterr().out)} == {"does not fit"}
+
+
+def test_without_a_gpu_or_a_hub_the_profiles_are_named_all_the_same(
+        monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def unreachable(_: object) -> None:
+        raise ModelUnavailableError("The hub cannot be reached.", "")
+
+    monkeypatch.setattr(store, "hub_files", unreachable)
+    assert run(module=profiles_command, VRAM_PROFILE="cpu") == 0
+    text = capsys.readouterr().out
+    assert "a machine without a GPU: The hub cannot be reached." in text
+    assert "* cpu" in text
+    assert "auto" not in text

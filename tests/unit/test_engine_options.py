@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
-from fakes.checkpoint_files import captured, dense
+from fakes import captured as captured_models
+from fakes.checkpoint_files import dense
 from shoehorn import checkpoint, engine_options, profiles, settings
 from shoehorn.engine_options import OWNED, REMOVED, check, parse_arguments, recorded
 from shoehorn.errors import SettingsError
@@ -57,7 +58,7 @@ def plans() -> dict[str, Mapping[str, object]]:
     gpu = Gpu(0, "", "RTX 5090", 32 * GIB, 32 * GIB, (12, 0), 5, 16, False)
     machine = Hardware((gpu,), "580", 64 * GIB, 64 * GIB, 8.0)
     tiny = checkpoint.read(dense(256, 768, 4, 4, 2, 2048, max_position=2048, tied=True))
-    big = checkpoint.read(captured("deepseek-r1-distill-llama-70b"))
+    big = checkpoint.read(captured_models.files("deepseek-r1-distill-llama-70b"))
     wanted = {"cpu": (tiny, {"VRAM_PROFILE": "cpu"}),
               "cpu-nf4": (tiny, {"VRAM_PROFILE": "cpu", "QUANTIZATION": "bitsandbytes"}),
               "ngram": (tiny, {"VRAM_PROFILE": "cpu", "SPECULATIVE": "ngram", "TRUST_REMOTE_CODE": "yes",

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from fakes.checkpoint_files import captured, checkpoint, dense
+from fakes import captured as captured_models
+from fakes.checkpoint_files import checkpoint, dense
 from shoehorn import checkpoint as checkpoints
 from shoehorn import speed
+from shoehorn.auto import missing_bytes
 from shoehorn.checkpoint import ModelShape
 from shoehorn.estimate import (
     CONTEXT_BYTES,
+    MARGIN_BYTES,
     Choices,
+    compiling_bytes,
     estimate,
     host_bytes,
     kv_bytes,
-    kv_bytes_per_token,
+    kv_tokens,
+    moved_bytes,
     offloaded_bytes,
     pinned_bytes,
+    stage_share,
 )
 from shoehorn.hardware import Gpu
 
@@ -28,7 +37,7 @@ H200 = Gpu(0, "", "NVIDIA H200", 140 * GIB, 140 * GIB, (9, 0), 5, 16, False)
 
 @pytest.fixture(scope="module")
 def shape_70b() -> ModelShape:
-    return checkpoints.read(captured("deepseek-r1-distill-llama-70b"))
+    return checkpoints.read(captured_models.files("deepseek-r1-distill-llama-70b"))
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +72,7 @@ def choices(**changes: object) -> Choices:
 
 def model_gib(shape: ModelShape, chosen: Choices) -> float:
     """What vLLM logs as `Model loading took`."""
-    parts = estimate(shape, chosen)
+    [parts] = estimate(shape, chosen)
     return (parts.weights_bytes + parts.quant_state_bytes + parts.embeddings_bytes) / GIB
 
 
@@ -87,21 +96,52 @@ def test_8b_resident_matches_the_measurements(shape_8b: ModelShape) -> None:
 
 @pytest.mark.parametrize(("name", "measured_1", "measured_8"), [
     ("70b nf4 offloaded", 1.48, 6.5), ("70b nf4", 27, 73), ("70b int4", 50, 394), ("8b bf16", 204, 1690),
+    ("8b nf4", 183, 668),
 ])
 def test_expected_speed_is_near_the_measured(shape_70b: ModelShape, shape_8b: ModelShape, name: str, measured_1: float,
                                              measured_8: float) -> None:
     shape, chosen = {"70b nf4 offloaded": (shape_70b, choices(quantization="bitsandbytes", offload_bytes=60 * GIB)),
-                     "70b nf4": (shape_70b, choices(quantization="bitsandbytes")),
-                     "70b int4": (packed(8192, 28672, 80, 1024, 128256), choices()),
-                     "8b bf16": (shape_8b, choices())}[name]
+                     "70b nf4": (shape_70b, choices(quantization="bitsandbytes", eager=False)),
+                     "70b int4": (packed(8192, 28672, 80, 1024, 128256), choices(eager=False)),
+                     "8b bf16": (shape_8b, choices(eager=False)),
+                     "8b nf4": (shape_8b, choices(quantization="bitsandbytes", eager=False))}[name]
     found = speed.expected(shape, chosen, H200)
-    assert found["batch_1"] == pytest.approx(measured_1, rel=0.05)
-    assert found["batch_8"] == pytest.approx(measured_8, rel=0.05)
+    assert found["batch_1"] == pytest.approx(measured_1, rel=0.1)
+    assert found["batch_8"] == pytest.approx(measured_8, rel=0.15)
 
 
-def test_the_speed_that_fixed_no_constant_is_within_a_quarter(shape_8b: ModelShape) -> None:
-    found = speed.expected(shape_8b, choices(quantization="bitsandbytes"), H200)
-    assert found == {"batch_1": pytest.approx(183, rel=0.25), "batch_8": pytest.approx(668, rel=0.25)}
+def measured_shape(name: str) -> ModelShape:
+    """A captured model as it was measured: the language part alone, with the positions of its config then."""
+    config, tensors = captured_models.config(name), captured_models.tensors(name)
+    if "text_config" in config:
+        config = {**config["text_config"], "architectures": ["Gemma3ForCausalLM"], "tie_word_embeddings": True}
+        tensors = [tensor for tensor in tensors if tensor.name.startswith("language_model.")]
+    return checkpoints.shape_of({**config, "max_position_embeddings": 131072}, tensors, 0)
+
+
+RECORDED = json.loads((Path(__file__).resolve().parents[2] / "bench/results/estimator-h200.json").read_text())
+
+
+@pytest.mark.parametrize("case", RECORDED["cases"], ids=lambda case: str(case["name"]))
+def test_the_estimate_is_near_what_the_h200_showed(case: dict[str, Any]) -> None:
+    arguments, measured, shape = case["args"], case["measured"], measured_shape(case["model"])
+    chosen = Choices(
+        limit_bytes=140 * GIB, max_model_len=arguments["max-model-len"], max_num_seqs=arguments["max-num-seqs"],
+        max_num_batched_tokens=arguments["max-num-batched-tokens"], quantization=arguments.get("quantization"),
+        eager=arguments.get("enforce-eager", False), kv_cache_bytes=measured["kv_cache_bytes"])
+    [parts] = estimate(shape, chosen)
+    held = parts.weights_bytes + parts.quant_state_bytes + parts.embeddings_bytes
+    assert held == pytest.approx(measured["weights_bytes"], rel=0.005)
+    framework = measured["consumed_bytes"] - measured["weights_bytes"] + measured["context_bytes"]
+    assert parts.framework_bytes == pytest.approx(framework, rel=0.05)
+    assert 0.98 <= parts.total_bytes / measured["nvml_running_bytes"] <= 1.05
+    assert kv_tokens(shape, chosen, measured["kv_cache_bytes"]) == pytest.approx(measured["kv_cache_tokens"], rel=0.001)
+    machine = RECORDED["machine"]
+    card = replace(H200, link_bytes_per_second=machine["link_bytes_per_second"],
+                   device_bytes_per_second=machine["device_copy_bytes_per_second"])
+    found = speed.expected(shape, chosen, card)
+    assert found["batch_1"] == pytest.approx(measured["tokens_per_second"]["batch_1"], rel=0.15)
+    assert found["batch_8"] == pytest.approx(measured["tokens_per_second"]["batch_8"], rel=0.18)
 
 
 def test_a_pass_is_never_faster_than_the_link(shape_70b: ModelShape) -> None:
@@ -136,30 +176,31 @@ def test_an_unknown_link_is_taken_as_generation_4_and_lanes_count() -> None:
 
 
 def test_the_parts_add_up_and_the_cache_takes_what_is_left(shape_8b: ModelShape) -> None:
-    parts = estimate(shape_8b, choices(limit_bytes=24 * GIB))
+    [parts] = estimate(shape_8b, choices(limit_bytes=24 * GIB))
     assert parts.total_bytes == sum(size for key, size in parts.to_json().items()
                                     if key not in ("total_bytes", "limit_bytes"))
-    block = 16 * kv_bytes_per_token(shape_8b, choices())
-    assert 0 <= parts.limit_bytes - parts.total_bytes < block
+    block = 16 * 131_072
+    assert 0 <= parts.limit_bytes - MARGIN_BYTES - parts.total_bytes < block
     assert parts.kv_cache_bytes % block == 0
 
 
 def test_when_nothing_is_left_the_cache_is_empty_and_the_excess_shows(shape_8b: ModelShape) -> None:
-    parts = estimate(shape_8b, choices(limit_bytes=10 * GIB))
+    [parts] = estimate(shape_8b, choices(limit_bytes=10 * GIB))
     assert parts.kv_cache_bytes == 0
     assert parts.total_bytes > parts.limit_bytes
 
 
 def test_the_cache_of_a_token_is_as_published(shape_70b: ModelShape) -> None:
-    assert kv_bytes_per_token(shape_70b, choices()) == 327_680
-    assert kv_bytes_per_token(shape_70b, choices(kv_dtype_bytes=1)) == 163_840
-    assert kv_bytes_per_token(shape_70b, choices(tensor_parallel=2)) == 163_840
-    assert kv_bytes_per_token(shape_70b, choices(tensor_parallel=16)) == 40_960  # one head each, copied
-    assert kv_bytes(shape_70b, choices(), 17) == 32 * 327_680
+    for changes, per_token in (({}, 327_680), ({"kv_dtype_bytes": 1}, 163_840), ({"tensor_parallel": 2}, 163_840),
+                               ({"tensor_parallel": 16}, 40_960)):  # at 16 one head each, copied
+        chosen = choices(max_model_len=16, **changes)
+        assert kv_bytes(shape_70b, chosen) == 16 * per_token
+        assert kv_tokens(shape_70b, chosen, 1000 * 16 * per_token) == 16_000
+    assert kv_bytes(shape_70b, choices(max_model_len=17)) == 32 * 327_680
 
 
 def test_two_gpus_halve_what_is_split_and_copy_the_rest(shape_70b: ModelShape) -> None:
-    one, two = (estimate(shape_70b, choices(quantization="bitsandbytes", tensor_parallel=count)) for count in (1, 2))
+    one, two = (estimate(shape_70b, choices(quantization="bitsandbytes", tensor_parallel=count))[0] for count in (1, 2))
     assert two.quant_state_bytes * 2 == one.quant_state_bytes
     assert two.embeddings_bytes * 2 == one.embeddings_bytes
     assert two.framework_bytes > one.framework_bytes
@@ -174,12 +215,13 @@ def test_offload_never_moves_more_than_there_is(shape_8b: ModelShape) -> None:
 def test_nf4_state_stays_on_the_card_when_the_weights_leave(shape_70b: ModelShape) -> None:
     chosen = choices(quantization="bitsandbytes")
     gone = replace(chosen, offload_bytes=60 * GIB)
-    assert estimate(shape_70b, gone).quant_state_bytes == estimate(shape_70b, chosen).quant_state_bytes == 4_278_190_080
+    assert estimate(shape_70b, gone)[0].quant_state_bytes == 4_278_190_080
+    assert estimate(shape_70b, chosen)[0].quant_state_bytes == 4_278_190_080
 
 
 def test_prefetch_holds_buffers_and_offloads_the_last_of_each_group(shape_70b: ModelShape) -> None:
     everything = choices(quantization="bitsandbytes", prefetch=(1, 1, 2))
-    parts = estimate(shape_70b, everything)
+    [parts] = estimate(shape_70b, everything)
     assert parts.offload_buffer_bytes == 2 * 68_451_041_280 // 2 // 80
     assert offloaded_bytes(shape_70b, everything) == 68_451_041_280 // 2
     assert offloaded_bytes(shape_70b, replace(everything, prefetch=(8, 2, 1))) == 68_451_041_280 // 2 // 4
@@ -199,14 +241,14 @@ def test_a_prequantized_nf4_checkpoint_gets_its_state_as_fp32() -> None:
         "vocab_size": 64, "intermediate_size": 128, "max_position_embeddings": 64,
         "quantization_config": {"quant_method": "bitsandbytes"}},
         {name: ("U8", [4096, 1]), f"{name}.absmax": ("U8", [128]), f"{name}.nested_absmax": ("F32", [1])}))
-    parts = estimate(shape, choices())
+    [parts] = estimate(shape, choices())
     assert parts.quant_state_bytes == 128 * 4
     assert parts.weights_bytes == 4096 + 64 * 64 * 2
 
 
 def test_what_is_not_dense_is_counted_unquantized(shape_8b: ModelShape) -> None:
     strange = replace(shape_8b, architecture="StrangeForCausalLM")
-    parts = estimate(strange, choices(quantization="bitsandbytes"))
+    [parts] = estimate(strange, choices(quantization="bitsandbytes"))
     assert parts.quant_state_bytes == 0
     assert parts.weights_bytes > 12 * GIB
 
@@ -215,20 +257,67 @@ def test_fp32_checkpoints_are_held_in_the_chosen_format() -> None:
     config = {"architectures": ["LlamaForCausalLM"], "hidden_size": 64, "num_hidden_layers": 1,
               "num_attention_heads": 1, "vocab_size": 64, "intermediate_size": 128, "max_position_embeddings": 64}
     sizes = [estimate(checkpoints.read(checkpoint(config, {"model.layers.0.mlp.up_proj.weight": (dtype, [128, 64])})),
-                      choices()).weights_bytes for dtype in ("F32", "BF16")]
+                      choices())[0].weights_bytes for dtype in ("F32", "BF16")]
     assert sizes[0] == sizes[1]
 
 
 def test_graphs_cost_only_where_they_are_made_and_by_their_number(shape_8b: ModelShape) -> None:
-    assert estimate(shape_8b, choices()).cuda_graphs_bytes == 0
-    few, many = (estimate(shape_8b, choices(eager=False, max_num_seqs=count)).cuda_graphs_bytes for count in (2, 256))
-    assert few == 2 * 3 * 32 * (128 << 10)  # 1, 2 and 4
-    assert many == 2 * 51 * 32 * (128 << 10)
+    assert estimate(shape_8b, choices())[0].cuda_graphs_bytes == 0
+    few, many = (estimate(shape_8b, choices(eager=False, max_num_seqs=count))[0].cuda_graphs_bytes
+                 for count in (2, 256))
+    assert few == 3 * 32 * (192 << 10)  # 1, 2 and 4
+    assert many == 51 * 32 * (192 << 10)
+
+
+def test_compiling_needs_a_copy_of_the_embedding_before_the_cache_is_made(shape_8b: ModelShape) -> None:
+    assert compiling_bytes(shape_8b, choices()) == 0
+    assert compiling_bytes(shape_8b, choices(eager=False)) == (128256 + 512) * 4096 * 2
+    tight = choices(eager=False, limit_bytes=17 * GIB, max_num_seqs=1, max_num_batched_tokens=512)
+    parts = estimate(shape_8b, tight)[0]
+    assert parts.total_bytes <= tight.limit_bytes
+    assert missing_bytes(shape_8b, tight) < 0 < missing_bytes(shape_8b, replace(tight, limit_bytes=16_900 << 20))
+
+
+def test_a_mixture_reads_only_the_experts_that_some_token_passes() -> None:
+    shape = checkpoints.read(captured_models.files("qwen3-30b-a3b"))
+    sizes = [moved_bytes(shape, choices(eager=False), requests)[1] for requests in (1, 8, 256)]
+    assert sizes[0] < 8 * GIB < sizes[1] < sizes[2] < shape.weights_bytes
+    assert activations(shape, 2048) > 2048 * 8 * 768 * 2
+
+
+def activations(shape: ModelShape, tokens: int) -> int:
+    return estimate(shape, choices(max_num_batched_tokens=tokens))[0].activations_bytes
+
+
+def test_a_compressed_cache_is_small_and_its_projections_are_held_twice() -> None:
+    shape = checkpoints.read(captured_models.files("deepseek-v2-lite-chat"))
+    assert kv_bytes(shape, choices(max_model_len=16)) == 16 * 27 * 576 * 2
+    assert shape.absorbed_parameters == 27 * 512 * 16 * 256
+    [parts] = estimate(shape, choices())
+    assert (parts.weights_bytes + parts.embeddings_bytes) / GIB == pytest.approx(29.32, rel=0.01)  # measured
+
+
+def test_a_draft_model_takes_its_weights_and_its_cache(shape_70b: ModelShape, shape_8b: ModelShape) -> None:
+    plain, drafted = choices(quantization="bitsandbytes"), choices(quantization="bitsandbytes", draft=shape_8b)
+    [without], [with_draft] = estimate(shape_70b, plain), estimate(shape_70b, drafted)
+    assert with_draft.weights_bytes - without.weights_bytes == shape_8b.weights_bytes
+    assert kv_bytes(shape_70b, drafted) - kv_bytes(shape_70b, plain) == kv_bytes(shape_8b, plain)
+
+
+def test_a_pipeline_gives_each_stage_its_layers_the_first_the_embedding_and_the_last_the_head(
+        shape_70b: ModelShape) -> None:
+    chosen = choices(quantization="bitsandbytes", pipeline_parallel=2)
+    first, last = estimate(shape_70b, chosen)
+    [whole] = estimate(shape_70b, choices(quantization="bitsandbytes"))
+    assert first.embeddings_bytes + last.embeddings_bytes == whole.embeddings_bytes
+    assert first.quant_state_bytes + last.quant_state_bytes == whole.quant_state_bytes
+    assert [stage_share(replace(shape_70b, layers=10), choices(pipeline_parallel=4), stage) for stage in range(4)] == [
+        0.2, 0.3, 0.3, 0.2]
 
 
 def test_activations_grow_with_batch_sequences_and_nf4(shape_8b: ModelShape) -> None:
     def activations(**changes: object) -> int:
-        return estimate(shape_8b, choices(**changes)).activations_bytes
+        return estimate(shape_8b, choices(**changes))[0].activations_bytes
 
     assert activations(max_num_batched_tokens=8192) > 10 * activations()
     assert activations(max_num_batched_tokens=512, max_num_seqs=256) > activations()
@@ -236,9 +325,13 @@ def test_activations_grow_with_batch_sequences_and_nf4(shape_8b: ModelShape) -> 
     assert activations(tensor_parallel=2) < activations()
 
 
-def test_the_framework_has_the_context_that_was_measured(shape_8b: ModelShape) -> None:
-    assert pytest.approx(7.5 - 6.93, abs=0.01) == CONTEXT_BYTES / GIB  # by NVML, by vLLM's count
-    assert estimate(shape_8b, choices()).framework_bytes > CONTEXT_BYTES
+def test_the_framework_grows_with_the_samplers_counts_and_with_gpus(shape_8b: ModelShape) -> None:
+    def framework(**changes: object) -> int:
+        return estimate(shape_8b, choices(**changes))[0].framework_bytes
+
+    assert framework() > CONTEXT_BYTES
+    assert framework(max_num_seqs=256) - framework() == 248 * 128256 * 4
+    assert framework(tensor_parallel=2) > framework() < framework(quantization="bitsandbytes")
 
 
 def test_on_the_cpu_the_host_holds_everything(shape_8b: ModelShape) -> None:

@@ -110,7 +110,9 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Running]]:
 
 
 def test_one_scrape_holds_appliance_engine_and_gpus(start: Callable[..., Running], tmp_path: Path) -> None:
-    StateFile(tmp_path).update(phase=Phase.READY, restarts=2, bytes_done=90, bytes_total=100)
+    rows = ({"gpu": 0, "part": "weights", "expected_bytes": 10, "measured_bytes": 11},
+            {"gpu": 0, "part": "framework", "expected_bytes": 5, "measured_bytes": None})
+    StateFile(tmp_path).update(phase=Phase.READY, restarts=2, step_downs=1, bytes_done=90, bytes_total=100, memory=rows)
     running = start(TWO_GPUS).wait()
     with serving(tmp_path / "engine.sock", http(DUMP.encode())):
         begun = time.time()
@@ -121,6 +123,10 @@ def test_one_scrape_holds_appliance_engine_and_gpus(start: Callable[..., Running
     assert len(_series(DUMP).items() & series.items()) == len(_series(DUMP)) > 400  # all of the engine's, unchanged
     assert _value(series, "shoehorn_info", version=__version__) == 1
     assert _value(series, "shoehorn_engine_restarts_total") == 2
+    assert _value(series, "shoehorn_engine_step_downs_total") == 1
+    assert _value(series, "shoehorn_vram_expected_bytes", gpu="0", part="framework") == 5
+    assert _value(series, "shoehorn_vram_bytes", gpu="0", part="weights") == 11
+    assert _value(series, "shoehorn_vram_bytes", gpu="0", part="framework") is None, "what nobody said is absent"
     assert _value(series, "shoehorn_download_bytes") == 90
     assert _value(series, "shoehorn_engine_scrape_success") == 1
     assert _value(series, "shoehorn_gpu_collect_success") == 1
@@ -260,7 +266,7 @@ def test_clients_that_misbehave_leave_no_trace(start: Callable[..., Running]) ->
 
 def test_what_is_not_known_is_absent() -> None:
     unknown = exporter.state_samples(State())
-    assert set(unknown) == {"shoehorn_phase", "shoehorn_engine_restarts_total"}
+    assert set(unknown) == {"shoehorn_phase", "shoehorn_engine_restarts_total", "shoehorn_engine_step_downs_total"}
     gpu = Gpu(0, "GPU-1", "X", None, None, None, None, None, None, None, (GpuProcess(1, "unknown", None),))
     assert set(exporter.gpu_samples(GpuReading((gpu,)))) == {
         "shoehorn_gpu_collect_success", "shoehorn_gpu_nvml_return_code", "shoehorn_gpu_info"}

@@ -50,35 +50,18 @@ def test_two_cards_get_what_one_gets_and_share_it() -> None:
     assert two == {**one, "tensor-parallel-size": 2}
 
 
-@pytest.mark.parametrize(("cards", "name"), [
-    ((7.0,), "7gb"), ((6.9,), "7gb"), ((8.0,), "7gb"), ((23.6,), "7gb"),
-    ((31.84,), "32gb"), ((30.0,), "32gb"), ((140.0,), "32gb"),
-    ((19.7, 19.7), "2x20gb"), ((31.8, 31.8), "2x20gb"), ((23.6, 23.6), "2x20gb"), ((31.8, 7.9), "7gb"),
-    ((11.6, 11.6), "7gb"), ((6.3,), "7gb"), ((29.0,), "32gb"),
-])
-def test_the_largest_class_that_the_smallest_card_allows_is_chosen(cards: tuple[float, ...], name: str) -> None:
-    assert profiles.choose(machine(*cards)).name == name
-
-
-def test_a_limit_makes_a_large_card_small() -> None:
-    assert profiles.choose(machine(140.0), limit_bytes=7 * GIB).name == "7gb"
-    limited = settings.load({"VRAM_LIMIT": "7GiB"})
-    assert profiles.select(limited, machine(140.0)).name == "7gb"
+def test_auto_leaves_everything_to_the_plan() -> None:
+    profile = profiles.select(settings.load({}), machine(24.0))
+    assert (profile.name, profile.is_auto, profile.engine) == ("auto", True, {})
 
 
 def test_a_named_profile_is_used_on_any_machine() -> None:
     assert profiles.select(settings.load({"VRAM_PROFILE": "cpu"}), machine()).name == "cpu"
 
 
-def test_a_card_below_the_smallest_class_is_refused() -> None:
-    with pytest.raises(SettingsError, match=r"5\.80 GiB to use") as caught:
-        profiles.choose(machine(5.8))
-    assert "7 GB or more" in caught.value.remedy
-
-
 def test_without_a_gpu_nothing_is_chosen_and_the_remedy_says_what_to_type() -> None:
     with pytest.raises(SettingsError, match="driver library not found") as caught:
-        profiles.choose(machine(notes=("NVML: driver library not found",)))
+        profiles.select(settings.load({}), machine(notes=("NVML: driver library not found",)))
     for words in ("--gpus all", "NVIDIA Container Toolkit", "VRAM_PROFILE=cpu"):
         assert words in caught.value.remedy
     assert caught.value.exit_code == 2
@@ -96,12 +79,6 @@ def test_a_users_own_file_is_read_by_its_path(tmp_path: Path) -> None:
     assert (profile.name, profile.engine) == ("mine", {"max-model-len": 8000})
     assert profile.environment == {"VLLM_LOGGING_LEVEL": "DEBUG", "OMP_NUM_THREADS": "4"}
     assert profile.match.device == "cuda"
-
-
-def test_a_profile_that_says_nothing_of_its_size_is_never_chosen(tmp_path: Path) -> None:
-    (tmp_path / "any.yaml").write_text("engine: {}\n")
-    with pytest.raises(SettingsError, match="less than any profile"):
-        profiles.choose(machine(80.0), tmp_path)
 
 
 @pytest.mark.parametrize(("text", "said"), [

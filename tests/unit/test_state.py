@@ -50,6 +50,8 @@ def test_the_unavailable_answer_names_phase_and_progress(tmp_path: Path) -> None
     assert error["code"] == "model_not_ready"
     assert "pulling (42%)" in error["message"]
     assert error["progress"] == 0.42
+    theirs = json.loads((tmp_path / "unavailable.anthropic.json").read_text())
+    assert theirs == {"type": "error", "error": {"type": "overloaded_error", "message": error["message"]}}
 
 
 def test_the_unavailable_answer_of_a_failure_gives_the_cause() -> None:

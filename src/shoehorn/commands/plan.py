@@ -9,12 +9,12 @@ from pathlib import Path
 
 from shoehorn import checkpoint, hardware, profiles, speed
 from shoehorn import settings as settings_module
-from shoehorn.checkpoint import Files
 from shoehorn.errors import EXIT_DOES_NOT_FIT, EXIT_DONE, SettingsError
 from shoehorn.estimate import VramParts
 from shoehorn.hardware import Gpu, Hardware
 from shoehorn.plan import Plan, Refusal, make_plan
 from shoehorn.settings import Settings
+from shoehorn.tensor_files import Files, LocalFiles
 from shoehorn.units import format_size, parse_size
 
 _PARTS = (("weights", "weights_bytes"), ("quantization state", "quant_state_bytes"),
@@ -26,25 +26,30 @@ _PARTS = (("weights", "weights_bytes"), ("quantization state", "quant_state_byte
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The model, the machine, and settings that stand in for environment variables."""
+    add_target(parser)
+    parser.add_argument("--profile", metavar="P", help="VRAM_PROFILE")
+    parser.add_argument("--json", action="store_true", help="print the plan or the refusal as JSON")
+
+
+def add_target(parser: argparse.ArgumentParser) -> None:
+    """What to plan for: model, machine, settings."""
     parser.add_argument("--model", metavar="DIR_OR_ID", help="a folder, or OWNER/NAME on the hub (MODEL_ID)")
     parser.add_argument("--gpu", metavar="SIZE[:NAME]", action="append", default=[],
                         help="plan for this card instead of the machine's own, like 24GiB:RTX4090; once for each card")
     parser.add_argument("--ram", metavar="SIZE", help="plan for this much host memory, like 64GiB")
-    parser.add_argument("--profile", metavar="P", help="VRAM_PROFILE")
     parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[],
                         help="a setting as in the environment, like MAX_MODEL_LEN=4096")
-    parser.add_argument("--json", action="store_true", help="print the plan or the refusal as JSON")
 
 
 def run(arguments: argparse.Namespace, environment: Mapping[str, str]) -> int:
     """Print a plan, exit code 0, or a refusal, exit code 3."""
-    settings = settings_module.load(_environment(arguments, environment))
-    machine = _machine(arguments, hardware.detect())
+    settings = settings_module.load(settings_of(arguments, environment))
+    machine = machine_of(arguments, hardware.detect())
     profile = profiles.select(settings, machine)
     free = None
     if not arguments.gpu and settings.model_source != "local" and settings.models_dir.is_dir():
         free = hardware.disk_free(settings.models_dir) + hardware.disk_used(settings.models_dir / settings.model_id)
-    plan = make_plan(settings, machine, profile, checkpoint.read(_files(settings)), free)
+    plan = make_plan(settings, machine, profile, checkpoint.read(files_of(settings)), free)
     if arguments.json:
         print(json.dumps(plan.to_json(), indent=1, ensure_ascii=False))
     else:
@@ -52,7 +57,7 @@ def run(arguments: argparse.Namespace, environment: Mapping[str, str]) -> int:
     return EXIT_DONE if isinstance(plan, Plan) else EXIT_DOES_NOT_FIT
 
 
-def _environment(arguments: argparse.Namespace, environment: Mapping[str, str]) -> dict[str, str]:
+def settings_of(arguments: argparse.Namespace, environment: Mapping[str, str]) -> dict[str, str]:
     """The settings: the environment's, with what the command line says in their place."""
     result = dict(environment)
     for word in arguments.set:
@@ -69,12 +74,12 @@ def _environment(arguments: argparse.Namespace, environment: Mapping[str, str]) 
             result["MODEL_SOURCE"] = "local"
         elif result.get("MODEL_SOURCE") == "local":
             del result["MODEL_SOURCE"]
-    if arguments.profile:
+    if getattr(arguments, "profile", None):
         result["VRAM_PROFILE"] = arguments.profile
     return result
 
 
-def _machine(arguments: argparse.Namespace, here: Hardware) -> Hardware:
+def machine_of(arguments: argparse.Namespace, here: Hardware) -> Hardware:
     """This machine, or the one described; host memory that is not described is unknown there (0)."""
     gpus, memory, notes = here.gpus, here.host_memory_bytes, here.notes
     if arguments.gpu:
@@ -99,9 +104,9 @@ def _size(option: str, text: str) -> int:
         raise SettingsError(f"{option}: {error}") from error
 
 
-def _files(settings: Settings) -> Files:
+def files_of(settings: Settings) -> Files:
     if settings.model_source == "local":
-        return checkpoint.LocalFiles(Path(settings.model_id))
+        return LocalFiles(Path(settings.model_id))
     from shoehorn import store  # the hub's client is slow to import, and not needed for a folder
 
     return store.hub_files(settings)

@@ -1,52 +1,105 @@
-"""`shoehorn profiles`: the profiles, which of them this machine is large enough for, and which one it would use."""
+"""`shoehorn profiles`: what each profile would do on this machine with this model: runs, runs slowly, does not fit.
+
+Rules: every row is a real plan, made from the model's config and headers alone; `auto` stands first; a profile that
+cannot be used at all says why in its own row; where the model cannot be looked at, the profiles are named all the same.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from shoehorn import hardware, profiles
+from shoehorn import checkpoint, hardware, profiles
 from shoehorn import settings as settings_module
-from shoehorn.errors import EXIT_DONE, SettingsError
+from shoehorn.checkpoint import ModelShape
+from shoehorn.commands.plan import add_target, files_of, machine_of, settings_of
+from shoehorn.errors import EXIT_DONE, ModelUnavailableError, SettingsError
 from shoehorn.hardware import Hardware
 from shoehorn.paths import PROFILES
+from shoehorn.plan import Plan, make_plan
+from shoehorn.profiles import Profile
 from shoehorn.settings import Settings
+
+SLOW_TOKENS_PER_SECOND = 5.0
+"""Below this one reads faster than the answer comes."""
+
+_GROUPS = {"runs": "runs", "slow": f"runs slowly (less than {SLOW_TOKENS_PER_SECOND:g} tokens/s for one request)",
+           "does not fit": "does not fit", "unknown": "the model cannot be looked at, so nothing is known"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """`--json` for programs."""
+    """The model and the machine, as for `shoehorn plan`, and `--json` for programs."""
+    add_target(parser)
     parser.add_argument("--json", action="store_true",
-                        help="print a list of {name, description, device, gpus, vram_bytes, fits, chosen}")
+                        help="print a list of {name, description, group, chosen, tokens_per_second, context, why}")
 
 
 def run(arguments: argparse.Namespace, environment: Mapping[str, str]) -> int:
-    """Print the profiles, the smallest class first; the chosen one has a star."""
-    rows = listing(settings_module.load(environment), hardware.detect())
+    """Print the rows by group; the one that VRAM_PROFILE means has a star."""
+    settings = settings_module.load(settings_of(arguments, environment))
+    machine = machine_of(arguments, hardware.detect())
+    shape, trouble = None, ""
+    try:
+        shape = checkpoint.read(files_of(settings))
+    except ModelUnavailableError as error:
+        trouble = error.cause
+    rows = listing(settings, machine, shape)
     if arguments.json:
         print(json.dumps(rows, indent=1, ensure_ascii=False))
         return EXIT_DONE
-    for row in rows:
-        star, fits = "*" if row["chosen"] else " ", "" if row["fits"] else " (this machine is too small)"
-        print(f"{star} {row['name']:10} {row['description']}{fits}")
-    if not any(row["chosen"] for row in rows):
-        print("No profile fits by itself; choose one with VRAM_PROFILE.")
+    print(f"{settings.model_id} on {_words(machine)}{': ' * bool(trouble)}{trouble}")
+    for group, title in _GROUPS.items():
+        found = [row for row in rows if row["group"] == group]
+        if found:
+            print(f"\n{title}:")
+        for row in found:
+            print(_line(row))
     return EXIT_DONE
 
 
-def listing(settings: Settings, machine: Hardware, directory: Path = PROFILES) -> list[dict[str, Any]]:
-    """One row a profile."""
-    usable = min((gpu.total_bytes for gpu in machine.gpus), default=0)
-    usable = min(usable, settings.vram_limit or usable)
-    try:
-        chosen = profiles.select(settings, machine, directory).name
-    except SettingsError:
-        chosen = ""  # nothing fits, which the listing shows
+def listing(settings: Settings, machine: Hardware, shape: ModelShape | None, directory: Path = PROFILES,
+            ) -> list[dict[str, Any]]:
+    """One row a profile: `auto`, then the files, the smallest class first."""
     loaded = sorted((profiles.load(name, directory) for name in profiles.names(directory)),
                     key=lambda profile: (profile.match.gpus * profile.match.vram_bytes, profile.name))
-    return [{"name": profile.name, "description": profile.description, "device": profile.match.device,
-             "gpus": profile.match.gpus, "vram_bytes": profile.match.vram_bytes,
-             "fits": profiles.fits(profile, len(machine.gpus), usable), "chosen": profile.name == chosen}
-            for profile in loaded]
+    return [_row(settings, machine, shape, profile) for profile in (*_auto(machine), *loaded)]
+
+
+def _auto(machine: Hardware) -> Iterable[Profile]:
+    return [profiles.automatic()] if machine.gpus else []
+
+
+def _row(settings: Settings, machine: Hardware, shape: ModelShape | None, profile: Profile) -> dict[str, Any]:
+    row: dict[str, Any] = {"name": profile.name, "description": profile.description, "group": "does not fit",
+                           "chosen": profile.name == settings.vram_profile, "tokens_per_second": None,
+                           "context": None, "why": ""}
+    if shape is None:
+        return {**row, "group": "unknown"}
+    try:
+        plan = make_plan(settings, machine, profile, shape, None)
+    except SettingsError as error:
+        return {**row, "why": error.cause.splitlines()[0]}
+    if not isinstance(plan, Plan):
+        return {**row, "why": plan.cause.split(". ")[0]}
+    rate = plan.expected_tokens_per_second["batch_1"]
+    return {**row, "group": "slow" if rate is not None and rate < SLOW_TOKENS_PER_SECOND else "runs",
+            "tokens_per_second": rate, "context": plan.engine_args["max-model-len"]}
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    star = "*" if row["chosen"] else " "
+    if row["group"] == "unknown":
+        return f"{star} {row['name']:8} {row['description']}"
+    if row["group"] == "does not fit":
+        return f"{star} {row['name']:8} {row['why']}"
+    speed = "speed unknown" if row["tokens_per_second"] is None else f"{row['tokens_per_second']:g} tokens/s"
+    return f"{star} {row['name']:8} {speed:>16}, context {row['context']:>6}   {row['description']}"
+
+
+def _words(machine: Hardware) -> str:
+    if not machine.gpus:
+        return "a machine without a GPU"
+    return ", ".join(f"{gpu.name or 'a GPU'} ({gpu.total_bytes / 2**30:.1f} GiB)" for gpu in machine.gpus)

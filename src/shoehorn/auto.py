@@ -1,0 +1,174 @@
+"""What nobody asked for otherwise: quantization, GPUs, offload, context and batch that suit the model and the machine.
+
+The best that fits, in this order:
+1. everything on the GPUs as the checkpoint is, where that is comfortable;
+2. quantized, everything on the GPUs;
+3. quantized, with the least offload that leaves room for a useful context;
+4. whatever still runs, with a short context.
+Rules: pure; what a setting or a profile says is a bound of the search, never overruled; host memory that is not there
+is never promised.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from shoehorn.checkpoint import ModelShape
+from shoehorn.estimate import (
+    MARGIN_BYTES,
+    Choices,
+    compiling_bytes,
+    estimate,
+    host_bytes,
+    kv_bytes,
+    layer_bytes,
+)
+from shoehorn.units import GIB
+
+OFFLOAD_STEP_BYTES = GIB // 10
+"""Offload is counted in these, as a person would write it."""
+
+_LARGE_BYTES = 20 * GIB
+"""GPUs that hold this much together are offered the longer of the useful contexts."""
+
+
+@dataclass(frozen=True)
+class Level:
+    """How much is offered: the longest request, requests at a time, and tokens in a batch."""
+
+    context: int
+    sequences: int
+    tokens: int
+
+
+LEVELS = (Level(131_072, 256, 8192), Level(65_536, 256, 8192), Level(32_768, 256, 8192), Level(32_768, 64, 4096),
+          Level(16_384, 64, 2048), Level(8192, 32, 2048), Level(4096, 16, 1024), Level(2048, 8, 512),
+          Level(1024, 4, 256), Level(512, 2, 128))
+"""The largest first."""
+
+_COMFORTABLE, _RESIDENT = LEVELS[:6], LEVELS[:7]
+_TIGHT = Level(4096, 8, 512)
+"""A useful context for one request, without graphs if need be: rather that on the GPU than more with offload."""
+
+_USEFUL_LARGE, _USEFUL = LEVELS[5], LEVELS[6]
+
+
+@dataclass(frozen=True)
+class Found:
+    """A way to start that fits.
+
+    Attributes:
+        mode: one of the four above, from 1.
+        requests: of full length that the KV cache has room for, at least.
+    """
+
+    choices: Choices
+    mode: int
+    requests: int
+
+
+def search(shape: ModelShape, start: Choices, left_open: frozenset[str], host_memory_bytes: int,
+           may_quantize: bool) -> Found | None:
+    """The best way to start within the bounds; None when nothing fits.
+
+    Args:
+        start: what is given; of a field that is left open only its bound counts.
+        left_open: fields of `Choices` that may be chosen: `quantization`, `offload_bytes`, `eager`, `max_model_len`,
+            `max_num_seqs`, `max_num_batched_tokens`.
+        host_memory_bytes: 0 where unknown, then it does not bound anything.
+        may_quantize: the model can be quantized while it is loaded.
+    """
+    def fits(choices: Choices, requests: int) -> bool:
+        short = missing_bytes(shape, choices, requests)
+        return short <= 0 and (not host_memory_bytes or host_bytes(shape, choices) <= host_memory_bytes)
+
+    for found in _candidates(shape, start, left_open, may_quantize):
+        if fits(found.choices, found.requests):
+            return found
+    return None
+
+
+def _candidates(shape: ModelShape, start: Choices, left_open: frozenset[str], may_quantize: bool) -> Iterator[Found]:
+    quantizable = may_quantize and "quantization" in left_open and start.quantization is None
+    best = replace(start, quantization="bitsandbytes") if quantizable else start
+    resident, small = start, best
+    if "offload_bytes" in left_open:
+        resident, small = replace(start, offload_bytes=0), replace(best, offload_bytes=0)
+    for level in _COMFORTABLE if quantizable else _RESIDENT:
+        yield Found(at_level(resident, level, left_open), 1, 2)
+    if quantizable:
+        for level in _RESIDENT:
+            yield Found(at_level(small, level, left_open), 2, 2)
+    tight = at_level(small, _TIGHT, left_open)
+    for candidate in (tight, replace(tight, eager=True)) if "eager" in left_open else (tight,):
+        yield Found(candidate, 2 if quantizable else 1, 1)
+    if "offload_bytes" in left_open:
+        large = start.limit_bytes * start.gpus >= _LARGE_BYTES
+        for level in (_USEFUL_LARGE, _USEFUL) if large else (_USEFUL,):
+            yield Found(_offloading(shape, at_level(best, level, left_open), left_open, 2), 3, 2)
+    for level in LEVELS[6:]:
+        for requests in (2, 1):
+            yield Found(_offloading(shape, at_level(best, level, left_open), left_open, requests), 4, requests)
+
+
+def _offloading(shape: ModelShape, choices: Choices, left_open: frozenset[str], requests: int) -> Choices:
+    """With the least offload, and without CUDA graphs where most of a pass is waiting for the link."""
+    found = least_offload(shape, choices, requests) if "offload_bytes" in left_open else choices
+    if "eager" not in left_open or 2 * found.offload_bytes <= layer_bytes(shape, choices)[0]:
+        return found
+    eager = replace(choices, eager=True)
+    return least_offload(shape, eager, requests) if "offload_bytes" in left_open else eager
+
+
+def at_level(choices: Choices, level: Level, left_open: frozenset[str]) -> Choices:
+    """The choices at a level, as far as they are left open; given values are bounds."""
+    changes: dict[str, int] = {}
+    sequences = min(level.sequences, choices.max_num_seqs) if "max_num_seqs" in left_open else choices.max_num_seqs
+    length = min(level.context, choices.max_model_len) if "max_model_len" in left_open else choices.max_model_len
+    if "max_model_len" in left_open:
+        changes["max_model_len"] = length
+    if "max_num_seqs" in left_open:
+        changes["max_num_seqs"] = sequences
+    if "max_num_batched_tokens" in left_open:
+        most = min(level.tokens, choices.max_num_batched_tokens, sequences * length)
+        changes["max_num_batched_tokens"] = max(most, sequences)
+    return replace(choices, **changes)  # type: ignore[arg-type]  # mypy takes the dictionary for every field's value
+
+
+def _eager(choices: Choices, left_open: frozenset[str]) -> Choices:
+    return replace(choices, eager=True) if "eager" in left_open else choices
+
+
+def missing_bytes(shape: ModelShape, choices: Choices, requests: int = 1) -> int:
+    """Bytes that the fullest GPU lacks for that many requests of full length; negative where there is room.
+
+    vLLM refuses to start when the KV cache holds less than one request of full length.
+    """
+    least = kv_bytes(shape, choices, requests)
+    lacks = []
+    for parts in estimate(shape, choices):
+        others = parts.total_bytes - parts.kv_cache_bytes + MARGIN_BYTES
+        compiling = parts.total_bytes - parts.kv_cache_bytes - parts.activations_bytes - parts.cuda_graphs_bytes + \
+            compiling_bytes(shape, choices)
+        lacks.append(compiling + MARGIN_BYTES - choices.limit_bytes)
+        if choices.kv_cache_bytes is not None:
+            lacks.append(max(others + choices.kv_cache_bytes - choices.limit_bytes, least - choices.kv_cache_bytes))
+        else:
+            lacks.append(others + least - choices.limit_bytes)
+    return max(lacks)
+
+
+def least_offload(shape: ModelShape, choices: Choices, requests: int) -> Choices:
+    """The choices with no more offload than leaves room for that many requests; `offload_bytes` is the bound.
+
+    All of the weights where even that does not make enough room.
+    """
+    bound, none = choices.offload_bytes, replace(choices, offload_bytes=0)
+    needed = missing_bytes(shape, none, requests)
+    if needed <= 0:
+        return none
+    steps = math.ceil(needed * choices.pipeline_parallel / OFFLOAD_STEP_BYTES) * OFFLOAD_STEP_BYTES
+    whole = math.ceil(layer_bytes(shape, choices)[0] / OFFLOAD_STEP_BYTES) * OFFLOAD_STEP_BYTES
+    return replace(choices, offload_bytes=min(bound, steps, whole))

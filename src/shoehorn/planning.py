@@ -1,0 +1,109 @@
+"""Around the plan: machine and model looked at once, steps down remembered, expectation compared with the truth.
+
+Rules: everything is known before a byte of weights moves; every plan is written to RUN_DIR/plan.json and logged with
+its reasons; what worked after stepping down is used at once next time.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import asdict
+from pathlib import Path
+
+from shoehorn import checkpoint, engine_memory, hardware, link_probe, profiles, step_down, store, worked
+from shoehorn.diagnosis import Diagnosis
+from shoehorn.files import write_atomic
+from shoehorn.hardware import Hardware
+from shoehorn.plan import Plan, Refusal, make_plan
+from shoehorn.settings import Settings
+from shoehorn.state import StateFile
+from shoehorn.tensor_files import LocalFiles
+from shoehorn.units import format_size
+
+log = logging.getLogger("engine")
+
+
+class Planner:
+    """Plans of one appliance.
+
+    Args:
+        directory: the model's, when it is complete there; None reads config and headers from the hub.
+
+    Raises:
+        ShoehornError: the machine or the model cannot be used.
+    """
+
+    def __init__(self, settings: Settings, directory: Path | None) -> None:
+        self._settings = settings
+        self._machine = link_probe.probed(hardware.detect(), settings.models_dir)
+        self._profile = profiles.select(settings, self._machine)
+        self._shape = checkpoint.read(LocalFiles(directory) if directory else store.hub_files(settings))
+        self._disk_free: int | None = None
+        if directory is None:  # what an earlier pull left counts as free: it is gone on with
+            there = hardware.disk_used(settings.models_dir / settings.model_id)
+            self._disk_free = hardware.disk_free(settings.models_dir) + there
+        self._memory = worked.location(settings, self._machine, self._profile, self._shape)
+        self._stepped = dict(worked.recall(self._memory))
+        self._steps: list[str] = []
+
+    def plan(self) -> Plan:
+        """The plan for the next start, with the steps that were made.
+
+        Raises:
+            DoesNotFitError: nothing fits.
+            SettingsError: the settings contradict each other, the model or the machine.
+        """
+        plan = make_plan(self._settings, self._machine, self._profile, self._shape, self._disk_free, self._stepped)
+        if isinstance(plan, Refusal) and self._stepped and not self._steps:
+            log.warning("what worked before does not fit any more, and is forgotten")
+            self._stepped = {}
+            return self.plan()
+        if isinstance(plan, Refusal):
+            raise plan.as_error()
+        write_atomic(self._settings.run_dir / "plan.json", json.dumps(plan.to_json(), indent=1) + "\n")
+        log.info("plan: profile %s, %s of weights", plan.profile, format_size(self._shape.weights_bytes))
+        for reason in plan.reasons:
+            log.info("plan: %s = %s (%s): %s", reason.option, reason.value, reason.source, reason.text)
+        return plan
+
+    def step_down(self, plan: Plan, diagnosis: Diagnosis) -> Plan | None:
+        """A smaller plan after a start that failed; None when there is none, or after the last try."""
+        card = min((gpu.total_bytes for gpu in self._machine.gpus), default=0)
+        step = step_down.next_step(self._shape, plan.choices, plan.fixed, plan.engine_args, card,
+                                   self._machine.host_memory_bytes, diagnosis, len(self._steps))
+        if step is None:
+            return None
+        kept = {option: plan.engine_args[option] for option in step_down.LADDER
+                if option in plan.engine_args and option not in plan.fixed}
+        self._stepped |= {**kept, **step.options}  # else what one option frees, the next plan would spend on another
+        self._steps.append(f"{diagnosis.name}: {step.text}")
+        log.warning("step down %d of %d after %s: %s", len(self._steps), step_down.TRIES, diagnosis.name, step.text)
+        return self.plan()
+
+    def settle(self, plan: Plan, states: StateFile) -> None:
+        """After the load: remember steps that were made, and compare what was expected with what is there."""
+        if self._steps:
+            worked.remember(self._memory, self._stepped, "; ".join(self._steps))
+        if not plan.vram:
+            return
+        figures, tokens = engine_memory.read(self._settings.run_dir, len(plan.vram))
+        rows = engine_memory.compare(plan.vram, figures, _taken(self._machine, hardware.detect(), len(plan.vram)))
+        for line in engine_memory.table(rows):
+            log.info("memory: %s", line)
+        for row in rows:
+            if row.differs:
+                log.warning("GPU %d holds %s of %s, %s were expected", row.gpu, format_size(row.measured_bytes or 0),
+                            row.part.replace("_", " "), format_size(row.expected_bytes))
+        if tokens:
+            log.info("memory: KV cache of %d tokens, %d were expected", tokens, plan.kv_cache_tokens)
+        if complaint := engine_memory.offload_complaint(plan.offloaded_bytes, figures):
+            log.warning("offload: %s", complaint)
+        states.update(memory=tuple(asdict(row) for row in rows))
+
+
+def _taken(before: Hardware, now: Hardware, gpus: int) -> list[int]:
+    """What the appliance took of each GPU since the plan, by NVML, in the order in which the plan uses them."""
+    free = {gpu.uuid: gpu.free_bytes for gpu in now.gpus}
+    used = sorted(before.gpus, key=lambda gpu: (-gpu.total_bytes, gpu.index))[:gpus]
+    return [max(0, gpu.free_bytes - free[gpu.uuid]) for gpu in used if gpu.uuid in free]

@@ -1,0 +1,52 @@
+"""Before the appliance says that it is ready: one full batch and one answer for every sequence, through the engine.
+
+A server that listens has not shown that it can serve: the memory that a full batch takes is touched for the first time
+by the first long prompt. What would fail then fails here, while the plan can still be made smaller.
+Rules: an engine that dies over it, or answers that it failed, has failed to start; models without text completion, and
+requests that the engine declines, prove nothing and stop nobody.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import httpx
+
+log = logging.getLogger("engine")
+
+_TIMEOUT_SECONDS = 1800.0
+"""A pass over offloaded weights takes seconds; a full batch on a slow link takes a few of them."""
+
+TOKEN = 10
+"""Any token: every vocabulary has it."""
+
+_SHORT = 4
+
+
+def requests(options: Mapping[str, object], model: str) -> list[dict[str, Any]]:
+    """The bodies of the proving completions: a prompt that fills a batch, then one token for every sequence."""
+    length, tokens = int(str(options["max-model-len"])), int(str(options["max-num-batched-tokens"]))
+    sequences = int(str(options["max-num-seqs"]))
+    longest = max(1, min(length - 1, tokens))
+    common = {"model": model, "max_tokens": 1, "temperature": 0}
+    bodies = [{**common, "prompt": [TOKEN] * longest}]
+    if sequences > 1 and length > _SHORT:
+        bodies.append({**common, "prompt": [[TOKEN] * _SHORT] * sequences})
+    return bodies
+
+
+def prove(transport: httpx.BaseTransport, options: Mapping[str, object], model: str) -> bool:
+    """False when the engine failed over what the plan promises."""
+    with httpx.Client(transport=transport, timeout=_TIMEOUT_SECONDS) as client:
+        for body in requests(options, model):
+            try:
+                answer = client.post("http://engine/v1/completions", json=body)
+            except httpx.TransportError as error:
+                log.warning("the engine did not survive its first full batch (%s)", type(error).__name__)
+                return False
+            if answer.status_code >= httpx.codes.INTERNAL_SERVER_ERROR:
+                log.warning("the engine answered its first full batch with %d: %.300s", answer.status_code, answer.text)
+                return False
+    return True

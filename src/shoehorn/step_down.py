@@ -1,0 +1,131 @@
+"""The engine did not start for want of memory -> the smallest change that should do, from a stated ladder.
+
+The ladder: a smaller KV cache, as long as one request has room in it; then fewer tokens in a batch, fewer sequences,
+a shorter context, no CUDA graphs, more offload. The first rung that is enough alone is taken; where none is, all of
+them from the top until it is enough. What the user fixed is never touched.
+Rules: pure; at most `TRIES` steps a start; each is logged with before and after.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from shoehorn.auto import OFFLOAD_STEP_BYTES
+from shoehorn.checkpoint import ModelShape
+from shoehorn.diagnosis import Diagnosis
+from shoehorn.estimate import CONTEXT_BYTES, Choices, estimate, host_bytes, kv_bytes, layer_bytes
+from shoehorn.units import GIB, MIB, format_size
+
+TRIES = 5
+
+LADDER = ("quantization", "max-num-batched-tokens", "max-num-seqs", "max-model-len", "enforce-eager", "cpu-offload-gb")
+"""The options that a step holds fast, but for those that it changes."""
+
+_LEAST_BYTES = 128 * MIB
+"""A step frees at least this, and twice as much at every further one: the engine names what one allocation lacked."""
+
+_LEAST_TOKENS, _LEAST_SEQUENCES, _LEAST_CONTEXT = 128, 1, 512
+
+
+@dataclass(frozen=True)
+class Step:
+    """A change of the engine's options; `text` names each with before and after."""
+
+    options: Mapping[str, object]
+    text: str
+
+
+def next_step(shape: ModelShape, choices: Choices, fixed: frozenset[str], options: Mapping[str, object],
+              card_bytes: int, host_memory_bytes: int, diagnosis: Diagnosis, tries: int) -> Step | None:
+    """The change for the next try; None when nothing that may be changed would be enough.
+
+    Args:
+        choices: those of the start that failed.
+        fixed: options that the user gave; options: all of that start.
+        card_bytes: of the smallest card, whole.
+        host_memory_bytes: 0 where unknown.
+        tries: steps that were made before.
+    """
+    if tries >= TRIES:
+        return None
+    if diagnosis.name == "unsupported_dtype" and "dtype" not in fixed and options.get("dtype") != "float16":
+        return Step({"dtype": "float16"}, f"dtype {options.get('dtype', 'of the checkpoint')} -> float16")
+    if not diagnosis.memory:
+        return None
+    goal = max(diagnosis.missing_bytes + _LEAST_BYTES // 2, _LEAST_BYTES << tries)
+    before = _needed(shape, choices)
+    gathered = choices
+    if "gpu-memory-utilization" in fixed:  # the engine itself makes the cache of what is left
+        if diagnosis.name == "gpu_in_use" or diagnosis.cache_made:
+            return None
+    else:
+        gathered = replace(choices, limit_bytes=choices.limit_bytes - goal)
+        goal = _needed(shape, gathered) - gathered.limit_bytes
+        if goal <= 0:
+            return _step(choices, gathered, card_bytes)
+        before = _needed(shape, gathered)
+    for rung in _rungs(shape, gathered, fixed, host_memory_bytes, goal):
+        if before - _needed(shape, rung) >= goal:
+            return _step(choices, rung, card_bytes)
+    for rung in _rungs(shape, gathered, fixed, host_memory_bytes, goal, gather=True):
+        if before - _needed(shape, rung) >= goal:
+            return _step(choices, rung, card_bytes)
+    return None
+
+
+def _needed(shape: ModelShape, choices: Choices) -> int:
+    """What the fullest GPU needs for one request of full length."""
+    return max(parts.total_bytes - parts.kv_cache_bytes for parts in estimate(shape, choices)) + kv_bytes(
+        shape, choices)
+
+
+def _rungs(shape: ModelShape, start: Choices, fixed: frozenset[str], host_memory_bytes: int, goal_bytes: int,
+           gather: bool = False) -> Iterator[Choices]:
+    """The choices of every rung, the least change first; each from the start, or with all rungs above it."""
+    choices = start
+    halved = (("max-num-batched-tokens", "max_num_batched_tokens", max(_LEAST_TOKENS, choices.max_num_seqs)),
+              ("max-num-seqs", "max_num_seqs", _LEAST_SEQUENCES), ("max-model-len", "max_model_len", _LEAST_CONTEXT))
+    for option, field, least in halved:
+        if option in fixed:
+            continue
+        value, rung = getattr(choices, field), choices
+        while value // 2 >= least:
+            value //= 2
+            rung = replace(choices, **{field: value})
+            yield rung
+        choices = rung if gather else start
+    if "enforce-eager" not in fixed and not choices.eager:
+        rung = replace(choices, eager=True)
+        yield rung
+        choices = rung if gather else start
+    if "cpu-offload-gb" in fixed or choices.prefetch[0]:
+        return
+    whole = layer_bytes(shape, choices)[0]
+    steps = math.ceil(goal_bytes * choices.pipeline_parallel / OFFLOAD_STEP_BYTES)
+    rung = replace(choices, offload_bytes=min(choices.offload_bytes + steps * OFFLOAD_STEP_BYTES,
+                                              math.ceil(whole / OFFLOAD_STEP_BYTES) * OFFLOAD_STEP_BYTES))
+    if not host_memory_bytes or host_bytes(shape, rung) <= host_memory_bytes:
+        yield rung
+
+
+def _step(before: Choices, after: Choices, card_bytes: int) -> Step:
+    options: dict[str, object] = {}
+    words = []
+    if after.limit_bytes != before.limit_bytes:
+        share = (after.limit_bytes - CONTEXT_BYTES) / card_bytes
+        options["gpu-memory-utilization"] = math.floor(share * 10_000) / 10_000
+        words.append(f"memory of the card {format_size(before.limit_bytes)} -> {format_size(after.limit_bytes)}")
+    for option, field in (("max-num-batched-tokens", "max_num_batched_tokens"), ("max-num-seqs", "max_num_seqs"),
+                          ("max-model-len", "max_model_len")):
+        if getattr(after, field) != getattr(before, field):
+            options[option] = getattr(after, field)
+            words.append(f"{option} {getattr(before, field)} -> {getattr(after, field)}")
+    if after.eager != before.eager:
+        options["enforce-eager"] = True
+        words.append("CUDA graphs -> none")
+    if after.offload_bytes != before.offload_bytes:
+        options["cpu-offload-gb"] = round(after.offload_bytes / GIB, 1)
+        words.append(f"cpu-offload-gb {before.offload_bytes / GIB:.1f} -> {after.offload_bytes / GIB:.1f}")
+    return Step(options, ", ".join(words))

@@ -1,0 +1,98 @@
+"""Runs one engine on a GPU, in this process, and writes what it says of its memory and speed as JSON.
+
+It imports everything first and then waits for a line on standard input, so that the next case can be made ready while
+this one is measured.
+usage: engine_report.py CASE.json OUT.json      with vLLM on the path
+CASE.json: {"model": DIR, "args": {vLLM's option names: values}, "tokens": of each request, "batches": [1, 8]}
+Lines beginning with `STAGE ` on standard output tell the caller where it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+
+class Reporter:
+    """Mixed into vLLM's worker (--worker-extension-cls): its exact figures, which its log rounds."""
+
+    def memory_report(self) -> dict[str, Any]:
+        """Bytes, as the worker holds them."""
+        import torch  # only inside the engine
+
+        runner = self.model_runner  # type: ignore[attr-defined]  # the worker's own
+        snapshot = getattr(self, "init_snapshot", None)
+        free, total = torch.cuda.mem_get_info() if torch.cuda.is_available() else (0, 0)
+        return {
+            "weights_bytes": int(getattr(runner, "model_memory_usage", 0)),
+            "requested_bytes": int(getattr(self, "requested_memory", 0)),
+            "consumed_bytes": int(getattr(self, "total_consumed", 0)),
+            "activations_bytes": int(getattr(self, "peak_activation_memory", 0)),
+            "graphs_estimate_bytes": int(getattr(self, "cudagraph_memory_estimate", 0) or 0),
+            "available_kv_bytes": int(getattr(self, "available_kv_cache_memory_bytes", 0) or 0),
+            "context_bytes": int(snapshot.non_torch_memory) if snapshot else 0,
+            "init_free_bytes": int(snapshot.free_memory) if snapshot else 0,
+            "torch_allocated_bytes": torch.cuda.memory_allocated(),
+            "torch_reserved_bytes": torch.cuda.memory_reserved(),
+            "free_bytes": free, "total_bytes": total,
+            "pinned_bytes": int(torch.cuda.host_memory_stats().get("allocated_bytes.current", 0))
+            if torch.cuda.is_available() else 0}
+
+
+def main() -> None:
+    """Load, measure, generate, and write."""
+    from vllm import LLM, SamplingParams  # slow, and done while another case runs
+
+    for module in ("vllm.v1.engine.llm_engine", "vllm.v1.worker.gpu_worker", "vllm.v1.worker.gpu.model_runner",
+                   "vllm.model_executor.models.llama", "transformers"):
+        with contextlib.suppress(ImportError):
+            importlib.import_module(module)
+    print("STAGE imported", flush=True)
+    sys.stdin.readline()
+    case = json.loads(Path(sys.argv[1]).read_text())
+    begin = time.monotonic()
+    print("STAGE loading", flush=True)
+    arguments = {name.replace("-", "_"): value for name, value in case["args"].items()}
+    engine = LLM(model=case["model"], worker_extension_cls="engine_report.Reporter", disable_log_stats=True,
+                 **arguments)
+    report: dict[str, Any] = {"start_seconds": round(time.monotonic() - begin, 1)}
+    print("STAGE ready", flush=True)
+    report["workers"] = engine.collective_rpc("memory_report")
+    cache = engine.llm_engine.vllm_config.cache_config
+    report["kv_cache_tokens"] = int(getattr(cache, "kv_cache_size_tokens", 0) or 0)
+    report["kv_blocks"] = int(cache.num_gpu_blocks or 0)
+    report["block_size"] = int(cache.block_size or 0)
+    report["speed"] = {}
+    length = int(case["args"].get("max-model-len", 512))
+    for batch in case.get("batches", [1, 8]):
+        if batch > int(case["args"].get("max-num-seqs", 256)):
+            continue
+        tokens = case.get("tokens", 64)
+        prompts = [{"prompt_token_ids": [(7 * number + place) % 200 + 10 for place in range(16)]}
+                   for number in range(batch)]
+        engine.generate(prompts, SamplingParams(max_tokens=3, ignore_eos=True, temperature=0), use_tqdm=False)
+        begin = time.monotonic()
+        engine.generate(prompts, SamplingParams(max_tokens=1, ignore_eos=True, temperature=0), use_tqdm=False)
+        first = time.monotonic() - begin
+        begin = time.monotonic()
+        engine.generate(prompts, SamplingParams(max_tokens=min(tokens, length - 20), ignore_eos=True, temperature=0),
+                        use_tqdm=False)
+        spent = time.monotonic() - begin
+        report["speed"][str(batch)] = round(batch * (min(tokens, length - 20) - 1) / (spent - first), 3)
+    if case.get("fill", True):  # the whole batch once, as a long prompt gives it: what the reserve was for
+        wide = min(int(case["args"].get("max-num-batched-tokens", 512)), length - 8)
+        long = [{"prompt_token_ids": [place % 200 + 10 for place in range(wide)]}]
+        engine.generate(long, SamplingParams(max_tokens=2, ignore_eos=True, temperature=0), use_tqdm=False)
+    report["workers_after"] = engine.collective_rpc("memory_report")
+    print("STAGE measured", flush=True)
+    time.sleep(0.5)
+    Path(sys.argv[2]).write_text(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()
