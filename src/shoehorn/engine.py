@@ -14,18 +14,20 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from types import FrameType
 
-from shoehorn import checkpoint, hardware, profiles, render, store
+from shoehorn import engine_memory, inventory, proof, render, store
 from shoehorn import log as logs
 from shoehorn import settings as settings_module
 from shoehorn.errors import EXIT_DONE, ModelUnavailableError, ShoehornError
 from shoehorn.files import write_atomic
-from shoehorn.plan import Plan, Refusal, make_plan
+from shoehorn.plan import Plan
+from shoehorn.planning import Planner
 from shoehorn.process import Child, end_recorded_group
 from shoehorn.restarts import Restarts
-from shoehorn.serving import Server, engine_environment
+from shoehorn.serving import Server, StartFailedError, engine_environment
 from shoehorn.settings import Settings
 from shoehorn.state import Phase, StateFile
 from shoehorn.units import format_size
@@ -60,24 +62,46 @@ def main() -> int:
 def _serve(settings: Settings, environment: Mapping[str, str], states: StateFile) -> None:
     restarts = _take_over(settings, states)
     directory = store.locate(settings)
-    plan = _plan(settings, directory)
+    planner = Planner(settings, directory)
+    plan = planner.plan()
     if directory is None:
         directory = _pull(settings, environment, states)
+    with inventory.used(settings.models_dir, settings.model_id) if settings.model_source != "local" else nullcontext():
+        while True:
+            try:
+                _start(settings, environment, states, restarts, planner, plan, directory)
+            except StartFailedError as failure:
+                states.update(phase=Phase.STEPPING_DOWN, progress=None, detail=failure.diagnosis.name)
+                smaller = planner.step_down(plan, failure.diagnosis)
+                if smaller is None:
+                    raise
+                plan = smaller
+                states.update(step_downs=states.read().step_downs + 1)
+
+
+def _start(settings: Settings, environment: Mapping[str, str], states: StateFile, restarts: Restarts,
+           planner: Planner, plan: Plan, directory: Path) -> None:
+    """Serve by one plan, until an exception ends it."""
     config = render.write_engine_config(settings, plan.engine_args, directory)
     states.update(phase=Phase.LOADING, progress=None, detail="starting the engine", model=settings.served_model_name)
     log.info("loading %s", settings.served_model_name)
 
     def announce(seconds: float) -> None:
         log.info("ready after %.0f s", seconds)
+        planner.settle(plan, states)
         welcome = settings.run_dir / "welcome.txt"
         if welcome.exists():  # holds a generated key: shown once
             text = welcome.read_text(encoding="utf-8")
             welcome.unlink()
             print(text, flush=True)
 
-    Server(config, engine_environment(environment, plan.engine_environment, settings.run_dir),
-           render.engine_socket(settings), states, restarts, announce,
-           settings.run_dir / "engine.log" if settings.engine_log == "file" else None).serve()
+    variables = {**plan.engine_environment, **engine_memory.prepare(settings.run_dir),
+                 "SHOEHORN_MOST_REQUESTS": str(render.most_requests(settings, plan.engine_args))}
+    Server(config, engine_environment(environment, variables, settings.run_dir), render.engine_socket(settings), states,
+           restarts, announce, settings.run_dir / "engine.log" if settings.engine_log == "file" else None,
+           settings.drain_timeout,
+           lambda transport: proof.prove(transport, plan.engine_args, settings.served_model_name),
+           settings.served_model_name).serve()
 
 
 def _take_over(settings: Settings, states: StateFile) -> Restarts:
@@ -93,25 +117,6 @@ def _take_over(settings: Settings, states: StateFile) -> Restarts:
     states.update(phase=Phase.STARTING, progress=None, detail="planning", model=settings.served_model_name,
                   cause="", remedy="")
     return restarts
-
-
-def _plan(settings: Settings, directory: Path | None) -> Plan:
-    machine = hardware.detect()
-    profile = profiles.select(settings, machine)
-    files = checkpoint.LocalFiles(directory) if directory else store.hub_files(settings)
-    shape = checkpoint.read(files)
-    free = None
-    if directory is None:  # what an earlier pull left counts as free: it is gone on with
-        there = hardware.disk_used(settings.models_dir / settings.model_id)
-        free = hardware.disk_free(settings.models_dir) + there
-    plan = make_plan(settings, machine, profile, shape, free)
-    if isinstance(plan, Refusal):
-        raise plan.as_error()
-    write_atomic(settings.run_dir / "plan.json", json.dumps(plan.to_json(), indent=1) + "\n")
-    log.info("plan: profile %s, %s of weights", plan.profile, format_size(shape.weights_bytes))
-    for reason in plan.reasons:
-        log.info("plan: %s = %s (%s): %s", reason.option, reason.value, reason.source, reason.text)
-    return plan
 
 
 def _pull(settings: Settings, environment: Mapping[str, str], states: StateFile) -> Path:

@@ -15,6 +15,9 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from prometheus_client.parser import text_string_to_metric_families
 
 OWN_PREFIX = "shoehorn_"
+MIDDLEWARE_PREFIXES = ("shoehorn_requests", "shoehorn_tokens")
+"""What the appliance's middleware (`shoehorn_vllm`) counts inside the engine's API server."""
+
 MOST_BYTES = 16 << 20
 
 
@@ -91,7 +94,7 @@ def why_invalid(text: str) -> str:
         for family in text_string_to_metric_families(text):
             if family.name in seen:
                 return f"the family {family.name} comes twice"
-            if family.name.startswith(OWN_PREFIX):
+            if family.name.startswith(OWN_PREFIX) and not family.name.startswith(MIDDLEWARE_PREFIXES):
                 return f"the family {family.name} has our own prefix"
             seen.add(family.name)
     except ValueError as error:

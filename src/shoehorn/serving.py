@@ -1,9 +1,13 @@
 """Keeps vLLM running: starts it, follows its start, notices its end, starts it again while the budget lasts.
 
 Rules:
-- ready means that the engine's /health answered 200; not ready again the moment the process has ended;
+- ready means that the engine's /health answered 200 and that it then served a full batch (`proof`); not ready again the
+  moment the process has ended;
 - vLLM exits 0 when its engine core dies, so every end that nobody asked for is a failure;
-- a failure that the same start would repeat (`Diagnosis.final`) is not tried again.
+- before the end of a ready engine, requests that run are finished or properly aborted (`drain`): SIGTERM with a stream
+  open hangs vLLM;
+- a failure that the same start would repeat (`Diagnosis.final`) is not tried again; one for want of memory is left to
+  the caller, who may start with less.
 """
 
 from __future__ import annotations
@@ -18,16 +22,21 @@ from pathlib import Path
 
 import httpx
 
-from shoehorn.diagnosis import Diagnosis, diagnose
+from shoehorn import drain, withheld
+from shoehorn.diagnosis import HUNG, Diagnosis, diagnose
 from shoehorn.errors import EngineFailedError
 from shoehorn.process import Child
 from shoehorn.render import ENGINE_STOP_SECONDS
 from shoehorn.restarts import Restarts
 from shoehorn.state import Phase, StateFile
+from shoehorn.watchdog import Watchdog
 
 log = logging.getLogger("engine")
 
 _TICK_SECONDS = 0.5
+_PATIENCE = 10.0
+"""So many times what the first full batch took, a quiet engine gets for one token."""
+
 _STAGES = (
     (re.compile(r"Starting to load model"), "loading the weights"),
     (re.compile(r"Loading weights took|Model loading took"), "measuring memory and warming up"),
@@ -36,27 +45,26 @@ _STAGES = (
 )
 _SHARDS = re.compile(r"Loading safetensors checkpoint shards:\s+(\d+)% Completed")
 
-# Never handed to the engine: secrets, and switches that open routes without a key or load code over the network.
-WITHHELD = frozenset({
-    "API_KEY", "API_KEY_FILE", "MODELSCOPE_API_TOKEN", "MODELSCOPE_API_TOKEN_FILE", "HF_TOKEN", "VLLM_API_KEY",
-    "VLLM_SERVER_DEV_MODE", "VLLM_ALLOW_INSECURE_SERIALIZATION", "VLLM_ALLOW_RUNTIME_LORA_UPDATING",
-    "VLLM_KEEP_ALIVE_ON_ENGINE_DEATH", "VLLM_USE_MODELSCOPE", "PYTHONOPTIMIZE", "STANDARD_PIP_ARGS",
-})
-
 
 def engine_environment(environment: Mapping[str, str], plan_environment: Mapping[str, str],
                        run_dir: Path) -> dict[str, str]:
-    """The engine's environment: the container's without `WITHHELD`, the plan's, and what the appliance fixes."""
-    nothing = run_dir / "nothing"  # vLLM runs model.py from this folder at start, if one is there
+    """The engine's environment: the container's without what is `withheld`, the plan's, and what is fixed here."""
     return {
-        **{name: value for name, value in environment.items()
-           if name not in WITHHELD and not name.startswith(("SAGEMAKER_", "CUSTOM_"))},
+        **withheld.for_engine(environment, run_dir),
         "VLLM_USE_FLASHINFER_SAMPLER": "0",  # its kernels are compiled at run time and need nvcc
         "VLLM_ENGINE_READY_TIMEOUT_S": "7200",
         **plan_environment,
         "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "PYTHONUNBUFFERED": "1",
-        "TOKENIZERS_PARALLELISM": "false", "SAGEMAKER_MODEL_PATH": str(nothing),
+        "TOKENIZERS_PARALLELISM": "false",
     }
+
+
+class StartFailedError(EngineFailedError):
+    """The engine did not start, for want of memory or for a number format: a smaller plan could help."""
+
+    def __init__(self, diagnosis: Diagnosis) -> None:
+        super().__init__(diagnosis.cause, diagnosis.remedy)
+        self.diagnosis = diagnosis
 
 
 class Server:
@@ -68,10 +76,14 @@ class Server:
         socket: where it will listen.
         on_ready: called at every readiness with the seconds that the start took.
         engine_log: a file for the engine's own lines; None sends them to standard output.
+        drain_seconds: how long running requests get to finish when serving ends.
+        prove: asks the engine, through the given transport, for what the plan promises; False when it failed.
+        model: the name that it serves.
     """
 
     def __init__(self, config: Path, environment: Mapping[str, str], socket: Path, states: StateFile,
-                 restarts: Restarts, on_ready: Callable[[float], None], engine_log: Path | None) -> None:
+                 restarts: Restarts, on_ready: Callable[[float], None], engine_log: Path | None,
+                 drain_seconds: int, prove: Callable[[httpx.BaseTransport], bool], model: str) -> None:
         self._command = [sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry", "--config", str(config)]
         self._environment = environment
         self._socket = socket
@@ -79,19 +91,25 @@ class Server:
         self._restarts = restarts
         self._on_ready = on_ready
         self._engine_log = engine_log
+        self._drain_seconds = drain_seconds
+        self._prove = prove
+        self._model = model
         self._tail: deque[str] = deque(maxlen=200)
 
     def serve(self) -> None:
         """Serve until an exception ends it, most often the caller's own on SIGTERM.
 
         Raises:
+            StartFailedError: it did not become ready, and a smaller plan could help.
             EngineFailedError: the engine failed in a way that a new start would repeat, or the budget is used up.
         """
         while True:
             if self._restarts.exhausted:
                 raise EngineFailedError("The engine failed too often within an hour; no further start is tried.",
                                         "The engine's lines above name the first failure.")
-            diagnosis = self._once()
+            diagnosis, was_ready = self._once()
+            if not was_ready and (diagnosis.memory or diagnosis.name == "unsupported_dtype"):
+                raise StartFailedError(diagnosis)
             failures = self._restarts.record()
             if diagnosis.final or self._restarts.exhausted:
                 self._show_tail()
@@ -102,23 +120,46 @@ class Server:
                                 restarts=self._states.read().restarts + 1)
             time.sleep(delay)
 
-    def _once(self) -> Diagnosis:
-        """One life of the engine; returns why it ended."""
+    def _once(self) -> tuple[Diagnosis, bool]:
+        """One life of the engine; returns why it ended, and whether it was ready before."""
         self._socket.unlink(missing_ok=True)  # vLLM leaves it behind and does not start over it
         self._tail.clear()
         started = time.monotonic()
+        ready = drained = False
+        watchdog: Watchdog | None = None
         child = Child(self._command, self._environment, self._line, self._states.run_dir / "engine.group")
         try:
             with httpx.Client(transport=httpx.HTTPTransport(uds=str(self._socket)), timeout=2.0) as client:
-                ready = False
                 while (status := child.wait(_TICK_SECONDS)) is None:
                     if not ready and _healthy(client):
-                        ready = True
-                        self._states.update(phase=Phase.READY, progress=None, detail="serving")
-                        self._on_ready(time.monotonic() - started)
+                        proving = time.monotonic()
+                        ready = self._prove(httpx.HTTPTransport(uds=str(self._socket)))
+                        if not ready:
+                            child.stop(ENGINE_STOP_SECONDS)
+                            continue
+                        watchdog = Watchdog(client, self._model, _PATIENCE * (time.monotonic() - proving))
+                        if not drain.requested(self._states.run_dir):
+                            self._states.update(phase=Phase.READY, progress=None, detail="serving")
+                            self._on_ready(time.monotonic() - started)
+                    if ready and not drained and drain.requested(self._states.run_dir):
+                        self._drain_on_request()
+                        drained = True
+                    if ready and not drained and watchdog and watchdog.hung():
+                        log.error("%s", HUNG.cause)
+                        self._states.update(phase=Phase.LOADING, progress=None, detail="the engine hangs")
+                        child.stop(0.0)
+                        return HUNG, True
         finally:
+            if ready and not drained and child.poll() is None:
+                drain.engine(self._socket, self._drain_seconds)
             child.stop(ENGINE_STOP_SECONDS)
-        return diagnose(self._tail, status)
+        return diagnose(self._tail, status), ready
+
+    def _drain_on_request(self) -> None:
+        self._states.update(phase=Phase.STOPPING, progress=None, detail="draining")
+        outcome = drain.engine(self._socket, self._drain_seconds)
+        self._states.update(detail="drained; can be stopped")
+        drain.publish(self._states.run_dir, outcome)
 
     def _line(self, line: str) -> None:
         """One line of the engine's output, from the reading thread."""

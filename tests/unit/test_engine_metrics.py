@@ -8,10 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from prometheus_client import CollectorRegistry
+from prometheus_client.exposition import generate_latest
 
 from fakes.engine_socket import http, serving
+from shoehorn import metric_table
 from shoehorn.engine_metrics import MOST_BYTES, EngineScrape, EngineSource, why_invalid
 from shoehorn.paths import HOME
+from shoehorn_vllm.counts import Counts
 
 DUMP = (HOME / "tests" / "captures" / "vllm-0.32.0-cpu-metrics.txt").read_text(encoding="utf-8")
 
@@ -124,3 +128,15 @@ def test_what_prometheus_would_not_take_is_kept_back(path: Path, source: EngineS
 
 def test_the_real_dump_is_valid() -> None:
     assert why_invalid(DUMP) == ""
+
+
+def test_what_our_middleware_counts_in_the_engine_passes_and_nothing_else_of_our_name() -> None:
+    registry = CollectorRegistry()
+    counts = Counts(registry)
+    counts.request("phone", "ok")
+    counts.running("phone", 1)
+    counts.usage("phone", b'"usage": {"prompt_tokens": 3, "completion_tokens": 4}')
+    assert why_invalid(generate_latest(registry).decode()) == ""
+    assert "our own prefix" in why_invalid("# TYPE shoehorn_phase gauge\nshoehorn_phase 1\n")
+    rows = {f"{family.name}{'_total' * (family.type == 'counter')}" for family in registry.collect()}
+    assert rows == {name for name, _ in metric_table.PER_KEY}

@@ -1,0 +1,372 @@
+"""The middleware as an ASGI application: what it refuses, what it passes on, how a drain ends what runs."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from shoehorn_vllm import answers
+from shoehorn_vllm import flight as flight_module
+from shoehorn_vllm.counts import Counts
+from shoehorn_vllm.flight import Message, Receive, Send
+from shoehorn_vllm.middleware import Gate, Scope
+
+CHAT, MESSAGES, RESPONSES = "/v1/chat/completions", "/v1/messages", "/v1/responses"
+USAGE = b'{"usage": {"prompt_tokens": 3, "total_tokens": 8, "completion_tokens": 5}}'
+
+
+class Call:
+    """One request to the middleware, and all that came back."""
+
+    def __init__(self, gate: Gate, path: str = CHAT, body: bytes = b"{}", limits: str = "", key: str = "phone",
+                 method: str = "POST", query: str = "", declare: bool = True) -> None:
+        headers = [(b"x-shoehorn-key", key.encode()), (b"x-shoehorn-limits", limits.encode())]
+        if declare:
+            headers.append((b"content-length", str(len(body)).encode()))
+        self.scope: Scope = {"type": "http", "path": path, "method": method, "query_string": query.encode(),
+                             "headers": headers}
+        self.body, self.left, self.sent = body, asyncio.Event(), list[Message]()
+        self._read = False
+        self.task = asyncio.create_task(gate(self.scope, self._receive, self._send))
+
+    async def _receive(self) -> Message:
+        if not self._read:
+            self._read = True
+            return {"type": "http.request", "body": self.body, "more_body": False}
+        await self.left.wait()
+        return {"type": "http.disconnect"}
+
+    async def _send(self, message: Message) -> None:
+        self.sent.append(message)
+
+    async def answer(self) -> tuple[int, dict[bytes, bytes], bytes]:
+        """Status, headers and the whole body; checks that it was completed properly."""
+        await asyncio.wait_for(self.task, 10)
+        start, *pieces = self.sent
+        assert [piece.get("more_body", False) for piece in pieces] == [True] * (len(pieces) - 1) + [False]
+        return start["status"], dict(start["headers"]), self.data
+
+    @property
+    def data(self) -> bytes:
+        """What came of the body so far."""
+        return b"".join(piece["body"] for piece in self.sent[1:])
+
+    async def until(self, text: bytes) -> None:
+        """Wait until the body holds a text."""
+        async with asyncio.timeout(10):
+            while text not in self.data:
+                await asyncio.sleep(0.001)
+
+
+class Engine:
+    """An application like vLLM's: streams where told so, ends when its client leaves, and can be told to fail."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.registry = CollectorRegistry()
+        self.gate = Gate(self, Counts(self.registry), **settings)
+        self.go, self.fail, self.stubborn, self.half = asyncio.Event(), False, False, False
+        self.bodies: list[bytes] = []
+        self.running = 0
+
+    def call(self, *arguments: Any, **more: Any) -> Call:
+        """Send a request."""
+        return Call(self.gate, *arguments, **more)
+
+    def count(self, outcome: str, key: str = "phone") -> float:
+        """Requests counted with an outcome."""
+        return self.registry.get_sample_value("shoehorn_requests_total", {"key": key, "outcome": outcome}) or 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        body = (await receive())["body"]
+        self.bodies.append(body)
+        self.running += 1
+        try:
+            if b'"stream"' in body:
+                await send({"type": "http.response.start", "status": 200,
+                            "headers": [(b"content-type", b"text/event-stream; charset=utf-8")]})
+                await send({"type": "http.response.body", "body": b"data: 1\n\n", "more_body": True})
+            await self._work(receive)
+            if b'"stream"' in body:
+                await send({"type": "http.response.body", "body": b"data: " + USAGE + b"\n\n", "more_body": True})
+                if not self.half:
+                    await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": True})
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
+            else:
+                await send({"type": "http.response.start", "status": 200, "headers": []})
+                await send({"type": "http.response.body", "body": USAGE})
+        except EOFError:
+            return
+        finally:
+            self.running -= 1
+
+    async def _work(self, receive: Receive) -> None:
+        if self.fail:
+            raise RuntimeError("the engine core died")
+        if self.stubborn:
+            await self.go.wait()
+            return
+        leaving = asyncio.ensure_future(receive())
+        going = asyncio.ensure_future(self.go.wait())
+        await asyncio.wait({leaving, going}, return_when=asyncio.FIRST_COMPLETED)
+        going.cancel()
+        if leaving.done():
+            raise EOFError
+        leaving.cancel()
+
+
+def run(test: Callable[[Engine], Awaitable[None]], **settings: Any) -> None:
+    """Run a test with an engine in an event loop of its own."""
+    async def main() -> None:
+        await test(Engine(**settings))
+
+    asyncio.run(main())
+
+
+def error(body: bytes) -> dict[str, Any]:
+    """The error of an answer in OpenAI's form."""
+    found: dict[str, Any] = json.loads(body)["error"]
+    assert set(found) == {"message", "type", "param", "code"}
+    return found
+
+
+def test_without_limits_everything_passes_untouched_and_is_counted() -> None:
+    async def test(engine: Engine) -> None:
+        engine.go.set()
+        assert (await engine.call(body=b'{"max_tokens": 9}').answer())[2] == USAGE
+        assert b"[DONE]" in (await engine.call(body=b'{"stream": true}').answer())[2]
+        assert (await engine.call("/health", method="GET").answer())[0] == 200
+        assert (await engine.call("/v1/models", method="GET").answer())[0] == 200
+        assert engine.count("ok") == 2
+        for kind, tokens in (("prompt", 6), ("completion", 10)):
+            assert engine.registry.get_sample_value("shoehorn_tokens_total", {"key": "phone", "kind": kind}) == tokens
+
+    run(test)
+
+
+def test_requests_per_minute_hold_for_each_key_alone() -> None:
+    async def test(engine: Engine) -> None:
+        engine.go.set()
+        for _ in range(2):
+            assert (await engine.call(limits="requests_per_minute=2").answer())[0] == 200
+        status, headers, body = await engine.call(limits="requests_per_minute=2").answer()
+        assert (status, error(body)["type"], error(body)["code"]) == (429, "rate_limit_error", "rate_limit_exceeded")
+        assert 1 <= int(headers[b"retry-after"]) <= 60
+        assert (await engine.call(limits="requests_per_minute=2", key="other").answer())[0] == 200
+        assert engine.count("rate_limit_exceeded") == 1
+        assert len(engine.bodies) == 3
+
+    run(test)
+
+
+def test_concurrent_requests_are_freed_however_they_end() -> None:
+    async def test(engine: Engine) -> None:
+        limits = "concurrent=2"
+        first, second = engine.call(limits=limits), engine.call(limits=limits, body=b'{"stream": true}')
+        await second.until(b"data: 1")
+        status, headers, body = await engine.call(limits=limits).answer()
+        assert (status, error(body)["code"], headers[b"retry-after"]) == (429, "concurrency_limit_exceeded", b"1")
+        third = engine.call(limits=limits, key="other")
+        first.left.set()
+        await first.task
+        assert engine.count("left") == 1
+        assert first.sent == []
+        engine.go.set()
+        assert (await engine.call(limits=limits).answer())[0] == 200
+        assert (await second.answer())[0] == (await third.answer())[0] == 200
+        engine.fail = True
+        for _ in range(4):
+            broken = engine.call(limits=limits)
+            with pytest.raises(RuntimeError):
+                await broken.task
+        engine.fail = False
+        assert (await engine.call(limits=limits).answer())[0] == 200
+        assert engine.registry.get_sample_value("shoehorn_requests_running", {"key": "phone"}) == 0
+
+    run(test)
+
+
+def test_the_queue_is_bounded_over_all_keys() -> None:
+    async def test(engine: Engine) -> None:
+        calls = [engine.call(key=f"key{number}") for number in range(3)]
+        await asyncio.sleep(0.01)
+        status, headers, body = await engine.call(key="late").answer()
+        assert (status, error(body)["code"], headers[b"retry-after"]) == (429, "queue_full", b"5")
+        engine.go.set()
+        assert [(await call.answer())[0] for call in calls] == [200] * 3
+        assert (await engine.call(key="late").answer())[0] == 200
+
+    run(test, most_requests=3)
+
+
+@pytest.mark.parametrize("declare", [True, False])
+def test_a_long_body_is_refused_declared_or_not(declare: bool) -> None:
+    async def test(engine: Engine) -> None:
+        engine.go.set()
+        long = engine.call(limits="body_bytes=10", body=b"x" * 11, declare=declare)
+        status, _, body = await long.answer()
+        assert (status, error(body)["code"]) == (413, "request_too_large")
+        assert engine.bodies == []
+        assert (await engine.call(limits="body_bytes=10", body=b"x" * 10, declare=declare).answer())[0] == 200
+
+    run(test)
+
+
+def test_the_cap_on_tokens_is_set_or_named() -> None:
+    async def test(engine: Engine) -> None:
+        engine.go.set()
+        assert (await engine.call(limits="max_tokens=50").answer())[0] == 200
+        assert json.loads(engine.bodies[0]) == {"max_completion_tokens": 50}
+        status, _, body = await engine.call(limits="max_tokens=50", body=b'{"max_tokens": 51}').answer()
+        assert (status, error(body)["code"], error(body)["param"]) == (400, "max_tokens_exceeded", "max_tokens")
+        assert "50" in error(body)["message"]
+        assert len(engine.bodies) == 1
+
+    run(test)
+
+
+def test_anthropics_routes_get_anthropics_errors() -> None:
+    async def test(engine: Engine) -> None:
+        for limits, body, status, kind in (
+                ("requests_per_minute=0", b"{}", 429, "rate_limit_error"),
+                ("body_bytes=1", b"{}", 413, "request_too_large"),
+                ("max_tokens=1", b'{"max_tokens": 2}', 400, "invalid_request_error")):
+            answer = await engine.call(MESSAGES, limits=limits, body=body).answer()
+            document = json.loads(answer[2])
+            assert (answer[0], document["type"], document["error"]["type"]) == (status, "error", kind)
+
+    run(test)
+
+
+def test_limits_that_cannot_be_read_let_nobody_in() -> None:
+    async def test(engine: Engine) -> None:
+        assert (await engine.call(limits="concurrent=many").answer())[0] == 500
+        assert engine.bodies == []
+
+    run(test)
+
+
+def test_a_drain_lets_finish_what_can_and_refuses_what_is_new() -> None:
+    async def test(engine: Engine) -> None:
+        calls = [engine.call(body=b'{"stream": true}'), engine.call()]
+        await asyncio.sleep(0.01)
+        drain = engine.call("/-/drain", query="seconds=30")
+        await asyncio.sleep(0.01)
+        for method in ("POST", "GET"):
+            status, headers, body = await engine.call(method=method).answer()
+            assert (status, error(body)["code"]) == (503, "server_stopping")
+            assert headers[b"retry-after"]
+        assert not drain.task.done()
+        engine.go.set()
+        assert b"[DONE]" in (await calls[0].answer())[2]
+        assert (await calls[1].answer())[2] == USAGE
+        assert json.loads((await drain.answer())[2]) == {"finished": 2, "aborted": 0}
+
+    run(test)
+
+
+@pytest.mark.parametrize("stubborn", [False, True])
+def test_what_does_not_finish_gets_a_proper_end(stubborn: bool) -> None:
+    async def test(engine: Engine) -> None:
+        engine.stubborn = stubborn
+        streams = {path: engine.call(path, body=b'{"stream": true}') for path in (CHAT, MESSAGES, RESPONSES)}
+        plain = {path: engine.call(path) for path in (CHAT, MESSAGES)}
+        await asyncio.sleep(0.01)
+        assert json.loads((await engine.call("/-/drain", query="seconds=0.05").answer())[2]) == {
+            "finished": 0, "aborted": 5}
+        assert all(call.task.done() for call in (*streams.values(), *plain.values()))
+        chat, messages, responses = [(await streams[path].answer())[2] for path in (CHAT, MESSAGES, RESPONSES)]
+        first, last, done = chat.decode().strip().split("\n\n")
+        assert (first, done) == ("data: 1", "data: [DONE]")
+        assert error(last.removeprefix("data: ").encode())["code"] == "server_stopping"
+        assert messages.startswith(b'data: 1\n\nevent: error\ndata: {"type": "error", "error": {"type": "overloaded')
+        assert responses.startswith(b'data: 1\n\nevent: error\ndata: {"type": "error", "code": "server_stopping"')
+        status, headers, body = await plain[CHAT].answer()
+        assert (status, error(body)["code"], headers[b"retry-after"]) == (503, "server_stopping", b"5")
+        assert json.loads((await plain[MESSAGES].answer())[2])["type"] == "error"
+        assert (engine.count("aborted"), engine.running) == (5, 0)
+
+    run(test)
+
+
+def test_a_stream_that_the_engine_breaks_off_gets_an_error_event() -> None:
+    async def test(engine: Engine) -> None:
+        engine.fail = True
+        call = engine.call(body=b'{"stream": true}')
+        with pytest.raises(RuntimeError):
+            await call.task
+        assert b'"code": "engine_failed"' in call.data
+        assert call.data.endswith(b"data: [DONE]\n\n")
+        engine.fail, engine.half = False, True
+        engine.go.set()
+        body = (await engine.call(body=b'{"stream": true}').answer())[2]
+        assert b'"code": "engine_failed"' in body
+        assert engine.count("error") == 2
+
+    run(test)
+
+
+def test_idle_streams_show_life_where_the_engine_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flight_module, "KEEP_ALIVE_SECONDS", 0.02)
+
+    async def test(engine: Engine) -> None:
+        calls = {path: engine.call(path, body=b'{"stream": true}') for path in (CHAT, MESSAGES, RESPONSES)}
+        await calls[MESSAGES].until(b'event: ping\ndata: {"type": "ping"}\n\n')
+        await calls[RESPONSES].until(b": keep-alive\n\n")
+        assert calls[CHAT].data == b"data: 1\n\n"
+        engine.go.set()
+        for call in calls.values():
+            await call.answer()
+        await asyncio.sleep(0)
+        assert len(asyncio.all_tasks()) == 1
+
+    run(test)
+
+
+@pytest.mark.parametrize(("content", "status", "code", "message"), [
+    (b'{"detail":"error parsing the body"}', 400, "invalid_request", "error parsing the body"),
+    (b'{"error":{"message":"no","type":"Bad Request","param":"body.n","code":400}}', 400, "invalid_request", "no"),
+    (b'{"error":{"message":"gone","type":"NotFoundError","param":"model","code":404}}', 404, "model_not_found", "gone"),
+    (b'{"error":{"message":"m","type":"t","param":null,"code":"own_code"}}', 400, "own_code", "m"),
+    (b'{"error":"Unauthorized"}', 401, "internal_error", "Unauthorized"),
+    (b'{"detail":[{"loc":["body"]}]}', 422, "invalid_request", '[{"loc": ["body"]}]'),
+    (b"Internal Server Error", 500, "internal_error", "Internal Server Error"), (b"[]", 500, "internal_error", "[]"),
+    (b"\xff", 500, "internal_error", "\ufffd"), (b"{}", 500, "internal_error", "{}")])
+def test_the_engines_errors_take_the_form_that_clients_know(content: bytes, status: int, code: str,
+                                                            message: str) -> None:
+    found = error(answers.reformed(content, status, CHAT))
+    assert (found["code"], found["message"]) == (code, message)
+    anthropic = json.loads(answers.reformed(content, status, MESSAGES))
+    assert (anthropic["type"], anthropic["error"]["message"]) == ("error", message)
+
+
+def test_an_error_is_sent_whole_with_its_length() -> None:
+    async def main() -> None:
+        async def engine(_scope: Scope, _receive: Receive, send: Send) -> None:
+            await send({"type": "http.response.start", "status": 400, "headers": [
+                (b"content-type", b"text/plain"), (b"content-length", b"9"), (b"x-kept", b"1")]})
+            await send({"type": "http.response.body", "body": b'{"detail"', "more_body": True})
+            await send({"type": "http.response.body", "body": b': "odd"}'})
+
+        status, headers, body = await Call(Gate(engine, Counts(CollectorRegistry()))).answer()
+        assert (status, error(body)["message"]) == (400, "odd")
+        assert headers == {b"x-kept": b"1", b"content-type": b"application/json",
+                           b"content-length": str(len(body)).encode()}
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(("method", "query"), [
+    ("GET", "seconds=1"), ("POST", ""), ("POST", "seconds=x"), ("POST", "seconds=-1"), ("POST", "seconds=inf"),
+    ("POST", "seconds=nan")])
+def test_a_drain_that_is_not_asked_for_properly_is_none(method: str, query: str) -> None:
+    async def test(engine: Engine) -> None:
+        engine.go.set()
+        assert (await engine.call("/-/drain", method=method, query=query).answer())[0] == 400
+        assert (await engine.call().answer())[0] == 200
+
+    run(test)
