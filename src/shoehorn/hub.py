@@ -32,7 +32,7 @@ _TRY_AGAIN = "Try again; if MODELSCOPE_ENDPOINT is set, check it."
 
 
 class Hub:
-    """One model's repository at one revision. Implements `checkpoint.Files`."""
+    """One model's repository at one revision. Implements `tensor_files.Files`."""
 
     def __init__(self, settings: Settings) -> None:
         self._model, self._revision = settings.model_id, settings.model_revision

@@ -21,8 +21,7 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
-from shoehorn import checkpoint, manifest, volume
-from shoehorn.checkpoint import Files, LocalFiles
+from shoehorn import manifest, tensor_files, volume
 from shoehorn.download import bytes_there, download, partial_path
 from shoehorn.errors import ModelUnavailableError
 from shoehorn.files import sync_directory
@@ -30,6 +29,7 @@ from shoehorn.hub import Hub
 from shoehorn.manifest import Manifest, ModelFile
 from shoehorn.progress import Progress, Report, reported
 from shoehorn.settings import Settings
+from shoehorn.tensor_files import Files, LocalFiles
 
 __all__ = ["Progress", "choose", "hub_files", "locate", "pull"]
 
@@ -65,6 +65,8 @@ def hub_files(settings: Settings) -> Files:
     if directory is None and (known := _completed(settings)):  # `pull` settles these without the hub, most likely
         here = _directory(settings)
         directory = here if all(_size(here, file) == file.size_bytes for file in known.files) else None
+    if directory is None:
+        _require_online(settings)
     return LocalFiles(directory) if directory else Hub(settings)
 
 
@@ -80,9 +82,43 @@ def pull(settings: Settings, report: Report) -> Path:
         if found := locate(settings):  # needs no lock, and so no volume that can be written
             return found
         with volume.only_writer(settings):
-            return _settle(settings, report) or _fetch(settings, report)
+            if settled := _settle(settings, report):
+                return settled
+            _require_online(settings)
+            return _fetch(settings, report)
     except OSError as error:
         raise volume.trouble(settings.models_dir, error) from error
+
+
+def verify(settings: Settings, report: Report) -> Path:
+    """Read every byte of a complete model again, whatever its times say, and return the folder. Asks no hub.
+
+    Raises:
+        ModelUnavailableError: the model is not complete, or a file is not what it was; it is marked for the next pull.
+    """
+    directory, known = _directory(settings), _completed(settings)
+    if known is None:
+        raise ModelUnavailableError(f"{settings.model_id} is not complete in {settings.models_dir}.",
+                                    f"Type: shoehorn pull {settings.model_id}")
+    try:
+        with volume.only_writer(settings):
+            checked = _check(directory, known.files, (), report)
+            if wrong := _wrong(known.files, checked):
+                manifest.write(settings, replace(known, complete=False, files=_marked(known.files, checked)))
+                names = ", ".join(file.path for file in wrong)
+                raise ModelUnavailableError(f"Not what was pulled, by size or SHA-256: {names}.",
+                                            f"Type: shoehorn pull {settings.model_id} (only these are fetched again)")
+    except OSError as error:
+        raise volume.trouble(settings.models_dir, error) from error
+    return directory
+
+
+def _require_online(settings: Settings) -> None:
+    if settings.offline:
+        raise ModelUnavailableError(
+            f"{settings.model_id} is not complete in {settings.models_dir}, and OFFLINE=yes forbids asking a hub.",
+            f"On a machine with a network: shoehorn pull {settings.model_id}, then copy its MODELS_DIR here; or unset "
+            "OFFLINE.")
 
 
 def choose(files: Files, listing: Iterable[ModelFile], settings: Settings) -> list[ModelFile]:
@@ -100,7 +136,7 @@ def choose(files: Files, listing: Iterable[ModelFile], settings: Settings) -> li
         raise ModelUnavailableError(f"{settings.model_id} has its weights only as {PurePosixPath(pickled[0]).name}; "
                                     "pickled files can run code and are not loaded.",
                                     "Choose another MODEL_ID: one whose files end in .safetensors.")
-    shards = set(checkpoint.shards(files, names))
+    shards = set(tensor_files.shards(files, names))
     wanted = (*_WANTED, "*.py") if settings.trust_remote_code else _WANTED
     return [file for file in listing if file.path in shards or _fits(file.path, wanted)]
 

@@ -57,6 +57,11 @@ def require_space(directory: Path, needed_bytes: int) -> None:
             "Free space there, or mount a larger volume at MODELS_DIR.")
 
 
+def lock_path(models_dir: Path, model: str) -> Path:
+    """The lock of the one writer of a model."""
+    return models_dir / ".shoehorn" / "locks" / f"{model.replace('/', '--')}.lock"
+
+
 @contextmanager
 def only_writer(settings: Settings) -> Iterator[None]:
     """Hold the model's lock. The kernel drops it with the process, so that a crash leaves none behind.
@@ -68,7 +73,7 @@ def only_writer(settings: Settings) -> Iterator[None]:
     if not models_dir.is_dir():
         raise ModelUnavailableError(f"MODELS_DIR={models_dir} does not exist.",
                                     f"Mount a volume there, or: mkdir -p {models_dir}")
-    path = models_dir / ".shoehorn" / "locks" / f"{settings.model_id.replace('/', '--')}.lock"
+    path = lock_path(models_dir, settings.model_id)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)

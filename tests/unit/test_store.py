@@ -15,11 +15,12 @@ import pytest
 from pulling import MODEL, WEIGHTS, Volume, stop_when_arrived, write_model, write_weights
 
 from fakes.hub import Hub
-from shoehorn import checkpoint, settings, store
+from shoehorn import settings, store
 from shoehorn.errors import ModelUnavailableError
 from shoehorn.manifest import ModelFile
 from shoehorn.progress import Report
 from shoehorn.settings import Settings
+from shoehorn.tensor_files import LocalFiles
 
 
 @pytest.fixture(scope="module")
@@ -65,13 +66,13 @@ def test_a_complete_model_asks_no_hub(volume: Volume, tmp_path: Path) -> None:
     (volume.models / ".shoehorn" / "locks").touch()  # nor a lock: the volume may be read-only
     assert volume.complete()
     assert volume.pull_here() == []
-    assert isinstance(store.hub_files(volume.settings), checkpoint.LocalFiles)
+    assert isinstance(store.hub_files(volume.settings), LocalFiles)
 
 
 def test_other_times_are_settled_by_the_content_without_a_hub(volume: Volume) -> None:
     os.utime(volume.folder / WEIGHTS, ns=(1, 1))
     assert not volume.complete()
-    assert isinstance(store.hub_files(volume.settings), checkpoint.LocalFiles), "to plan, before it is settled"
+    assert isinstance(store.hub_files(volume.settings), LocalFiles), "to plan, before it is settled"
     assert {progress.phase for progress in volume.pull_here()} == {"verifying"}
     assert volume.complete()
 
@@ -333,7 +334,7 @@ def test_a_full_volume_is_told_before_the_first_byte(tmp_path: Path, model: Path
 def test_a_local_folder_is_used_where_it_lies(tmp_path: Path, model: Path) -> None:
     there = settings.load({"MODEL_SOURCE": "local", "MODEL_ID": str(model), "MODELS_DIR": str(tmp_path / "none")})
     assert store.locate(there) == store.pull(there, lambda _: None) == model.resolve()
-    assert isinstance(store.hub_files(there), checkpoint.LocalFiles)
+    assert isinstance(store.hub_files(there), LocalFiles)
     for folder, words in ((tmp_path, "are needed"), (tmp_path / "absent", "No such file")):
         with pytest.raises(ModelUnavailableError, match=words):
             store.locate(settings.load({"MODEL_SOURCE": "local", "MODEL_ID": str(folder)}))

@@ -1,4 +1,4 @@
-"""`shoehorn pull [MODEL_ID] [--json]`: fetch a model into the volume and check every file.
+"""`shoehorn pull [MODEL_ID] [--to DIR] [--verify] [--json]`: fetch a model into the volume and check every file.
 
 Rules: SIGTERM and Ctrl-C end it at once, and what has arrived is gone on with by the next pull; with `--json` nothing
 but JSON objects goes to standard output, and the log to standard error as text.
@@ -15,11 +15,12 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from pathlib import Path
 from types import FrameType
 
 from shoehorn import log as logs
 from shoehorn import settings as settings_module
-from shoehorn import store
+from shoehorn import store, volume
 from shoehorn.errors import EXIT_DONE
 from shoehorn.progress import Progress
 from shoehorn.units import format_size
@@ -30,6 +31,9 @@ _LINE_SECONDS = 3.0
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The model, and `--json` for programs."""
     parser.add_argument("model", nargs="?", metavar="MODEL_ID", help="OWNER/NAME; the setting MODEL_ID when not given")
+    parser.add_argument("--to", metavar="DIR", help="another MODELS_DIR than the setting, made if need be: to carry it "
+                        "to a machine without a network, where it is mounted as the volume")
+    parser.add_argument("--verify", action="store_true", help="fetch nothing: read a complete model again, every byte")
     parser.add_argument("--json", action="store_true", help="one JSON object a line: phase, bytes_done, bytes_total, "
                         "rate_bytes_per_second; the last one: phase done, directory")
 
@@ -38,16 +42,28 @@ def run(arguments: argparse.Namespace, environment: Mapping[str, str]) -> int:
     """Pull; returns the exit code."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _end)
-    settings = settings_module.load({**environment, **({"MODEL_ID": arguments.model} if arguments.model else {})})
+    changes = {"MODEL_ID": arguments.model} if arguments.model else {}
+    if arguments.to:
+        changes["MODELS_DIR"] = str(_folder(Path(arguments.to).absolute()))
+    settings = settings_module.load({**environment, **changes})
     if arguments.json:
         logging.basicConfig(level=logging.INFO, format="%(name)s %(levelname)s %(message)s", stream=sys.stderr,
                             force=True)
         logging.getLogger("httpx").setLevel(logging.WARNING)
     else:
         logs.configure(settings.log_format)
-    directory = store.pull(settings, _print_json if arguments.json else Lines(_print))
+    work = store.verify if arguments.verify else store.pull
+    directory = work(settings, _print_json if arguments.json else Lines(_print))
     _print(json.dumps({"phase": "done", "directory": str(directory)}) if arguments.json else str(directory))
     return EXIT_DONE
+
+
+def _folder(path: Path) -> Path:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise volume.trouble(path, error) from error
+    return path
 
 
 def _end(number: int, _frame: FrameType | None) -> None:

@@ -1,0 +1,55 @@
+"""`shoehorn models`: what lies in the volume, how large, how whole, when it was last served; `models rm` frees it.
+
+Rules: sizes are those on the disk, of partial files too; a model that an appliance serves from this volume, or that is
+being pulled, is never removed; the manifest goes first, so that a removal that is cut short leaves nothing that counts
+as complete.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from datetime import UTC, datetime
+
+from shoehorn import inventory
+from shoehorn import settings as settings_module
+from shoehorn.errors import EXIT_DONE
+from shoehorn.inventory import StoredModel
+from shoehorn.units import format_size
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """`rm OWNER/NAME...`, or `--json` for the list."""
+    parser.add_argument("--json", action="store_true",
+                        help="print a list of {model, revision, bytes, complete, last_used, in_use}")
+    actions = parser.add_subparsers(dest="action", metavar="rm")
+    remove = actions.add_parser("rm", help="remove models from the volume")
+    remove.add_argument("models", nargs="+", metavar="OWNER/NAME")
+
+
+def run(arguments: argparse.Namespace, environment: Mapping[str, str]) -> int:
+    """List, or remove; returns the exit code."""
+    models_dir = settings_module.load(environment).models_dir
+    if arguments.action == "rm":
+        for model in arguments.models:
+            freed = inventory.remove(models_dir, model)
+            print(f"removed {model}: {format_size(freed)} freed")
+        return EXIT_DONE
+    found = inventory.models(models_dir)
+    if arguments.json:
+        print(json.dumps([asdict(model) for model in found], indent=1))
+        return EXIT_DONE
+    if not found:
+        print(f"{models_dir} holds no models")
+    for model in found:
+        print(_line(model))
+    return EXIT_DONE
+
+
+def _line(model: StoredModel) -> str:
+    state = "in use" if model.in_use else "complete" if model.complete else "incomplete"
+    used = "never served" if model.last_used is None else \
+        f"last served {datetime.fromtimestamp(model.last_used, UTC):%Y-%m-%d %H:%M} UTC"
+    return f"{model.model:60} {format_size(model.bytes):>12}  {state:10}  {model.revision}, {used}"
