@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .ONESHELL:
-.PHONY: help setup setup-dev demo test test-container lint format docs lock clean
+.PHONY: help setup setup-dev demo test test-container test-openapi lint format docs lock audit sbom pin-base clean
 
 VENV := .venv
 PYTEST := $(VENV)/bin/pytest
@@ -27,7 +27,7 @@ setup-dev: setup ## the same and what tests and linters need
 
 demo: setup ## serve the demo model on this machine's CPU, in the foreground; Ctrl-C ends it
 	@mkdir -p $(DEMO)/models
-	[ -n "$${API_KEY:-}$${API_KEY_FILE:-}" ] || rm -f $(DEMO)/models/.shoehorn/api_key
+	[ -n "$${API_KEY:-}$${API_KEY_FILE:-}" ] || rm -f $(DEMO)/models/.shoehorn/keys.json # so that the curl has a key in it
 	export PATH="$(CURDIR)/$(VENV)/bin:$$PATH:/usr/sbin"
 	export MODEL_ID=$${MODEL_ID:-$(CURDIR)/demo/model} MODEL_SOURCE=$${MODEL_SOURCE:-local}
 	export SERVED_MODEL_NAME=$${SERVED_MODEL_NAME:-shoehorn-demo} VRAM_PROFILE=$${VRAM_PROFILE:-cpu}
@@ -38,7 +38,7 @@ demo: setup ## serve the demo model on this machine's CPU, in the foreground; Ct
 lint: setup-dev ## ruff, mypy --strict, shellcheck
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
-	shellcheck requirements/install requirements/lock .ci/run
+	shellcheck requirements/install requirements/lock tools/pin-base .ci/run
 
 test: lint ## everything that needs no container engine and no GPU
 	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH:/usr/sbin" $(PYTEST) -m "not container and not gpu" $(ARGS)
@@ -46,11 +46,26 @@ test: lint ## everything that needs no container engine and no GPU
 test-container: setup-dev ## the real image under a real Docker engine
 	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH:/usr/sbin" $(PYTEST) -m container tests/container $(ARGS)
 
+test-openapi: setup-dev ## fuzz the public API with schemathesis through the gateway; EXAMPLES=40 for each endpoint
+	requirements/install $(VENV)-openapi openapi
+	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH:/usr/sbin" $(VENV)/bin/python tools/fuzz_openapi.py $(VENV)-openapi/bin/schemathesis $${EXAMPLES:-40}
+
 docs: setup ## write the generated documents anew
 	$(VENV)/bin/python tools/generate_docs.py
 
 lock: setup ## make the hash locks in requirements/ anew
 	UV=$(VENV)/bin/uv requirements/lock
 
+audit: setup ## look the locks' packages up among known vulnerabilities
+	requirements/install $(VENV)-supply-chain supply-chain
+	$(VENV)/bin/python tools/audit.py --pip-audit $(VENV)-supply-chain/bin/pip-audit $(ARGS)
+
+sbom: setup ## write bills of materials of both flavours' Python packages (the image carries its own, with Debian's)
+	requirements/install $(VENV)-supply-chain supply-chain
+	for flavour in gpu cpu; do $(VENV)-supply-chain/bin/python tools/sbom.py --lock requirements/$$flavour.txt --out sbom-$$flavour.json; done
+
+pin-base: ## write the base images' present digests into the Dockerfile
+	tools/pin-base
+
 clean: ## remove what make made
-	rm -rf $(VENV) $(DEMO) test-artefacts
+	rm -rf $(VENV) $(VENV)-openapi $(VENV)-supply-chain $(DEMO) test-artefacts

@@ -4,7 +4,8 @@
 
 `live`: the appliance can still come to serve; it is so while the model is pulled and loaded. `ready`, the default: a
 request would be answered. The port is the environment's PORT, or 6333. One line on standard output says why; Docker
-shows it. Standard library only, and any Python from 3.8 on.
+shows it. With TLS_CERT_FILE set it asks over HTTPS, without checking the certificate, which is for the name by which
+others know this machine. Standard library only, and any Python from 3.8 on.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import http.client
 import json
 import os
 import signal
+import ssl
 import sys
 from collections.abc import Mapping
 from types import FrameType
@@ -41,9 +43,15 @@ def say(text: str) -> None:
         return  # nobody listens; the exit code says enough
 
 
-def ask(question: str, port: int) -> tuple[bool, str]:
+def ask(question: str, port: int, secure: bool) -> tuple[bool, str]:
     """The answer, and the reason in words. Raises OSError, HTTPException or ValueError when there is none."""
-    connection = http.client.HTTPConnection("127.0.0.1", port)
+    if secure:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+        connection: http.client.HTTPConnection = http.client.HTTPSConnection("127.0.0.1", port, context=context)
+    else:
+        connection = http.client.HTTPConnection("127.0.0.1", port)
     try:
         connection.request("GET", f"/{question}z", headers={"Connection": "close"})
         answer = connection.getresponse()
@@ -79,7 +87,7 @@ def main(arguments: list[str], environment: Mapping[str, str]) -> int:
     signal.signal(signal.SIGALRM, out_of_time)
     signal.setitimer(signal.ITIMER_REAL, LIMIT_SECONDS)
     try:
-        yes, why = ask(given.question, int(given.port))
+        yes, why = ask(given.question, int(given.port), bool(environment.get("TLS_CERT_FILE", "").strip()))
     except (OSError, http.client.HTTPException, ValueError) as error:
         yes, why = False, f"not {given.question}: {str(error) or type(error).__name__}"
     finally:

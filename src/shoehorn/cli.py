@@ -16,7 +16,9 @@ COMMANDS = {
     "plan": "say what would run on this or another machine, without a GPU or a download",
     "profiles": "list the profiles",
     "pull": "fetch a model into the volume and check every file",
-    "keys": "show or rotate the API key",
+    "models": "list the models of the volume, and remove them",
+    "keys": "add, list, rotate and revoke API keys",
+    "drain": "refuse new requests, let running ones finish, and wait until it can be stopped",
     "doctor": "check the machine, the volume and the programs that serving needs",
 }
 

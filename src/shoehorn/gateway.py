@@ -1,9 +1,9 @@
-"""The gateway: nginx's configuration, and telling a running nginx to read it again.
+"""The gateway: nginx's configuration.
 
 Rules:
 - `ROUTES` is the one list of what passes to the engine, each with its only method; everything else is 404;
 - every value in the template is quoted by `quote`, which refuses what nginx would read as something else;
-- every error that nginx makes itself has a row in `_ERRORS`, in OpenAI's form.
+- every error that nginx makes itself has a row in `_ERRORS`, in OpenAI's form and in Anthropic's.
 """
 
 from __future__ import annotations
@@ -11,15 +11,14 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from shoehorn.errors import SettingsError, ShoehornError
+from shoehorn import key_sources, tls
+from shoehorn.errors import SettingsError
 from shoehorn.paths import GATEWAY
 from shoehorn.settings import Settings
 
@@ -57,7 +56,7 @@ ROUTES = (
 
 _ERRORS = {
     400: ("bad_request", "The request is malformed."),
-    401: ("invalid_api_key", "No valid API key was given. Send it as `Authorization: Bearer KEY`."),
+    401: ("invalid_api_key", "No valid API key was given. Send it as `Authorization: Bearer KEY` or `X-Api-Key: KEY`."),
     403: ("forbidden", "This is not allowed."),
     404: ("unknown_url", "There is no such endpoint here."),
     405: ("method_not_allowed", "This endpoint does not take this method."),
@@ -74,10 +73,20 @@ _ERRORS = {
 }
 
 
-def error_body(code: str, message: str, status: int) -> str:
-    """The body of an error that nginx makes itself, in OpenAI's form."""
+_ANTHROPIC_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error",
+                    413: "request_too_large", 429: "rate_limit_error", 503: "overloaded_error"}
+
+TLS_CIPHERS = ":".join(f"ECDHE-{key}-{cipher}" for cipher in (
+    "AES128-GCM-SHA256", "AES256-GCM-SHA384", "CHACHA20-POLY1305") for key in ("ECDSA", "RSA"))
+"""For TLS 1.2, forward secrecy and authenticated encryption only; those of TLS 1.3 are all so."""
+
+
+def error_bodies(code: str, message: str, status: int) -> dict[str, str]:
+    """The body of an error that nginx makes itself, in the forms `openai` and `anthropic`."""
     kind = "rate_limit_error" if status == 429 else "invalid_request_error" if status < 500 else "server_error"
-    return json.dumps({"error": {"message": message, "type": kind, "param": None, "code": code}}) + "\n"
+    their_kind = _ANTHROPIC_TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
+    return {"openai": json.dumps({"error": {"message": message, "type": kind, "param": None, "code": code}}) + "\n",
+            "anthropic": json.dumps({"type": "error", "error": {"type": their_kind, "message": message}}) + "\n"}
 
 
 def quote(value: object) -> str:
@@ -94,10 +103,10 @@ def quote(value: object) -> str:
 
 
 def render(settings: Settings, run_dir: Path, user: str | None) -> str:
-    """The text of `nginx.conf`, which belongs into `run_dir`, beside what `keys.write_map` writes.
+    """The text of `nginx.conf`, which belongs into `run_dir`.
 
     Args:
-        run_dir: holds keys, state and the engine's socket; nginx writes nowhere else.
+        run_dir: holds state and the sockets of the engine and the key service; nginx writes nowhere else.
         user: whom nginx's workers run as when its master runs as root; else None.
 
     Raises:
@@ -113,8 +122,16 @@ def render(settings: Settings, run_dir: Path, user: str | None) -> str:
         run_dir=directory, socket=directory / SOCKET, user=user, port=settings.port, page=GATEWAY / "page",
         page_files=PAGE_FILES, log_format=settings.log_format, drain_seconds=max(1, settings.drain_timeout),
         read_seconds=READ_SECONDS, retry_after_seconds=RETRY_AFTER_SECONDS, body_limit=BODY_LIMIT, routes=ROUTES,
-        errors={status: error_body(*words, status) for status, words in _ERRORS.items()},
-        not_served=error_body("unknown_url", "The model that is loaded does not serve this endpoint.", 404).rstrip(),
+        keys_socket=directory / key_sources.SOCKET, cors_origins=settings.cors_allowed_origins,
+        trusted_proxies=settings.trusted_proxies, tls_ciphers=TLS_CIPHERS,
+        tls_pair=directory / tls.PAIR if settings.tls_cert_file else None,
+        errors={status: error_bodies(*words, status) for status, words in _ERRORS.items()},
+        own_errors=[status for status in _ERRORS if status not in (431, 500, 503)],
+        no_keys=error_bodies("keys_unavailable", "Keys cannot be checked just now. Try again in a moment.", 503),
+        plain_refused=error_bodies("https_required", "Plain HTTP is not served here. Use https://, and change a key "
+                                   "that was sent without.", 400)["openai"],
+        not_served=error_bodies("unknown_url", "The model that is loaded does not serve this endpoint.",
+                                404)["openai"].rstrip(),
         model=model, model_body=json.dumps({"id": model, "object": "model", "created": int(time.time()),
                                             "owned_by": "shoehorn"}) + "\n")
 
@@ -127,25 +144,3 @@ def _check_run_dir(directory: Path) -> None:
     if len(os.fsencode(directory / SOCKET)) > _SOCKET_PATH_BYTES:
         raise SettingsError(f"RUN_DIR={directory} is too long: a socket's path has at most {_SOCKET_PATH_BYTES} bytes.",
                             "Set a shorter RUN_DIR, for example /run/shoehorn.")
-
-
-def master(run_dir: Path) -> int | None:
-    """The process id of the nginx that runs with the configuration in `run_dir`; None when none does."""
-    try:
-        pid = int((run_dir / "nginx.pid").read_text(encoding="ascii"))
-        return pid if psutil.Process(pid).name() == "nginx" else None
-    except (FileNotFoundError, PermissionError, ValueError, psutil.NoSuchProcess):
-        return None
-
-
-def reload(pid: int) -> None:
-    """Make nginx read its files again. Streams go on in the old workers for at most the drain timeout.
-
-    Raises:
-        ShoehornError: it runs as another user.
-    """
-    try:
-        os.kill(pid, signal.SIGHUP)
-    except PermissionError as error:
-        raise ShoehornError("The gateway runs as another user, so it cannot be told about the new key.",
-                            "Run this command as that user, or restart the container.") from error

@@ -1,153 +1,195 @@
-"""The API key: where it comes from, where it is kept, and how nginx reads it.
+"""API keys: what one is, how it is kept, and who it belongs to.
 
 Rules:
-- API_KEY wins; else the key in the volume; else one is generated into the volume, once, under a lock;
-- the files that hold a key are readable by their owner only, and a key never stands in `repr`, a log or an argument;
-- nginx compares the whole header, case-sensitively; with no key in its file it lets nobody in.
+- only a salted hash of a key is kept, so that nobody who reads the file can call the API. A fast keyed hash is enough:
+  a generated key has 256 random bits, which no amount of guessing finds (a slow hash protects short passwords, and
+  would cost every request its time). A weak key that a user chose as API_KEY is hashed too, but only within RUN_DIR;
+- a given key is compared with every kept one in constant time, with no early exit;
+- a key, a salt or a hash never stands in `repr`, a log, an argument or an error.
 """
 
 from __future__ import annotations
 
-import fcntl
-import logging
-import os
+import hmac
+import re
 import secrets
-import stat
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Literal
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from datetime import UTC, date, datetime
+from typing import Any
 
-from shoehorn.errors import SettingsError
-from shoehorn.files import write_atomic
-from shoehorn.settings import TABLE, Settings
+from shoehorn.settings import parse_key
+from shoehorn.units import parse_size
 
-log = logging.getLogger("keys")
+DEFAULT_NAME = "default"
+"""The name of the key from API_KEY, and of the one that is generated at the first start."""
 
-_parse = next(row.parse for row in TABLE if row.name == "API_KEY")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
+_DURATION = re.compile(r"([0-9]{1,5})([mhdw])")
+_UNIT_SECONDS = {"m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
+_SALT_BYTES = 16
 
 
 @dataclass(frozen=True)
-class ApiKey:
-    """A key, and where it comes from: API_KEY, just generated, or generated before and kept in the volume."""
+class Limits:
+    """What one key may do; None means no limit.
 
-    value: str = field(repr=False)
-    origin: Literal["setting", "generated", "volume"]
+    Attributes:
+        requests_per_minute: requests admitted in any 60 s.
+        concurrent: requests at the same time.
+        max_tokens: tokens of one request's answer.
+        body_bytes: size of one request.
+    """
+
+    requests_per_minute: int | None = None
+    concurrent: int | None = None
+    max_tokens: int | None = None
+    body_bytes: int | None = None
+
+    @classmethod
+    def parse(cls, words: Mapping[str, str]) -> Limits:
+        """Limits as a person writes them; `body_bytes` may be a size such as 1MiB.
+
+        Raises:
+            ValueError: an unknown name, or a value that is no whole number from 1 on.
+        """
+        known = {each.name for each in fields(cls)}
+        if unknown := set(words) - known:
+            raise ValueError(f"{sorted(unknown)[0]!r} is no limit; there are {', '.join(sorted(known))}")
+        return cls(**{name: parse_size(text) if name == "body_bytes" else _count(name, text)
+                      for name, text in words.items()})
+
+    def header(self) -> str:
+        """The limits for the engine, `requests_per_minute=60;concurrent=4`; absent ones are left out."""
+        return ";".join(f"{name}={value}" for name, value in self.given().items())
+
+    def given(self) -> dict[str, int]:
+        """The limits that there are, by name."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
-def path(settings: Settings) -> Path:
-    """Where the volume keeps a generated key."""
-    return settings.models_dir / ".shoehorn" / "api_key"
+@dataclass(frozen=True)
+class Key:
+    """One key as it is kept. Times are Unix time in seconds; `expires` is None for never."""
+
+    name: str
+    salt: bytes = field(repr=False)
+    digest: bytes = field(repr=False)
+    created: float
+    expires: float | None = None
+    limits: Limits = Limits()
+
+    @classmethod
+    def make(cls, name: str, token: str, created: float, expires: float | None = None,
+             limits: Limits | None = None) -> Key:
+        """Hash `token` with a salt of its own.
+
+        Raises:
+            ValueError: no name or no token that a key may have.
+        """
+        salt = secrets.token_bytes(_SALT_BYTES)
+        return cls(parse_name(name), salt, _digest(salt, parse_key(token).encode("ascii")), created, expires,
+                   limits or Limits())
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> Key:
+        """The reverse of `to_json`.
+
+        Raises:
+            ValueError, TypeError, KeyError, AttributeError: it is something else.
+        """
+        salt, digest = bytes.fromhex(document["salt"]), bytes.fromhex(document["digest"])
+        if len(salt) != _SALT_BYTES or len(digest) != len(_digest(b"", b"")):
+            raise ValueError("a hash of the wrong length")
+        expires = document["expires"]
+        limits = {name: str(value) for name, value in document["limits"].items()}
+        return cls(parse_name(document["name"]), salt, digest, float(document["created"]),
+                   None if expires is None else float(expires), Limits.parse(limits))
+
+    def to_json(self) -> dict[str, object]:
+        """The key for a JSON file."""
+        return {"name": self.name, "salt": self.salt.hex(), "digest": self.digest.hex(), "created": self.created,
+                "expires": self.expires, "limits": self.limits.given()}
+
+    def is_of(self, token: bytes) -> bool:
+        """Whether this is the key that `token` opens; takes as long either way."""
+        return hmac.compare_digest(_digest(self.salt, token), self.digest)
 
 
-def in_force(settings: Settings) -> ApiKey | None:
-    """The key of these settings; None when none was set or generated yet.
+class Keyring:
+    """Keys in force, each name once.
+
+    A token that was found is remembered under a hash with a secret of this process, so that the next request with it
+    costs one hash however many keys there are; tokens that open nothing are not remembered.
+    """
+
+    def __init__(self, keys: Iterable[Key]) -> None:
+        self.keys = {key.name: key for key in keys}
+        self._secret = secrets.token_bytes(_SALT_BYTES)
+        self._found: dict[bytes, Key] = {}
+
+    def find(self, token: bytes) -> Key | None:
+        """The key that `token` opens, expired or not."""
+        seen = _digest(self._secret, token)
+        if key := self._found.get(seen):
+            return key
+        found = None
+        for key in self.keys.values():
+            if key.is_of(token):
+                found = key
+        if found:
+            self._found[seen] = found
+        return found
+
+
+def new_token() -> str:
+    """A new key: 32 random bytes behind `sk-`."""
+    return "sk-" + secrets.token_urlsafe(32)
+
+
+def parse_name(text: object) -> str:
+    """A key's name.
 
     Raises:
-        SettingsError: the volume's key cannot be read, or is damaged.
+        ValueError: it is none; the text is not shown, since it may be a key in the wrong place.
     """
-    if settings.api_key:
-        return ApiKey(settings.api_key, "setting")
-    value = _read(path(settings))
-    return ApiKey(value, "volume") if value else None
+    if not isinstance(text, str) or not _NAME.fullmatch(text):
+        raise ValueError("a name has 1 to 64 characters out of A-Z a-z 0-9 . _ @ - and begins with a letter or digit")
+    return text
 
 
-def ensure(settings: Settings) -> ApiKey:
-    """The key of these settings; generates one when there is none.
+def parse_expiry(text: str, now: float) -> float:
+    """The Unix time of `30d`, `12h`, `90m`, `2w` from `now`, or of the beginning of a day (UTC), `2027-01-31`.
 
     Raises:
-        SettingsError: the volume's key cannot be read or written, or is damaged.
+        ValueError: it is none of these.
     """
-    if settings.api_key:
-        return ApiKey(settings.api_key, "setting")
-    with _locked(path(settings)):
-        return in_force(settings) or _generate(path(settings))
+    if match := _DURATION.fullmatch(text):
+        return now + int(match[1]) * _UNIT_SECONDS[match[2]]
+    try:
+        return parse_day(text)
+    except ValueError:
+        raise ValueError(f"{text!r} is no time; write 30d, 12h or a day such as 2027-01-31") from None
 
 
-def rotate(settings: Settings) -> ApiKey:
-    """Put a new generated key in the place of the volume's.
+def parse_day(text: str) -> float:
+    """The Unix time at which a day begins (UTC), `2027-01-31`.
 
     Raises:
-        SettingsError: the key in force comes from API_KEY, or the volume cannot be written.
+        ValueError: it is no day.
     """
-    if settings.api_key:
-        raise SettingsError("The key in force comes from API_KEY (or API_KEY_FILE), so it cannot be rotated here.",
-                            "Change it where you set it and restart; or unset it to have keys generated.")
-    with _locked(path(settings)):
-        return _generate(path(settings))
-
-
-def write_map(run_dir: Path, keys: Sequence[str]) -> Path:
-    """Write what nginx includes to check keys, `keys.map`; returns its path. Without keys it lets nobody in.
-
-    Raises:
-        ValueError: a key has characters or a length that no key may have.
-    """
-    lines = "".join(f'"~^(?i:Bearer) +{_pattern(key)}$" 1;\n' for key in keys)
-    target = run_dir / "keys.map"
-    write_atomic(target, lines, 0o600)
-    return target
-
-
-def _pattern(key: str) -> str:
-    """The key as a regular expression; of the characters that a key may have, two are special there."""
-    return str(_parse(key)).replace(".", "[.]").replace("+", "[+]")
-
-
-def _generate(file: Path) -> ApiKey:
-    value = "sk-" + secrets.token_urlsafe(32)
     try:
-        write_atomic(file, value + "\n", 0o600)
-    except OSError as error:
-        raise _unusable(file, error) from error
-    return ApiKey(value, "generated")
+        day = date.fromisoformat(text)
+    except ValueError:
+        raise ValueError(f"{text!r} is no day; write it like 2027-01-31") from None
+    return datetime(day.year, day.month, day.day, tzinfo=UTC).timestamp()
 
 
-def _read(file: Path) -> str | None:
-    """The key in `file`, made private first if it is not; None when there is no such file."""
-    try:
-        with file.open(encoding="utf-8", errors="replace") as opened:
-            _make_private(file, opened.fileno())
-            text = opened.read(1024).strip()
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise _unusable(file, error) from error
-    try:
-        return str(_parse(text))
-    except ValueError as error:
-        raise SettingsError(f"{file} holds no usable key: {error}.",
-                            "Delete the file to have a new key generated, or set API_KEY.") from None
+def _count(name: str, text: str) -> int:
+    if not re.fullmatch("[0-9]{1,9}", text) or int(text) < 1:
+        raise ValueError(f"{name}={text!r} is no whole number from 1 on")
+    return int(text)
 
 
-def _make_private(file: Path, descriptor: int) -> None:
-    others = stat.S_IRWXG | stat.S_IRWXO
-    if not os.fstat(descriptor).st_mode & others:
-        return
-    os.fchmod(descriptor, stat.S_IRUSR | stat.S_IWUSR)
-    if os.fstat(descriptor).st_mode & others:
-        log.warning("%s can be read by others, and its volume keeps no file modes. Set API_KEY_FILE instead.", file)
-    else:
-        log.warning("%s could be read by others; now only by its owner. If somebody else had access to it, type: "
-                    "shoehorn keys rotate", file)
-
-
-@contextmanager
-def _locked(file: Path) -> Iterator[None]:
-    """One process at a time, also from other containers on the same volume."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(file.with_name("api_key.lock"), os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise _unusable(file, error) from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _unusable(file: Path, error: OSError) -> SettingsError:
-    return SettingsError(f"The API key {file} cannot be read or written by user {os.geteuid()}: {error.strerror}.",
-                         "Give that user the volume (sudo chown -R), or set API_KEY.")
+def _digest(salt: bytes, token: bytes) -> bytes:
+    return hmac.digest(salt, token, "sha256")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -19,34 +20,44 @@ log = logging.getLogger("engine")
 _TIMEOUT_SECONDS = 1800.0
 """A pass over offloaded weights takes seconds; a full batch on a slow link takes a few of them."""
 
+MOST_PROMPTS = 128
+"""Of one request: what the engine is told to accept (`withheld`)."""
+
 TOKEN = 10
 """Any token: every vocabulary has it."""
 
 _SHORT = 4
 
 
-def requests(options: Mapping[str, object], model: str) -> list[dict[str, Any]]:
-    """The bodies of the proving completions: a prompt that fills a batch, then one token for every sequence."""
+def rounds(options: Mapping[str, object], model: str) -> list[list[dict[str, Any]]]:
+    """The bodies of the proving completions, those of a round to be sent together.
+
+    A prompt that fills a batch, then one token for every sequence, in requests of as many prompts as one may have.
+    """
     length, tokens = int(str(options["max-model-len"])), int(str(options["max-num-batched-tokens"]))
     sequences = int(str(options["max-num-seqs"]))
-    longest = max(1, min(length - 1, tokens))
     common = {"model": model, "max_tokens": 1, "temperature": 0}
-    bodies = [{**common, "prompt": [TOKEN] * longest}]
+    found = [[{**common, "prompt": [TOKEN] * max(1, min(length - 1, tokens))}]]
     if sequences > 1 and length > _SHORT:
-        bodies.append({**common, "prompt": [[TOKEN] * _SHORT] * sequences})
-    return bodies
+        found.append([{**common, "prompt": [[TOKEN] * _SHORT] * min(MOST_PROMPTS, sequences - begun)}
+                      for begun in range(0, sequences, MOST_PROMPTS)])
+    return found
 
 
 def prove(transport: httpx.BaseTransport, options: Mapping[str, object], model: str) -> bool:
     """False when the engine failed over what the plan promises."""
-    with httpx.Client(transport=transport, timeout=_TIMEOUT_SECONDS) as client:
-        for body in requests(options, model):
-            try:
-                answer = client.post("http://engine/v1/completions", json=body)
-            except httpx.TransportError as error:
-                log.warning("the engine did not survive its first full batch (%s)", type(error).__name__)
-                return False
-            if answer.status_code >= httpx.codes.INTERNAL_SERVER_ERROR:
-                log.warning("the engine answered its first full batch with %d: %.300s", answer.status_code, answer.text)
-                return False
+    with httpx.Client(transport=transport, timeout=_TIMEOUT_SECONDS) as client, ThreadPoolExecutor() as threads:
+        return all(all(list(threads.map(lambda body: _served(client, body), bodies)))
+                   for bodies in rounds(options, model))
+
+
+def _served(client: httpx.Client, body: Mapping[str, Any]) -> bool:
+    try:
+        answer = client.post("http://engine/v1/completions", json=body)
+    except httpx.TransportError as error:
+        log.warning("the engine did not survive its first full batch (%s)", type(error).__name__)
+        return False
+    if answer.status_code >= httpx.codes.INTERNAL_SERVER_ERROR:
+        log.warning("the engine answered its first full batch with %d: %.300s", answer.status_code, answer.text)
+        return False
     return True

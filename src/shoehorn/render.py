@@ -14,18 +14,25 @@ from pathlib import Path
 
 import yaml
 
+from shoehorn.drain import MARGIN_SECONDS
 from shoehorn.files import write_atomic
 from shoehorn.settings import Settings
 
 ENGINE_STOP_SECONDS = 15
 """The longest that ending the engine takes, SIGKILL included."""
 
+ENGINE_DEFAULT_SEQUENCES = 256
+"""What vLLM runs at a time when nobody says."""
+
+QUEUE_FACTOR = 4
+"""Requests that may wait for each one that runs, unless MAX_QUEUED_REQUESTS says otherwise."""
+
 
 def engine_arguments(settings: Settings, plan_arguments: Mapping[str, object], model: Path) -> dict[str, object]:
     """vLLM's options: what the plan decided and what the appliance fixes.
 
-    The engine listens on a Unix socket only, shows no documentation pages, writes no access log (the gateway does), and
-    keeps idle streams alive with a comment every 15 s.
+    The engine listens on a Unix socket only, shows no documentation pages, writes no access log (the gateway does),
+    keeps idle streams alive with a comment every 15 s, and lets the appliance's middleware hold keys to their limits.
     """
     return {
         **plan_arguments,
@@ -35,7 +42,16 @@ def engine_arguments(settings: Settings, plan_arguments: Mapping[str, object], m
         "disable-fastapi-docs": True,
         "disable-uvicorn-access-log": True,
         "sse-keep-alive-interval": 15,
+        "middleware": ["shoehorn_vllm.middleware.Gate"],
     }
+
+
+def most_requests(settings: Settings, plan_arguments: Mapping[str, object]) -> int:
+    """How many requests the engine may hold at a time, running and queued, before more are refused."""
+    running = plan_arguments.get("max-num-seqs")
+    running = running if isinstance(running, int) else ENGINE_DEFAULT_SEQUENCES
+    queued = settings.max_queued_requests
+    return running + (queued if queued is not None else QUEUE_FACTOR * running)
 
 
 def engine_socket(settings: Settings) -> Path:
@@ -54,8 +70,8 @@ def write_engine_config(settings: Settings, plan_arguments: Mapping[str, object]
 def supervisord_config(settings: Settings, user: str | None) -> str:
     """The text of `supervisord.conf`.
 
-    Programs stop in the order of falling priority, each before the next: the gateway first, since the engine does not
-    end while a client's stream is open.
+    Programs stop in the order of falling priority, each before the next: the engine first, which drains, while the
+    gateway still carries its last answers and refuses new requests.
 
     Args:
         user: the user's name when running as root (supervisord complains otherwise); else None.
@@ -78,14 +94,19 @@ def supervisord_config(settings: Settings, user: str | None) -> str:
         "startretries": "5", "stopwaitsecs": "3", "killasgroup": "true", **to_stdout,
     }
     config["program:engine"] = {
-        "command": _command([*python, "shoehorn.engine"]), "priority": "300", "startsecs": "0",
+        "command": _command([*python, "shoehorn.engine"]), "priority": "400", "startsecs": "0",
         # An exit with one of Shoehorn's own codes is its last word, and the watcher ends the container. Any other
         # (a kill, a defect) is tried again, within the budget that the engine program keeps.
         "autorestart": "unexpected", "exitcodes": "0,2,3,4,5",
-        "stopwaitsecs": str(ENGINE_STOP_SECONDS + 5), "killasgroup": "true", **to_stdout,
+        "stopwaitsecs": str(settings.drain_timeout + MARGIN_SECONDS + ENGINE_STOP_SECONDS + 5), "killasgroup": "true",
+        **to_stdout,
+    }
+    config["program:keys"] = {
+        "command": _command([*python, "shoehorn.key_service"]), "priority": "250", "autorestart": "true",
+        "startretries": "5", "stopwaitsecs": "5", "killasgroup": "true", **to_stdout,
     }
     config["program:gateway"] = {
-        "command": _command(["nginx", "-c", str(settings.run_dir / "nginx.conf"), "-e", "stderr"]), "priority": "400",
+        "command": _command(["nginx", "-c", str(settings.run_dir / "nginx.conf"), "-e", "stderr"]), "priority": "300",
         "autorestart": "true", "startretries": "5", "stopsignal": "QUIT",
         "stopwaitsecs": str(settings.drain_timeout + 2), "killasgroup": "true", **to_stdout,
     }

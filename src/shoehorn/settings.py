@@ -10,6 +10,7 @@ Rules:
 
 from __future__ import annotations
 
+import ipaddress
 import re
 import shlex
 from collections.abc import Callable, Mapping
@@ -22,6 +23,7 @@ from shoehorn.units import parse_size
 
 _MODEL_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _KEY = re.compile(r"[A-Za-z0-9._~+/=-]{8,512}")
+_ORIGIN = re.compile(r"https?://(?:[a-z0-9](?:[a-z0-9.-]*[a-z0-9])?|\[[0-9a-f:.]+\])(?::[0-9]{1,5})?")
 
 
 @dataclass(frozen=True)
@@ -89,10 +91,36 @@ def _served_name(text: str) -> str:
     return text
 
 
-def _key(text: str) -> str:
+def parse_key(text: str) -> str:
+    """An API key as a client sends it. The error never shows the key.
+
+    Raises:
+        ValueError: it has characters or a length that no key may have.
+    """
     if not _KEY.fullmatch(text):
-        raise ValueError("a key has 8 to 512 characters out of A-Z a-z 0-9 . _ ~ + / = -")  # never shows the key
+        raise ValueError("a key has 8 to 512 characters out of A-Z a-z 0-9 . _ ~ + / = -")
     return text
+
+
+def _networks(text: str) -> tuple[str, ...]:
+    found = []
+    for word in re.split(r"[\s,]+", text.strip(" ,")):
+        try:
+            found.append(str(ipaddress.ip_network(word)))
+        except ValueError:
+            raise ValueError(f"{word!r} is no address or network; write 10.0.0.1 or 10.0.0.0/8") from None
+    return tuple(found)
+
+
+def _origins(text: str) -> tuple[str, ...]:
+    words = tuple(re.split(r"[\s,]+", text.strip(" ,")))
+    if words == ("*",):
+        return words
+    for word in words:
+        if not _ORIGIN.fullmatch(word):
+            raise ValueError(f"{word!r} is no origin; write https://chat.example.com, with the port where it is not "
+                             "the usual one, in small letters and without a path (or * alone)")
+    return words
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -105,9 +133,12 @@ def _words(text: str) -> tuple[str, ...]:
 TABLE: tuple[Setting, ...] = (
     Setting("MODEL_ID", "deepseek-ai/DeepSeek-R1-Distill-Llama-70B",
             "The model: OWNER/NAME on the hub, or the path of a folder when MODEL_SOURCE=local.", _model_id),
-    Setting("MODEL_SOURCE", "modelscope", "Where the model comes from: `modelscope`, or `local` for a folder "
-            "that is used where it lies.", _one_of("modelscope", "local")),
-    Setting("MODEL_REVISION", "master", "Branch, tag or commit on the hub.", _revision),
+    Setting("MODEL_SOURCE", "modelscope", "Where the model comes from: `modelscope`, `huggingface`, or `local` for a "
+            "folder that is used where it lies.", _one_of("modelscope", "huggingface", "local")),
+    Setting("MODEL_REVISION", "", "Branch, tag or commit on the hub; when not set, `master` on ModelScope and `main` "
+            "on Hugging Face.", _revision),
+    Setting("MODEL_FALLBACK", "no", "Ask the other hub when the chosen one cannot be reached or lacks the model. Its "
+            "files are used only where their SHA-256 are known from the chosen hub, or an earlier pull.", _switch),
     Setting("SERVED_MODEL_NAME", "", "The name that clients use; MODEL_ID when not set.", _served_name),
     Setting("VRAM_PROFILE", "auto", "`auto`, the name of a profile (`shoehorn profiles`), or the path of your own."),
     Setting("VRAM_LIMIT", "", "Use no more than this of each GPU, for example 7GiB.", parse_size),
@@ -117,15 +148,30 @@ TABLE: tuple[Setting, ...] = (
             _integer(16, 10_000_000)),
     Setting("MAX_NUM_SEQS", "", "Most requests that run at the same time; the profile's when not set.",
             _integer(1, 4096)),
+    Setting("MAX_QUEUED_REQUESTS", "", "Most requests that wait for a place; more are refused with 429. Four for each "
+            "that can run when not set.", _integer(0, 100_000)),
     Setting("SPECULATIVE", "auto", "`ngram` guesses tokens from the prompt (good for code edits and summaries); "
             "`auto` and `off` do not.", _one_of("auto", "off", "ngram")),
-    Setting("API_KEY", "", "The bearer key that clients send. When not set, one is generated, kept in MODELS_DIR and "
-            "shown once.", _key, secret=True),
+    Setting("API_KEY", "", "The key that clients send. When neither this nor API_KEYS_FILE is set, the first start "
+            "makes one, shows it in its log, that once, and keeps its hash in MODELS_DIR.", parse_key, secret=True),
+    Setting("API_KEYS_FILE", "", "A mounted file with more keys, one a line: `NAME KEY`, then what limits it has: "
+            "`requests_per_minute=60 concurrent=4 max_tokens=512 body_bytes=1MiB expires=2027-01-31`. Read again when "
+            "it changes: mount the folder that it lies in, not the file.", Path),
+    Setting("TLS_CERT_FILE", "", "The certificate with its chain (PEM), for HTTPS on PORT; plain HTTP is refused then. "
+            "Read again when it changes.", Path),
+    Setting("TLS_KEY_FILE", "", "The certificate's private key (PEM, no password).", Path),
+    Setting("TRUSTED_PROXIES", "", "Addresses or networks of proxies in front, whose `X-Forwarded-For` tells the "
+            "client's address for the log, for example `10.0.0.0/8`.", _networks),
+    Setting("CORS_ALLOWED_ORIGINS", "", "Web pages that may call the API from a browser, for example "
+            "`https://chat.example.com`; `*` for all. None when not set.", _origins),
     Setting("PORT", "6333", "The public port: the API, the page, /livez, /readyz and /status.", _integer(1, 65535)),
     Setting("METRICS_PORT", "6334", "The port of /metrics.", _integer(1, 65535)),
     Setting("VLLM_EXTRA_ARGS", "", "More arguments for vLLM, which win over everything else, for example "
             "`--max-num-batched-tokens 1024`.", _words),
-    Setting("MODELS_DIR", "/models", "The volume: models, their manifests and the generated key.", Path),
+    Setting("MODELS_DIR", "/models", "The volume: models, their manifests, and the hashes of the keys that "
+            "`shoehorn keys` made.", Path),
+    Setting("OFFLINE", "no", "Ask no hub for anything: the model has to lie complete in MODELS_DIR, or in a folder "
+            "with MODEL_SOURCE=local.", _switch),
     Setting("RUN_DIR", "/run/shoehorn", "Sockets, state and process configuration of this start; may be empty "
             "memory (tmpfs).", Path),
     Setting("LOG_FORMAT", "text", "`text`, or `json` for one JSON object a line.", _one_of("text", "json")),
@@ -133,10 +179,12 @@ TABLE: tuple[Setting, ...] = (
             "RUN_DIR/engine.log.", _one_of("stdout", "file")),
     Setting("TRUST_REMOTE_CODE", "no", "Run Python code that comes with the model. Off unless you trust its author.",
             _switch),
-    Setting("DRAIN_TIMEOUT", "20", "Seconds that running answers get to finish when the container is stopped.",
+    Setting("DRAIN_TIMEOUT", "60", "Seconds that running answers get to finish when the container is stopped.",
             _integer(0, 3600)),
     Setting("MODELSCOPE_API_TOKEN", "", "Token for private models on ModelScope.", secret=True),
-    Setting("MODELSCOPE_ENDPOINT", "", "Another address of the hub, for a mirror."),
+    Setting("MODELSCOPE_ENDPOINT", "", "Another address of ModelScope, for a mirror."),
+    Setting("HF_TOKEN", "", "Token for private and gated models on Hugging Face.", secret=True),
+    Setting("HF_ENDPOINT", "", "Another address of Hugging Face, for a mirror."),
 )
 
 
@@ -147,18 +195,26 @@ class Settings:
     model_id: str
     model_source: str
     model_revision: str
+    model_fallback: bool
     served_model_name: str
     vram_profile: str
     vram_limit: int | None
     quantization: str
     max_model_len: int | None
     max_num_seqs: int | None
+    max_queued_requests: int | None
     speculative: str
     api_key: str | None = field(repr=False)
+    api_keys_file: Path | None
+    tls_cert_file: Path | None
+    tls_key_file: Path | None
+    trusted_proxies: tuple[str, ...]
+    cors_allowed_origins: tuple[str, ...]
     port: int
     metrics_port: int
     vllm_extra_args: tuple[str, ...]
     models_dir: Path
+    offline: bool
     run_dir: Path
     log_format: str
     engine_log: str
@@ -166,6 +222,8 @@ class Settings:
     drain_timeout: int
     modelscope_api_token: str | None = field(repr=False)
     modelscope_endpoint: str | None
+    hf_token: str | None = field(repr=False)
+    hf_endpoint: str | None
     given: frozenset[str]
     """Names of the settings that the user gave, in contrast to defaults."""
 
@@ -198,9 +256,16 @@ def load(environment: Mapping[str, str], read_file: Callable[[str], str] | None 
     if mistakes:
         raise SettingsError("\n".join(mistakes),
                             "correct these and start again; docs/configuration.md lists all settings")
+    values["model_revision"] = values["model_revision"] or default_revision(values["model_source"])
     values["served_model_name"] = values["served_model_name"] or _default_name(values)
-    values["vllm_extra_args"] = values["vllm_extra_args"] or ()
+    for name in ("vllm_extra_args", "trusted_proxies", "cors_allowed_origins"):
+        values[name] = values[name] or ()
     return Settings(**values, given=frozenset(given))
+
+
+def default_revision(source: str) -> str:
+    """The branch that a hub's repositories have; `source` is a value of MODEL_SOURCE."""
+    return "main" if source == "huggingface" else "master"
 
 
 def _text(setting: Setting, environment: Mapping[str, str], read: Callable[[str], str]) -> str:
@@ -229,6 +294,8 @@ def _contradictions(values: Mapping[str, Any]) -> list[str]:
     mistakes = []
     if values["port"] == values["metrics_port"]:
         mistakes.append(f"PORT and METRICS_PORT are both {values['port']}; give one of them another number")
+    if (values["tls_cert_file"] is None) != (values["tls_key_file"] is None):
+        mistakes.append("TLS_CERT_FILE and TLS_KEY_FILE belong together; set both or neither")
     is_path = not _MODEL_ID.fullmatch(values["model_id"])
     if values["model_source"] != "local" and is_path:
         mistakes.append(f"MODEL_ID={values['model_id']} is a path, but MODEL_SOURCE={values['model_source']}; "

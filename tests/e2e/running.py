@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -19,6 +20,8 @@ from shoehorn.paths import HOME
 from shoehorn.state import Phase, StateFile
 
 DEMO_MODEL = HOME / "demo" / "model"
+TEST_KEY = "sk-test-key-of-the-appliance"
+_MADE = re.compile(r"which only this start shows: (\S+)")
 KEPT = ("PATH", "HOME", "LANG", "TMPDIR")
 
 
@@ -50,7 +53,9 @@ class Appliance:
         environment |= {
             "MODEL_ID": str(DEMO_MODEL), "MODEL_SOURCE": "local", "SERVED_MODEL_NAME": "shoehorn-demo",
             "VRAM_PROFILE": "cpu", "MODELS_DIR": str(self.models_dir), "RUN_DIR": str(self.run_dir),
-            "PORT": str(self.port), "METRICS_PORT": str(self.metrics_port), "DRAIN_TIMEOUT": "3", **settings}
+            "PORT": str(self.port), "METRICS_PORT": str(self.metrics_port), "DRAIN_TIMEOUT": "3",
+            "API_KEY": TEST_KEY, **settings}
+        self._given_key = environment["API_KEY"]
         self.process = subprocess.Popen([sys.executable, str(HOME / "entrypoint.py")], env=environment,
                                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                                         start_new_session=True)
@@ -66,8 +71,13 @@ class Appliance:
 
     @property
     def key(self) -> str:
-        """The generated key, from the volume."""
-        return (self.models_dir / ".shoehorn" / "api_key").read_text().strip()
+        """The key that was given, or the one that the start made and printed."""
+        if self._given_key:
+            return self._given_key
+        wait_until(lambda: _MADE.search(self.output), 30, "the key is printed")
+        found = _MADE.search(self.output)
+        assert found
+        return found[1]
 
     @property
     def phase(self) -> Phase:

@@ -165,11 +165,12 @@ def test_the_log_shows_requests_and_no_secret(tmp_path: Path, form: str) -> None
     if form == "json":
         first, second, third = map(json.loads, lines)
         assert (first["method"], first["path"], first["status"]) == ("POST", "/v1/completions", 200)
+        assert (first["key"], second["key"], first["client"]) == ("default", "", "127.0.0.1")
         assert first["request_id"] == answer.headers["x-request-id"]
         assert (second["status"], third["status"]) == (401, 400)
     else:
         assert re.fullmatch(r"\d\d:\d\d:\d\d gateway INFO POST /v1/completions 200, \d+ bytes in [\d.]+ s, "
-                            + answer.headers["x-request-id"], lines[0])
+                            r"key default, from 127\.0\.0\.1, " + answer.headers["x-request-id"], lines[0])
 
 
 class _Addresses(HTMLParser):

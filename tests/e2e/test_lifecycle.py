@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import httpx
 import pytest
+from clients import ERROR_ENDS, Asking
 from running import DEMO_MODEL, Appliance, wait_until
 
+from fakes import certificates
 from fakes.hub import Hub
 from shoehorn.state import Phase, StateFile
 
@@ -37,37 +38,21 @@ def test_while_loading_it_says_so_and_a_stop_is_obeyed(start: Start) -> None:
     assert appliance.end(signal.SIGTERM, seconds=30) == 0
 
 
-def test_a_stop_while_a_stream_runs_ends_it(start: Start) -> None:
-    appliance = start()
-    appliance.wait_for(Phase.READY)
-    begun, ended = threading.Event(), threading.Event()
-
-    def stream() -> None:
-        body = {"model": "shoehorn-demo", "stream": True, "ignore_eos": True, "max_tokens": 900,
-                "messages": [{"role": "user", "content": "hello"}]}
-        try:
-            with httpx.stream("POST", f"{appliance.url}/v1/chat/completions", json=body, headers=appliance.headers(),
-                              timeout=60) as answer:
-                for _ in answer.iter_lines():
-                    begun.set()
-        except httpx.TransportError:
-            pass  # cut off, as announced by DRAIN_TIMEOUT
-        ended.set()
-
-    thread = threading.Thread(target=stream)
-    thread.start()
-    assert begun.wait(30)
-    assert appliance.end(signal.SIGINT, seconds=20) == 0  # Ctrl-C
-    assert ended.wait(5)
-    thread.join()
-
-
 @pytest.mark.parametrize("victim", ["VLLM::EngineCor", "api_server.entry"])
 def test_a_killed_engine_comes_back_by_itself(appliance: Appliance, victim: str) -> None:
     before = StateFile(appliance.run_dir).read().restarts
     core = appliance.find("VLLM::EngineCor")
+    stream = Asking(appliance, n=8)
+    wait_until(lambda: stream.text, 30, "a stream has begun")
+    core.suspend()
+    waiting = [Asking(appliance, path) for path in ERROR_ENDS]
+    wait_until(lambda: all(asking.began.is_set() for asking in waiting), 20, "idle streams have their headers")
     appliance.find(victim).send_signal(signal.SIGKILL)
     wait_until(lambda: appliance.phase is Phase.LOADING, 20, "the death is noticed")
+    if victim == "VLLM::EngineCor":  # without the API server nobody is left to say anything
+        for asking in (stream, *waiting):
+            asking.finish()
+            assert asking.last.startswith(ERROR_ENDS[asking.path]), (asking.path, asking.text[-500:])
     answer = _chat(appliance)
     assert answer.status_code == 503
     assert answer.json()["error"]["code"] == "model_not_ready"
@@ -77,7 +62,18 @@ def test_a_killed_engine_comes_back_by_itself(appliance: Appliance, victim: str)
     assert StateFile(appliance.run_dir).read().restarts == before + 1
 
 
-@pytest.mark.parametrize("victim", ["shoehorn.exporter", "nginx: master", "shoehorn.watcher"])
+def test_an_engine_that_hangs_is_found_out_and_started_again(appliance: Appliance) -> None:
+    core = appliance.find("VLLM::EngineCor")
+    core.suspend()
+    assert httpx.get(f"{appliance.url}/readyz", timeout=5).status_code == 200, "vLLM's own health sees nothing"
+    wait_until(lambda: appliance.phase is not Phase.READY, 90, "the hang is found")
+    wait_until(lambda: not core.is_running(), 10, "the hung engine core is gone")
+    appliance.wait_for(Phase.READY)
+    assert "Shoehorn" in _chat(appliance).json()["choices"][0]["message"]["content"]
+    assert "The engine hangs" in appliance.output
+
+
+@pytest.mark.parametrize("victim", ["shoehorn.exporter", "nginx: master", "shoehorn.watcher", "shoehorn.key_service"])
 def test_a_killed_helper_comes_back_and_serving_goes_on(appliance: Appliance, victim: str) -> None:
     old = appliance.find(victim)
     old.send_signal(signal.SIGKILL)
@@ -125,6 +121,16 @@ def test_bad_settings_end_with_code_2_before_anything_starts(start: Start) -> No
     assert appliance.wait(20) == 2
     assert "PORT: 'high'" in appliance.output
     assert "DRAIN_TIMEOUT: 'soon'" in appliance.output
+
+
+def test_a_certificate_without_its_own_key_ends_with_code_2_and_makes_no_key(start: Start, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    cert, _ = certificates.write(tmp_path)
+    _, key = certificates.write(tmp_path / "other")
+    appliance = start(TLS_CERT_FILE=str(cert), TLS_KEY_FILE=str(key), API_KEY="")
+    assert appliance.wait(20) == 2
+    assert "the key does not belong to the certificate" in appliance.output
+    assert not (appliance.models_dir / ".shoehorn" / "keys.json").exists()
 
 
 def test_a_taken_port_is_named_at_once(start: Start, appliance: Appliance) -> None:

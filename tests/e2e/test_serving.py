@@ -28,7 +28,7 @@ def _ask(question: str) -> dict[str, object]:
 def test_the_start_tells_each_phase_and_ends_in_a_curl_with_the_key(appliance: Appliance) -> None:
     assert re.search(r"engine INFO plan: profile cpu", appliance.output)
     assert re.search(r"engine INFO ready after \d+ s", appliance.output)
-    assert appliance.output.count(appliance.key) == 1, "a generated key is shown exactly once"
+    assert appliance.output.count(appliance.key) == 2, "shown when it is made and in the curl, by that start alone"
     assert f'curl -N {appliance.url}/v1/chat/completions -H "Authorization: Bearer {appliance.key}"' in appliance.output
 
 
@@ -89,6 +89,24 @@ def test_the_engine_itself_listens_on_no_port(appliance: Appliance) -> None:
                  for connection in process.net_connections("inet")
                  if connection.status == "LISTEN" and connection.laddr.ip not in ("127.0.0.1", "::1")}
     assert {port for _, port in listening} == {appliance.port, appliance.metrics_port}
+
+
+def test_a_key_with_limits_is_held_to_them_until_it_is_revoked(appliance: Appliance) -> None:
+    def keys(*words: str) -> str:
+        environment = {**os.environ, "MODELS_DIR": str(appliance.models_dir), "RUN_DIR": str(appliance.run_dir)}
+        return subprocess.run([sys.executable, "-m", "shoehorn.cli", "keys", *words], capture_output=True, text=True,
+                              timeout=20, check=True, env=environment).stdout.strip()
+
+    headers = {"X-Api-Key": keys("add", "limited", "--requests-per-minute", "1", "--max-tokens", "3")}
+    body = {**_ask("hello"), "ignore_eos": True}
+    first = httpx.post(f"{appliance.url}/v1/chat/completions", json=body, headers=headers, timeout=60)
+    assert first.json()["usage"]["completion_tokens"] == 3
+    second = httpx.post(f"{appliance.url}/v1/messages", json={**body, "max_tokens": 3}, headers=headers, timeout=60)
+    assert (second.status_code, second.json()["error"]["type"]) == (429, "rate_limit_error")
+    assert int(second.headers["retry-after"]) >= 1
+    keys("revoke", "limited")
+    revoked = httpx.post(f"{appliance.url}/v1/chat/completions", json=body, headers=headers, timeout=60)
+    assert revoked.status_code == 401
 
 
 def test_the_key_stands_in_no_arguments_or_environment(appliance: Appliance) -> None:

@@ -35,6 +35,7 @@ class FakeEngine:
     def __init__(self, path: Path) -> None:
         self.requests: list[Received] = []
         self.health_status = 200
+        self.answer_status = 200
         self.hung = False
         self.absent: set[str] = set()
         self.left = threading.Event()
@@ -135,7 +136,7 @@ class _Handler(BaseHTTPRequestHandler):
             if not engine.wait_for_leave(self.connection):
                 self.close_connection = True
                 return None
-        return self._send(int(steer.get("status", 200)), json.dumps({"engine": path}).encode(),
+        return self._send(int(steer.get("status", engine.answer_status)), json.dumps({"engine": path}).encode(),
                           steer.get("headers", {}))
 
     def _send(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:

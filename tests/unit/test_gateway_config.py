@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from shoehorn import gateway
 from shoehorn.errors import SettingsError
-from shoehorn.gateway import ROUTES, error_body, quote, render
+from shoehorn.gateway import ROUTES, error_bodies, quote, render
 from shoehorn.settings import load
 
 
@@ -61,10 +60,11 @@ def test_settings_reach_the_configuration(tmp_path: Path) -> None:
 
 
 def test_the_engine_is_reached_by_the_listed_routes_and_health_only(tmp_path: Path) -> None:
-    passed = _words(_render(tmp_path), "proxy_pass")
-    assert sorted(passed) == sorted([f"http://engine{route.path}" for route in ROUTES] + ["http://engine/health"])
-    assert "*" not in str(passed)
-    assert "$" not in str(passed)
+    text = _render(tmp_path)
+    assert sorted(_words(text, "proxy_pass")) == ["http://engine$engine_path", "http://engine/health", "http://keys/"]
+    paths = re.findall(r'^ *set \$engine_path "(.*)";', text, re.M)
+    assert sorted(paths) == sorted([*(route.path for route in ROUTES), ""])  # "" is answered by nginx itself
+    assert "*" not in str(paths)
 
 
 def test_nothing_is_written_outside_the_run_directory(tmp_path: Path) -> None:
@@ -77,13 +77,35 @@ def test_nothing_is_written_outside_the_run_directory(tmp_path: Path) -> None:
 
 def test_the_configuration_holds_no_key(tmp_path: Path) -> None:
     assert "canary" not in _render(tmp_path, API_KEY="sk-canary-key")
+    assert "PRIVATE" not in _render(tmp_path, TLS_CERT_FILE="/c", TLS_KEY_FILE="/k")
+
+
+def test_every_way_to_the_engine_lies_behind_the_key(tmp_path: Path) -> None:
+    text = _render(tmp_path)
+    api = text[text.index('location ^~ /v1/ {'):text.index("location @engine {")]
+    assert "auth_request /.shoehorn/key;" in api
+    assert "auth_request off" not in text
+    assert text.count("try_files /nothing @engine;") == api.count("try_files /nothing @engine;") == len(ROUTES) + 1
+    assert text.count("@engine;") == len(ROUTES) + 1
+
+
+def test_what_is_off_leaves_nothing_behind(tmp_path: Path) -> None:
+    plain = _render(tmp_path)
+    for word in ("ssl", "http2", "realip", "real_ip", "Access-Control", "preflight"):
+        assert word not in plain
+    secure = _render(tmp_path, TLS_CERT_FILE="/c", TLS_KEY_FILE="/k", TRUSTED_PROXIES="10.0.0.0/8",
+                     CORS_ALLOWED_ORIGINS="https://a.example")
+    assert _words(secure, "listen") == ["6333", "default_server", "ssl", "http2"]
+    assert _words(secure, "set_real_ip_from") == ["10.0.0.0/8"]
+    assert '"https://a.example" "https://a.example";' in secure
+    assert "/c" not in _words(secure, "ssl_certificate")  # the checked copy in RUN_DIR
 
 
 @pytest.mark.parametrize(("status", "kind"), [(400, "invalid_request_error"), (429, "rate_limit_error"),
                                               (500, "server_error")])
 def test_errors_have_openais_form(status: int, kind: str) -> None:
-    error = json.loads(error_body("a_code", "Words.", status))["error"]
-    assert error == {"message": "Words.", "type": kind, "param": None, "code": "a_code"}
+    bodies = error_bodies("a_code", "Words.", status)
+    assert json.loads(bodies["openai"])["error"] == {"message": "Words.", "type": kind, "param": None, "code": "a_code"}
 
 
 def test_a_relative_run_directory_becomes_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,8 +113,10 @@ def test_a_relative_run_directory_becomes_absolute(tmp_path: Path, monkeypatch: 
     assert _words(_render(Path("run")), "pid") == [str(tmp_path / "run" / "nginx.pid")]
 
 
-@pytest.mark.parametrize("content", [None, "", "nonsense", "1", "99999999"])
-def test_no_running_gateway_is_found_where_none_is(tmp_path: Path, content: str | None) -> None:
-    if content is not None:
-        (tmp_path / "nginx.pid").write_text(content)
-    assert gateway.master(tmp_path) is None
+@pytest.mark.parametrize(("status", "kind"), [
+    (400, "invalid_request_error"), (401, "authentication_error"), (404, "not_found_error"), (405,
+     "invalid_request_error"), (413, "request_too_large"), (429, "rate_limit_error"), (500, "api_error"),
+    (503, "overloaded_error")])
+def test_errors_have_anthropics_form_too(status: int, kind: str) -> None:
+    body = json.loads(error_bodies("a_code", "Words.", status)["anthropic"])
+    assert body == {"type": "error", "error": {"type": kind, "message": "Words."}}

@@ -10,9 +10,11 @@ import pytest
 import yaml
 from supervisor.options import ServerOptions
 
+from shoehorn.drain import MARGIN_SECONDS
 from shoehorn.render import (
     ENGINE_STOP_SECONDS,
     engine_arguments,
+    most_requests,
     supervisord_config,
     write_engine_config,
     write_supervisord_config,
@@ -35,22 +37,22 @@ def _parsed(settings: Settings) -> ServerOptions:
 def test_supervisord_reads_what_was_meant(tmp_path: Path, name: str) -> None:
     settings = _settings(tmp_path / name)
     programs = {config.name: config.process_configs[0] for config in _parsed(settings).process_group_configs}
-    assert set(programs) == {"watcher", "exporter", "engine", "gateway"}
+    assert set(programs) == {"watcher", "exporter", "engine", "keys", "gateway"}
     assert shlex.split(programs["gateway"].command)[:3] == ["nginx", "-c", str(settings.run_dir / "nginx.conf")]
     assert shlex.split(programs["watcher"].command) == [sys.executable, "-m", "shoehorn.watcher", str(settings.run_dir)]
 
 
-def test_programs_stop_gateway_first_and_watcher_last(tmp_path: Path) -> None:
+def test_programs_stop_engine_first_and_watcher_last(tmp_path: Path) -> None:
     groups = sorted(_parsed(_settings(tmp_path)).process_group_configs, key=lambda group: -group.priority)
-    assert [group.name for group in groups] == ["gateway", "engine", "exporter", "watcher"]
+    assert [group.name for group in groups] == ["engine", "gateway", "keys", "exporter", "watcher"]
 
 
 def test_each_program_has_time_to_end_and_leaves_no_group(tmp_path: Path) -> None:
     groups = _parsed(_settings(tmp_path, DRAIN_TIMEOUT="40")).process_group_configs
     programs = {group.name: group.process_configs[0] for group in groups}
     assert programs["gateway"].stopwaitsecs > 40
-    assert programs["engine"].stopwaitsecs > ENGINE_STOP_SECONDS
-    assert all(programs[name].killasgroup for name in ("gateway", "engine", "exporter"))
+    assert programs["engine"].stopwaitsecs > 40 + MARGIN_SECONDS + ENGINE_STOP_SECONDS
+    assert all(programs[name].killasgroup for name in ("gateway", "keys", "engine", "exporter"))
     assert not programs["engine"].stopasgroup
 
 
@@ -88,3 +90,10 @@ def test_no_secret_stands_in_a_rendered_file(tmp_path: Path) -> None:
     write_supervisord_config(settings, None)
     write_engine_config(settings, {}, tmp_path)
     assert not [file for file in tmp_path.iterdir() if "canary" in file.read_text()]
+
+
+def test_the_queue_is_bounded_whatever_is_set(tmp_path: Path) -> None:
+    assert most_requests(_settings(tmp_path), {"max-num-seqs": 8}) == 40
+    assert most_requests(_settings(tmp_path), {}) == 5 * 256
+    assert most_requests(_settings(tmp_path, MAX_QUEUED_REQUESTS="0"), {"max-num-seqs": 8}) == 8
+    assert most_requests(_settings(tmp_path, MAX_QUEUED_REQUESTS="7"), {"max-num-seqs": 8}) == 15

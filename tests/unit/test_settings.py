@@ -51,6 +51,10 @@ def test_all_mistakes_are_reported_together_by_name() -> None:
     ("MAX_MODEL_LEN", "8"), ("MAX_NUM_SEQS", "0"), ("VRAM_LIMIT", "0"), ("VRAM_LIMIT", "7 gallons"),
     ("QUANTIZATION", "int3"), ("MODEL_ID", "llama"), ("MODEL_ID", "../../etc/passwd/x y"), ("MODEL_REVISION", "a/../b"),
     ("API_KEY", "short"), ("API_KEY", "has a space in it"), ("API_KEY", "x" * 513), ("API_KEY", 'quote"quote"'),
+    ("TRUSTED_PROXIES", "proxy.example.com"), ("TRUSTED_PROXIES", "10.0.0.1/8"), ("TRUSTED_PROXIES", "10.0.0.0/33"),
+    ("CORS_ALLOWED_ORIGINS", "example.com"), ("CORS_ALLOWED_ORIGINS", "https://a.example/"),
+    ("CORS_ALLOWED_ORIGINS", "https://A.example"), ("CORS_ALLOWED_ORIGINS", "https://a.example *"),
+    ("CORS_ALLOWED_ORIGINS", "https://*.example"), ("CORS_ALLOWED_ORIGINS", "null"),
     ("VLLM_EXTRA_ARGS", "'unclosed"), ("LOG_FORMAT", "xml"), ("SERVED_MODEL_NAME", "a b"), ("DRAIN_TIMEOUT", "soon"),
 ])
 def test_a_bad_value_is_an_error_and_never_a_default(name: str, value: str) -> None:
@@ -62,6 +66,20 @@ def test_a_secret_comes_from_a_file(tmp_path: Path) -> None:
     file = tmp_path / "key"
     file.write_text("sk-from-the-file\n")
     assert load({"API_KEY_FILE": str(file)}).api_key == "sk-from-the-file"
+
+
+def test_lists_are_split_at_commas_and_spaces() -> None:
+    settings = load({"TRUSTED_PROXIES": "10.0.0.0/8, ::1", "CORS_ALLOWED_ORIGINS": "https://a.example:8443 http://[::1]"})
+    assert settings.trusted_proxies == ("10.0.0.0/8", "::1/128")
+    assert settings.cors_allowed_origins == ("https://a.example:8443", "http://[::1]")
+    assert load({"CORS_ALLOWED_ORIGINS": "*"}).cors_allowed_origins == ("*",)
+    assert load({}).cors_allowed_origins == load({}).trusted_proxies == ()
+
+
+@pytest.mark.parametrize("alone", ["TLS_CERT_FILE", "TLS_KEY_FILE"])
+def test_a_certificate_without_its_key_is_refused(alone: str) -> None:
+    with pytest.raises(SettingsError, match="belong together"):
+        load({alone: "/x"})
 
 
 def test_both_forms_of_a_secret_are_refused_with_both_names() -> None:

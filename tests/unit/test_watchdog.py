@@ -108,6 +108,8 @@ def test_the_proof_fills_a_batch_and_every_sequence() -> None:
     proven, bodies = prove(200, 200)
     assert proven
     assert [len(body["prompt"]) for body in bodies] == [2048, 8]  # type: ignore[arg-type]  # lists
+    many = proof.rounds({"max-model-len": 4096, "max-num-batched-tokens": 2048, "max-num-seqs": 300}, "model")
+    assert [[len(body["prompt"]) for body in bodies] for bodies in many] == [[2048], [128, 128, 44]]
     short = prove(200, options={"max-model-len": 512, "max-num-batched-tokens": 2048, "max-num-seqs": 1})
     assert [len(body["prompt"]) for body in short[1]] == [511]  # type: ignore[arg-type]  # lists
 

@@ -1,4 +1,9 @@
-"""`shoehorn keys show|rotate`: the key alone on standard output, words about it on standard error."""
+"""`shoehorn keys add|list|rotate|revoke`: a new key alone on standard output, words about it on standard error.
+
+Rules: a key is shown when it is made and never again, since only its hash is kept; a running server takes every change
+from the next request on, and lets answers that run go on; keys from API_KEY and API_KEYS_FILE are listed here and
+changed where they are set.
+"""
 
 from __future__ import annotations
 
@@ -7,75 +12,109 @@ import json
 import sys
 import time
 from collections.abc import Mapping
+from datetime import UTC, datetime
 
-import httpx
-
-from shoehorn import gateway, keys
+from shoehorn import key_sources
 from shoehorn import settings as settings_module
-from shoehorn.errors import EXIT_DONE, SettingsError, ShoehornError
-from shoehorn.keys import ApiKey
+from shoehorn.errors import EXIT_DONE, SettingsError
+from shoehorn.key_store import KeyStore, NewKey
+from shoehorn.keys import Key, Limits, parse_expiry, parse_name
 from shoehorn.settings import Settings
 
-_FORCE_SECONDS = 5.0
+_OPTIONS = {
+    "requests_per_minute": ("--requests-per-minute", "N", "most requests in any 60 s"),
+    "concurrent": ("--concurrent", "N", "most requests at the same time"),
+    "max_tokens": ("--max-tokens", "N", "most tokens of one request's answer"),
+    "body_bytes": ("--max-body", "SIZE", "largest request, for example 1MiB"),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """`show [--json]` and `rotate`."""
+    """One subcommand an action."""
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    show = actions.add_parser("show", help="print the key in force")
-    show.add_argument("--json", action="store_true", help="print {key, origin, file}")
-    actions.add_parser("rotate", help="replace the generated key, at once also in a running server")
+    add = actions.add_parser("add", help="make a key and print it, this once")
+    add.add_argument("name", metavar="NAME", help="whose key it is; stands in the log and the metrics")
+    add.add_argument("--expires", metavar="WHEN", help="30d, 12h, or a day such as 2027-01-31 (UTC)")
+    for field, (option, shape, text) in _OPTIONS.items():
+        add.add_argument(option, metavar=shape, dest=field, help=text)
+    listing = actions.add_parser("list", help="list the keys by name, with limits and last use")
+    listing.add_argument("--json", action="store_true",
+                         help="print [{name, source, created, last_used, expires, expired, limits}], Unix times")
+    rotate = actions.add_parser("rotate", help="replace a key by a new one with the same limits, and print that")
+    rotate.add_argument("name", metavar="NAME")
+    revoke = actions.add_parser("revoke", help="take a key away")
+    revoke.add_argument("name", metavar="NAME")
 
 
 def run(arguments: argparse.Namespace, environment: Mapping[str, str]) -> int:
-    """Show or rotate; returns the exit code."""
-    settings = settings_module.load(environment)
-    return _rotate(settings) if arguments.action == "rotate" else _show(settings, arguments.json)
-
-
-def _show(settings: Settings, as_json: bool) -> int:
-    key = keys.in_force(settings)
-    if key is None:
-        raise SettingsError(f"There is no key yet: API_KEY is not set, and {keys.path(settings)} is not there.",
-                            "Start the server, which generates one, or type: shoehorn keys rotate")
-    file = str(keys.path(settings)) if key.origin == "volume" else None
-    if as_json:
-        print(json.dumps({"key": key.value, "origin": key.origin, "file": file}))
-    else:
-        print(f"from {file or 'API_KEY or API_KEY_FILE'}", file=sys.stderr)
-        print(key.value)
-    return EXIT_DONE
-
-
-def _rotate(settings: Settings) -> int:
-    key = keys.rotate(settings)
-    if pid := gateway.master(settings.run_dir):
-        keys.write_map(settings.run_dir, [key.value])
-        gateway.reload(pid)
-        _wait_until_in_force(settings, key)
-        print(f"in force; answers that the old key started have {max(1, settings.drain_timeout)} s to end",
-              file=sys.stderr)
-    else:
-        print("no server runs here; the new key holds from its next start", file=sys.stderr)
-    print(key.value)
-    return EXIT_DONE
-
-
-def _wait_until_in_force(settings: Settings, key: ApiKey) -> None:
-    """Ask for an address that nobody serves: 401 means that the key is not known.
+    """Do one action; returns the exit code.
 
     Raises:
-        ShoehornError: the running gateway does not take the key.
+        SettingsError: a mistake in the arguments, a name that is taken or unknown, or keys that cannot be read.
     """
-    deadline = time.monotonic() + _FORCE_SECONDS
-    while time.monotonic() < deadline:
-        try:
-            answer = httpx.get(f"http://127.0.0.1:{settings.port}/v1/", trust_env=False,
-                               headers={"Authorization": f"Bearer {key.value}"}, timeout=_FORCE_SECONDS)
-            if answer.status_code != httpx.codes.UNAUTHORIZED:
-                return
-        except httpx.TransportError:
-            pass
-        time.sleep(0.05)
-    raise ShoehornError("The new key is in the volume, but the running gateway still refuses it.",
-                        "Restart the container; until then the old key holds.")
+    settings = settings_module.load(environment)
+    if arguments.action == "list":
+        return _list(settings, arguments.json)
+    _require_changeable(settings, arguments.name)
+    store = KeyStore(settings.models_dir)
+    if arguments.action == "add":
+        _show(store.add(_template(arguments)), "made")
+    elif arguments.action == "rotate":
+        _show(store.rotate(arguments.name, time.time()), "replaced; the old key opens nothing any more")
+    else:
+        store.revoke(arguments.name)
+        print(f"key {arguments.name!r} opens nothing any more", file=sys.stderr)
+    return EXIT_DONE
+
+
+def _template(arguments: argparse.Namespace) -> Key:
+    words = {field: text for field in _OPTIONS if (text := getattr(arguments, field)) is not None}
+    now = time.time()
+    try:
+        expires = parse_expiry(arguments.expires, now) if arguments.expires else None
+        return Key(parse_name(arguments.name), b"", b"", now, expires, Limits.parse(words))
+    except ValueError as error:
+        raise SettingsError(f"This key cannot be made: {error}.", "Type: shoehorn keys add --help") from None
+
+
+def _require_changeable(settings: Settings, name: str) -> None:
+    """Keys that the volume does not hold are changed elsewhere."""
+    _, source = key_sources.in_force(settings).get(name, (None, "volume"))
+    if source != "volume":
+        raise SettingsError(f"The key {name!r} comes from {source}.", f"Change it there, or choose another name."
+                            f"{' Then restart.' if source == 'API_KEY' else ''}")
+
+
+def _show(made: NewKey, what: str) -> None:
+    print(f"key {made.key.name!r} {what}. It is shown this once:", file=sys.stderr)
+    print(made.token)
+
+
+def _list(settings: Settings, as_json: bool) -> int:
+    used = KeyStore(settings.models_dir).used()
+    now = time.time()
+    rows = [{"name": name, "source": source, "created": None if source == "API_KEY" else key.created,
+             "last_used": used.get(name), "expires": key.expires,
+             "expired": key.expires is not None and key.expires <= now, "limits": key.limits.given()}
+            for name, (key, source) in sorted(key_sources.in_force(settings).items())]
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return EXIT_DONE
+    if not rows:
+        print("no keys; a server that starts makes one, or type: shoehorn keys add NAME", file=sys.stderr)
+        return EXIT_DONE
+    table = [["NAME", "SOURCE", "CREATED", "LAST USED", "EXPIRES", "LIMITS"]]
+    table += [[str(row["name"]), str(row["source"]), _day(row["created"], "-"), _day(row["last_used"], "never"),
+               "expired" if row["expired"] else _day(row["expires"], "never"), _limits(row["limits"])] for row in rows]
+    widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
+    for line in table:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    return EXIT_DONE
+
+
+def _day(moment: object, absent: str) -> str:
+    return f"{datetime.fromtimestamp(moment, UTC):%Y-%m-%d %H:%M}Z" if isinstance(moment, float) else absent
+
+
+def _limits(limits: object) -> str:
+    return ", ".join(f"{name}={value}" for name, value in limits.items()) if isinstance(limits, dict) else ""

@@ -18,10 +18,11 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from shoehorn import __version__, gateway, hardware, keys, profiles, render
+from shoehorn import __version__, gateway, hardware, key_sources, machine_checks, profiles, render, tls, withheld
 from shoehorn import settings as settings_module
 from shoehorn.errors import SettingsError
 from shoehorn.files import write_atomic
+from shoehorn.key_store import NewKey
 from shoehorn.process import end_recorded_group
 from shoehorn.settings import Settings
 from shoehorn.state import Phase, StateFile
@@ -37,17 +38,21 @@ def run(arguments: argparse.Namespace, environment: Mapping[str, str]) -> int:
     machine = hardware.detect()
     profile = profiles.select(settings, machine)
     if profile.match.device == "cuda":
+        machine_checks.check(machine)
         profiles.require_gpus(machine, profile.name)
     lock = _prepare_run_dir(settings.run_dir)
     _require_volume(settings.models_dir)
     for port, name in ((settings.port, "PORT"), (settings.metrics_port, "METRICS_PORT")):
         _require_port(port, name)
     user = pwd.getpwuid(0).pw_name if os.geteuid() == 0 else None
-    key = keys.ensure(settings)
-    keys.write_map(settings.run_dir, [key.value])
+    if settings.tls_cert_file:
+        tls.install(settings)
     write_atomic(settings.run_dir / "nginx.conf", gateway.render(settings, settings.run_dir, user), 0o600)
     render.write_supervisord_config(settings, user)
-    write_atomic(settings.run_dir / "welcome.txt", welcome(settings, key), 0o600)
+    made = key_sources.prepare(settings)
+    if made:
+        print(first_key_line(made), flush=True)
+    write_atomic(settings.run_dir / "welcome.txt", welcome(settings, made), 0o600)
     StateFile(settings.run_dir).update(phase=Phase.STARTING, detail="starting", model=settings.served_model_name)
     print(f"shoehorn {__version__}: profile {profile.name}, gateway on port {settings.port}, "
           f"metrics on port {settings.metrics_port}", flush=True)
@@ -56,23 +61,27 @@ def run(arguments: argparse.Namespace, environment: Mapping[str, str]) -> int:
               _without_secrets(settings, environment))
 
 
-def welcome(settings: Settings, key: keys.ApiKey) -> str:
-    """What is printed when the server is ready for the first time: how to call it. Shows a key only if just made."""
-    bearer = {"generated": key.value, "setting": "$API_KEY", "volume": f"$({_key_reader(settings)})"}[key.origin]
+def welcome(settings: Settings, made: NewKey | None) -> str:
+    """What is printed when the server is ready: how to call it. Shows a key only if it was just made."""
+    bearer = made.token if made else "$API_KEY" if settings.api_key else "YOUR_KEY"
     body = shlex.quote(json.dumps({"model": settings.served_model_name, "stream": True,
                                    "messages": [{"role": "user", "content": "你叫啥?"}]}, ensure_ascii=False))
-    shown = [f"This key was made now and is shown once. To read it again: {_key_reader(settings)}", ""]
+    command = "curl -N"
+    scheme = "http"
+    if settings.tls_cert_file:  # -k: the certificate is for the name by which clients know this machine
+        command, scheme = "curl -k -N", "https"
     return "\n".join([
         "", f"Ready: {settings.served_model_name} on port {settings.port}. Try:", "",
-        f"curl -N http://127.0.0.1:{settings.port}/v1/chat/completions "
+        f"{command} {scheme}://127.0.0.1:{settings.port}/v1/chat/completions "
         f'-H "Authorization: Bearer {bearer}" -H "Content-Type: application/json" -d {body}', "",
-        *(shown if key.origin == "generated" else [])])
+        *(["YOUR_KEY is shown only when it is made. A new one: shoehorn keys add NAME", ""]
+          if bearer == "YOUR_KEY" else [])])
 
 
-def _key_reader(settings: Settings) -> str:
-    """The command that prints a kept key, as typed where the `curl` is typed: on the host, when in a container."""
-    in_container = Path("/.dockerenv").exists()
-    return "docker compose exec -T shoehorn shoehorn keys show" if in_container else f"cat {keys.path(settings)}"
+def first_key_line(made: NewKey) -> str:
+    """What a start that makes the first key prints at once: it is known then, even if that start never gets ready."""
+    return (f"shoehorn: made the API key {made.key.name!r}, which only this start shows: {made.token}\n"
+            f"  -> lost it? Type: shoehorn keys rotate {made.key.name}")
 
 
 def _prepare_run_dir(run_dir: Path) -> int:
@@ -126,11 +135,11 @@ def _require_port(port: int, name: str) -> None:
 
 
 def _without_secrets(settings: Settings, environment: Mapping[str, str]) -> dict[str, str]:
-    """The programs' environment: the hub's token as a file in the run directory, the API key not at all."""
-    clean = {name: value for name, value in environment.items()
-             if not any(name in (row.name, f"{row.name}_FILE") for row in settings_module.TABLE if row.secret)}
-    if settings.modelscope_api_token:
-        path = settings.run_dir / "modelscope_api_token"
-        write_atomic(path, settings.modelscope_api_token, 0o600)
-        clean["MODELSCOPE_API_TOKEN_FILE"] = str(path)
+    """The programs' environment: the hubs' tokens as files in the run directory, other secrets not at all."""
+    clean = withheld.without_secrets(environment)
+    for name, token in (("MODELSCOPE_API_TOKEN", settings.modelscope_api_token), ("HF_TOKEN", settings.hf_token)):
+        if token:
+            path = settings.run_dir / name.lower()
+            write_atomic(path, token, 0o600)
+            clean[f"{name}_FILE"] = str(path)
     return clean
