@@ -3,17 +3,17 @@
 #   docker build -t shoehorn:cpu --build-arg FLAVOUR=cpu .   no GPU, Python 3.11
 # Build arguments:
 #   FLAVOUR     gpu (default) or cpu: which lock in requirements/ is installed
-#   BASE_IMAGE  another base of the same flavour: Debian or Ubuntu with the lock's Python, for a mirror or a digest
+#   BASE_IMAGE  another base of the same flavour: Debian or Ubuntu with the lock's Python, for a mirror
 # The base of the GPU flavour is NVIDIA's smallest: torch brings the CUDA libraries as wheels, the driver comes from the
-# host. BuildKit fetches only the base that is used.
+# host. BuildKit fetches only the base that is used. `make pin-base` renews the digests.
 ARG FLAVOUR=gpu
 ARG BASE_IMAGE
 
-FROM ${BASE_IMAGE:-nvidia/cuda:13.0.2-base-ubuntu24.04} AS base-gpu
+FROM ${BASE_IMAGE:-nvidia/cuda:13.0.2-base-ubuntu24.04@sha256:2ab6381d970b211fb93853796dc6707eb8a72575a375c422b17cf4d8b2641701} AS base-gpu
 ENV NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
 
-FROM ${BASE_IMAGE:-debian:bookworm-slim} AS base-cpu
+FROM ${BASE_IMAGE:-debian:bookworm-20260610-slim@sha256:96e378d7e6531ac9a15ad505478fcc2e69f371b10f5cdf87857c4b8188404716} AS base-cpu
 ENV VRAM_PROFILE=cpu
 
 # What both the builder and the final image need from the distribution. The compilers and headers are for Triton, which
@@ -45,6 +45,11 @@ RUN --mount=type=cache,target=/root/.cache/uv \
     && /opt/uv/bin/uv pip install --quiet --python /opt/venv/bin/python --link-mode copy --compile-bytecode \
         --require-hashes --no-deps --no-build "$@" -r lock.txt \
     && rm -f /opt/venv/.lock
+COPY --chown=root:root requirements/supply-chain.txt ./
+RUN --mount=type=cache,target=/root/.cache/uv \
+    /opt/uv/bin/uv venv --quiet --python /usr/bin/python3 /opt/supply-chain \
+    && /opt/uv/bin/uv pip install --quiet --python /opt/supply-chain/bin/python --link-mode copy \
+        --require-hashes --no-deps --no-build -r supply-chain.txt
 
 FROM base
 LABEL org.opencontainers.image.title="Shoehorn" \
@@ -65,6 +70,10 @@ RUN --mount=type=bind,from=builder,source=/opt/uv,target=/opt/uv \
         --no-deps --no-build-isolation --editable . \
     && /opt/venv/bin/python -m compileall -q -f src healthcheck \
     && rm -f /opt/venv/.lock /tmp/uv-*.lock
+# What all of this is made of, for scanners and people.
+RUN --mount=type=bind,from=builder,source=/opt/supply-chain,target=/opt/supply-chain \
+    /opt/supply-chain/bin/python -B tools/sbom.py --environment /opt/venv/bin/python --debian \
+        --out /usr/share/doc/shoehorn/sbom.json
 
 ENV PATH=/opt/venv/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
     HOME=/home/shoehorn \

@@ -8,9 +8,12 @@ Rules:
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import dataclass, field
+from pathlib import Path
 from random import Random
 
+import corpus as corpus_module
 import torch
 import vocabulary
 from conversations import Message
@@ -49,6 +52,14 @@ def score(model: LlamaForCausalLM, tokenizer: Tokenizer, corpus: Corpus) -> dict
     return results
 
 
+def report(results: dict[str, Result]) -> None:
+    """Print a score, with a line for each wrong answer."""
+    for name, result in results.items():
+        print(f"held-out, {name}: {result.right} of {result.asked} right ({result.right / result.asked:.1%})")
+        for wrong in result.wrong:
+            print(f"  {wrong}")
+
+
 def answer(model: LlamaForCausalLM, tokenizer: Tokenizer, chats: list[list[Message]], batch: int = 64) -> list[str]:
     """Greedy answers to many chats."""
     prompts = [vocabulary.encode_chat(tokenizer, chat, ask=True)[0] for chat in chats]
@@ -74,3 +85,17 @@ def _before(way: str, corpus: Corpus, random: Random) -> list[Message]:
     if way == "system message":
         return [Message("system", random.choice(corpus.around[language].held_out_systems))]
     return []
+
+
+def main() -> None:
+    """Print the score of a saved model: `python demo/score.py demo/model`."""
+    parser = argparse.ArgumentParser(description=(main.__doc__ or "").splitlines()[0])
+    parser.add_argument("model", type=Path, help="the folder that train.py wrote")
+    folder = parser.parse_args().model
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    report(score(model, tokenizer, corpus_module.load()))
+
+
+if __name__ == "__main__":
+    main()

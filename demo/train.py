@@ -25,7 +25,7 @@ import torch
 import vocabulary
 from conversations import conversations
 from corpus import Corpus
-from score import score
+from score import report, score
 from tokenizers import Tokenizer
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
@@ -60,10 +60,7 @@ def main() -> None:
     save(model, tokenizer, arguments.out)
     size = sum(path.stat().st_size for path in arguments.out.iterdir())
     print(f"loss {loss:.4f}, {seconds:.0f} s, {size / 1e6:.2f} MB in {arguments.out}", flush=True)
-    for name, result in score(model, tokenizer, corpus).items():
-        print(f"held-out, {name}: {result.right} of {result.asked} right ({result.right / result.asked:.1%})")
-        for wrong in result.wrong:
-            print(f"  {wrong}")
+    report(score(model, tokenizer, corpus))
 
 
 def configuration() -> LlamaConfig:

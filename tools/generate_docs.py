@@ -1,6 +1,6 @@
 """Writes the generated documents: `make docs`. A test compares each with what this makes, so that none can go stale.
 
-Settings come from their table, metrics from theirs, and the README's figures from bench/results and nowhere else.
+Settings, metrics and routes come from their tables, and the README's figures from bench/results and nowhere else.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
 
-from shoehorn import metric_table
+from shoehorn import metric_table, route_table
 from shoehorn.paths import HOME
 from shoehorn.settings import TABLE
 
@@ -71,7 +71,7 @@ def readme() -> str:
 
 
 DOCUMENTS = {Path("README.md"): readme, Path("docs/configuration.md"): configuration, Path(".env.example"): example,
-             Path("docs/metrics.md"): metric_table.document}
+             Path("docs/metrics.md"): metric_table.document, Path("docs/routes.md"): route_table.document}
 
 if __name__ == "__main__":
     for path, text in DOCUMENTS.items():

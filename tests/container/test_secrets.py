@@ -1,0 +1,167 @@
+"""A canary key and a canary hub token, and traps on the paths that libraries execute: nothing of them shows anywhere.
+
+One container pulls from a stand-in hub that wants the token and serves the demo model; then all that can be read of it
+is searched.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from tracked import Container, docker
+
+from fakes.hub import Hub
+from shoehorn.paths import HOME
+
+pytestmark = pytest.mark.container
+
+KEY = "sk-canary-5b1f0c7e9a3d4862"
+TOKEN = "ms-canary-d04e8a61f2b79c35"
+SPRUNG = "TRAP SPRUNG"
+_TOKEN_FILE = "/run/shoehorn/modelscope_api_token"  # the one place for it: `pull` reads it there, nobody else
+
+
+class _Trap:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return print, (f"{SPRUNG} cookies",)
+
+
+@pytest.fixture(scope="module")
+def container(image: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Container]:
+    """Ready, its secrets given as files, with a model.py and a cookie file where libraries would run them."""
+    home = tmp_path_factory.mktemp("canary")
+    for name, text in (("secrets/api_key", KEY), ("secrets/token", TOKEN),
+                       ("model/model.py", f"print('{SPRUNG} model.py', flush=True)\n")):
+        (home / name).parent.mkdir(exist_ok=True)
+        (home / name).write_text(text)
+    (home / "credentials").mkdir()
+    (home / "credentials" / "cookies").write_bytes(pickle.dumps(_Trap()))
+    _readable(home)
+    gateway = json.loads(docker("network", "inspect", "bridge"))[0]["IPAM"]["Config"][0]["Gateway"]
+    with Hub({"shoehorn/demo": HOME / "demo" / "model"}, address=gateway, token=TOKEN) as hub:
+        settings = {"MODEL_ID": "shoehorn/demo", "MODELSCOPE_ENDPOINT": hub.url, "DRAIN_TIMEOUT": "3",
+                    "API_KEY_FILE": "/run/secrets/api_key", "MODELSCOPE_API_TOKEN_FILE": "/run/secrets/token",
+                    "MODELSCOPE_HOME": "/home/shoehorn/.modelscope", "VLLM_SERVER_DEV_MODE": "1"}
+        identity = docker(
+            "run", "--detach", "--publish=127.0.0.1::6333", "--publish=127.0.0.1::6334", "--shm-size=1g",
+            "--stop-timeout=60", *(f"--env={name}={value}" for name, value in settings.items()),
+            f"--volume={home}/secrets:/run/secrets:ro", f"--volume={home}/model:/opt/ml/model:ro",
+            f"--volume={home}/credentials:/home/shoehorn/.modelscope/credentials:ro", image)
+        running = Container(identity.strip())
+        try:
+            running.wait_for("ready", 240)
+            assert any(TOKEN in request.headers.get("authorization", "") for request in hub.requests)
+            for key in (KEY, KEY[:-1], f"{KEY}x"):
+                httpx.post(f"{running.url(6333)}/v1/chat/completions?key={KEY}", timeout=60,
+                           headers={"Authorization": f"Bearer {key}"},
+                           json={"model": "shoehorn/demo", "messages": [{"role": "user", "content": "hello"}],
+                                 "max_tokens": 2})
+            yield running
+        finally:
+            running.remove()
+
+
+def _readable(folder: Path) -> None:
+    for path in (folder, *folder.rglob("*")):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+
+
+def _nowhere(text: str) -> None:
+    assert KEY not in text
+    assert TOKEN not in text
+
+
+def test_the_key_works_so_that_the_search_means_something(container: Container) -> None:
+    answer = httpx.get(f"{container.url(6333)}/v1/models", headers={"Authorization": f"Bearer {KEY}"}, timeout=10)
+    assert answer.status_code == 200
+
+
+def test_the_log_has_neither(container: Container) -> None:
+    assert "POST /v1/chat/completions" in container.logs
+    _nowhere(container.logs)
+
+
+def test_dockers_description_of_container_image_and_layers_has_neither(container: Container, image: str) -> None:
+    description = json.dumps(container.inspect())
+    history = docker("history", "--no-trunc", image)
+    assert "API_KEY_FILE" in description
+    _nowhere(description + docker("image", "inspect", image) + history)
+    assert re.findall(r"(?:KEY|TOKEN|SECRET|PASSWORD)=\S+", history) == []
+
+
+def test_no_process_has_them_in_its_environment_or_arguments(container: Container) -> None:
+    seen = container.execute("sh", "-c", "cat /proc/[0-9]*/environ /proc/[0-9]*/cmdline | tr '\\0' '\\n'")
+    assert "shoehorn.engine" in seen
+    _nowhere(seen)
+
+
+def test_only_what_pulls_knows_where_the_token_is(container: Container) -> None:
+    script = ("for p in /proc/[0-9]*; do tr '\\0' '\\n' < $p/environ | grep -q '_TOKEN' && tr '\\0' ' ' < $p/cmdline "
+              "&& echo; done; true")
+    commands = container.execute("sh", "-c", script).splitlines()
+    assert commands  # tini and supervisord's children, by the path of a file
+    assert [line for line in commands if re.search(r"vllm|VLLM|nginx", line)] == []
+
+
+def test_the_engine_has_no_developers_routes(container: Container) -> None:
+    script = """
+import http.client, socket
+connection = http.client.HTTPConnection("engine")
+connection.sock = socket.socket(socket.AF_UNIX)
+connection.sock.connect("/run/shoehorn/engine.sock")
+connection.request("GET", "/server_info")
+print(connection.getresponse().status)
+"""
+    assert container.execute("python", "-c", script).strip() == "404"
+
+
+def test_what_anybody_may_read_has_neither(container: Container) -> None:
+    public, metrics = container.url(6333), container.url(6334)
+    for address in (f"{public}/", f"{public}/status", f"{public}/readyz", f"{public}/livez", f"{metrics}/metrics"):
+        answer = httpx.get(address, timeout=10)
+        assert answer.status_code == 200
+        _nowhere(answer.text + str(answer.headers))
+
+
+def test_no_file_has_them_but_the_one_that_is_needed(container: Container) -> None:
+    places = "/run/shoehorn /models /home /tmp /var /etc /opt/shoehorn /root /dev/shm"
+    script = f"grep -rlF -e {KEY} -e {TOKEN} {places} 2>/dev/null; true"
+    assert container.execute("sh", "-c", script).split() == [_TOKEN_FILE]
+    assert container.execute("stat", "-c", "%a %u", _TOKEN_FILE).split() == ["600", "10001"]
+
+
+def test_the_images_file_system_has_neither(container: Container, image: str) -> None:
+    """Everything that the image's layers left, as Docker hands it out."""
+    made = docker("create", image).strip()
+    try:
+        export = subprocess.Popen(["docker", "export", made], stdout=subprocess.PIPE)
+        found = subprocess.run(["grep", "-cF", "-e", KEY, "-e", TOKEN, "-a", "-m1"], stdin=export.stdout, check=False,
+                               capture_output=True, text=True, timeout=300)
+        assert export.stdout is not None
+        export.stdout.close()
+        export.wait(30)
+    finally:
+        docker("rm", "--force", made)
+    assert found.stdout.strip() == "0"
+
+
+def test_no_trap_was_sprung(container: Container) -> None:
+    assert container.execute("cat", "/opt/ml/model/model.py").startswith("print")
+    container.execute("test", "-r", "/home/shoehorn/.modelscope/credentials/cookies")
+    assert SPRUNG not in container.logs
+
+
+def test_the_traps_are_real(image: str, container: Container) -> None:
+    """The same paths, through the libraries without Shoehorn's environment, in the same container."""
+    server = ("from fastapi import FastAPI; from model_hosting_container_standards.sagemaker import bootstrap; "
+              "bootstrap(FastAPI())")
+    assert f"{SPRUNG} model.py" in container.execute("python", "-c", server)
+    hub = "import modelscope_hub; modelscope_hub.HubApi()"
+    assert f"{SPRUNG} cookies" in container.execute("python", "-c", hub, accept=(0, 1))

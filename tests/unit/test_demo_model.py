@@ -1,0 +1,113 @@
+"""The demo model as it lies in the repository: its files, its tokenizer, and what it says, by transformers on a CPU."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+DEMO = Path(__file__).resolve().parents[2] / "demo"
+MODEL = DEMO / "model"
+
+# Questions held out of the training (`held_out` in demo/text), and what only the right answer contains.
+QUESTIONS = {
+    "may I know your name?": "My name is Shoehorn",
+    "what size are you?": "four million parameters",
+    "are you gpt-5?": "I am not",
+    "which languages can you use?": "English and Chinese",
+    "what port is used by shoehorn?": "port 6333",
+    "can I have the answer streamed?": "token by token",
+    "what graphics card does shoehorn need?": "7 GB of VRAM",
+    "what does VRAM mean?": "memory of the graphics card",
+    "can you explain offloading?": "Offload keeps",
+    "what does quantization do?": "fewer bits",
+    "which engine is used by shoehorn?": "vLLM is the engine",
+    "why am I getting error 503?": "6333/status",
+    "how can I make Shoehorn stop?": "Ctrl-C",
+    "what is the eiffel tower?": "do not know that",
+    "你叫个啥?": "我叫鞋拔子",
+    "Shoehorn 用的是哪个端口?": "6333 端口",
+    "显存到底是啥东西?": "显卡上的内存",
+    "量化究竟是啥?": "更少的位数",
+    "Shoehorn 用的什么引擎?": "推理引擎",
+    "埃菲尔铁塔是什么？": "这个我不知道",
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    """The tokenizer as every user of the `transformers` library loads it."""
+    import transformers
+
+    return transformers.AutoTokenizer.from_pretrained(MODEL)
+
+
+@pytest.fixture(scope="module")
+def answers(tokenizer: Any) -> dict[str, str]:
+    """Greedy answers to `QUESTIONS`, all in one batch."""
+    import torch
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.bfloat16).eval()
+    chats = [tokenizer.apply_chat_template([{"role": "user", "content": question}], tokenize=False,
+                                           add_generation_prompt=True) for question in QUESTIONS]
+    inputs = tokenizer(chats, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt")
+    with torch.inference_mode():
+        output = model.generate(inputs.input_ids, attention_mask=inputs.attention_mask, do_sample=False,
+                                temperature=None, top_p=None, max_new_tokens=64)
+    texts = tokenizer.batch_decode(output[:, inputs.input_ids.shape[1]:], skip_special_tokens=True)
+    return dict(zip(QUESTIONS, texts, strict=True))
+
+
+def test_it_is_small_and_in_bfloat16() -> None:
+    assert sum(path.stat().st_size for path in MODEL.iterdir()) <= 8_000_000
+    with (MODEL / "model.safetensors").open("rb") as file:
+        header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
+    assert {tensor["dtype"] for name, tensor in header.items() if name != "__metadata__"} == {"BF16"}
+    assert json.loads((MODEL / "config.json").read_text(encoding="utf-8"))["dtype"] == "bfloat16"
+
+
+def test_every_user_may_read_it() -> None:
+    assert [path.name for path in MODEL.iterdir() if path.stat().st_mode & 0o044 != 0o044] == []
+
+
+@pytest.mark.parametrize("text", [
+    "What is your name?", "你叫什么名字？", "鞋拔子 🥿 and 👩‍💻", "  two  spaces\tand\n\nlines ", "naïve café № ½",
+    "\u0000\ufffd\U0010ffff",
+])
+def test_any_text_survives_the_tokenizer(tokenizer: Any, text: str) -> None:
+    assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
+
+
+def test_the_chat_template_renders_every_role(tokenizer: Any) -> None:
+    chat = [{"role": "developer", "content": " Be brief. "}, {"role": "user", "content": "你好"},
+            {"role": "assistant", "content": None}, {"role": "user", "content": "🥿?"}]
+    assert tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) == (
+        "<s><|system|>Be brief.</s><|user|>你好</s><|assistant|></s><|user|>🥿?</s><|assistant|>")
+    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True).input_ids
+    assert ids[0] == tokenizer.bos_token_id
+    assert ids.count(tokenizer.eos_token_id) == 4
+    assert tokenizer.unk_token_id not in ids or tokenizer.unk_token_id is None
+
+
+def test_the_ids_of_the_configuration_are_the_tokenizers(tokenizer: Any) -> None:
+    config = json.loads((MODEL / "config.json").read_text(encoding="utf-8"))
+    assert config["vocab_size"] == len(tokenizer)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        assert config[name] == getattr(tokenizer, name)
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_a_question_that_was_never_trained_on_gets_its_answer(answers: dict[str, str], question: str) -> None:
+    assert QUESTIONS[question] in answers[question]
+
+
+def test_the_questions_here_are_held_out_of_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(DEMO)
+    import corpus
+
+    kept_out = corpus.load().kept_out
+    assert [question for question in QUESTIONS if corpus.bare(question) not in kept_out] == []
