@@ -1,4 +1,4 @@
-"""The download itself, by ModelScope's own library, of exactly the files that `store` chose.
+"""The download from ModelScope, by its own library, of exactly the files that `store` chose.
 
 Rules:
 - the library gets the checked listing, so that it asks for no other path, and what it leaves is checked by `store`;
@@ -20,30 +20,42 @@ from types import ModuleType
 
 from shoehorn import volume
 from shoehorn.errors import ModelUnavailableError
+from shoehorn.hub import Hub
+from shoehorn.hub_http import HubFailedError, HubFiles
 from shoehorn.manifest import ModelFile
-from shoehorn.progress import Report, reported
+from shoehorn.pace import Pace
 from shoehorn.settings import Settings
 
+_CHUNK_BYTES = 1 << 20
 _FILE_SECONDS = 7 * 24 * 3600  # for one file in all; its own limit of an hour ends a shard on a slow line
-_RESUME = "Start again: what has arrived is kept and gone on with."
 
 
-def download(settings: Settings, endpoint: str, directory: Path, wanted: Sequence[ModelFile],
-             needed: Sequence[ModelFile], report: Report) -> None:
-    """Fetch `needed` into `directory`, reporting how much of `wanted` is there.
+def download(settings: Settings, hub: HubFiles, directory: Path, needed: Sequence[ModelFile]) -> None:
+    """Fetch `needed` into `directory`.
 
     Raises:
         ModelUnavailableError: some file could not be had; the others and partial ones are kept.
     """
     library = _library(settings)
-    api = library.HubApi(endpoint=endpoint, token=settings.modelscope_api_token or "")
+    api = library.HubApi(endpoint=hub.endpoint, token=settings.modelscope_api_token or "")
     listing = [{"Path": file.path, "Type": "blob", "Size": file.size_bytes, "Sha256": file.sha256} for file in needed]
-    with reported("pulling", sum(file.size_bytes for file in wanted), lambda: bytes_there(directory, wanted), report):
-        try:
-            api.download_repo(settings.model_id, "model", revision=settings.model_revision, local_dir=directory,
-                              file_list=listing)
-        except (library.HubError, OSError) as error:  # the errors of `requests` are OSErrors too
-            raise _in_words(library, error, settings) from error
+    try:
+        api.download_repo(hub.model, "model", revision=hub.commit or hub.revision, local_dir=directory,
+                          file_list=listing, progress_callbacks=[_paced(library, Pace(settings.pull_rate_limit))])
+    except (library.HubError, OSError) as error:  # the errors of `requests` are OSErrors too
+        raise _in_words(library, error, settings) from error
+
+
+def _paced(library: ModuleType, pace: Pace) -> type:
+    """What the library is to call after each piece of a file that arrived, one object for each file."""
+    base: type = library.ProgressCallback
+
+    class Paced(base):  # type: ignore[misc]  # the library is loaded late
+        def update(self, size: int) -> None:
+            if 0 < size <= _CHUNK_BYTES:  # more at once is what an earlier try left
+                pace.take(size)
+
+    return Paced
 
 
 def bytes_there(directory: Path, files: Sequence[ModelFile]) -> int:
@@ -65,20 +77,27 @@ def partial_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.incomplete")
 
 
-def _library(settings: Settings) -> ModuleType:
-    home = settings.run_dir / "modelscope"
+def private_home(settings: Settings, name: str) -> Path:
+    """A folder under RUN_DIR for what a hub's library keeps, entered by its owner only."""
+    home = settings.run_dir / name
     try:
         home.mkdir(mode=0o700, parents=True, exist_ok=True)
         home.chmod(0o700)  # fails where it belongs to another user
     except OSError as error:
         raise ModelUnavailableError(f"{home} cannot be made or kept private: {error.strerror}.",
                                     "Set RUN_DIR to a folder that this user may write.") from error
+    return home
+
+
+def _library(settings: Settings) -> ModuleType:
+    home = private_home(settings, "modelscope")
     os.environ.update({
         "MODELSCOPE_HOME": str(home), "MODELSCOPE_CACHE": str(home / "cache"),
         "MODELSCOPE_API_TOKEN": settings.modelscope_api_token or "",  # also when empty: else it looks for a login
         "MODELSCOPE_DOWNLOAD_INTRA_CLOUD": "false", "MODELSCOPE_DOWNLOAD_TOTAL_TIMEOUT": str(_FILE_SECONDS),
         "MODELSCOPE_DOWNLOAD_FILE_LOCK": "false",  # `volume.only_writer` is the lock; theirs can outlive a crash
-        "MODELSCOPE_LOG_LEVEL": "WARNING", "TQDM_DISABLE": "1"})
+        "MODELSCOPE_DOWNLOAD_CHUNK_SIZE_MB": str(_CHUNK_BYTES >> 20), "MODELSCOPE_LOG_LEVEL": "WARNING",
+        "TQDM_DISABLE": "1"})
     os.environ.setdefault("HOME", str(home))
     import modelscope_hub
 
@@ -103,17 +122,36 @@ def _in_words(library: ModuleType, error: Exception, settings: Settings) -> Mode
     names = ", ".join(sorted(name for name in failed if name)) or settings.model_id
     cause = next(iter(failed.values()))
     if isinstance(cause, library.FileSizeMismatchError):
-        return ModelUnavailableError(f"The hub sends another size than it lists: {names}.",
-                                     "Try again later, or another MODELSCOPE_ENDPOINT.")
+        return wrong_size(names, Hub)
     if isinstance(cause, library.FileIntegrityError):
         return ModelUnavailableError(f"The hub sent wrong bytes in every try, by their SHA-256: {names}.",
                                      "Try again later, or another MODELSCOPE_ENDPOINT; nothing wrong was kept.")
     if isinstance(cause, library.AuthenticationError | library.PermissionDeniedError):
-        return ModelUnavailableError(f"The hub does not let us read {names}.",
-                                     "Set MODELSCOPE_API_TOKEN to a token that may.")
+        return not_let(names, Hub)
     if isinstance(cause, library.NotExistError):
-        return ModelUnavailableError(f"The hub lists but does not have {names}.",
-                                     "Try again later, or another MODEL_REVISION.")
-    status = getattr(cause, "status_code", None)
+        return gone(names)
+    return stopped(names, getattr(cause, "status_code", None), cause)
+
+
+def wrong_size(names: str, hub: type[HubFiles]) -> ModelUnavailableError:
+    """What to say of files that come longer or shorter than listed."""
+    return ModelUnavailableError(f"The hub sends another size than it lists: {names}.",
+                                 f"Try again later, or another {hub.endpoint_setting}.")
+
+
+def not_let(names: str, hub: type[HubFiles]) -> ModelUnavailableError:
+    """What to say of files that this token does not open."""
+    return ModelUnavailableError(f"The hub does not let us read {names}.",
+                                 f"Set {hub.token_setting} to a token that may.")
+
+
+def gone(names: str) -> HubFailedError:
+    """What to say of files that are listed and not given."""
+    return HubFailedError(f"The hub lists but does not have {names}.", "Try again later, or another MODEL_REVISION.")
+
+
+def stopped(names: str, status: int | None, cause: BaseException) -> HubFailedError:
+    """What to say of a download that ended early, by an HTTP status or another error."""
     what = f"the hub answered {status}" if status else f"the connection failed ({type(cause).__name__})"
-    return ModelUnavailableError(f"The download of {names} stopped: {what}.", _RESUME)
+    return HubFailedError(f"The download of {names} stopped: {what}.",
+                          "Start again: what has arrived is kept and gone on with.")

@@ -23,7 +23,7 @@ from shoehorn.errors import SettingsError
 OWNED = {
     "model": "MODEL_ID", "served-model-name": "SERVED_MODEL_NAME", "tokenizer": "MODEL_ID",
     "revision": "MODEL_REVISION", "code-revision": "MODEL_REVISION", "tokenizer-revision": "MODEL_REVISION",
-    "download-dir": "MODELS_DIR", "hf-token": "MODELSCOPE_API_TOKEN", "trust-remote-code": "TRUST_REMOTE_CODE",
+    "download-dir": "MODELS_DIR", "hf-token": "HF_TOKEN", "trust-remote-code": "TRUST_REMOTE_CODE",
     "api-key": "API_KEY", "port": "PORT", "config": "VRAM_PROFILE (the path of your own profile)",
     **dict.fromkeys(("host", "uds", "root-path", "grpc", "grpc-port", "headless", "ssl-keyfile", "ssl-certfile",
                      "ssl-ca-certs", "ssl-cert-reqs", "ssl-ciphers", "enable-ssl-refresh", "middleware",

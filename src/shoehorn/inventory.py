@@ -30,6 +30,7 @@ class StoredModel:
     """One model of the volume.
 
     Attributes:
+        commit: which `revision` was when it was pulled; "" where the hub told none.
         bytes: on the disk, partial files with them.
         last_used: Unix time at which it was last served; None when never.
         in_use: an appliance serves it now.
@@ -41,6 +42,7 @@ class StoredModel:
     complete: bool
     last_used: float | None
     in_use: bool
+    commit: str = ""
 
 
 def models(models_dir: Path) -> list[StoredModel]:
@@ -56,7 +58,8 @@ def models(models_dir: Path) -> list[StoredModel]:
             log.warning("%s cannot be read (%s)", path, error)
             continue
         found.append(StoredModel(model, str(revision), hardware.disk_used(models_dir / model), complete is True,
-                                 _used(models_dir, model), _is_used(models_dir, model)))
+                                 _used(models_dir, model), _is_used(models_dir, model),
+                                 str(document.get("commit", ""))))
     return found
 
 

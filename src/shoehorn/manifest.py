@@ -34,27 +34,39 @@ class ModelFile:
         path: below the model's folder, with `/`.
         sha256: hexadecimal, of the content once it was checked, before that as the hub lists it; "" where it does not.
         mtime_ns: modification time at which the content was checked; None while it was not.
+        blob_id: git's SHA-1 of the content, for files that the hub lists with that and no SHA-256; else "".
     """
 
     path: str
     size_bytes: int
     sha256: str
     mtime_ns: int | None = None
+    blob_id: str = ""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What is known of a model's folder. `revision` is as asked for: a branch, tag or commit."""
+    """What is known of a model's folder.
+
+    Attributes:
+        revision: as asked for: a branch, tag or commit.
+        endpoint: the address of the hub that the files came from.
+        commit: which `revision` was at that hub; "" where it told none.
+        source: as asked for: the value of MODEL_SOURCE.
+    """
 
     model: str
     revision: str
     endpoint: str
     complete: bool
     files: tuple[ModelFile, ...]
+    commit: str = ""
+    source: str = "modelscope"
 
     def is_of(self, settings: Settings) -> bool:
-        """Whether it describes the model and the revision that the settings name."""
-        return (self.model, self.revision) == (settings.model_id, settings.model_revision)
+        """Whether it describes the model, the revision and the hub that the settings name."""
+        return (self.model, self.revision, self.source) == (
+            settings.model_id, settings.model_revision, settings.model_source)
 
 
 def is_plain(path: str) -> bool:
@@ -88,7 +100,8 @@ def read(settings: Settings) -> Manifest | None:
 def _parse(document: dict[str, Any]) -> Manifest:
     files = tuple(ModelFile(**entry) for entry in document.pop("files"))
     for file in files:
-        if not is_plain(file.path) or type(file.size_bytes) is not int or type(file.sha256) is not str:
+        if (not is_plain(file.path) or type(file.size_bytes) is not int or type(file.sha256) is not str
+                or type(file.blob_id) is not str):
             raise ValueError(f"{file.path!r} is no entry")
     found = Manifest(**document, files=files)
     if type(found.complete) is not bool or (found.complete and not files):

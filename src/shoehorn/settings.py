@@ -130,6 +130,13 @@ def _words(text: str) -> tuple[str, ...]:
         raise ValueError(f"cannot be split into arguments: {error}") from error
 
 
+def _rate(text: str) -> int:
+    rate = parse_size(text.removesuffix("/s"))
+    if rate < 1_000_000:
+        raise ValueError(f"{text!r} is less than 1MB a second; write 1MB or more")
+    return rate
+
+
 TABLE: tuple[Setting, ...] = (
     Setting("MODEL_ID", "deepseek-ai/DeepSeek-R1-Distill-Llama-70B",
             "The model: OWNER/NAME on the hub, or the path of a folder when MODEL_SOURCE=local.", _model_id),
@@ -170,6 +177,7 @@ TABLE: tuple[Setting, ...] = (
             "`--max-num-batched-tokens 1024`.", _words),
     Setting("MODELS_DIR", "/models", "The volume: models, their manifests, and the hashes of the keys that "
             "`shoehorn keys` made.", Path),
+    Setting("PULL_RATE_LIMIT", "", "Fetch a model no faster than this, in bytes a second, for example 20MB.", _rate),
     Setting("OFFLINE", "no", "Ask no hub for anything: the model has to lie complete in MODELS_DIR, or in a folder "
             "with MODEL_SOURCE=local.", _switch),
     Setting("RUN_DIR", "/run/shoehorn", "Sockets, state and process configuration of this start; may be empty "
@@ -214,6 +222,7 @@ class Settings:
     metrics_port: int
     vllm_extra_args: tuple[str, ...]
     models_dir: Path
+    pull_rate_limit: int | None
     offline: bool
     run_dir: Path
     log_format: str

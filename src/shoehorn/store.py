@@ -4,7 +4,7 @@ Rules:
 - nothing is served from an incomplete folder: the manifest is completed last, after every size and SHA-256 matched;
 - once complete the hub is asked nothing; a start compares sizes and times with the manifest, and where only the times
   differ (a copied volume) the content decides, without the hub;
-- the hub's own library fetches, and what it leaves is checked here: it can return success without a file;
+- a hub's own library fetches, and what it leaves is checked here: it can return success without a file;
 - safetensors, configuration and tokenizer only; Python files only with TRUST_REMOTE_CODE, pickled weights never;
 - one writer for each model.
 Layout: MODELS_DIR/OWNER/NAME holds the files, MODELS_DIR/.shoehorn the manifests and locks.
@@ -21,11 +21,12 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
-from shoehorn import manifest, tensor_files, volume
-from shoehorn.download import bytes_there, download, partial_path
+from shoehorn import hubs, manifest, tensor_files, volume
+from shoehorn.download import bytes_there, partial_path
 from shoehorn.errors import ModelUnavailableError
 from shoehorn.files import sync_directory
-from shoehorn.hub import Hub
+from shoehorn.hub_http import HubFailedError, HubFiles
+from shoehorn.hubs import download
 from shoehorn.manifest import Manifest, ModelFile
 from shoehorn.progress import Progress, Report, reported
 from shoehorn.settings import Settings
@@ -67,7 +68,7 @@ def hub_files(settings: Settings) -> Files:
         directory = here if all(_size(here, file) == file.size_bytes for file in known.files) else None
     if directory is None:
         _require_online(settings)
-    return LocalFiles(directory) if directory else Hub(settings)
+    return LocalFiles(directory) if directory else hubs.chosen(settings, manifest.read(settings))
 
 
 def pull(settings: Settings, report: Report) -> Path:
@@ -174,24 +175,32 @@ def _settle(settings: Settings, report: Report) -> Path | None:
         manifest.write(settings, replace(known, complete=False, files=_marked(known.files, checked)))
         _remove(directory, wrong)
         return None
-    return _complete(settings, directory, known.endpoint, known.files, checked)
+    return _complete(settings, directory, known, known.files, checked)
 
 
 def _fetch(settings: Settings, report: Report) -> Path:
+    hub = hubs.chosen(settings, manifest.read(settings))
+    try:
+        return _fetch_from(hub, settings, report)
+    except HubFailedError as error:  # the manifest holds the listing of this hub by now, if it gave one
+        return _fetch_from(hubs.fallback(settings, hub, manifest.read(settings), error), settings, report)
+
+
+def _fetch_from(hub: HubFiles, settings: Settings, report: Report) -> Path:
     directory, known = _directory(settings), manifest.read(settings)
     before = known.files if known else ()
-    with Hub(settings) as hub:
+    with hub:
         wanted = choose(hub, hub.listing(), settings)
         _require_no_code(hub, settings)
-        endpoint = hub.endpoint
     directory.mkdir(parents=True, exist_ok=True)
     if known is None or not known.is_of(settings):  # without a checksum nothing tells what is there from what should be
-        _remove(directory, [file for file in wanted if not file.sha256], partial=True)
+        _remove(directory, [file for file in wanted if not file.sha256 and not file.blob_id], partial=True)
     checked = _check(directory, wanted, before, report)
     paths = {file.path for file in wanted}
     leftovers = [file for file in before if file.path not in paths]
-    manifest.write(settings, Manifest(settings.model_id, settings.model_revision, endpoint, False,
-                                      (*_marked(wanted, checked), *leftovers)))
+    begun = Manifest(settings.model_id, settings.model_revision, hub.endpoint, False,
+                     (*_marked(wanted, checked), *leftovers), hub.commit, settings.model_source)
+    manifest.write(settings, begun)
     _remove(directory, leftovers, partial=True)
     for _ in range(_FETCHES):
         wrong = _wrong(wanted, checked)
@@ -199,19 +208,19 @@ def _fetch(settings: Settings, report: Report) -> Path:
             break
         _remove(directory, wrong)
         volume.require_space(directory, sum(file.size_bytes for file in wrong) - bytes_there(directory, wrong))
-        download(settings, endpoint, directory, wanted, wrong, report)
+        download(settings, hub, directory, wanted, wrong, report)
         checked = _check(directory, wanted, tuple(checked.values()), report)
     if wrong := _wrong(wanted, checked):
         _remove(directory, wrong)
         names = ", ".join(file.path for file in wrong)
         raise ModelUnavailableError(f"These files came twice with a wrong size or checksum: {names}.",
-                                    "Try again later, or another MODELSCOPE_ENDPOINT; nothing wrong was kept.")
-    if bare := sum(not file.sha256 for file in wanted):
+                                    f"Try again later, or another {hub.endpoint_setting}; nothing wrong was kept.")
+    if bare := sum(not file.sha256 and not file.blob_id for file in wanted):
         log.warning("the hub gives no checksum for %d of %d files: only the sizes could be checked", bare, len(wanted))
-    return _complete(settings, directory, endpoint, wanted, checked)
+    return _complete(settings, directory, begun, wanted, checked)
 
 
-def _require_no_code(hub: Hub, settings: Settings) -> None:
+def _require_no_code(hub: HubFiles, settings: Settings) -> None:
     if settings.trust_remote_code:
         return
     try:
@@ -225,12 +234,15 @@ def _require_no_code(hub: Hub, settings: Settings) -> None:
 
 def _check(directory: Path, files: Iterable[ModelFile], known: Iterable[ModelFile], report: Report,
            ) -> dict[str, ModelFile]:
-    """What lies in `directory` of `files` with the right size, each with its true SHA-256, synced to the disk.
+    """What lies in `directory` of `files` with the right size, each with its true checksums, synced to the disk.
 
     Args:
         known: files that were checked before; one that did not change since is not read again.
     """
-    checked = {file.path: file for file in known if manifest.unchanged(directory, file)}
+    files = tuple(files)
+    by_blob = {file.path for file in files if file.blob_id}
+    checked = {file.path: file for file in known
+               if manifest.unchanged(directory, file) and (file.blob_id or file.path not in by_blob)}
     present = [file for file in files if file.path not in checked and _size(directory, file) == file.size_bytes]
     hashed = 0
     if not present:
@@ -238,13 +250,17 @@ def _check(directory: Path, files: Iterable[ModelFile], known: Iterable[ModelFil
     with reported("verifying", sum(file.size_bytes for file in present), lambda: hashed, report):
         for file in present:
             digest = hashlib.sha256()
+            blob = hashlib.sha1(b"blob %d\0" % file.size_bytes, usedforsecurity=False)
             with (directory / file.path).open("rb") as opened:
                 while block := opened.read(_BLOCK_BYTES):
                     digest.update(block)
+                    if file.blob_id:
+                        blob.update(block)
                     hashed += len(block)
                 os.fsync(opened.fileno())
                 status = os.fstat(opened.fileno())
-            checked[file.path] = ModelFile(file.path, status.st_size, digest.hexdigest(), status.st_mtime_ns)
+            checked[file.path] = ModelFile(file.path, status.st_size, digest.hexdigest(), status.st_mtime_ns,
+                                           blob.hexdigest() if file.blob_id else "")
     return checked
 
 
@@ -252,7 +268,7 @@ def _wrong(wanted: Iterable[ModelFile], checked: Mapping[str, ModelFile]) -> lis
     """The files that are absent or are not what they should be."""
     return [file for file in wanted
             if not (there := checked.get(file.path)) or there.size_bytes != file.size_bytes
-            or (file.sha256 and there.sha256 != file.sha256)]
+            or (file.sha256 and there.sha256 != file.sha256) or (file.blob_id and there.blob_id != file.blob_id)]
 
 
 def _marked(files: Iterable[ModelFile], checked: Mapping[str, ModelFile]) -> tuple[ModelFile, ...]:
@@ -262,7 +278,7 @@ def _marked(files: Iterable[ModelFile], checked: Mapping[str, ModelFile]) -> tup
     return tuple(replace(file, mtime_ns=None) if file in wrong else checked[file.path] for file in files)
 
 
-def _complete(settings: Settings, directory: Path, endpoint: str, files: Iterable[ModelFile],
+def _complete(settings: Settings, directory: Path, begun: Manifest, files: Iterable[ModelFile],
               checked: Mapping[str, ModelFile]) -> Path:
     files = tuple(checked[file.path] for file in files)
     if strangers := _strangers(directory, files):
@@ -271,7 +287,7 @@ def _complete(settings: Settings, directory: Path, endpoint: str, files: Iterabl
     for folder in {parent for file in files for parent in (directory / file.path).parents
                    if parent.is_relative_to(settings.models_dir)}:
         sync_directory(folder)
-    manifest.write(settings, Manifest(settings.model_id, settings.model_revision, endpoint, True, files))
+    manifest.write(settings, replace(begun, complete=True, files=files))
     return directory
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import re
 import socket
 import sys
 import threading
@@ -52,20 +53,24 @@ class Hub:
         fault: one of FAULTS, or several with commas between them.
         token: needed for every request, when not empty.
         redirect: files are answered by a redirect to the same path of this address.
+        then: folders that take the place of `models` once they were listed: a branch that moves.
     """
 
     def __init__(self, models: Mapping[str, Path], *, bytes_per_second: int = 0, fault: str = "", token: str = "",
-                 redirect: str = "", address: str = "127.0.0.1", port: int = 0) -> None:
+                 redirect: str = "", then: Mapping[str, Path] | None = None, address: str = "127.0.0.1",
+                 port: int = 0) -> None:
         self.models, self.bytes_per_second, self.token, self.redirect = dict(models), bytes_per_second, token, redirect
+        self.then = then or {}
+        self.commits = {commit_of(folder): folder for folder in models.values()}
         self.faults = {name for name in fault.split(",") if name}
         if unknown := self.faults - set(FAULTS):
             raise ValueError(f"no such fault: {', '.join(unknown)}; there are {', '.join(FAULTS)}")
         if self.has("slow") and not bytes_per_second:
             self.bytes_per_second = _SLOW_BYTES_PER_SECOND
         self.requests: list[Request] = []
-        hub = self
+        hub, base = self, self.handler()
 
-        class Handler(_Handler):
+        class Handler(base):  # type: ignore[misc,valid-type]  # whose hub is known only here
             owner = hub
 
         self.server = _Server((address, port), Handler)
@@ -83,14 +88,40 @@ class Hub:
         self.server.server_close()
         self._thread.join()
 
+    def handler(self) -> type[_Handler]:
+        """What speaks the API."""
+        return _Handler
+
     def has(self, fault: str) -> bool:
         """Whether it has this fault."""
         return fault in self.faults
+
+    def at(self, folder: Path, revision: str) -> Path | None:
+        """What a revision holds: `folder` where that is a branch or tag."""
+        return self.commits.get(revision) if re.fullmatch("[0-9a-f]{40}", revision) else folder
+
+    def move(self) -> None:
+        """Let the branches move, where they do."""
+        self.models |= self.then
 
     def downloads(self, name: str) -> list[str]:
         """The Range headers ("" for none) with which a file was asked for."""
         return [request.headers.get("range", "") for request in list(self.requests)
                 if parse_qs(urlparse(request.path).query).get("FilePath") == [name]]
+
+
+def commit_of(folder: Path) -> str:
+    """A commit that depends on every file's name and content."""
+    digest = hashlib.sha1(usedforsecurity=False)
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            digest.update(f"{path.relative_to(folder)} {blob_id(path.read_bytes())}\n".encode())
+    return digest.hexdigest()
+
+
+def blob_id(content: bytes) -> str:
+    """Git's name of a content."""
+    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 
 
 class _Server(ThreadingHTTPServer):
@@ -104,31 +135,44 @@ class _Server(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    signature = ""  # what storage wants to see behind an address
     owner: Hub
 
     def do_GET(self) -> None:
         """Every request that the clients make is a GET."""
         url = urlparse(self.path)
         query = {name: values[0] for name, values in parse_qs(url.query).items()}
+        if self._refused():
+            return
+        for name, folder in list(self.owner.models.items()):
+            at = self.owner.at(folder, query.get("Revision", "master"))
+            if url.path == f"/api/v1/models/{name}/repo/files":
+                data: dict[str, Any] = {"Files": None, "LatestCommitter": None}  # so where there is no such revision
+                if at:
+                    commit = commit_of(at)
+                    files = self._list(at, recursive=query.get("Recursive") != "False")
+                    files[0]["Revision"] = commit  # the others were last changed by earlier ones
+                    data = {"Files": files, "LatestCommitter": {"Id": "", "ShortId": commit[:8]}}
+                self._json(200, {"Code": 200, "Success": True, "RequestId": "r", "Data": data})
+                self.owner.move()
+                return
+            if url.path == f"/api/v1/models/{name}/repo" and at and (at / query.get("FilePath", "/none")).is_file():
+                self._file(at / query["FilePath"])
+                return
+        self._error(404)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Say nothing: `requests` holds it all."""
+
+    def _refused(self) -> bool:
+        """Record what is asked; whether it was answered by an error."""
         self.owner.requests.append(Request(self.path, {name.lower(): value for name, value in self.headers.items()}))
         status = next((int(fault) for fault in self.owner.faults if fault.isdigit()), 200)
         if self.owner.token and not self._has_token():
             status = 401
         if status != 200:
             self._error(status)
-            return
-        for name, folder in self.owner.models.items():
-            if url.path == f"/api/v1/models/{name}/repo/files":
-                files = self._list(folder, recursive=query.get("Recursive") != "False")
-                self._json(200, {"Code": 200, "Success": True, "RequestId": "r", "Data": {"Files": files}})
-                return
-            if url.path == f"/api/v1/models/{name}/repo" and (folder / query.get("FilePath", "/none")).is_file():
-                self._file(folder / query["FilePath"])
-                return
-        self._error(404)
-
-    def log_message(self, format: str, *args: object) -> None:
-        """Say nothing: `requests` holds it all."""
+        return status != 200
 
     def _has_token(self) -> bool:
         return (self.headers.get("Authorization") == f"Bearer {self.owner.token}"
@@ -137,7 +181,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _list(self, folder: Path, *, recursive: bool) -> list[dict[str, Any]]:
         files: list[dict[str, Any]] = []
         for path in sorted(folder.rglob("*") if recursive else folder.glob("*")):
-            entry = {"Path": str(path.relative_to(folder)), "Name": path.name}
+            entry = {"Path": str(path.relative_to(folder)), "Name": path.name, "Revision": "0" * 39 + "1"}
             if path.is_dir():
                 files.append({**entry, "Type": "tree", "Size": 0})
                 continue
@@ -150,16 +194,16 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _file(self, path: Path) -> None:
         weights = path.suffix == ".safetensors"
-        if self.owner.redirect:
-            self._answer(302, {"Location": self.owner.redirect + self.path, "Content-Length": "0"})
+        if self.owner.redirect and self._redirects(path):
+            target = self.owner.redirect + self.path + self.signature
+            more = self._headers_of(path, path.read_bytes())
+            self._answer(302, {"Location": target, "Content-Length": "0", **more})
             return
         if weights and self.owner.has("absent"):
             self._error(404)
             return
         content = path.read_bytes()
-        headers = {"Content-Type": "application/octet-stream"}
-        if self.owner.has("linked"):
-            headers["X-Linked-ETag"] = f'"{hashlib.sha256(content).hexdigest()}"'
+        headers = {"Content-Type": "application/octet-stream", **self._headers_of(path, content)}
         if weights and self.owner.has("flip"):
             content = content[:-1] + bytes([content[-1] ^ 1])
         total, start, end, status = len(content), 0, len(content) - 1, 200
@@ -174,6 +218,12 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(status, {**headers, "Content-Length": str(end - start + 1)})
         cut = weights and self.owner.has("cut") and not span
         self._send(content[start:end + 1], self.owner.bytes_per_second if weights else 0, cut=cut)
+
+    def _redirects(self, path: Path) -> bool:
+        return True
+
+    def _headers_of(self, path: Path, content: bytes) -> dict[str, str]:
+        return {"X-Linked-ETag": f'"{hashlib.sha256(content).hexdigest()}"'} if self.owner.has("linked") else {}
 
     def _send(self, content: bytes, bytes_per_second: int, *, cut: bool) -> None:
         try:
@@ -192,10 +242,11 @@ class _Handler(BaseHTTPRequestHandler):
     def _error(self, status: int) -> None:
         self._json(status, {"Code": 10010205001, "Message": f"no: {status}", "Success": False, "RequestId": "r"})
 
-    def _json(self, status: int, body: object) -> None:
+    def _json(self, status: int, body: object, more: Mapping[str, str] | None = None) -> None:
         content = json.dumps(body).encode()
-        self._answer(status, {"Content-Type": "application/json", "Content-Length": str(len(content))})
-        self.wfile.write(content)
+        self._answer(status, {"Content-Type": "application/json", "Content-Length": str(len(content)), **(more or {})})
+        if self.command != "HEAD":
+            self.wfile.write(content)
 
     def _answer(self, status: int, headers: Mapping[str, str]) -> None:
         self.send_response(status)

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from fakes.checkpoint_files import header
+from fakes.hf_hub import HuggingFaceHub
 from fakes.hub import Hub
 from shoehorn import settings, store
 from shoehorn.progress import Progress
@@ -40,7 +41,12 @@ class Volume:
 
     def __init__(self, home: Path, hub: Hub | None = None, **more: str) -> None:
         self.environment = {"MODEL_ID": MODEL, "MODELS_DIR": str(home / "models"), "RUN_DIR": str(home / "run"),
-                            "MODELSCOPE_ENDPOINT": hub.url if hub else "http://127.0.0.1:9", **more}
+                            "MODELSCOPE_ENDPOINT": "http://127.0.0.1:9", "HF_ENDPOINT": "http://127.0.0.1:9"}
+        if isinstance(hub, HuggingFaceHub):
+            self.environment |= {"MODEL_SOURCE": "huggingface", "HF_ENDPOINT": hub.url}
+        elif hub:
+            self.environment["MODELSCOPE_ENDPOINT"] = hub.url
+        self.environment |= more
         self.models = home / "models"
         self.models.mkdir(exist_ok=True)
         self.folder = self.models / MODEL

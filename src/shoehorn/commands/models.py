@@ -23,7 +23,7 @@ from shoehorn.units import format_size
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """`rm OWNER/NAME...`, or `--json` for the list."""
     parser.add_argument("--json", action="store_true",
-                        help="print a list of {model, revision, bytes, complete, last_used, in_use}")
+                        help="print a list of {model, revision, bytes, complete, last_used, in_use, commit}")
     actions = parser.add_subparsers(dest="action", metavar="rm")
     remove = actions.add_parser("rm", help="remove models from the volume")
     remove.add_argument("models", nargs="+", metavar="OWNER/NAME")
@@ -52,4 +52,6 @@ def _line(model: StoredModel) -> str:
     state = "in use" if model.in_use else "complete" if model.complete else "incomplete"
     used = "never served" if model.last_used is None else \
         f"last served {datetime.fromtimestamp(model.last_used, UTC):%Y-%m-%d %H:%M} UTC"
-    return f"{model.model:60} {format_size(model.bytes):>12}  {state:10}  {model.revision}, {used}"
+    moved = model.commit and model.commit != model.revision
+    revision = f"{model.revision} at {model.commit[:12]}" if moved else model.revision
+    return f"{model.model:60} {format_size(model.bytes):>12}  {state:10}  {revision}, {used}"
