@@ -1,152 +1,38 @@
-"""Plans: which source wins, what is worked out, what is refused; and golden plans of the machines of interest.
-
-The goldens are captured models on captured machines; other machines are made up by hand. After a change that is meant,
-make the goldens again with UPDATE_GOLDENS=1 and read the difference.
-"""
+"""Plans: which source wins, what is worked out, and what stands in a plan."""
 
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 
 import pytest
+from plans import (
+    CPU_ONLY,
+    GIB,
+    HUGE,
+    LARGE,
+    MIDDLE,
+    SMALL,
+    TWENTY,
+    llama_8b,
+    llama_70b,
+    machine,
+    nf4_checkpoint,
+    plan_for,
+    planned,
+    quantized,
+    reason,
+    tiny,
+)
 
 from fakes import captured as captured_models
-from fakes.checkpoint_files import checkpoint, dense
+from fakes.checkpoint_files import checkpoint
 from shoehorn import checkpoint as checkpoints
 from shoehorn import profiles, settings
-from shoehorn.checkpoint import ModelShape
 from shoehorn.errors import SettingsError
 from shoehorn.estimate import CONTEXT_BYTES
-from shoehorn.hardware import Gpu, Hardware
-from shoehorn.plan import Plan, Refusal, make_plan
-from shoehorn.settings import Settings
-
-GIB = 1 << 30
-GOLDEN = Path(__file__).resolve().parents[1] / "golden"
-
-
-@cache
-def llama_70b() -> ModelShape:
-    return checkpoints.read(captured_models.files("deepseek-r1-distill-llama-70b"))
-
-
-@cache
-def llama_8b() -> ModelShape:
-    return checkpoints.read(dense(4096, 14336, 32, 32, 8, 128256))
-
-
-@cache
-def tiny() -> ModelShape:
-    return checkpoints.read(dense(256, 768, 4, 4, 2, 2048, max_position=2048, tied=True))
-
-
-def quantized(method: str) -> ModelShape:
-    """The 8B as if another had quantized it."""
-    return replace(llama_8b(), quantization=method)
-
-
-def nf4_checkpoint() -> ModelShape:
-    """An 8B that others quantized with bitsandbytes."""
-    return checkpoints.read(captured_models.files("llama-3.1-8b-bnb-4bit"))
-
-
-def machine(*cards: tuple[str, float], ram: int = 64) -> Hardware:
-    """A machine with these cards (name, GiB as CUDA reports it) on PCIe 4, and that many GiB of host memory."""
-    gpus = tuple(Gpu(index, f"GPU-{index}", name, round(size * GIB), round(size * GIB), (8, 9), 4, 16, False)
-                 for index, (name, size) in enumerate(cards))
-    return Hardware(gpus, "580.95.05", ram * GIB, ram * GIB, 16.0)
-
-
-SMALL, MIDDLE, LARGE = ("made up", 7.0), ("NVIDIA GeForce RTX 4090", 23.6), ("NVIDIA GeForce RTX 5090", 31.8)
-TWENTY, HUGE = ("NVIDIA GeForce RTX 3080", 19.7), ("NVIDIA H200", 139.8)
-CPU_ONLY = machine(ram=4)
-
-
-def plan_for(hardware: Hardware, shape: ModelShape, disk: int | None = None, **environment: str) -> Plan | Refusal:
-    loaded: Settings = settings.load(environment)
-    return make_plan(loaded, hardware, profiles.select(loaded, hardware), shape, disk)
-
-
-def planned(hardware: Hardware, shape: ModelShape, **environment: str) -> Plan:
-    plan = plan_for(hardware, shape, **environment)
-    assert isinstance(plan, Plan), plan
-    return plan
-
-
-def refused(hardware: Hardware, shape: ModelShape, disk: int | None = None, **environment: str) -> Refusal:
-    refusal = plan_for(hardware, shape, disk, **environment)
-    assert isinstance(refusal, Refusal)
-    return refusal
-
-
-def reason(plan: Plan | Refusal, option: str) -> tuple[object, str, str]:
-    """(value, source, text) of an option's one reason."""
-    found = [each for each in plan.reasons if each.option == option]
-    assert len(found) == 1, option
-    return found[0].value, found[0].source, found[0].text
-
-
-# Golden plans: the products of interest, captured models on captured machines; and the tiny model without a GPU.
-
-GOLDEN_MODELS = ("deepseek-r1-distill-llama-70b", "llama-3.1-8b-instruct", "qwen3-30b-a3b")
-OTHERS = {
-    "70b-w4a16": ("llama-3.3-70b-instruct-w4a16", ("rtx4060-8-ram64", "rtx4090-24-ram128", "2xrtx3080-20-ram64")),
-    "gemma-3-12b": ("gemma-3-12b-it", ("rtx4070ti-12-ram32", "l4-24-ram64")),
-    "deepseek-v2-lite": ("deepseek-v2-lite-chat", ("rtx3060-12-ram64", "a10-24-ram200")),
-    "deepseek-v3": ("deepseek-v3", ("h200-141-ram192",)), "gpt-oss-20b": ("gpt-oss-20b", ("rtx4060-8-ram16",)),
-    "qwen2.5-32b-awq": ("qwen2.5-32b-instruct-awq", ("rtx3080-20-ram32", "rtx4090-24-ram32")),
-    "mixtral": ("mixtral-8x7b-instruct-v0.1", ("rtx4090-24-ram128", "4xrtx4090-24-ram256")),
-    "8b-bnb": ("llama-3.1-8b-bnb-4bit", ("rtx4060-8-ram16", "2xrtx3080-20-ram24")),
-    "phi-4": ("phi-4", ("a100-40-ram85",))}
-PAIRS = [*((model, model, machine) for model in GOLDEN_MODELS for machine in captured_models.machines()),
-         *((short, model, machine) for short, (model, machines) in OTHERS.items() for machine in machines)]
-
-
-def golden(model: str, machine: str) -> str:
-    shape = checkpoints.read(captured_models.files(model))
-    return json.dumps(plan_for(captured_models.machine(machine), shape).to_json(), indent=1) + "\n"
-
-
-@pytest.mark.parametrize(("short", "model", "machine"), PAIRS, ids=lambda value: str(value))
-def test_the_golden_plan_is_unchanged(short: str, model: str, machine: str) -> None:
-    text, path = golden(model, machine), GOLDEN / f"{short}-on-{machine}.json"
-    if os.environ.get("UPDATE_GOLDENS"):
-        path.write_text(text)
-    assert json.loads(text) == json.loads(path.read_text())
-
-
-def test_the_golden_plan_without_a_gpu_is_unchanged() -> None:
-    text, path = json.dumps(plan_for(CPU_ONLY, tiny(), VRAM_PROFILE="cpu").to_json(), indent=1) + "\n", \
-        GOLDEN / "tiny-cpu.json"
-    if os.environ.get("UPDATE_GOLDENS"):
-        path.write_text(text)
-    assert json.loads(text) == json.loads(path.read_text())
-
-
-def test_no_golden_is_stale() -> None:
-    assert {path.stem for path in GOLDEN.glob("*.json")} == {
-        "tiny-cpu", *(f"{short}-on-{machine}" for short, _, machine in PAIRS)}
-
-
-def test_every_golden_plan_keeps_within_its_machine() -> None:
-    answers = set()
-    for short, _, name in PAIRS:
-        document = json.loads((GOLDEN / f"{short}-on-{name}.json").read_text())
-        hardware = captured_models.machine(name)
-        answers.add(document["fits"])
-        if not document["fits"]:
-            assert document["remedies"]
-            continue
-        assert document["host_bytes"] <= hardware.host_memory_bytes
-        assert document["kv_cache_tokens"] >= document["engine_args"]["max-model-len"]
-        for parts, gpu in zip(document["vram"], hardware.gpus, strict=False):
-            assert parts["total_bytes"] <= parts["limit_bytes"] <= gpu.free_bytes
-    assert answers == {True, False}
-
+from shoehorn.plan import Plan, make_plan
 
 # Precedence.
 
@@ -404,101 +290,6 @@ def test_a_small_kv_cache_format_doubles_the_tokens() -> None:
     plain = planned(machine(MIDDLE), llama_8b(), VLLM_EXTRA_ARGS=fixed)
     small = planned(machine(MIDDLE), llama_8b(), VLLM_EXTRA_ARGS=f"{fixed} --kv-cache-dtype fp8")
     assert small.kv_cache_tokens == pytest.approx(2 * plain.kv_cache_tokens, rel=0.01)
-
-
-# Refusals.
-
-
-def test_the_70b_does_not_fit_7_gb_with_stock_parts_and_the_refusal_says_what_would() -> None:
-    refusal = refused(machine(SMALL), llama_70b())
-    assert refusal.missing == "vram"
-    assert 2 * GIB < refusal.missing_bytes < 3 * GIB
-    assert "quant state (3.98 GiB) and embeddings (3.91 GiB)" in refusal.cause
-    assert refusal.remedies[0].startswith("a GPU with 9.")
-    error = refusal.as_error()
-    assert error.exit_code == 3
-    assert refusal.remedies[0] in error.remedy
-    document = refusal.to_json()
-    assert (document["fits"], document["missing_bytes"]) == (False, refusal.missing_bytes)
-
-
-def test_the_named_card_does_fit() -> None:
-    size = float(refused(machine(SMALL), llama_70b()).remedies[0].split()[3])
-    assert isinstance(plan_for(machine(("made up", size)), llama_70b()), Plan)
-    assert isinstance(plan_for(machine(("made up", size - 0.5)), llama_70b()), Refusal)
-
-
-TOO_LONG = {"MAX_MODEL_LEN": "14000", "VRAM_PROFILE": "32gb"}
-
-
-def apply(remedy: str) -> dict[str, str]:
-    """`A=1 with B='2'` as environment."""
-    return dict(word.replace("'", "").split("=", 1) for word in remedy.split(" with "))
-
-
-@pytest.mark.parametrize(("hardware", "shape", "environment", "expected"), [
-    (machine(HUGE), llama_70b, {"VRAM_LIMIT": "7GiB"}, "VRAM_LIMIT="),
-    (machine(HUGE), llama_70b, {"VLLM_EXTRA_ARGS": "--gpu-memory-utilization 0.06", "VRAM_PROFILE": "7gb"},
-     "VLLM_EXTRA_ARGS='--gpu-memory-utilization"),
-    (machine(LARGE), llama_70b, TOO_LONG, "MAX_MODEL_LEN="),
-    (machine(LARGE), llama_70b, TOO_LONG, "MAX_NUM_SEQS=8 with VLLM_EXTRA_ARGS="),
-    (machine(LARGE), llama_70b, TOO_LONG, "VLLM_EXTRA_ARGS='--cpu-offload-gb"),
-    (machine(LARGE), llama_70b, TOO_LONG, "VLLM_EXTRA_ARGS='--enforce-eager'"),
-    (machine(SMALL), llama_8b, {"QUANTIZATION": "none", "VLLM_EXTRA_ARGS": "--cpu-offload-gb 0"},
-     "QUANTIZATION=bitsandbytes"),
-])
-def test_each_remedy_does_what_it_says(hardware: Hardware, shape: object, environment: dict[str, str],
-                                       expected: str) -> None:
-    model = shape()  # type: ignore[operator]  # a cached function
-    refusal = refused(hardware, model, **environment)
-    remedy = next(each for each in refusal.remedies if each.startswith(expected))
-    changed = apply(remedy)
-    if "VLLM_EXTRA_ARGS" in changed:
-        changed["VLLM_EXTRA_ARGS"] = f"{environment.get('VLLM_EXTRA_ARGS', '')} {changed['VLLM_EXTRA_ARGS']}"
-    assert isinstance(plan_for(hardware, model, **{**environment, **changed}), Plan), remedy
-
-
-def test_too_little_host_memory_is_refused_with_what_is_missing() -> None:
-    refusal = refused(machine(MIDDLE, ram=16), llama_70b())
-    assert refusal.missing == "host_memory"
-    enough = 16 + -(-refusal.missing_bytes // GIB)
-    assert isinstance(plan_for(machine(MIDDLE, ram=enough), llama_70b()), Plan)
-    assert isinstance(plan_for(machine(MIDDLE, ram=enough - 1), llama_70b()), Refusal)
-
-
-def test_unknown_host_memory_is_not_checked_and_that_is_said() -> None:
-    plan = planned(machine(MIDDLE, ram=0), llama_70b())
-    assert "unknown" in reason(plan, "host-memory")[2]
-
-
-def test_host_memory_that_others_hold_is_a_remark() -> None:
-    plan = planned(replace(machine(MIDDLE), host_available_bytes=GIB), llama_70b())
-    assert "only 1.00 GiB are free" in reason(plan, "host-memory")[2]
-
-
-def test_a_full_disk_is_refused_before_anything_is_pulled() -> None:
-    refusal = refused(machine(LARGE), llama_70b(), disk=100 * GIB)
-    assert refusal.missing == "disk"
-    assert refusal.missing_bytes == llama_70b().disk_bytes - 100 * GIB
-    assert isinstance(plan_for(machine(LARGE), llama_70b(), llama_70b().disk_bytes), Plan)
-
-
-def test_a_cache_on_the_cpu_that_is_too_small_names_the_context_that_fits() -> None:
-    refusal = refused(machine(ram=64), llama_8b(), VRAM_PROFILE="cpu", MAX_MODEL_LEN="9000")
-    assert "MAX_MODEL_LEN=8192" in refusal.remedies
-    assert isinstance(plan_for(machine(ram=64), llama_8b(), VRAM_PROFILE="cpu", MAX_MODEL_LEN="8192"), Plan)
-
-
-def test_a_model_larger_than_the_hosts_memory_names_quantization() -> None:
-    refusal = refused(machine(ram=16), llama_8b(), VRAM_PROFILE="cpu")
-    assert "QUANTIZATION=bitsandbytes" in refusal.remedies
-    assert isinstance(plan_for(machine(ram=16), llama_8b(), VRAM_PROFILE="cpu", QUANTIZATION="bitsandbytes"), Plan)
-
-
-def test_a_fixed_cache_counts_as_it_is() -> None:
-    plan = planned(machine(MIDDLE), llama_8b(), VLLM_EXTRA_ARGS=f"--kv-cache-memory-bytes {GIB}")
-    assert plan.kv_cache_tokens == 8192
-    assert refused(machine(MIDDLE), llama_8b(), VLLM_EXTRA_ARGS=f"--kv-cache-memory-bytes {20 * GIB}").missing == "vram"
 
 
 # What is expected.

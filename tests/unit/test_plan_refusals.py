@@ -1,0 +1,103 @@
+"""Refusals: each names the smallest changes that would do, and each of them does."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from plans import GIB, HUGE, LARGE, MIDDLE, SMALL, llama_8b, llama_70b, machine, plan_for, planned, reason, refused
+
+from shoehorn.hardware import Hardware
+from shoehorn.plan import Plan, Refusal
+
+
+def test_the_70b_does_not_fit_7_gb_with_stock_parts_and_the_refusal_says_what_would() -> None:
+    refusal = refused(machine(SMALL), llama_70b())
+    assert refusal.missing == "vram"
+    assert 2 * GIB < refusal.missing_bytes < 3 * GIB
+    assert "quant state (3.98 GiB) and embeddings (3.91 GiB)" in refusal.cause
+    assert refusal.remedies[0].startswith("a GPU with 9.")
+    error = refusal.as_error()
+    assert error.exit_code == 3
+    assert refusal.remedies[0] in error.remedy
+    document = refusal.to_json()
+    assert (document["fits"], document["missing_bytes"]) == (False, refusal.missing_bytes)
+
+
+def test_the_named_card_does_fit() -> None:
+    size = float(refused(machine(SMALL), llama_70b()).remedies[0].split()[3])
+    assert isinstance(plan_for(machine(("made up", size)), llama_70b()), Plan)
+    assert isinstance(plan_for(machine(("made up", size - 0.5)), llama_70b()), Refusal)
+
+
+TOO_LONG = {"MAX_MODEL_LEN": "14000", "VRAM_PROFILE": "32gb"}
+
+
+def apply(remedy: str) -> dict[str, str]:
+    """`A=1 with B='2'` as environment."""
+    return dict(word.replace("'", "").split("=", 1) for word in remedy.split(" with "))
+
+
+@pytest.mark.parametrize(("hardware", "shape", "environment", "expected"), [
+    (machine(HUGE), llama_70b, {"VRAM_LIMIT": "7GiB"}, "VRAM_LIMIT="),
+    (machine(HUGE), llama_70b, {"VLLM_EXTRA_ARGS": "--gpu-memory-utilization 0.06", "VRAM_PROFILE": "7gb"},
+     "VLLM_EXTRA_ARGS='--gpu-memory-utilization"),
+    (machine(LARGE), llama_70b, TOO_LONG, "MAX_MODEL_LEN="),
+    (machine(LARGE), llama_70b, TOO_LONG, "MAX_NUM_SEQS=8 with VLLM_EXTRA_ARGS="),
+    (machine(LARGE), llama_70b, TOO_LONG, "VLLM_EXTRA_ARGS='--cpu-offload-gb"),
+    (machine(LARGE), llama_70b, TOO_LONG, "VLLM_EXTRA_ARGS='--enforce-eager'"),
+    (machine(SMALL), llama_8b, {"QUANTIZATION": "none", "VLLM_EXTRA_ARGS": "--cpu-offload-gb 0"},
+     "QUANTIZATION=bitsandbytes"),
+])
+def test_each_remedy_does_what_it_says(hardware: Hardware, shape: object, environment: dict[str, str],
+                                       expected: str) -> None:
+    model = shape()  # type: ignore[operator]  # a cached function
+    refusal = refused(hardware, model, **environment)
+    remedy = next(each for each in refusal.remedies if each.startswith(expected))
+    changed = apply(remedy)
+    if "VLLM_EXTRA_ARGS" in changed:
+        changed["VLLM_EXTRA_ARGS"] = f"{environment.get('VLLM_EXTRA_ARGS', '')} {changed['VLLM_EXTRA_ARGS']}"
+    assert isinstance(plan_for(hardware, model, **{**environment, **changed}), Plan), remedy
+
+
+def test_too_little_host_memory_is_refused_with_what_is_missing() -> None:
+    refusal = refused(machine(MIDDLE, ram=16), llama_70b())
+    assert refusal.missing == "host_memory"
+    enough = 16 + -(-refusal.missing_bytes // GIB)
+    assert isinstance(plan_for(machine(MIDDLE, ram=enough), llama_70b()), Plan)
+    assert isinstance(plan_for(machine(MIDDLE, ram=enough - 1), llama_70b()), Refusal)
+
+
+def test_unknown_host_memory_is_not_checked_and_that_is_said() -> None:
+    plan = planned(machine(MIDDLE, ram=0), llama_70b())
+    assert "unknown" in reason(plan, "host-memory")[2]
+
+
+def test_host_memory_that_others_hold_is_a_remark() -> None:
+    plan = planned(replace(machine(MIDDLE), host_available_bytes=GIB), llama_70b())
+    assert "only 1.00 GiB are free" in reason(plan, "host-memory")[2]
+
+
+def test_a_full_disk_is_refused_before_anything_is_pulled() -> None:
+    refusal = refused(machine(LARGE), llama_70b(), disk=100 * GIB)
+    assert refusal.missing == "disk"
+    assert refusal.missing_bytes == llama_70b().disk_bytes - 100 * GIB
+    assert isinstance(plan_for(machine(LARGE), llama_70b(), llama_70b().disk_bytes), Plan)
+
+
+def test_a_cache_on_the_cpu_that_is_too_small_names_the_context_that_fits() -> None:
+    refusal = refused(machine(ram=64), llama_8b(), VRAM_PROFILE="cpu", MAX_MODEL_LEN="9000")
+    assert "MAX_MODEL_LEN=8192" in refusal.remedies
+    assert isinstance(plan_for(machine(ram=64), llama_8b(), VRAM_PROFILE="cpu", MAX_MODEL_LEN="8192"), Plan)
+
+
+def test_a_model_larger_than_the_hosts_memory_names_quantization() -> None:
+    refusal = refused(machine(ram=16), llama_8b(), VRAM_PROFILE="cpu")
+    assert "QUANTIZATION=bitsandbytes" in refusal.remedies
+    assert isinstance(plan_for(machine(ram=16), llama_8b(), VRAM_PROFILE="cpu", QUANTIZATION="bitsandbytes"), Plan)
+
+
+def test_a_fixed_cache_counts_as_it_is() -> None:
+    plan = planned(machine(MIDDLE), llama_8b(), VLLM_EXTRA_ARGS=f"--kv-cache-memory-bytes {GIB}")
+    assert plan.kv_cache_tokens == 8192
+    assert refused(machine(MIDDLE), llama_8b(), VLLM_EXTRA_ARGS=f"--kv-cache-memory-bytes {20 * GIB}").missing == "vram"
