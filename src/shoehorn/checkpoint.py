@@ -107,6 +107,7 @@ class ModelShape:
         quantization: the checkpoint's `quantization_config.quant_method`; None where it is not quantized.
         weights_bytes: all tensors; disk_bytes: all files that are kept.
         notes: what was not understood, in words.
+        unreadable: why the engine would refuse this checkpoint; empty where it does not.
     """
 
     architecture: str
@@ -129,6 +130,7 @@ class ModelShape:
     experts: Experts | None = None
     absorbed_parameters: int = 0
     notes: tuple[str, ...] = ()
+    unreadable: str = ""
 
     @property
     def understood(self) -> bool:
@@ -191,7 +193,25 @@ def shape_of(config: Mapping[str, Any], tensors: Iterable[Tensor], disk_bytes: i
         weights_bytes=sum(tensor.bytes for tensor in tensors), disk_bytes=disk_bytes, experts=_experts(text, groups),
         absorbed_parameters=layers * latent * heads * (_count(text, "qk_nope_head_dim", 128)
                                                        + _count(text, "v_head_dim", 128)) if latent else 0,
-        notes=tuple(notes))
+        notes=tuple(notes), unreadable=_unreadable(quantized))
+
+
+def _unreadable(quantized: Mapping[str, Any]) -> str:
+    """Why vLLM 0.32 refuses a quantized checkpoint, although it knows the method; empty where it takes it.
+
+    Source: vllm/model_executor/layers/quantization/utils/gptq_utils.py and compressed_tensors/compressed_tensors.py.
+    """
+    method = quantized.get("quant_method")
+    rules = quantized.get("dynamic")
+    for rule in (quantized, *(rules.values() if isinstance(rules, Mapping) else ())):
+        if method == "gptq" and isinstance(rule, Mapping) and rule.get("desc_act", quantized.get("desc_act")) and \
+                rule.get("group_size", quantized.get("group_size")) != -1:
+            return "GPTQ with activation order (desc_act: true in its quantization_config)"
+    for group in _section(quantized, "config_groups").values():
+        order = _section(group, "weights").get("actorder") if isinstance(group, Mapping) else None
+        if method == "compressed-tensors" and order in ("group", "dynamic", True):
+            return f"quantized with activation order (actorder: {order} in its quantization_config)"
+    return ""
 
 
 def _group(tensors: Iterable[Tensor], layers: int, notes: list[str]) -> TensorBytes:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from shoehorn import auto, engine_options
 from shoehorn.checkpoint import ModelShape
 from shoehorn.errors import SettingsError
-from shoehorn.estimate import CONTEXT_BYTES, Choices, estimate
+from shoehorn.estimate import CONTEXT_BYTES, MARGIN_BYTES, Choices, estimate
 from shoehorn.hardware import Gpu, Hardware
 from shoehorn.options import Options, Reason
 from shoehorn.profiles import Profile, require_gpus
@@ -24,6 +24,8 @@ from shoehorn.settings import Settings
 from shoehorn.units import GIB, format_size
 
 NGRAM = {"method": "ngram", "num_speculative_tokens": 8, "prompt_lookup_max": 4, "prompt_lookup_min": 2}
+
+EXPERTS = "shoehorn_vllm.experts.Extension"
 
 BF16_CAPABILITY = (8, 0)
 """The least compute capability with bf16 arithmetic."""
@@ -60,6 +62,11 @@ def decide(settings: Settings, hardware: Hardware, profile: Profile, shape: Mode
     Raises:
         SettingsError: settings that contradict each other, the profile, the model or the machine.
     """
+    if shape.unreadable:
+        raise SettingsError(f"{settings.model_id} is {shape.unreadable}, which vLLM 0.32 no longer reads.",
+                            "Set MODEL_ID to a version of the model without activation order (AWQ, GPTQ with desc_act: "
+                            "false, W4A16 with actorder: null or weight), or to the unquantized one with "
+                            "QUANTIZATION=bitsandbytes.")
     options = Options()
     for option, value in profile.engine.items():
         options.set(option, value, "profile", profile.name)
@@ -89,6 +96,9 @@ def decide(settings: Settings, hardware: Hardware, profile: Profile, shape: Mode
     choices = _fill(options, settings, hardware, shape, limit, bool(gpus))
     if gpus:
         _cache(options, shape, choices, by_user)
+    nf4 = "bitsandbytes" in (choices.quantization, shape.quantization)
+    if shape.experts and nf4 and "worker-extension-cls" not in options.values:
+        options.set("worker-extension-cls", EXPERTS, "machine", "without it the engine cannot load experts in NF4")
     if choices.max_num_batched_tokens < choices.max_num_seqs:
         choices = replace(choices, max_num_batched_tokens=choices.max_num_seqs)
         options.set("max-num-batched-tokens", choices.max_num_seqs, "machine", "at least one token a sequence")
@@ -203,7 +213,8 @@ def _number_format(options: Options, gpus: tuple[Gpu, ...], shape: ModelShape) -
 def _limit(options: Options, settings: Settings, gpus: tuple[Gpu, ...]) -> int:
     """What may be used of each card, as NVML counts; sets gpu-memory-utilization to it where that asks for more.
 
-    vLLM counts from after the CUDA context was made, so the context comes on top of its share.
+    vLLM counts from after the CUDA context was made, so the context comes on top of its share. It refuses to start
+    where less than its share is free then, and the context differs by some MiB: the margin stays out of the share.
     """
     total, free = min(gpu.total_bytes for gpu in gpus), min(gpu.free_bytes for gpu in gpus)
     share = options.number("gpu-memory-utilization", 0.92)
@@ -218,10 +229,10 @@ def _limit(options: Options, settings: Settings, gpus: tuple[Gpu, ...]) -> int:
         return wanted
     if wanted <= cap and "gpu-memory-utilization" in options.values:
         return wanted
-    lowered = math.floor(min(share, max(0.0, (cap - CONTEXT_BYTES) / total)) * 10_000) / 10_000
+    lowered = math.floor(min(share, max(0.0, (cap - CONTEXT_BYTES - MARGIN_BYTES) / total)) * 10_000) / 10_000
     options.set("gpu-memory-utilization", lowered, source,
                 f"{why}, of which the CUDA context takes {format_size(CONTEXT_BYTES)} that vLLM does not count")
-    return math.ceil(total * lowered) + CONTEXT_BYTES
+    return min(cap, wanted)
 
 
 def _fill(options: Options, settings: Settings, hardware: Hardware, shape: ModelShape, limit_bytes: int,

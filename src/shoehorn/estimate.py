@@ -259,7 +259,8 @@ def _layout(shape: ModelShape, choices: Choices, stage: int = 0) -> kv_cache.KvL
 def activations_bytes(shape: ModelShape, choices: Choices, stage: int = 0) -> int:
     """The peak of vLLM's profile run: one layer over all batched tokens, or the logits of all sequences.
 
-    NF4 adds the bf16 copy of one projection that bitsandbytes makes for more than a few tokens, and its output.
+    NF4 adds the bf16 copy of one projection that bitsandbytes makes for more than a few tokens, and its output; of a
+    mixture it unpacks all experts of a layer.
     """
     tokens, inner = choices.max_num_batched_tokens, -(-shape.intermediate // choices.tensor_parallel)
     width = choices.dtype_bytes
@@ -270,6 +271,7 @@ def activations_bytes(shape: ModelShape, choices: Choices, stage: int = 0) -> in
         layer = max(layer, tokens * shape.experts.per_token * (2 * each + max(each, shape.hidden)) * width)
     if "bitsandbytes" in (choices.quantization, shape.quantization):
         layer += (tokens + shape.hidden) * inner * width
+        layer += unpacked_bytes(shape, choices) // shape.layers
     last = stage == choices.pipeline_parallel - 1
     logits = min(choices.max_num_seqs, tokens) * shape.vocab * _LOGITS_BYTES_PER_ENTRY if last else 0
     return round(max(residual + layer, logits) * (1 if shape.understood else _STRANGER))
@@ -284,7 +286,7 @@ def moved_bytes(shape: ModelShape, choices: Choices, requests: int = 1) -> tuple
     weights, state = layer_bytes(shape, choices)
     groups = shape.tensor_bytes
     active = 1.0
-    if shape.experts:
+    if shape.experts and not unpacked_bytes(shape, choices):
         touched = 1 - (1 - shape.experts.per_token / shape.experts.count) ** requests
         whole = groups.linears.bytes + groups.experts.bytes
         active = (groups.linears.bytes + touched * groups.experts.bytes) / max(1, whole)
@@ -292,6 +294,17 @@ def moved_bytes(shape: ModelShape, choices: Choices, requests: int = 1) -> tuple
     head = _head_bytes(shape, choices)
     streamed = offloaded if choices.prefetch[0] else round(offloaded * active)
     return streamed, round((weights - offloaded + state) * active) + head + _other_bytes(shape, choices)
+
+
+def unpacked_bytes(shape: ModelShape, choices: Choices) -> int:
+    """What one GPU writes in a pass to unpack experts in NF4: all of every layer, whichever the tokens pass.
+
+    Source: vllm_bnb_plugin/quantization/fused_moe.py, _apply_4bit_dequnt.
+    """
+    if not shape.experts or "bitsandbytes" not in (choices.quantization, shape.quantization):
+        return 0
+    each = 3 * shape.hidden * shape.experts.intermediate
+    return -(-shape.layers * shape.experts.count * each * choices.dtype_bytes // choices.tensor_parallel)
 
 
 def _head_bytes(shape: ModelShape, choices: Choices) -> int:

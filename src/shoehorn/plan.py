@@ -36,6 +36,9 @@ from shoehorn.units import GIB, format_size
 _LEAST_CONTEXT = 256
 
 
+ALLOCATOR = "PYTORCH_ALLOC_CONF"
+
+
 @dataclass(frozen=True)
 class Plan:
     """What will be started.
@@ -151,7 +154,8 @@ def make_plan(settings: Settings, hardware: Hardware, profile: Profile, shape: M
                       _host_remedies(shape, choices, lacking, on_cpu))
     cache = choices.kv_cache_bytes or 0 if on_cpu else vram[0].kv_cache_bytes
     return Plan(
-        engine_args=decisions.options, engine_environment=profile.environment, reasons=reasons, profile=profile.name,
+        engine_args=decisions.options, engine_environment={**_allocator(decisions), **profile.environment},
+        reasons=reasons, profile=profile.name,
         vram=vram, host_bytes=host, host_pinned_bytes=0 if on_cpu else pinned_bytes(shape, choices),
         offloaded_bytes=0 if on_cpu else sum(
             offloaded_bytes(shape, choices, stage) for stage in range(choices.pipeline_parallel)
@@ -160,6 +164,19 @@ def make_plan(settings: Settings, hardware: Hardware, profile: Profile, shape: M
         expected_tokens_per_second={"batch_1": None, "batch_8": None} if on_cpu else
         speed.expected(shape, choices, decisions.gpus[0]), disk_bytes=shape.disk_bytes,
         choices=choices, fixed=decisions.fixed)
+
+
+def _allocator(decisions: Decisions) -> dict[str, str]:
+    """Settings of PyTorch's allocator: no holes that the KV cache cannot use, and never more than the limit.
+
+    Quantizing and compiling leave blocks behind that are free but held; at the bound the allocator gives them back.
+    Source: measured, see docs/estimator.md.
+    """
+    if not decisions.gpus:
+        return {}
+    bound = decisions.choices.limit_bytes - CONTEXT_BYTES
+    share = math.floor(bound / max(gpu.total_bytes for gpu in decisions.gpus) * 10_000) / 10_000
+    return {ALLOCATOR: f"expandable_segments:True,per_process_memory_fraction:{min(1.0, share)}"}
 
 
 def _largest(vram: tuple[VramParts, ...]) -> str:

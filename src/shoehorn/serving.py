@@ -25,6 +25,7 @@ import httpx
 from shoehorn import drain, withheld
 from shoehorn.diagnosis import HUNG, Diagnosis, diagnose
 from shoehorn.errors import EngineFailedError
+from shoehorn.plan import ALLOCATOR
 from shoehorn.process import Child
 from shoehorn.render import ENGINE_STOP_SECONDS
 from shoehorn.restarts import Restarts
@@ -48,12 +49,16 @@ _SHARDS = re.compile(r"Loading safetensors checkpoint shards:\s+(\d+)% Completed
 
 def engine_environment(environment: Mapping[str, str], plan_environment: Mapping[str, str],
                        run_dir: Path) -> dict[str, str]:
-    """The engine's environment: the container's without what is `withheld`, the plan's, and what is fixed here."""
+    """The engine's environment: the container's without what is `withheld`, the plan's, and what is fixed here.
+
+    A user's own settings of PyTorch's allocator win over the plan's.
+    """
     return {
         **withheld.for_engine(environment, run_dir),
         "VLLM_USE_FLASHINFER_SAMPLER": "0",  # its kernels are compiled at run time and need nvcc
         "VLLM_ENGINE_READY_TIMEOUT_S": "7200",
-        **plan_environment,
+        **{name: value for name, value in plan_environment.items()
+           if name != ALLOCATOR or not {ALLOCATOR, "PYTORCH_CUDA_ALLOC_CONF"} & set(environment)},
         "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "PYTHONUNBUFFERED": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }

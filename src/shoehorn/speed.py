@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from shoehorn.checkpoint import ModelShape
-from shoehorn.estimate import Choices, moved_bytes
+from shoehorn.estimate import Choices, moved_bytes, unpacked_bytes
 from shoehorn.hardware import Gpu
 
 GB = 10**9
@@ -41,7 +41,7 @@ _FEW = 4
 """Up to so many requests bitsandbytes' kernel takes the same time as for one (backends/cuda/ops.py)."""
 
 _LINK_SHARE, _LINK_GAIN = 0.91, 8.0
-_LINK_GAIN_NF4 = 4.4
+_LINK_GAIN_NF4 = 5.1
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def _pass_seconds(shape: ModelShape, choices: Choices, device: float, link: floa
     gain = _LINK_GAIN_NF4 if kind == "bitsandbytes" and not choices.prefetch[0] else _LINK_GAIN
     few = requests <= _FEW
     on_link = streamed / link / _LINK_SHARE * (1 if few else 8 / gain)
-    reading = resident / device / (kernels.share if few else kernels.share_8)
+    reading = resident / device / (kernels.share if few else kernels.share_8) + unpacked_bytes(shape, choices) / device
     per_layer = kernels.eager_seconds if choices.eager else kernels.layer_seconds
     if streamed and choices.eager:  # while the link is waited for, the host runs ahead
         return max(on_link + reading, reading + shape.layers * per_layer)

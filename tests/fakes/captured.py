@@ -3,6 +3,7 @@
 A model is one file of tests/captures/models: `source` (what it was checked against), `total_size` (bytes of all tensors
 as published; null where unknown), `files_size` (likewise of all files, headers included), `config` (config.json) and
 `tensors`: name -> [number format, shape], where `{a-b}` in a name stands for every number from a to b.
+NAME@unordered is the model NAME as it would be without activation order, which the engine no longer reads.
 A machine is one file of tests/captures/machines, in the form of `Hardware.to_json`.
 """
 
@@ -63,8 +64,19 @@ def names() -> tuple[str, ...]:
 
 
 def document(name: str) -> dict[str, Any]:
-    """A model's capture as it is stored."""
-    return dict(json.loads((MODELS / f"{name}.json").read_text(encoding="utf-8")))
+    """A model's capture as it is stored, or its variant."""
+    stored, _, variant = name.partition("@")
+    found = dict(json.loads((MODELS / f"{stored}.json").read_text(encoding="utf-8")))
+    if variant:
+        assert variant == "unordered"
+        quantized = found["config"]["quantization_config"]
+        if "desc_act" in quantized:
+            quantized["desc_act"] = False
+        for group in quantized.get("config_groups", {}).values():
+            group["weights"]["actorder"] = None
+        found["tensors"] = {tensor: kind for tensor, kind in found["tensors"].items()
+                            if not tensor.endswith("weight_g_idx")}
+    return found
 
 
 def config(name: str) -> dict[str, Any]:

@@ -58,6 +58,8 @@ def main() -> None:
     begin = time.monotonic()
     print("STAGE loading", flush=True)
     arguments = {name.replace("-", "_"): value for name, value in case["args"].items()}
+    with contextlib.suppress(KeyError):  # the place is taken by this script's own
+        importlib.import_module(arguments.pop("worker_extension_cls").rpartition(".")[0])
     engine = LLM(model=case["model"], worker_extension_cls="engine_report.Reporter", disable_log_stats=True,
                  **arguments)
     report: dict[str, Any] = {"start_seconds": round(time.monotonic() - begin, 1)}

@@ -85,6 +85,7 @@ class Runner:
         path = f"{HERE}:{os.environ.get('PYTHONPATH', '')}"
         self.environment = {
             **os.environ, "CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus)), "PYTHONPATH": path,
+            "PYTORCH_ALLOC_CONF": case.get("allocator", "expandable_segments:True"),
             "VLLM_CACHE_ROOT": str(work / "cache"), "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "DEBUG"}
         if len(gpus) == 1:
             self.environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # one process: nothing is imported twice

@@ -19,7 +19,8 @@ GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 
 GOLDEN_MODELS = ("deepseek-r1-distill-llama-70b", "llama-3.1-8b-instruct", "qwen3-30b-a3b")
 OTHERS = {
-    "70b-w4a16": ("llama-3.3-70b-instruct-w4a16", ("rtx4060-8-ram64", "rtx4090-24-ram128", "2xrtx3080-20-ram64")),
+    "70b-w4a16": ("llama-3.3-70b-instruct-w4a16@unordered",
+                  ("rtx4060-8-ram64", "rtx4090-24-ram128", "2xrtx3080-20-ram64")),
     "gemma-3-12b": ("gemma-3-12b-it", ("rtx4070ti-12-ram32", "l4-24-ram64")),
     "deepseek-v2-lite": ("deepseek-v2-lite-chat", ("rtx3060-12-ram64", "a10-24-ram200")),
     "deepseek-v3": ("deepseek-v3", ("h200-141-ram192",)), "gpt-oss-20b": ("gpt-oss-20b", ("rtx4060-8-ram16",)),

@@ -31,8 +31,9 @@ from fakes.checkpoint_files import checkpoint
 from shoehorn import checkpoint as checkpoints
 from shoehorn import profiles, settings
 from shoehorn.errors import SettingsError
-from shoehorn.estimate import CONTEXT_BYTES
-from shoehorn.plan import Plan, make_plan
+from shoehorn.estimate import CONTEXT_BYTES, MARGIN_BYTES
+from shoehorn.plan import ALLOCATOR, Plan, make_plan
+from shoehorn.serving import engine_environment
 
 # Precedence.
 
@@ -328,3 +329,28 @@ def test_the_plan_is_json_as_documented() -> None:
         "weights_bytes", "quant_state_bytes", "embeddings_bytes", "offload_buffer_bytes", "kv_cache_bytes",
         "activations_bytes", "cuda_graphs_bytes", "framework_bytes", "total_bytes", "limit_bytes"}
     assert set(document["expected_tokens_per_second"]) == {"batch_1", "batch_8"}
+
+
+def test_the_allocator_is_bounded_by_the_limit_and_leaves_no_holes() -> None:
+    limited = planned(machine(HUGE, ram=200), llama_8b(), VRAM_LIMIT="8GiB").engine_environment
+    assert limited == {ALLOCATOR: "expandable_segments:True,per_process_memory_fraction:0.0535"}
+    assert float(limited[ALLOCATOR].rpartition(":")[2]) * 139.8 <= 8 - 0.515
+    whole = planned(machine(LARGE), llama_8b()).engine_environment[ALLOCATOR]
+    assert 0.85 < float(whole.rpartition(":")[2]) <= 0.93
+    assert planned(CPU_ONLY, tiny(), VRAM_PROFILE="cpu").engine_environment == {}
+
+
+def test_the_users_allocator_wins_over_the_plans(tmp_path: Path) -> None:
+    plan = {ALLOCATOR: "expandable_segments:True"}
+    for name in (ALLOCATOR, "PYTORCH_CUDA_ALLOC_CONF"):
+        given = {name: "max_split_size_mb:64"}
+        made = engine_environment(given, plan, tmp_path)
+        assert {key: value for key, value in made.items() if "ALLOC_CONF" in key} == given
+    assert engine_environment({}, plan, tmp_path)[ALLOCATOR] == plan[ALLOCATOR]
+
+
+def test_the_share_asked_of_the_engine_leaves_the_context_room_to_differ() -> None:
+    plan = planned(machine(HUGE, ram=200), llama_8b(), VRAM_LIMIT="8GiB")
+    share = plan.engine_args["gpu-memory-utilization"]
+    assert isinstance(share, float)
+    assert share * 139.8 * GIB <= 8 * GIB - CONTEXT_BYTES - MARGIN_BYTES

@@ -7,6 +7,9 @@ from dataclasses import replace
 import pytest
 from plans import GIB, HUGE, LARGE, MIDDLE, SMALL, llama_8b, llama_70b, machine, plan_for, planned, reason, refused
 
+from fakes import captured as captured_models
+from shoehorn import checkpoint as checkpoints
+from shoehorn.errors import SettingsError
 from shoehorn.hardware import Hardware
 from shoehorn.plan import Plan, Refusal
 
@@ -101,3 +104,28 @@ def test_a_fixed_cache_counts_as_it_is() -> None:
     plan = planned(machine(MIDDLE), llama_8b(), VLLM_EXTRA_ARGS=f"--kv-cache-memory-bytes {GIB}")
     assert plan.kv_cache_tokens == 8192
     assert refused(machine(MIDDLE), llama_8b(), VLLM_EXTRA_ARGS=f"--kv-cache-memory-bytes {20 * GIB}").missing == "vram"
+
+
+@pytest.mark.parametrize("name", ["llama-3.1-8b-instruct-gptq", "llama-3.3-70b-instruct-w4a16"])
+def test_a_checkpoint_that_the_engine_no_longer_reads_is_refused_before_it_is_pulled(name: str) -> None:
+    with pytest.raises(SettingsError, match="activation order") as told:
+        plan_for(machine(HUGE), checkpoints.read(captured_models.files(name)), MODEL_ID=f"some/{name}")
+    assert f"some/{name}" in told.value.cause
+    assert "MODEL_ID" in told.value.remedy
+    planned(machine(HUGE), checkpoints.read(captured_models.files(f"{name}@unordered")))
+
+
+@pytest.mark.parametrize(("quantized", "unreadable"), [
+    ({"quant_method": "gptq", "desc_act": True, "group_size": -1}, False),
+    ({"quant_method": "gptq", "desc_act": False, "group_size": 128,
+      "dynamic": {"+:.*down.*": {"desc_act": True}}}, True),
+    ({"quant_method": "gptq", "desc_act": True, "group_size": 128}, True),
+    ({"quant_method": "compressed-tensors", "config_groups": {"a": {"weights": {"actorder": "weight"}}}}, False),
+    ({"quant_method": "compressed-tensors", "config_groups": {"a": {"weights": {"actorder": "dynamic"}}}}, True),
+    ({"quant_method": "compressed-tensors", "config_groups": {"a": {"weights": None}}}, False),
+])
+def test_activation_order_is_refused_where_the_engine_refuses_it(quantized: dict[str, object],
+                                                                 unreadable: bool) -> None:
+    config = {**captured_models.config("llama-3.1-8b-instruct"), "quantization_config": quantized}
+    shape = checkpoints.shape_of(config, captured_models.tensors("llama-3.1-8b-instruct"), 0)
+    assert bool(shape.unreadable) == unreadable
