@@ -25,6 +25,8 @@ pytestmark = pytest.mark.e2e
 
 Start = Callable[..., Appliance]
 SHORT = {"model": "shoehorn-demo", "messages": HELLO, "max_tokens": 4}
+MUCH = {**SHORT, **LONG, "max_tokens": 900, "n": 64}
+"""So much that it cannot be done before the engine core is suspended."""
 
 
 @pytest.fixture
@@ -79,28 +81,28 @@ def test_the_real_engine_is_held_to_the_limits(engine: httpx.Client, appliance: 
 def test_concurrent_requests_of_one_key_leave_the_others_alone(engine: httpx.Client, appliance: Appliance) -> None:
     one = _as("one", "concurrent=1")
     core = appliance.find("VLLM::EngineCor")
-    with engine.stream("POST", "/v1/chat/completions", json={**SHORT, **LONG, "max_tokens": 900, "stream": True},
-                       headers=one) as stream:
-        next(stream.iter_lines())
+    with engine.stream("POST", "/v1/chat/completions", json={**MUCH, "stream": True}, headers=one) as stream:
+        lines = stream.iter_lines()  # kept: httpx closes the connection of an iterator that nobody holds
+        next(lines)
         core.suspend()
         second = engine.post("/v1/chat/completions", json=SHORT, headers=one)
         assert (second.status_code, second.json()["error"]["code"]) == (429, "concurrency_limit_exceeded")
         core.resume()
         assert engine.post("/v1/chat/completions", json=SHORT, headers=_as("two", "concurrent=1")).status_code == 200
-    wait_until(lambda: engine.post("/v1/chat/completions", json=SHORT, headers=one).status_code == 200, 5,
+    wait_until(lambda: engine.post("/v1/chat/completions", json=SHORT, headers=one).status_code == 200, 15,
                "the place is free again")
 
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_ends_its_generation(appliance: Appliance, stream: bool) -> None:
-    body = json.dumps({**SHORT, **LONG, "max_tokens": 900, "stream": stream, "n": 16})  # several seconds of work
+    body = json.dumps({**MUCH, "stream": stream})
     head = (f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {appliance.key}\r\n"
             f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n")
     wait_until(lambda: _running(appliance) == 0, 20, "nothing else runs")
     before = _of_engine(appliance, "vllm:generation_tokens_total")
     core = appliance.find("VLLM::EngineCor")
     if not stream:
-        core.suspend()  # on two processors it would be done before anybody looks: nothing tells when it begins
+        core.suspend()  # nothing tells when it begins
     with socket.create_connection(("127.0.0.1", appliance.port), timeout=20) as connection:
         connection.sendall((head + body).encode())
         if stream:
@@ -108,18 +110,18 @@ def test_a_client_that_leaves_ends_its_generation(appliance: Appliance, stream: 
             core.suspend()
         wait_until(lambda: _admitted(appliance) > 0, 20, "it has arrived")
     left = time.monotonic()
-    wait_until(lambda: _admitted(appliance) == 0, 2, "the request is given up")
+    wait_until(lambda: _admitted(appliance) == 0, 10, "the request is given up")
     core.resume()
-    wait_until(lambda: _running(appliance) == 0, 2, "the engine has nothing to do")
+    wait_until(lambda: _running(appliance) == 0, 10, "the engine has nothing to do")
     print(f"ended {time.monotonic() - left:.2f} s after the client left")
-    assert _of_engine(appliance, "vllm:generation_tokens_total") - before < 16 * 900, "it was aborted, not finished"
+    assert _of_engine(appliance, "vllm:generation_tokens_total") - before < 64 * 900, "it was aborted, not finished"
 
 
 def test_a_stop_ends_what_cannot_finish_with_an_error_of_its_own(start: Start) -> None:
     appliance = start(DRAIN_TIMEOUT="2")
     appliance.wait_for(Phase.READY)
     core = appliance.find("VLLM::EngineCor")
-    begun = Asking(appliance, n=8)
+    begun = Asking(appliance, n=MUCH["n"])
     wait_until(lambda: begun.text, 30, "a stream has begun")
     core.suspend()  # nothing can finish now
     waiting = [*(Asking(appliance, path) for path in ERROR_ENDS), Asking(appliance, stream=False)]
