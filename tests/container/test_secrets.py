@@ -1,4 +1,4 @@
-"""A canary key and a canary hub token, and traps on the paths that libraries execute: nothing of them shows anywhere.
+"""A canary key and canary tokens of both hubs, and traps on the paths that libraries execute: nothing of them shows.
 
 One container pulls from a stand-in hub that wants the token and serves the demo model; then all that can be read of it
 is searched.
@@ -24,8 +24,12 @@ pytestmark = pytest.mark.container
 
 KEY = "sk-canary-5b1f0c7e9a3d4862"
 TOKEN = "ms-canary-d04e8a61f2b79c35"
+OTHER_TOKEN = "hf-canary-83c6e19d5a7f20b4"
+SECRETS = (KEY, TOKEN, OTHER_TOKEN)
 SPRUNG = "TRAP SPRUNG"
-_TOKEN_FILE = "/run/shoehorn/modelscope_api_token"  # the one place for it: `pull` reads it there, nobody else
+_TOKEN_FILES = ("/run/shoehorn/hf_token", "/run/shoehorn/modelscope_api_token")
+"""The one place for each: `pull` reads them there, nobody else."""
+
 
 
 class _Trap:
@@ -37,7 +41,7 @@ class _Trap:
 def container(image: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Container]:
     """Ready, its secrets given as files, with a model.py and a cookie file where libraries would run them."""
     home = tmp_path_factory.mktemp("canary")
-    for name, text in (("secrets/api_key", KEY), ("secrets/token", TOKEN),
+    for name, text in (("secrets/api_key", KEY), ("secrets/token", TOKEN), ("secrets/hf", OTHER_TOKEN),
                        ("model/model.py", f"print('{SPRUNG} model.py', flush=True)\n")):
         (home / name).parent.mkdir(exist_ok=True)
         (home / name).write_text(text)
@@ -48,6 +52,7 @@ def container(image: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     with Hub({"shoehorn/demo": HOME / "demo" / "model"}, address=gateway, token=TOKEN) as hub:
         settings = {"MODEL_ID": "shoehorn/demo", "MODELSCOPE_ENDPOINT": hub.url, "DRAIN_TIMEOUT": "3",
                     "API_KEY_FILE": "/run/secrets/api_key", "MODELSCOPE_API_TOKEN_FILE": "/run/secrets/token",
+                    "HF_TOKEN_FILE": "/run/secrets/hf",
                     "MODELSCOPE_HOME": "/home/shoehorn/.modelscope", "VLLM_SERVER_DEV_MODE": "1"}
         identity = docker(
             "run", "--detach", "--publish=127.0.0.1::6333", "--publish=127.0.0.1::6334", "--shm-size=1g",
@@ -74,8 +79,7 @@ def _readable(folder: Path) -> None:
 
 
 def _nowhere(text: str) -> None:
-    assert KEY not in text
-    assert TOKEN not in text
+    assert not [secret for secret in SECRETS if secret in text]
 
 
 def test_the_key_works_so_that_the_search_means_something(container: Container) -> None:
@@ -132,9 +136,10 @@ def test_what_anybody_may_read_has_neither(container: Container) -> None:
 
 def test_no_file_has_them_but_the_one_that_is_needed(container: Container) -> None:
     places = "/run/shoehorn /models /home /tmp /var /etc /opt/shoehorn /root /dev/shm"
-    script = f"grep -rlF -e {KEY} -e {TOKEN} {places} 2>/dev/null; true"
-    assert container.execute("sh", "-c", script).split() == [_TOKEN_FILE]
-    assert container.execute("stat", "-c", "%a %u", _TOKEN_FILE).split() == ["600", "10001"]
+    script = f"grep -rlF {' '.join(f'-e {secret}' for secret in SECRETS)} {places} 2>/dev/null; true"
+    assert sorted(container.execute("sh", "-c", script).split()) == list(_TOKEN_FILES)
+    for file in _TOKEN_FILES:
+        assert container.execute("stat", "-c", "%a %u", file).split() == ["600", "10001"]
 
 
 def test_the_images_file_system_has_neither(container: Container, image: str) -> None:
@@ -142,8 +147,8 @@ def test_the_images_file_system_has_neither(container: Container, image: str) ->
     made = docker("create", image).strip()
     try:
         export = subprocess.Popen(["docker", "export", made], stdout=subprocess.PIPE)
-        found = subprocess.run(["grep", "-cF", "-e", KEY, "-e", TOKEN, "-a", "-m1"], stdin=export.stdout, check=False,
-                               capture_output=True, text=True, timeout=300)
+        found = subprocess.run(["grep", "-cF", *(f"-e{secret}" for secret in SECRETS), "-a", "-m1"], check=False,
+                               stdin=export.stdout, capture_output=True, text=True, timeout=300)
         assert export.stdout is not None
         export.stdout.close()
         export.wait(30)
