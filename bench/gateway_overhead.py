@@ -199,13 +199,15 @@ def main() -> None:
         serve(sys.argv[2], sys.argv[3] == "with-middleware")
         return
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("modes", nargs="*", choices=["engine", "stand-in"], default=["engine", "stand-in"])
+    parser.add_argument("modes", nargs="*", metavar="engine|stand-in", help="both when none is named")
     parser.add_argument("--blocks", type=int, default=8, help="pairs of blocks that count")
     parser.add_argument("--streams", type=int, default=64)
     arguments = parser.parse_args()
+    if unknown := set(arguments.modes) - {"engine", "stand-in"}:
+        parser.error(f"no such mode: {', '.join(unknown)}")
     results = json.loads(RESULT.read_text()) if RESULT.exists() else {}
     nginx = subprocess.run(["nginx", "-v"], capture_output=True, text=True, check=True).stderr.strip()
-    for mode in arguments.modes:
+    for mode in arguments.modes or ("engine", "stand-in"):
         load = os.getloadavg()[0]
         with tempfile.TemporaryDirectory() as home:
             measure = with_engine if mode == "engine" else with_stand_in

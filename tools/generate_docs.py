@@ -6,6 +6,7 @@ Settings, metrics and routes come from their tables, and the README's figures fr
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
@@ -13,6 +14,10 @@ from jinja2 import Environment, StrictUndefined
 from shoehorn import metric_table, route_table
 from shoehorn.paths import HOME
 from shoehorn.settings import TABLE
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import fault_table  # the path is set just above
 
 RESULTS = HOME / "bench" / "results"
 
@@ -71,7 +76,8 @@ def readme() -> str:
 
 
 DOCUMENTS = {Path("README.md"): readme, Path("docs/configuration.md"): configuration, Path(".env.example"): example,
-             Path("docs/metrics.md"): metric_table.document, Path("docs/routes.md"): route_table.document}
+             Path("docs/metrics.md"): metric_table.document, Path("docs/routes.md"): route_table.document,
+             Path("docs/reliability.md"): fault_table.document}
 
 if __name__ == "__main__":
     for path, text in DOCUMENTS.items():

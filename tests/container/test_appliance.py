@@ -88,6 +88,7 @@ def test_the_process_has_no_privilege_and_can_write_only_where_it_must(appliance
     assert re.findall(r"^\S+ (/tmp|/run/shoehorn|/home/shoehorn) tmpfs (?!\S*nosuid,nodev)", mounts, re.MULTILINE) == []
 
 
+@pytest.mark.fault("`kill -9` of the engine core, in the container", "Ready again in the same container.")
 def test_a_killed_engine_core_comes_back_in_the_same_container(appliance: Container, key: str) -> None:
     appliance.announce("started again in", *INTERRUPTED)
     appliance.execute("sh", "-c", "kill -9 $(grep -l VLLM::EngineCor /proc/[0-9]*/comm | cut -d/ -f3)")
@@ -100,6 +101,8 @@ def test_a_killed_engine_core_comes_back_in_the_same_container(appliance: Contai
     assert appliance.inspect()["RestartCount"] == 0
 
 
+@pytest.mark.fault("`docker stop` while a stream runs",
+                   "It ends whole or with an error event, within the grace period.")
 def test_a_stop_while_a_stream_runs_ends_it_within_the_grace_period(appliance: Container, key: str) -> None:
     begun, ended = threading.Event(), threading.Event()
     url = f"{appliance.url(6333)}/v1/chat/completions"

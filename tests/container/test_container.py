@@ -90,6 +90,7 @@ def test_no_gpu_ends_with_code_2_and_says_what_to_type(run: Run, profile: str) -
     assert "Traceback" not in container.logs
 
 
+@pytest.mark.fault("Volume with the wrong owner, in the container", "Exit code 2 and what to type.")
 def test_a_volume_that_cannot_be_written_is_named(run: Run, tmp_path: Path) -> None:
     tmp_path.chmod(0o755)  # root's: the account inside may read it only
     container = run(f"--volume={tmp_path}:/models", **DEMO)
@@ -114,6 +115,7 @@ def test_a_stop_while_loading_is_obeyed_and_a_given_key_shows_nowhere(run: Run, 
     assert key not in seen + container.logs
 
 
+@pytest.mark.fault("`docker stop` while pulling", "Exit code 0 within the grace period.")
 def test_a_stop_while_pulling_is_obeyed(run: Run) -> None:
     gateway = json.loads(docker("network", "inspect", "bridge"))[0]["IPAM"]["Config"][0]["Gateway"]
     with Hub({"shoehorn/demo": HOME / "demo" / "model"}, address=gateway, bytes_per_second=200_000) as hub:

@@ -94,6 +94,7 @@ def test_concurrent_requests_of_one_key_leave_the_others_alone(engine: httpx.Cli
 
 
 @pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.fault("A client leaves", "Its generation ends; the engine has nothing to do.")
 def test_a_client_that_leaves_ends_its_generation(appliance: Appliance, stream: bool) -> None:
     body = json.dumps({**MUCH, "stream": stream})
     head = (f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {appliance.key}\r\n"
@@ -117,6 +118,7 @@ def test_a_client_that_leaves_ends_its_generation(appliance: Appliance, stream: 
     assert _of_engine(appliance, "vllm:generation_tokens_total") - before < 64 * 900, "it was aborted, not finished"
 
 
+@pytest.mark.fault("Stop while streams cannot finish", "Each ends with an error event of its dialect.")
 def test_a_stop_ends_what_cannot_finish_with_an_error_of_its_own(start: Start) -> None:
     appliance = start(DRAIN_TIMEOUT="2")
     appliance.wait_for(Phase.READY)

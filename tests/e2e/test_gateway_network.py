@@ -106,6 +106,7 @@ def test_only_modern_protocols_and_ciphers(secure: Gateway, highest: ssl.TLSVers
                 context.wrap_socket(plain, server_hostname="127.0.0.1")
 
 
+@pytest.mark.fault("A renewed certificate is damaged", "The old one stays in force.")
 def test_a_new_certificate_is_taken_over_and_a_bad_one_is_not(tmp_path: Path) -> None:
     gate = _secure(tmp_path)
     cert, key = gate.settings.tls_cert_file, gate.settings.tls_key_file

@@ -27,6 +27,7 @@ def _chat(appliance: Appliance, **more: object) -> httpx.Response:
     return httpx.post(f"{appliance.url}/v1/chat/completions", json=body, headers=appliance.headers(), timeout=60)
 
 
+@pytest.mark.fault("Stop while the engine loads", "Exit code 0; no orphan.")
 def test_while_loading_it_says_so_and_a_stop_is_obeyed(start: Start) -> None:
     appliance = start()
     appliance.wait_for(Phase.LOADING)
@@ -39,6 +40,7 @@ def test_while_loading_it_says_so_and_a_stop_is_obeyed(start: Start) -> None:
 
 
 @pytest.mark.parametrize("victim", ["VLLM::EngineCor", "api_server.entry"])
+@pytest.mark.fault("`kill -9` of the engine core or the API server", "503 meanwhile, ready again by itself, no orphan.")
 def test_a_killed_engine_comes_back_by_itself(appliance: Appliance, victim: str) -> None:
     before = StateFile(appliance.run_dir).read().restarts
     core = appliance.find("VLLM::EngineCor")
@@ -62,6 +64,7 @@ def test_a_killed_engine_comes_back_by_itself(appliance: Appliance, victim: str)
     assert StateFile(appliance.run_dir).read().restarts == before + 1
 
 
+@pytest.mark.fault("SIGSTOP of the engine core", "Not live within 90 s, started again by itself.")
 def test_an_engine_that_hangs_is_found_out_and_started_again(appliance: Appliance) -> None:
     core = appliance.find("VLLM::EngineCor")
     core.suspend()
@@ -74,6 +77,8 @@ def test_an_engine_that_hangs_is_found_out_and_started_again(appliance: Applianc
 
 
 @pytest.mark.parametrize("victim", ["shoehorn.exporter", "nginx: master", "shoehorn.watcher", "shoehorn.key_service"])
+@pytest.mark.fault("`kill -9` of exporter, gateway, key service or watcher",
+                   "It comes back; requests are served again.")
 def test_a_killed_helper_comes_back_and_serving_goes_on(appliance: Appliance, victim: str) -> None:
     old = appliance.find(victim)
     old.send_signal(signal.SIGKILL)
@@ -91,6 +96,7 @@ def test_a_killed_helper_comes_back_and_serving_goes_on(appliance: Appliance, vi
     wait_until(answers, 20, "chat and metrics answer")
 
 
+@pytest.mark.fault("`kill -9` of the engine program", "The next one ends what was left and serves.")
 def test_a_killed_engine_program_takes_over_from_itself(appliance: Appliance) -> None:
     core = appliance.find("VLLM::EngineCor")
     appliance.find("shoehorn.engine").send_signal(signal.SIGKILL)
@@ -99,6 +105,7 @@ def test_a_killed_engine_program_takes_over_from_itself(appliance: Appliance) ->
     assert _chat(appliance).status_code == 200
 
 
+@pytest.mark.fault("A model that the engine cannot read", "Exit code 5 with the cause in words.")
 def test_a_model_that_cannot_be_served_ends_the_container_with_words(start: Start, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(DEMO_MODEL, broken)
@@ -110,6 +117,7 @@ def test_a_model_that_cannot_be_served_ends_the_container_with_words(start: Star
     assert "does not know this model's architecture" in appliance.output
 
 
+@pytest.mark.fault("The model's folder is not there", "Exit code 4.")
 def test_an_absent_model_ends_with_code_4(start: Start, tmp_path: Path) -> None:
     appliance = start(MODEL_ID=str(tmp_path / "nowhere"))
     assert appliance.wait(30) == 4
@@ -133,6 +141,7 @@ def test_a_certificate_without_its_own_key_ends_with_code_2_and_makes_no_key(sta
     assert not (appliance.models_dir / ".shoehorn" / "keys.json").exists()
 
 
+@pytest.mark.fault("Port taken at boot", "Exit code 2 and the port's name, at once.")
 def test_a_taken_port_is_named_at_once(start: Start, appliance: Appliance) -> None:
     second = start(PORT=str(appliance.port))
     assert second.wait(20) == 2

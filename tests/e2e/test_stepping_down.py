@@ -84,6 +84,7 @@ def engines(tmp_path: Path, model: Path) -> Iterator[object]:
         engine.end()
 
 
+@pytest.mark.fault("Out of GPU memory at the start", "A smaller plan, at most five times; what worked is remembered.")
 def test_it_steps_down_until_it_serves_and_starts_so_at_once_next_time(engines, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     share = {"VLLM_EXTRA_ARGS": "--gpu-memory-utilization 0.17"}
     first = engines("first", {"load": 1024}, **share)
@@ -104,6 +105,7 @@ def test_it_steps_down_until_it_serves_and_starts_so_at_once_next_time(engines, 
     assert changed.options["max-num-batched-tokens"] == 2048, "another setting, another start"
 
 
+@pytest.mark.fault("Out of GPU memory in the first full batch", "It was never ready; a smaller plan.")
 def test_an_engine_that_dies_over_its_first_full_batch_was_never_ready(engines) -> None:  # type: ignore[no-untyped-def]
     engine = engines("proof", {"load": 1 << 20, "cache": 13 << 29})
     state = engine.settled()
@@ -123,6 +125,7 @@ def test_a_number_format_that_the_card_lacks_becomes_float16(engines) -> None:  
     assert engine.options["dtype"] == "float16"
 
 
+@pytest.mark.fault("A failure that no smaller plan mends", "Exit code 5 with cause and remedy.")
 def test_what_no_step_can_mend_ends_with_cause_and_remedy(engines) -> None:  # type: ignore[no-untyped-def]
     engine = engines("hopeless", {"load": 0})
     state = engine.settled()

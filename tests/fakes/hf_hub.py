@@ -123,7 +123,7 @@ class _HuggingFaceHandler(_Handler):
             headers |= {"ETag": f'"{digest}"', "X-Linked-ETag": f'"{digest}"', "X-Linked-Size": str(len(content))}
         return headers
 
-    def _send(self, content: bytes, bytes_per_second: int, *, cut: bool) -> None:
+    def _send(self, content: bytes, bytes_per_second: int, *, cut: bool, stall: bool) -> None:
         if self.command == "HEAD":
             return
         if self.owner.has("reset") and len(content) > 1 << 20 and "reset" not in self.owner.once:
@@ -134,7 +134,7 @@ class _HuggingFaceHandler(_Handler):
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             os.close(self.connection.detach())
             return
-        super()._send(content, bytes_per_second, cut=cut)
+        super()._send(content, bytes_per_second, cut=cut, stall=stall)
 
     def _error(self, status: int, code: str = "", more: Mapping[str, str] | None = None) -> None:
         words = {"RepoNotFound": "Repository not found", "EntryNotFound": "Entry not found"}

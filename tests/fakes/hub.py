@@ -26,6 +26,8 @@ FAULTS = {
     "slow": "weights come with 200 kB/s, unless told otherwise",
     "flip": "the last byte of weights is another",
     "cut": "the connection ends in the middle of weights, once for each file",
+    "stall": "in the middle of weights nothing comes any more, once for each file",
+    "short": "weights end early, and the answer says that this is all",
     "traversal": "the listing holds a path that leaves the folder",
     "nosha": "the listing holds no checksums",
     "linked": "files come with their checksum as X-Linked-ETag",
@@ -206,6 +208,8 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {"Content-Type": "application/octet-stream", **self._headers_of(path, content)}
         if weights and self.owner.has("flip"):
             content = content[:-1] + bytes([content[-1] ^ 1])
+        if weights and self.owner.has("short"):
+            content = content[:-100]
         total, start, end, status = len(content), 0, len(content) - 1, 200
         span = "" if self.owner.has("norange") else self.headers.get("Range", "")
         if span:
@@ -217,7 +221,8 @@ class _Handler(BaseHTTPRequestHandler):
             headers["Content-Range"] = f"bytes {start}-{end}/{total}"
         self._answer(status, {**headers, "Content-Length": str(end - start + 1)})
         cut = weights and self.owner.has("cut") and not span
-        self._send(content[start:end + 1], self.owner.bytes_per_second if weights else 0, cut=cut)
+        stall = weights and self.owner.has("stall") and not span
+        self._send(content[start:end + 1], self.owner.bytes_per_second if weights else 0, cut=cut, stall=stall)
 
     def _redirects(self, path: Path) -> bool:
         return True
@@ -225,9 +230,13 @@ class _Handler(BaseHTTPRequestHandler):
     def _headers_of(self, path: Path, content: bytes) -> dict[str, str]:
         return {"X-Linked-ETag": f'"{hashlib.sha256(content).hexdigest()}"'} if self.owner.has("linked") else {}
 
-    def _send(self, content: bytes, bytes_per_second: int, *, cut: bool) -> None:
+    def _send(self, content: bytes, bytes_per_second: int, *, cut: bool, stall: bool) -> None:
         try:
             for offset in range(0, len(content), _PIECE_BYTES):
+                if stall and offset >= len(content) // 2:
+                    self.close_connection = True
+                    self.connection.recv(1)  # until the client gives up
+                    return
                 if cut and offset >= len(content) // 2:
                     self.close_connection = True
                     self.connection.shutdown(socket.SHUT_RDWR)  # a close alone leaves the client waiting

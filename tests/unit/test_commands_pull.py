@@ -71,6 +71,7 @@ def test_a_line_comes_every_few_seconds_and_when_a_phase_ends() -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.fault("SIGTERM or SIGINT to a pull", "It ends at once; what is there is gone on with.")
 def test_a_signal_ends_a_pull_at_once_and_quietly(tmp_path: Path, model: Path, number: signal.Signals) -> None:
     with Hub({MODEL: model}, fault="slow") as hub:
         volume = Volume(tmp_path, hub)

@@ -67,6 +67,7 @@ def test_a_model_is_removed_and_the_space_is_free(
     assert inventory.models(volume.models) == []
 
 
+@pytest.mark.fault("`shoehorn models rm` of a model in use", "Refused; nothing is removed.")
 def test_a_model_in_use_or_being_pulled_or_unknown_is_never_removed(
         volume: Volume, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     with inventory.used(volume.models, MODEL):
@@ -91,6 +92,7 @@ def test_two_servers_may_use_a_model_and_a_volume_without_writing_has_no_mark(vo
         pass
 
 
+@pytest.mark.fault("A bit flips on the disk", "`shoehorn pull --verify` reads every byte and names the file.")
 def test_verify_reads_every_byte_again_and_names_what_changed(volume: Volume, hub: Hub) -> None:
     assert volume.pull("--verify")[0] == 0
     path = volume.folder / WEIGHTS

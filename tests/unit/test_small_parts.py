@@ -41,6 +41,7 @@ def test_a_file_is_replaced_whole_with_its_mode(tmp_path: Path) -> None:
     assert [entry.name for entry in tmp_path.iterdir()] == ["secret"]
 
 
+@pytest.mark.fault("Disk full while state or keys are written", "The old file stays whole.")
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "state"
     write_atomic(path, "old")
@@ -67,6 +68,7 @@ def test_the_budget_is_used_up_by_failures_within_the_window(tmp_path: Path, mon
     assert not Restarts(path).exhausted
 
 
+@pytest.mark.fault("Record of restarts corrupt", "Counts as empty.")
 def test_a_damaged_budget_counts_as_empty(tmp_path: Path) -> None:
     path = tmp_path / "restarts.json"
     path.write_text("[1, ")

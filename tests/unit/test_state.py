@@ -18,6 +18,7 @@ def test_a_state_survives_writing_and_reading(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"version": 99}', '{"version": 1, "phase": "dancing"}'])
+@pytest.mark.fault("State file corrupt or from a newer version", "Reads as starting; the next phase replaces it.")
 def test_an_unreadable_state_reads_as_starting(tmp_path: Path, content: str) -> None:
     (tmp_path / "state.json").write_text(content)
     assert StateFile(tmp_path).read() == State()
@@ -59,6 +60,7 @@ def test_the_unavailable_answer_of_a_failure_gives_the_cause() -> None:
         "message"]
 
 
+@pytest.mark.fault("Two programs write the state at once", "Nothing is lost.")
 def test_concurrent_updates_lose_nothing(tmp_path: Path) -> None:
     states = StateFile(tmp_path)
     states.update(phase=Phase.LOADING)

@@ -77,6 +77,7 @@ def test_other_times_are_settled_by_the_content_without_a_hub(volume: Volume) ->
     assert volume.complete()
 
 
+@pytest.mark.fault("Power cut during a pull", "The manifest is written only when every file and folder is on the disk.")
 def test_every_file_and_folder_is_on_the_disk_before_the_manifest_says_so(volume: Volume,
                                                                         monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[Path] = []
@@ -94,6 +95,7 @@ def test_every_file_and_folder_is_on_the_disk_before_the_manifest_says_so(volume
     assert {*volume.folder.iterdir(), volume.folder, volume.folder.parent, volume.models} <= set(before)
 
 
+@pytest.mark.fault("A stored file changes", "Found at the next start, and fetched again.")
 def test_a_changed_file_is_found_and_fetched_again(volume: Volume, model: Path) -> None:
     flip_last_byte(volume.folder / WEIGHTS)
     assert not volume.complete()
@@ -107,6 +109,7 @@ def test_a_changed_file_is_found_and_fetched_again(volume: Volume, model: Path) 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"version": 2}', '{"version": 1, "files": []}',
                                      '{"version": 1, "model": "owner/tiny", "revision": "master", "endpoint": "",'
                                      ' "complete": true, "files": []}'])
+@pytest.mark.fault("Manifest corrupt", "The model counts as incomplete, and every hash is checked again.")
 def test_a_damaged_manifest_counts_as_none(volume: Volume, content: str) -> None:
     volume.manifest.write_text(content)
     assert not volume.complete()
@@ -114,6 +117,7 @@ def test_a_damaged_manifest_counts_as_none(volume: Volume, content: str) -> None
         volume.pull_here()
 
 
+@pytest.mark.fault("Manifest forged", "Nothing outside the model's folder is touched.")
 def test_a_manifest_cannot_have_files_removed_elsewhere(volume: Volume, model: Path) -> None:
     victim = volume.models.parent / "victim.json"
     victim.touch()
@@ -126,6 +130,7 @@ def test_a_manifest_cannot_have_files_removed_elsewhere(volume: Volume, model: P
     assert victim.exists()
 
 
+@pytest.mark.fault("Weights in the folder that no manifest knows", "Named, never served.")
 def test_foreign_weights_in_the_folder_are_named(volume: Volume) -> None:
     write_weights(volume.folder / "other.safetensors")
     assert not volume.complete()
@@ -147,6 +152,7 @@ def test_another_revision_replaces_what_differs_and_removes_what_is_gone(volume:
     assert volume.complete()
 
 
+@pytest.mark.fault("`kill -9` of a pull (ModelScope)", "Half a model is none; the next pull goes on where it stopped.")
 def test_a_killed_pull_goes_on_where_it_stopped(tmp_path: Path, model: Path) -> None:
     with Hub({MODEL: model}, bytes_per_second=2_000_000) as hub:
         volume = Volume(tmp_path, hub)
@@ -162,6 +168,7 @@ def test_a_killed_pull_goes_on_where_it_stopped(tmp_path: Path, model: Path) -> 
     assert not list(volume.folder.glob("*.incomplete"))
 
 
+@pytest.mark.fault("The hub cuts the connection in the middle of a file", "The same pull goes on where it stopped.")
 def test_a_cut_connection_is_gone_on_with(tmp_path: Path, model: Path) -> None:
     with Hub({MODEL: model}, fault="cut") as hub:
         volume = Volume(tmp_path, hub)
@@ -173,6 +180,7 @@ def test_a_cut_connection_is_gone_on_with(tmp_path: Path, model: Path) -> None:
     assert volume.complete()
 
 
+@pytest.mark.fault("The hub flips a byte", "Exit code 4; the file is not kept, let alone served.")
 def test_wrong_bytes_are_refused_and_not_kept(tmp_path: Path, model: Path) -> None:
     with Hub({MODEL: model}, fault="flip") as hub:
         volume = Volume(tmp_path, hub)
@@ -203,6 +211,8 @@ def test_without_any_checksum_the_sizes_decide_and_it_is_said(tmp_path: Path, mo
     assert (volume.folder / WEIGHTS).read_bytes() == (model / WEIGHTS).read_bytes()
 
 
+@pytest.mark.fault("The hub's library says that all is well, and it is not",
+                   "Every file is checked; one more try, then exit code 4.")
 def test_what_the_library_leaves_is_checked(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A download that says that all is well: first without a file and with a wrong one, then right."""
     rounds: list[list[str]] = []
@@ -233,6 +243,7 @@ def test_what_the_library_leaves_is_checked(tmp_path: Path, model: Path, monkeyp
     assert volume.complete()
 
 
+@pytest.mark.fault("The hub lists a path with `../`", "One request, the listing, and nothing written.")
 def test_a_path_that_leaves_the_folder_is_refused_before_anything_is_fetched(tmp_path: Path, model: Path) -> None:
     with Hub({MODEL: model}, fault="traversal") as hub:
         volume = Volume(tmp_path, hub)
@@ -243,6 +254,8 @@ def test_a_path_that_leaves_the_folder_is_refused_before_anything_is_fetched(tmp
     assert not volume.folder.exists()
 
 
+@pytest.mark.fault("Two containers on one volume",
+                   "One fetches; the other waits with a message and then finds it complete.")
 def test_two_pulls_at_once_fetch_the_weights_once(tmp_path: Path, model: Path) -> None:
     with Hub({MODEL: model}, bytes_per_second=2_000_000) as hub:
         volume = Volume(tmp_path, hub)
@@ -253,6 +266,7 @@ def test_two_pulls_at_once_fetch_the_weights_once(tmp_path: Path, model: Path) -
     assert out.count("another process pulls") == 1
 
 
+@pytest.mark.fault("The model wants remote code (`auto_map`)", "Refused unless TRUST_REMOTE_CODE.")
 def test_remote_code_is_refused_unless_trusted(tmp_path: Path, model: Path) -> None:
     folder = tmp_path / "remote"
     shutil.copytree(model, folder)
@@ -317,11 +331,14 @@ def test_what_serving_does_not_need_is_not_chosen(name: str) -> None:
     (["pytorch_model.bin", "config.json"], r"only as pytorch_model\.bin; pickled files can run code"),
     (["config.json", "model.gguf"], r"holds no \*\.safetensors"),
     ([WEIGHTS], r"has no config\.json")])
+@pytest.mark.fault("Only `.bin`, `.pt`, GGUF or no weights",
+                   "Refused with the reason: pickled weights are never loaded.")
 def test_what_is_no_model_to_be_served_is_refused_with_the_reason(names: list[str], words: str) -> None:
     with pytest.raises(ModelUnavailableError, match=words):
         choose(Listing(*names))
 
 
+@pytest.mark.fault("Too little disk for the model", "Told before the first byte.")
 def test_a_full_volume_is_told_before_the_first_byte(tmp_path: Path, model: Path,
                                                      monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.statvfs(tmp_path)

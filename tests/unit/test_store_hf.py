@@ -125,6 +125,8 @@ def test_planning_reads_ranges_only(tmp_path: Path, model: Path) -> None:
         assert hub.downloads(WEIGHTS) == ["bytes=8-11"]
 
 
+@pytest.mark.fault("`kill -9` of a pull (Hugging Face)",
+                   "Half a model is none; the next pull goes on where it stopped.")
 def test_a_killed_pull_goes_on_where_it_stopped(tmp_path: Path, model: Path) -> None:
     with HuggingFaceHub({MODEL: model}, bytes_per_second=2_000_000) as hub:
         volume = Volume(tmp_path, hub)
@@ -142,6 +144,7 @@ def test_a_killed_pull_goes_on_where_it_stopped(tmp_path: Path, model: Path) -> 
 
 
 @pytest.mark.parametrize("fault", ["cut", "reset", "busy", "down"])
+@pytest.mark.fault("The hub answers 429 then 200, cuts, resets", "Tried again with growing pauses; the pull ends well.")
 def test_what_passes_is_got_over(tmp_path: Path, model: Path, fault: str) -> None:
     with HuggingFaceHub({MODEL: model}, fault=fault) as hub:
         volume = Volume(tmp_path, hub)
@@ -151,6 +154,7 @@ def test_what_passes_is_got_over(tmp_path: Path, model: Path, fault: str) -> Non
     assert volume.complete()
 
 
+@pytest.mark.fault("Hugging Face's storage ignores Range", "Fetched from the start; the result is the same.")
 def test_a_hub_that_ignores_ranges_costs_bytes_only(tmp_path: Path, model: Path) -> None:
     with HuggingFaceHub({MODEL: model}, fault="norange") as hub:
         volume = Volume(tmp_path, hub)
@@ -161,6 +165,7 @@ def test_a_hub_that_ignores_ranges_costs_bytes_only(tmp_path: Path, model: Path)
 
 
 @pytest.mark.parametrize("length", [1000, WEIGHTS_BYTES * 2], ids=["short", "long"])
+@pytest.mark.fault("A partial file of something else", "Not trusted; fetched anew.")
 def test_a_partial_file_of_something_else_is_not_kept(tmp_path: Path, model: Path, length: int) -> None:
     with HuggingFaceHub({MODEL: model}) as hub:
         volume = Volume(tmp_path, hub)

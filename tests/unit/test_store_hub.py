@@ -42,6 +42,7 @@ def test_a_range_ends_where_the_file_ends(tmp_path: Path, model: Path) -> None:
         assert client.read("config.json") == (model / "config.json").read_bytes()
 
 
+@pytest.mark.fault("The hub ignores Range", "Planning reads a header and leaves the rest.")
 def test_a_hub_that_ignores_ranges_is_understood_and_not_read_to_its_end(tmp_path: Path, model: Path) -> None:
     content = (model / WEIGHTS).read_bytes()
     with (Hub({MODEL: model}, fault="norange", bytes_per_second=500_000) as hub,  # 8 s for the whole file
@@ -51,6 +52,7 @@ def test_a_hub_that_ignores_ranges_is_understood_and_not_read_to_its_end(tmp_pat
         assert time.monotonic() - begun < 4
 
 
+@pytest.mark.fault("The hub redirects to another host", "The file comes from there; the token does not go there.")
 def test_the_token_goes_to_the_hub_and_not_where_it_redirects(tmp_path: Path, model: Path) -> None:
     with Hub({MODEL: model}) as storage, Hub({MODEL: model}, token=TOKEN, redirect=storage.url.replace(
             "127.0.0.1", "localhost")) as hub:
@@ -72,6 +74,7 @@ def test_without_the_token_the_setting_is_named(tmp_path: Path, model: Path) -> 
     assert "MODELSCOPE_API_TOKEN" in refusal.value.remedy
 
 
+@pytest.mark.fault("The hub redirects for ever, or to another protocol", "Refused in words.")
 def test_a_redirect_without_end_and_one_to_elsewhere_are_refused(tmp_path: Path, model: Path) -> None:
     with Hub({MODEL: model}) as hub, Client(Volume(tmp_path, hub).settings) as client:
         hub.redirect = hub.url
@@ -87,6 +90,7 @@ def test_a_redirect_without_end_and_one_to_elsewhere_are_refused(tmp_path: Path,
     ("401", "does not let us read", "MODELSCOPE_API_TOKEN"), ("403", "does not let us read", "MODELSCOPE_API_TOKEN"),
     ("404", f"no model {MODEL} at revision master", "Check MODEL_ID"), ("429", "answered 429", "later"),
     ("503", "answered 503", "later")])
+@pytest.mark.fault("The hub refuses: 401, 403, 404, 429, 503", "Exit code 4 with the cause and the setting to change.")
 def test_a_refusal_says_what_to_do(tmp_path: Path, model: Path, fault: str, cause: str, remedy: str) -> None:
     with Hub({MODEL: model}, fault=fault) as hub, pytest.raises(ModelUnavailableError, match=cause) as refusal:
         Client(Volume(tmp_path, hub).settings).names()
@@ -95,6 +99,7 @@ def test_a_refusal_says_what_to_do(tmp_path: Path, model: Path, fault: str, caus
 
 @pytest.mark.parametrize("address", ["http://127.0.0.1:9", "http://[", "nowhere.invalid", "ftp://127.0.0.1", "http://",
                                      "http://127.0.0.1:port", "http://127.0.0.1:99999"])
+@pytest.mark.fault("The address is no hub", "Exit code 4 with the address.")
 def test_a_hub_that_is_none_is_told_in_words(tmp_path: Path, address: str) -> None:
     with pytest.raises(ModelUnavailableError, match="cannot be reached") as refusal:
         Client(Volume(tmp_path, MODELSCOPE_ENDPOINT=address).settings).names()
@@ -106,6 +111,7 @@ def test_an_address_without_a_scheme_is_https(tmp_path: Path) -> None:
     assert hub_module.endpoint(Volume(tmp_path, MODELSCOPE_ENDPOINT="").settings) == "https://modelscope.cn"
 
 
+@pytest.mark.fault("The hub lists a file and does not give it", "Exit code 4, and the file's name.")
 def test_a_file_that_is_listed_but_not_given_is_named(tmp_path: Path, model: Path) -> None:
     with Hub({MODEL: model}, fault="absent") as hub:
         volume = Volume(tmp_path, hub)
@@ -132,6 +138,8 @@ def entry(path: object, **more: object) -> dict[str, object]:
     "/etc/passwd", "../x.json", "a/../../x.json", "a/..", "..", ".", "", "./a.json", "a//b.json", "a/", "a\\b.json",
     "a\nb.json", "a\x00.json", "a\x7f.json", "a\u202egnp.json", "a\u2028.json", "\ud800.json", " a.json", "a /b.json",
     "x" * 241, "x/" * 600 + "a"])
+@pytest.mark.fault("The hub lists `../`, absolute and other paths that are none",
+                   "Nothing is fetched, nothing written outside.")
 def test_a_path_that_is_not_plain_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
     assert not is_plain(path)
     with pytest.raises(ModelUnavailableError, match="a path that no model has"):
@@ -154,6 +162,7 @@ def test_a_listing_that_makes_no_sense_is_refused(tmp_path: Path, monkeypatch: p
 @pytest.mark.parametrize(("entries", "words"), [
     ([entry(7)], "no model has"), ([entry("a", Size=-1)], "no model has"),
     ([entry("a"), entry("a")], "twice"), ([entry("a", Sha256="abc")], "checksum that is none")])
+@pytest.mark.fault("The hub's listing contradicts itself", "Refused before a byte is fetched.")
 def test_a_listing_that_lies_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, entries: list[Any],
                                         words: str) -> None:
     with pytest.raises(ModelUnavailableError, match=words):

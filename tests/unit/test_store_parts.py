@@ -67,12 +67,14 @@ def test_whole_and_partial_files_count_and_none_above_its_size(tmp_path: Path) -
     (errno.ENOSPC, "is full", "larger volume"), (errno.EDQUOT, "is full", "larger volume"),
     (errno.EROFS, "read-only", "without :ro"), (errno.EACCES, "cannot be written by user", "sudo chown -R"),
     (errno.EPERM, "cannot be written by user", "sudo chown -R"), (errno.EIO, "fails", "Check the disk")])
+@pytest.mark.fault("Volume read-only, full, failing, over its quota", "One message that says what to type.")
 def test_trouble_with_the_volume_is_told_in_words(number: int, words: str, remedy: str) -> None:
     told = volume.trouble(Path("/models"), OSError(number, os.strerror(number), "/models/x"))
     assert words in told.cause
     assert remedy in told.remedy
 
 
+@pytest.mark.fault("Volume not mounted", "Told; no folder is made in its place.")
 def test_an_absent_volume_is_not_made_up(tmp_path: Path) -> None:
     user = Volume(tmp_path)
     user.models.rmdir()
@@ -89,6 +91,7 @@ def test_a_volume_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         user.pull_here()
 
 
+@pytest.mark.fault("Volume without locks", "Refused by name.")
 def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def flock(_descriptor: int, _operation: int) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
