@@ -25,12 +25,14 @@ ERROR_ENDS = {
 class Asking(threading.Thread):
     """One request, sent at once and read to its end."""
 
-    def __init__(self, appliance: Appliance, path: str = "/v1/chat/completions", **more: object) -> None:
+    def __init__(self, appliance: Appliance, path: str = "/v1/chat/completions", key: str = "",
+                 **more: object) -> None:
         super().__init__(daemon=True)
         self.path = path
         self.began = threading.Event()  # the headers are there; a stream that waits in the queue has no more
         self.text, self.status, self.broken = "", 0, ""
-        self._url, self._headers = f"{appliance.url}{path}", appliance.headers()
+        self._url = f"{appliance.url}{path}"
+        self._headers = {"Authorization": f"Bearer {key}"} if key else appliance.headers()
         self._body = {**LONG, **BODIES[path], "stream": True, **more}
         self.start()
 

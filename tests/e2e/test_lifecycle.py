@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 from clients import ERROR_ENDS, Asking
 from running import DEMO_MODEL, Appliance, wait_until
@@ -25,6 +26,12 @@ Start = Callable[..., Appliance]
 def _chat(appliance: Appliance, **more: object) -> httpx.Response:
     body = {"model": "shoehorn-demo", "messages": [{"role": "user", "content": "你叫啥?"}], **more}
     return httpx.post(f"{appliance.url}/v1/chat/completions", json=body, headers=appliance.headers(), timeout=60)
+
+
+def _kill_all(appliance: Appliance) -> None:
+    for process in [*appliance.descendants(), psutil.Process(appliance.process.pid)]:
+        process.kill()
+    appliance.process.wait(10)
 
 
 @pytest.mark.fault("Stop while the engine loads", "Exit code 0; no orphan.")
@@ -44,7 +51,7 @@ def test_while_loading_it_says_so_and_a_stop_is_obeyed(start: Start) -> None:
 def test_a_killed_engine_comes_back_by_itself(appliance: Appliance, victim: str) -> None:
     before = StateFile(appliance.run_dir).read().restarts
     core = appliance.find("VLLM::EngineCor")
-    stream = Asking(appliance, n=8)
+    stream = Asking(appliance, n=64)
     wait_until(lambda: stream.text, 30, "a stream has begun")
     core.suspend()
     waiting = [Asking(appliance, path) for path in ERROR_ENDS]
@@ -115,6 +122,26 @@ def test_a_model_that_cannot_be_served_ends_the_container_with_words(start: Star
     appliance = start(MODEL_ID=str(broken))
     assert appliance.wait(120) == 5
     assert "does not know this model's architecture" in appliance.output
+
+
+@pytest.mark.fault("`docker kill`, or the power cut, while loading and while serving",
+                   "Nothing that is left hinders the next start; key and state are whole.")
+def test_after_everything_died_at_once_the_next_start_serves(start: Start) -> None:
+    loading = start(API_KEY="")
+    loading.wait_for(Phase.LOADING)
+    key = loading.key
+    _kill_all(loading)
+    serving = start(API_KEY="")
+    wait_until(lambda: "ready after" in serving.output, 120, "ready")
+    stream = Asking(serving, n=64, key=key)
+    wait_until(lambda: stream.text, 30, "a stream has begun")
+    _kill_all(serving)
+    last = start(API_KEY="")
+    wait_until(lambda: "ready after" in last.output, 120, "ready, not by a mark of the last life")
+    answer = httpx.post(f"{last.url}/v1/chat/completions", headers={"Authorization": f"Bearer {key}"}, timeout=60,
+                        json={"model": "shoehorn-demo", "messages": [{"role": "user", "content": "hello"}]})
+    assert answer.status_code == 200, "the key of the first start is still the key"
+    assert last.end(signal.SIGTERM, seconds=40) == 0
 
 
 @pytest.mark.fault("The model's folder is not there", "Exit code 4.")

@@ -135,6 +135,19 @@ def test_what_no_step_can_mend_ends_with_cause_and_remedy(engines) -> None:  # t
     assert 1 <= engine.log.read_text().count("step down ") <= 5
 
 
+@pytest.mark.fault("A model that always crashes, after it was ready",
+                   "Five tries with growing pauses, then exit code 5 and the engine's last words.")
+def test_a_restart_storm_ends_with_words(engines) -> None:  # type: ignore[no-untyped-def]
+    engine = engines("storm", {"load": 1 << 20, "alive": 1})
+    assert engine.process.wait(120) == 5
+    log, state = engine.log.read_text(), engine.states.read()
+    assert state.phase is Phase.FAILED
+    assert log.count("ready after") == 5
+    assert "illegal memory access" in log
+    assert state.cause
+    assert state.remedy
+
+
 def test_a_driver_that_is_too_old_is_refused_before_anything_is_started(tmp_path: Path, model: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": f"{MACHINE}:{ROOT / 'src'}", "MODEL_ID": str(model),
                    "MODEL_SOURCE": "local", "RUN_DIR": str(tmp_path / "run"), "MODELS_DIR": str(tmp_path),

@@ -2,7 +2,7 @@
 
 `STANDIN_ENGINE` (JSON) says where it fails: with more batched tokens than `load` it finds no memory for the KV cache,
 with a larger cache than `cache` bytes it dies over the first full batch, with bf16 and `no_bf16` over the number
-format. Messages are those of vLLM 0.32.0 and torch 2.13.0.
+format, with `alive` that many seconds after it began to serve. Messages are those of vLLM 0.32.0 and torch 2.13.0.
 """
 
 import json
@@ -10,6 +10,7 @@ import logging.config
 import os
 import socketserver
 import sys
+import threading
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
@@ -49,6 +50,12 @@ class Handler(BaseHTTPRequestHandler):
         return "unix"
 
 
+def crash() -> None:
+    log.error("RuntimeError: CUDA error: an illegal memory access was encountered")
+    sys.stdout.flush()
+    os._exit(1)
+
+
 def main() -> None:
     options = yaml.safe_load(Path(sys.argv[sys.argv.index("--config") + 1]).read_text())
     limits = json.loads(os.environ["STANDIN_ENGINE"])
@@ -66,6 +73,8 @@ def main() -> None:
              "4,096", 2.0)
     log.info("Graph capturing finished in %.0f secs, took %.2f GiB", 3.0, 0.11)
     Handler.dies = options.get("kv-cache-memory-bytes", 0) > limits.get("cache", 1 << 40)
+    if "alive" in limits:
+        threading.Timer(limits["alive"], crash).start()
     socketserver.ThreadingUnixStreamServer(options["uds"], Handler).serve_forever()
 
 
