@@ -16,13 +16,14 @@ import socketserver
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pynvml
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
-from shoehorn import __version__, metric_table, render
+from shoehorn import __version__, metric_table, render, vram
 from shoehorn import log as logs
 from shoehorn import settings as settings_module
 from shoehorn.engine_metrics import EngineScrape, EngineSource
@@ -35,6 +36,7 @@ log = logging.getLogger("exporter")
 
 ENGINE_LIMIT_SECONDS = 2.0
 GPU_LIMIT_SECONDS = 2.0
+VOLUME_LIMIT_SECONDS = 1.0  # a network volume may hang
 _Values = dict[str, list[tuple[tuple[str, ...], float]]]
 
 
@@ -49,15 +51,40 @@ def state_samples(state: State) -> _Values:
         values["shoehorn_phase_since_timestamp_seconds"] = [((), state.since)]
     if state.progress is not None:
         values["shoehorn_phase_progress_ratio"] = [((), state.progress)]
+    if state.failures:
+        values["shoehorn_engine_failures_total"] = [((name,), count) for name, count in state.failures.items()]
+    if state.kv_cache_tokens:
+        values["shoehorn_kv_cache_tokens"] = [((), state.kv_cache_tokens)]
     if state.memory:
-        rows = [((str(row["gpu"]), str(row["part"])), row) for row in state.memory]
-        values["shoehorn_vram_expected_bytes"] = [(labels, row["expected_bytes"]) for labels, row in rows]
-        values["shoehorn_vram_bytes"] = [(labels, row["measured_bytes"]) for labels, row in rows
-                                         if row["measured_bytes"] is not None]
+        values["shoehorn_offloaded_bytes"] = [((), state.offloaded_bytes)]
     if state.bytes_total:
         values["shoehorn_download_bytes"] = [((), state.bytes_done)]
         values["shoehorn_download_expected_bytes"] = [((), state.bytes_total)]
     return values
+
+
+def vram_samples(state: State, gpus: Sequence[Gpu]) -> _Values:
+    """Where the memory of each card is, and what the plan expected of it."""
+    values: _Values = {}
+    for number, gpu in enumerate(vram.in_use(gpus)):
+        rows = [row for row in state.memory if row["gpu"] == number]
+        for part, size in vram.breakdown(rows, gpu, ready=state.phase in (Phase.READY, Phase.STOPPING)).items():
+            values.setdefault("shoehorn_vram_bytes", []).append(((str(gpu.index), part), size))
+        for row in rows:
+            if row["part"] != "total":
+                values.setdefault("shoehorn_vram_expected_bytes", []).append(
+                    ((str(gpu.index), str(row["part"])), row["expected_bytes"]))
+    return values
+
+
+def volume_samples(models_dir: Path) -> _Values:
+    """The model volume's size and what is free of it; nothing where there is none."""
+    try:
+        status = os.statvfs(models_dir)
+    except OSError:
+        return {}
+    return {"shoehorn_models_volume_bytes": [((), status.f_blocks * status.f_frsize)],
+            "shoehorn_models_volume_free_bytes": [((), status.f_bavail * status.f_frsize)]}
 
 
 def engine_samples(scrape: EngineScrape) -> _Values:
@@ -75,6 +102,8 @@ def gpu_samples(reading: GpuReading) -> _Values:
     for gpu in reading.gpus:
         labels = (str(gpu.index), gpu.uuid)
         values.setdefault("shoehorn_gpu_info", []).append(((*labels, gpu.name, reading.driver_version), 1))
+        for reason in gpu.throttled:
+            values.setdefault("shoehorn_gpu_throttled", []).append(((*labels, reason), 1))
         for name, value in _figures(gpu).items():
             if value is not None:
                 values.setdefault(f"shoehorn_gpu_{name}", []).append((labels, value))
@@ -95,10 +124,9 @@ def _figures(gpu: Gpu) -> dict[str, float | None]:
 class Exporter:
     """Makes the text of a scrape; thread-safe."""
 
-    def __init__(self, states: StateFile, engine: EngineSource, gpus: TimeLimited[GpuReading]) -> None:
-        self._states = states
-        self._engine = engine
-        self._gpus = gpus
+    def __init__(self, states: StateFile, engine: EngineSource, gpus: TimeLimited[GpuReading],
+                 models: TimeLimited[_Values]) -> None:
+        self._states, self._engine, self._gpus, self._models = states, engine, gpus, models
         self._lock = threading.Lock()
         self._last_success: float | None = None
         self._said: dict[str, str] = {}
@@ -109,8 +137,10 @@ class Exporter:
         begun = time.monotonic()
         reading = self._gpus.get() or GpuReading(return_code=NO_ANSWER, problem="NVML gave no answer in time")
         duration = time.monotonic() - begun
-        values: _Values = {"shoehorn_info": [((__version__,), 1)], **state_samples(self._states.read()),
-                           **engine_samples(engine), **gpu_samples(reading),
+        state = self._states.read()
+        values: _Values = {"shoehorn_info": [((__version__,), 1)], **state_samples(state),
+                           **engine_samples(engine), **gpu_samples(reading), **vram_samples(state, reading.gpus),
+                           **(self._models.get() or {}),
                            "shoehorn_gpu_collect_duration_seconds": [((), duration)]}
         with self._lock:
             if reading.return_code == 0:
@@ -201,7 +231,8 @@ def main(environment: Mapping[str, str], nvml: Any) -> int:
     logs.configure(settings.log_format)
     exporter = Exporter(StateFile(settings.run_dir),
                         EngineSource(render.engine_socket(settings), ENGINE_LIMIT_SECONDS),
-                        TimeLimited(NvmlReader(nvml).read, GPU_LIMIT_SECONDS))
+                        TimeLimited(NvmlReader(nvml).read, GPU_LIMIT_SECONDS),
+                        TimeLimited(lambda: volume_samples(settings.models_dir), VOLUME_LIMIT_SECONDS))
     port = settings.metrics_port
     try:
         server = Server(("0.0.0.0", port), exporter)  # noqa: S104  # the container's network; compose publishes on 127.0.0.1

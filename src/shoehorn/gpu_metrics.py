@@ -22,6 +22,10 @@ from typing import Any
 NO_ANSWER = -1
 """The return code where NVML gave none of its own: no answer in time, no GPU, or one fewer than before."""
 
+THROTTLING = {0x4: "power_cap", 0x8: "hardware_slowdown", 0x20: "thermal", 0x40: "hardware_thermal",
+              0x80: "power_brake"}
+"""Bits of NVML's clocks event reasons (nvml.h) that mean that a card is slower than it could be."""
+
 # NVML_ERROR_ NOT_SUPPORTED, NO_PERMISSION, NOT_FOUND, INSUFFICIENT_SIZE (the list grew meanwhile), FUNCTION_NOT_FOUND,
 # ARGUMENT_VERSION_MISMATCH: the figure cannot be had, and the card is well. Every other code means that it is not.
 _FUNCTION_NOT_FOUND = 13
@@ -44,6 +48,7 @@ class Gpu:
     Attributes:
         memory_used_bytes: without what the driver reserves, unless `memory_reserved_bytes` is None: then with it.
         utilization_ratio: share of the last sample period in which a kernel ran, 0..1.
+        throttled: why its clocks are held down just now, of THROTTLING.
     """
 
     index: int
@@ -57,6 +62,7 @@ class Gpu:
     power_watts: float | None
     temperature_celsius: float | None
     processes: tuple[GpuProcess, ...]
+    throttled: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -129,6 +135,8 @@ class NvmlReader:
             utilization_ratio=None if rates is None else rates.gpu / 100,
             power_watts=None if milliwatts is None else milliwatts / 1000,
             temperature_celsius=None if temperature is None else float(temperature),
+            throttled=tuple(word for bit, word in THROTTLING.items() if bit & int(
+                self._ask(nvml.nvmlDeviceGetCurrentClocksEventReasons, handle) or 0)),
             processes=self._processes(self._ask(nvml.nvmlDeviceGetComputeRunningProcesses, handle) or ()))
 
     def _processes(self, entries: Sequence[Any]) -> tuple[GpuProcess, ...]:

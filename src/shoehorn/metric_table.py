@@ -46,11 +46,18 @@ TABLE: tuple[Metric, ...] = (
     Metric("shoehorn_engine_restarts_total", "Engine restarts since the container started.", kind="counter"),
     Metric("shoehorn_engine_step_downs_total", "Starts with a smaller plan after one that failed, since the container "
            "started.", kind="counter"),
-    Metric("shoehorn_vram_expected_bytes", "What the plan expected of each part of a GPU's memory after the load: "
-           "weights, kv_cache, cuda_graphs, framework (CUDA's context and workspaces), and their total.",
-           ("gpu", "part"), absent="before the first load"),
-    Metric("shoehorn_vram_bytes", "What the engine and NVML said of the same parts when it became ready.",
-           ("gpu", "part"), absent="before the first load, and for what nobody said"),
+    Metric("shoehorn_engine_failures_total", "Engine failures since the container started, by diagnosis.",
+           ("diagnosis",), absent="before the first failure", kind="counter"),
+    Metric("shoehorn_vram_bytes", "Where the GPU's memory is now; the parts add up to the card. weights, kv_cache and "
+           "cuda_graphs as the engine said after its load; framework: CUDA's context, workspaces, activations; "
+           "unattributed: all of these before the engine is ready; other_processes; driver; free.",
+           ("gpu", "part"), absent="where NVML does not say what is in use"),
+    Metric("shoehorn_vram_expected_bytes", "What the plan expected of weights, kv_cache, cuda_graphs and framework "
+           "after the load.", ("gpu", "part"), absent="before the first load"),
+    Metric("shoehorn_kv_cache_tokens", "Tokens that the KV cache holds.", absent="before the first load"),
+    Metric("shoehorn_offloaded_bytes", "Weights that the engine put into host memory.", absent="before the first load"),
+    Metric("shoehorn_models_volume_bytes", "Size of the volume with the models.", absent="when it does not answer"),
+    Metric("shoehorn_models_volume_free_bytes", "What is free of it.", absent="when it does not answer"),
     Metric("shoehorn_engine_scrape_success", "1 when the engine's own metrics are part of this scrape."),
     Metric("shoehorn_engine_scrape_duration_seconds", "How long the engine took to give its metrics, or to fail.",
            absent="when no engine listens"),
@@ -67,6 +74,8 @@ TABLE: tuple[Metric, ...] = (
            _GPU),
     Metric("shoehorn_gpu_power_watts", "Power draw.", _GPU),
     Metric("shoehorn_gpu_temperature_celsius", "Temperature of the chip.", _GPU),
+    Metric("shoehorn_gpu_throttled", "1 for each reason why the clocks are held down: power_cap, thermal, "
+           "hardware_slowdown, hardware_thermal, power_brake.", (*_GPU, "reason"), absent="when they are not"),
     Metric("shoehorn_gpu_collect_success", "1 when every GPU answered. 0 without NVML, with no GPU, with fewer than "
            "there were, and when NVML hangs."),
     Metric("shoehorn_gpu_collect_last_success_timestamp_seconds", "Unix time of the last scrape at which every GPU "

@@ -85,9 +85,10 @@ class Planner:
         """After the load: remember steps that were made, and compare what was expected with what is there."""
         if self._steps:
             worked.remember(self._memory, self._stepped, "; ".join(self._steps))
+        figures, tokens = engine_memory.read(self._settings.run_dir, max(1, len(plan.vram)))
         if not plan.vram:
+            states.update(kv_cache_tokens=tokens)
             return
-        figures, tokens = engine_memory.read(self._settings.run_dir, len(plan.vram))
         rows = engine_memory.compare(plan.vram, figures, _taken(self._machine, hardware.detect(), len(plan.vram)))
         for line in engine_memory.table(rows):
             log.info("memory: %s", line)
@@ -99,7 +100,8 @@ class Planner:
             log.info("memory: KV cache of %d tokens, %d were expected", tokens, plan.kv_cache_tokens)
         if complaint := engine_memory.offload_complaint(plan.offloaded_bytes, figures):
             log.warning("offload: %s", complaint)
-        states.update(memory=tuple(asdict(row) for row in rows))
+        offloaded = sum(int(said.get("offloaded_bytes", 0)) for said in figures.values())
+        states.update(memory=tuple(asdict(row) for row in rows), kv_cache_tokens=tokens, offloaded_bytes=offloaded)
 
 
 def _taken(before: Hardware, now: Hardware, gpus: int) -> list[int]:

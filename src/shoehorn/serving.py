@@ -113,6 +113,8 @@ class Server:
                 raise EngineFailedError("The engine failed too often within an hour; no further start is tried.",
                                         "The engine's lines above name the first failure.")
             diagnosis, was_ready = self._once()
+            failed = self._states.read().failures
+            self._states.update(failures={**failed, diagnosis.name: failed.get(diagnosis.name, 0) + 1})
             if not was_ready and (diagnosis.memory or diagnosis.name == "unsupported_dtype"):
                 raise StartFailedError(diagnosis)
             failures = self._restarts.record()

@@ -12,7 +12,7 @@ import json
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,8 @@ class State:
         bytes_done, bytes_total: of the download, while pulling and after.
         cause, remedy: on failure, in words.
         memory: after the load, one entry for each part of each GPU: gpu, part, expected_bytes, measured_bytes.
+        kv_cache_tokens, offloaded_bytes: after the load, as the engine said.
+        failures: of the engine since the container started, by diagnosis.
     """
 
     phase: Phase = Phase.STARTING
@@ -61,6 +63,9 @@ class State:
     cause: str = ""
     remedy: str = ""
     memory: tuple[Mapping[str, Any], ...] = ()
+    kv_cache_tokens: int = 0
+    offloaded_bytes: int = 0
+    failures: Mapping[str, int] = field(default_factory=dict)
     version: int = STATE_VERSION
 
 
