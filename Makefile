@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .ONESHELL:
-.PHONY: help setup setup-dev demo test test-container test-openapi lint format docs lock audit sbom pin-base clean
+.PHONY: help setup setup-dev demo test test-container test-openapi lint format docs dashboards lock audit sbom pin-base clean
 
 VENV := .venv
 PYTEST := $(VENV)/bin/pytest
@@ -23,6 +23,9 @@ setup: ## make .venv with the CPU engine and the shoehorn command; install nginx
 setup-dev: setup ## the same and what tests and linters need
 	@command -v shellcheck >/dev/null || \
 	  { $(SUDO) apt-get update -qq; $(SUDO) apt-get install -y -qq --no-install-recommends shellcheck >/dev/null; }
+	@command -v promtool >/dev/null || \
+	  { $(SUDO) apt-get update -qq; $(SUDO) apt-get install -y -qq --no-install-recommends prometheus >/dev/null; \
+	    [ ! -d /run/systemd/system ] || $(SUDO) systemctl disable --quiet --now prometheus; } # the service is not wanted
 	requirements/install $(VENV) cpu dev
 
 demo: setup ## serve the demo model on this machine's CPU, in the foreground; Ctrl-C ends it
@@ -52,6 +55,9 @@ test-openapi: setup-dev ## fuzz the public API with schemathesis through the gat
 
 docs: setup ## write the generated documents anew
 	$(VENV)/bin/python tools/generate_docs.py
+
+dashboards: setup-dev ## write Grafana's dashboards anew
+	$(VENV)/bin/python tools/dashboards.py
 
 lock: setup ## make the hash locks in requirements/ anew
 	UV=$(VENV)/bin/uv requirements/lock

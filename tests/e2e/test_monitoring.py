@@ -1,0 +1,146 @@
+"""A real Prometheus scrapes the running appliance: every panel's query finds data, and every rule's metric is there.
+
+The engine is the real one on the CPU. A second exporter over the same run directory replays NVML as it was recorded on
+an H200, with the parts that an engine on a GPU would have reported, so that the GPU's panels have something to show.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+from running import Appliance, free_port, wait_until
+
+from shoehorn.paths import HOME
+from shoehorn.state import StateFile
+
+pytestmark = pytest.mark.e2e
+
+DASHBOARDS = sorted((HOME / "monitoring" / "grafana" / "dashboards").glob("*.json"))
+EXPORTER = """
+import json, os, sys
+from pathlib import Path
+from fakes.nvml import FakeNvml
+from shoehorn import exporter
+nvml = FakeNvml(json.loads(Path(sys.argv[1]).read_text()))
+nvml.capture["gpus"][0]["nvmlDeviceGetCurrentClocksEventReasons"] = 0x4
+sys.exit(exporter.main(os.environ, nvml))
+"""
+MEMORY = tuple({"gpu": 0, "part": part, "expected_bytes": size, "measured_bytes": size} for part, size in (
+    ("weights", 100 << 20), ("kv_cache", 80 << 20), ("cuda_graphs", 10 << 20), ("framework", 300 << 20),
+    ("total", 490 << 20)))
+EMPTY = {
+    "By process": "the recorded card had no process",
+    "Download": "the model is a local folder: nothing is downloaded",
+    "Failures": "the engine has not failed",
+}
+"""Panels that rightly show nothing here, and why."""
+
+
+class Prometheus:
+    """A Prometheus of the test's own; asks through its API."""
+
+    def __init__(self, home: Path, target: int) -> None:
+        self.port = free_port()
+        config = yaml.safe_load((HOME / "monitoring" / "prometheus" / "prometheus.yml").read_text())
+        config["global"] |= {"scrape_interval": "1s", "scrape_timeout": "1s", "evaluation_interval": "1s"}
+        config["global"]["scrape_timeout"] = "1s"
+        config["scrape_configs"][0]["static_configs"][0]["targets"] = [f"127.0.0.1:{target}"]
+        config["rule_files"] = [str(HOME / "monitoring" / "prometheus" / "rules.yml")]
+        (home / "prometheus.yml").write_text(yaml.safe_dump(config))
+        with (home / "prometheus.log").open("w") as log:
+            self.process = subprocess.Popen(
+                ["prometheus", f"--config.file={home}/prometheus.yml", f"--storage.tsdb.path={home}/data",
+                 f"--web.listen-address=127.0.0.1:{self.port}"], stdout=log, stderr=subprocess.STDOUT)
+
+    def ask(self, path: str, **parameters: str) -> Any:
+        """`data` of an API answer."""
+        answer = httpx.get(f"http://127.0.0.1:{self.port}/api/v1/{path}", params=parameters, timeout=10)
+        assert answer.status_code == 200, answer.text
+        return answer.json()["data"]
+
+    def values(self, query: str) -> list[float]:
+        """The samples of an instant query that are numbers."""
+        found = [float(sample["value"][1]) for sample in self.ask("query", query=query)["result"]]
+        return [value for value in found if value == value]
+
+    def up(self) -> bool:
+        """Whether it answers."""
+        try:
+            return bool(self.values('up{job="shoehorn"} == 1'))
+        except httpx.TransportError:
+            return False
+
+
+@pytest.fixture(scope="module")
+def prometheus(appliance: Appliance, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
+    home = tmp_path_factory.mktemp("prometheus")
+    before = StateFile(appliance.run_dir).read()
+    StateFile(appliance.run_dir).update(memory=MEMORY, offloaded_bytes=0)
+    port = free_port()
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": f"{HOME / 'src'}:{HOME / 'tests'}",
+                   "RUN_DIR": str(appliance.run_dir), "MODELS_DIR": str(appliance.models_dir),
+                   "METRICS_PORT": str(port)}
+    with subprocess.Popen([sys.executable, "-c", EXPORTER, str(HOME / "tests" / "captures" / "nvml-h200.json")],
+                          env=environment) as exporter:
+        running = Prometheus(home, port)
+        try:
+            wait_until(running.up, 30, "Prometheus has scraped")
+            for _ in range(4):
+                for stream in (True, False):
+                    httpx.post(f"{appliance.url}/v1/chat/completions", headers=appliance.headers(), timeout=60, json={
+                        "model": "shoehorn-demo", "max_tokens": 16, "stream": stream,
+                        "messages": [{"role": "user", "content": "hello, and once more hello " * 4}]})
+                time.sleep(1)
+            wait_until(lambda: running.values("sum(increase(vllm:request_success_total[1m])) > 0"), 30, "it counts")
+            yield running
+        finally:
+            running.process.terminate()
+            running.process.wait(20)
+            exporter.terminate()
+            StateFile(appliance.run_dir).update(memory=before.memory)
+
+
+@pytest.mark.parametrize("path", DASHBOARDS, ids=lambda path: path.stem)
+def test_every_panel_finds_data(prometheus: Prometheus, path: Path) -> None:
+    empty = set()
+    for panel in json.loads(path.read_text())["panels"]:
+        for target in panel["targets"]:
+            query = target["expr"].replace("$__rate_interval", "1m").replace("$instance", ".+").replace("$gpu", "0")
+            if not prometheus.values(query):
+                empty.add(panel["title"])
+    assert empty == {panel["title"] for panel in json.loads(path.read_text())["panels"] if panel["title"] in EMPTY}
+
+
+def test_every_metric_of_a_rule_is_there(prometheus: Prometheus) -> None:
+    names = set(prometheus.ask("label/__name__/values"))
+    rules = yaml.safe_load((HOME / "monitoring" / "prometheus" / "rules.yml").read_text())
+    used = {name for group in rules["groups"] for rule in group["rules"]
+            for name in re.findall(r"\b(?:shoehorn_|vllm:|up\b)[a-z_]*", rule["expr"])}
+    assert used - names == {"shoehorn_download_bytes"}, "nothing is downloaded here"
+
+
+def test_the_rules_are_loaded_and_only_those_fire_that_should(prometheus: Prometheus) -> None:
+    rules = [rule for group in prometheus.ask("rules")["groups"] for rule in group["rules"]]
+    assert len(rules) == 17
+    assert [rule["name"] for rule in rules if rule["health"] != "ok"] == []
+    assert [rule["name"] for rule in rules if rule["state"] == "firing"] == []
+
+
+def test_the_parts_of_the_card_add_up_in_prometheus_too(prometheus: Prometheus) -> None:
+    [total] = prometheus.values('shoehorn_gpu_memory_total_bytes{gpu="0"}')
+    assert prometheus.values('sum(shoehorn_vram_bytes{gpu="0"})') == [total]
+
+
+def test_a_broken_query_would_be_found(prometheus: Prometheus) -> None:
+    assert prometheus.values("sum(rate(vllm:generation_tokens[1m]))") == []
