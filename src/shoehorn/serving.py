@@ -172,9 +172,14 @@ class Server:
         """One line of the engine's output, from the reading thread."""
         self._tail.append(line)
         if self._engine_log:
-            with self._engine_log.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
-        else:
+            try:
+                with self._engine_log.open("a", encoding="utf-8") as file:
+                    file.write(line + "\n")
+            except OSError as error:  # a full disk must not stop the reading, or the engine would wait for it for ever
+                log.warning("cannot write %s: %s; the engine's lines come here instead", self._engine_log,
+                            error.strerror)
+                self._engine_log = None
+        if not self._engine_log:
             logging.getLogger("vllm").info("%s", line)
         if self._states.read().phase is not Phase.LOADING:
             return

@@ -32,12 +32,12 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def wait_until(condition: Callable[[], object], seconds: float, what: str) -> None:
+def wait_until(condition: Callable[[], object], seconds: float, what: str | Callable[[], str]) -> None:
     """Wait for a condition; fails, naming it, when it does not come true."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
-            pytest.fail(f"not within {seconds} s: {what}")
+            pytest.fail(f"not within {seconds} s: {what if isinstance(what, str) else what()}")
         time.sleep(0.1)
 
 
@@ -115,7 +115,7 @@ class Appliance:
                 pytest.fail(f"ended with {self.process.returncode} before {phase}:\n{self.output}")
             return self.phase is phase
 
-        wait_until(reached, seconds, f"phase {phase}, is {self.phase}\n{self.output[-3000:]}")
+        wait_until(reached, seconds, lambda: f"phase {phase}, is {self.phase}\n{self.output[-3000:]}")
 
     def end(self, number: int = signal.SIGTERM, seconds: float = 30) -> int:
         """Send a signal, wait for the end; returns the exit code."""
