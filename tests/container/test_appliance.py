@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import httpx
 import pytest
-from tracked import INTERRUPTED, Container, wait_until
+from tracked import INTERRUPTED, Container, docker, wait_until
 
 pytestmark = pytest.mark.container
 
@@ -97,6 +97,22 @@ def test_a_killed_engine_core_comes_back_in_the_same_container(appliance: Contai
     assert _chat(appliance, key).status_code == 503
     appliance.wait_for("ready", 150)
     print(f"ready again after {time.monotonic() - begun:.1f} s")
+    assert _chat(appliance, key).status_code == 200
+    assert appliance.inspect()["RestartCount"] == 0
+
+
+@pytest.mark.fault("The container runs out of memory, and the kernel kills its engine",
+                   "Said so; started again in the same container, and ready once there is memory.")
+def test_an_engine_that_the_kernel_kills_for_memory_comes_back(appliance: Container, key: str) -> None:
+    appliance.announce("started again in", "was killed", *INTERRUPTED)
+    before = appliance.logs.count("most often because memory ran out")
+    docker("update", "--memory=500m", "--memory-swap=500m", appliance.id)
+    try:
+        wait_until(lambda: appliance.phase() != "ready", 60, "the kernel has killed its engine")
+    finally:
+        docker("update", "--memory=16g", "--memory-swap=16g", appliance.id)
+    appliance.wait_for("ready", 150)
+    assert appliance.logs.count("most often because memory ran out") > before
     assert _chat(appliance, key).status_code == 200
     assert appliance.inspect()["RestartCount"] == 0
 
