@@ -143,6 +143,13 @@ async def keep_tls(settings: Settings) -> None:
         await asyncio.to_thread(watch.look)
 
 
+async def end_with(owner: int, server: uvicorn.Server) -> None:
+    """End when supervisord was killed, since nobody else would end this."""
+    while os.getppid() == owner:
+        await asyncio.sleep(1.0)
+    server.should_exit = True
+
+
 def listen(path: Path) -> socket.socket:
     """The service's socket, which only this user may connect to, in the place of one that a dead service left."""
     with contextlib.suppress(FileNotFoundError):
@@ -172,6 +179,7 @@ async def serve(settings: Settings) -> None:
         timeout_keep_alive=KEEP_ALIVE_SECONDS, timeout_graceful_shutdown=1))
     async with asyncio.TaskGroup() as group:  # a task that fails ends the service, and supervisord starts it again
         tasks = [group.create_task(keep_used(service, KeyStore(settings.models_dir), names))]
+        tasks.append(group.create_task(end_with(os.getppid(), server)))
         if settings.tls_cert_file:
             tasks.append(group.create_task(keep_tls(settings)))
         await server.serve(sockets=[listen(settings.run_dir / SOCKET)])

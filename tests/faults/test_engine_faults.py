@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import logging
+import os
+import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
+from shoehorn.paths import HOME
 from shoehorn.restarts import Restarts
 from shoehorn.serving import Server
 from shoehorn.state import StateFile
@@ -24,3 +31,28 @@ def test_a_full_disk_does_not_stop_the_reading_of_the_engines_lines(tmp_path: Pa
     said = [record.getMessage() for record in caplog.records]
     assert said == ["cannot write /dev/full: No space left on device; the engine's lines come here instead",
                     "one", "two", "three"]
+
+
+@pytest.mark.fault("`kill -9` of supervisord", "Key service, exporter and engine program end by themselves: no orphan.")
+@pytest.mark.parametrize("program", ["shoehorn.key_service", "shoehorn.exporter"])
+def test_a_helper_ends_when_its_parent_was_killed(tmp_path: Path, program: str) -> None:
+    environment = {**os.environ, "RUN_DIR": str(tmp_path), "MODELS_DIR": str(tmp_path), "API_KEY": "a" * 32,
+                   "METRICS_PORT": str(free_port()), "PYTHONPATH": str(HOME / "src")}
+    parent = subprocess.Popen([sys.executable, "-c", "import subprocess, sys, time\n"
+                               f"print(subprocess.Popen([sys.executable, '-m', '{program}']).pid, flush=True)\n"
+                               "time.sleep(100)"], stdout=subprocess.PIPE, text=True, env=environment)
+    with parent:
+        assert parent.stdout
+        child = psutil.Process(int(parent.stdout.readline()))
+        time.sleep(3)
+        assert child.is_running(), "it runs as long as its parent does"
+        assert child.status() != psutil.STATUS_ZOMBIE
+        parent.kill()
+    assert psutil.wait_procs([child], timeout=15)[1] == []
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -8,9 +8,9 @@ import time
 from pathlib import Path
 
 import pytest
-from pulling import MODEL, WEIGHTS, Volume, write_model
 
 from fakes.hub import Hub
+from pulling import MODEL, WEIGHTS, Volume, write_model
 from shoehorn.commands.pull import Lines
 from shoehorn.progress import Progress
 

@@ -8,10 +8,10 @@ import time
 from pathlib import Path
 
 import pytest
-from pulling import MODEL, WEIGHTS, WEIGHTS_BYTES, Volume, stop_when_arrived, write_model, write_weights
 
 from fakes.hf_hub import HuggingFaceHub
 from fakes.hub import Hub, commit_of
+from pulling import MODEL, WEIGHTS, WEIGHTS_BYTES, Volume, stop_when_arrived, write_model, write_weights
 from shoehorn import hub as modelscope
 from shoehorn.errors import ModelUnavailableError
 from shoehorn.hf_hub import HuggingFaceHub as Client

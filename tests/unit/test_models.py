@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from pulling import MODEL, WEIGHTS, WEIGHTS_BYTES, Volume, write_model, write_weights
 
 from fakes.hub import Hub
+from pulling import MODEL, WEIGHTS, WEIGHTS_BYTES, Volume, write_model, write_weights
 from shoehorn import cli, inventory
 from shoehorn.errors import ModelUnavailableError
 

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from pulling import MODEL, WEIGHTS, Volume, stop_when_arrived, write_model, write_weights
 
 from fakes.hub import Hub
+from pulling import MODEL, WEIGHTS, Volume, stop_when_arrived, write_model, write_weights
 from shoehorn import settings, store
 from shoehorn.errors import ModelUnavailableError
 from shoehorn.manifest import ModelFile

@@ -11,10 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from pulling import MODEL, WEIGHTS, WEIGHTS_BYTES, Volume, stop_when_arrived, write_model
 
 from fakes.hf_hub import HuggingFaceHub
 from fakes.hub import Hub, blob_id, commit_of
+from pulling import MODEL, WEIGHTS, WEIGHTS_BYTES, Volume, stop_when_arrived, write_model
 from shoehorn import hf_download, inventory, manifest, store
 from shoehorn.commands import serve
 from shoehorn.errors import ModelUnavailableError

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pulling import MODEL, WEIGHTS, WEIGHTS_BYTES, Volume, write_model
 
 from fakes.hub import Hub
+from pulling import MODEL, WEIGHTS, WEIGHTS_BYTES, Volume, write_model
 from shoehorn import hub as hub_module
 from shoehorn import store
 from shoehorn.errors import ModelUnavailableError

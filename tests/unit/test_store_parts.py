@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-from pulling import MODEL, Volume
 
+from pulling import MODEL, Volume
 from shoehorn import store, volume
 from shoehorn.download import bytes_there, partial_path
 from shoehorn.errors import ModelUnavailableError
