@@ -18,7 +18,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from types import FrameType
 
-from shoehorn import engine_memory, inventory, proof, render, store
+from shoehorn import engine_memory, inventory, proof, render, shown_plan, store
 from shoehorn import log as logs
 from shoehorn import settings as settings_module
 from shoehorn.errors import EXIT_DONE, ModelUnavailableError, ShoehornError
@@ -64,6 +64,7 @@ def _serve(settings: Settings, environment: Mapping[str, str], states: StateFile
     directory = store.locate(settings)
     planner = Planner(settings, directory)
     plan = planner.plan()
+    states.update(plan=shown_plan.of(plan), memory=())
     if directory is None:
         directory = _pull(settings, environment, states)
     with inventory.used(settings.models_dir, settings.model_id) if settings.model_source != "local" else nullcontext():
@@ -76,7 +77,7 @@ def _serve(settings: Settings, environment: Mapping[str, str], states: StateFile
                 if smaller is None:
                     raise
                 plan = smaller
-                states.update(step_downs=states.read().step_downs + 1)
+                states.update(step_downs=states.read().step_downs + 1, plan=shown_plan.of(plan), memory=())
 
 
 def _start(settings: Settings, environment: Mapping[str, str], states: StateFile, restarts: Restarts,
@@ -138,7 +139,7 @@ def _pull(settings: Settings, environment: Mapping[str, str], states: StateFile)
             return
         done, total, rate = message["bytes_done"], message["bytes_total"], message["rate_bytes_per_second"]
         states.update(phase=Phase(message["phase"]), progress=done / total if total else None,
-                      bytes_done=done, bytes_total=total)
+                      bytes_done=done, bytes_total=total, rate_bytes_per_second=float(rate or 0))
         if time.monotonic() - said["at"] >= 5:
             said["at"] = time.monotonic()
             left = f", {(total - done) / rate:.0f} s left" if rate else ""

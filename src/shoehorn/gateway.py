@@ -27,7 +27,8 @@ RETRY_AFTER_SECONDS = 5
 """Small: OpenAI's client waits that long, and not at all when told to wait above two minutes."""
 READ_SECONDS = 6 * 3600
 """The longest pause between two reads from the engine: a whole answer without streaming, at 0.4 tokens a second."""
-PAGE_FILES = ("page.css", "page.js", "icon.svg")
+PAGE_FILES = ("page.css", "chat.css", "page.js", "words.js", "format.js", "status.js", "vram.js", "stream.js",
+              "chat.js", "message.js", "snippets.js", "icon.svg")
 
 SOCKET = "engine.sock"
 _SOCKET_PATH_BYTES = 107

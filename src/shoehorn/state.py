@@ -45,10 +45,12 @@ class State:
         since: Unix time, in seconds, at which the phase began.
         restarts: engine restarts since the container started; step_downs: starts with a smaller plan.
         bytes_done, bytes_total: of the download, while pulling and after.
+        rate_bytes_per_second: of the pull's present phase; 0 while unknown and in all other phases.
         cause, remedy: on failure, in words.
         memory: after the load, one entry for each part of each GPU: gpu, part, expected_bytes, measured_bytes.
         kv_cache_tokens, offloaded_bytes: after the load, as the engine said.
         failures: of the engine since the container started, by diagnosis.
+        plan: what is started, as `shown_plan` tells it; empty before the first plan.
     """
 
     phase: Phase = Phase.STARTING
@@ -66,6 +68,8 @@ class State:
     kv_cache_tokens: int = 0
     offloaded_bytes: int = 0
     failures: Mapping[str, int] = field(default_factory=dict)
+    rate_bytes_per_second: float = 0.0
+    plan: Mapping[str, Any] = field(default_factory=dict)
     version: int = STATE_VERSION
 
 
@@ -119,12 +123,14 @@ class StateFile:
         self._mark("ready", state.phase is Phase.READY)
 
     def update(self, **changes: object) -> State:
-        """Write the current state with `changes`; `since` follows a change of phase."""
+        """Write the current state with `changes`; `since` follows a change of phase, which also ends the rate."""
         with self._lock:
             old = self.read()
             new = replace(old, **changes)  # type: ignore[arg-type]  # the field names are checked by replace itself
             if new.phase is not old.phase or not old.since:
                 new = replace(new, since=time.time())
+                if "rate_bytes_per_second" not in changes:
+                    new = replace(new, rate_bytes_per_second=0.0)
             self.write(new)
             return new
 

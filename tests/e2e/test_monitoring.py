@@ -33,7 +33,10 @@ from pathlib import Path
 from fakes.nvml import FakeNvml
 from shoehorn import exporter
 nvml = FakeNvml(json.loads(Path(sys.argv[1]).read_text()))
-nvml.capture["gpus"][0]["nvmlDeviceGetCurrentClocksEventReasons"] = 0x4
+card = nvml.capture["gpus"][0]  # recorded idle: now it holds what the engine is said to hold, and has a power cap
+card["nvmlDeviceGetCurrentClocksEventReasons"] = 0x4
+card["nvmlDeviceGetMemoryInfo_v2"]["used"] += 490 << 20
+card["nvmlDeviceGetMemoryInfo_v2"]["free"] -= 490 << 20
 sys.exit(exporter.main(os.environ, nvml))
 """
 MEMORY = tuple({"gpu": 0, "part": part, "expected_bytes": size, "measured_bytes": size} for part, size in (
@@ -42,7 +45,6 @@ MEMORY = tuple({"gpu": 0, "part": part, "expected_bytes": size, "measured_bytes"
 EMPTY = {
     "By process": "the recorded card had no process",
     "Download": "the model is a local folder: nothing is downloaded",
-    "Failures": "the engine has not failed",
 }
 """Panels that rightly show nothing here, and why."""
 
@@ -86,7 +88,7 @@ class Prometheus:
 def prometheus(appliance: Appliance, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
     home = tmp_path_factory.mktemp("prometheus")
     before = StateFile(appliance.run_dir).read()
-    StateFile(appliance.run_dir).update(memory=MEMORY, offloaded_bytes=0)
+    StateFile(appliance.run_dir).update(memory=MEMORY, failures={"killed": 1})
     port = free_port()
     environment = {"PATH": os.environ["PATH"], "PYTHONPATH": f"{HOME / 'src'}:{HOME / 'tests'}",
                    "RUN_DIR": str(appliance.run_dir), "MODELS_DIR": str(appliance.models_dir),
@@ -108,7 +110,7 @@ def prometheus(appliance: Appliance, tmp_path_factory: pytest.TempPathFactory) -
             running.process.terminate()
             running.process.wait(20)
             exporter.terminate()
-            StateFile(appliance.run_dir).update(memory=before.memory)
+            StateFile(appliance.run_dir).update(memory=before.memory, failures=before.failures)
 
 
 @pytest.mark.parametrize("path", DASHBOARDS, ids=lambda path: path.stem)

@@ -1,0 +1,184 @@
+// The chat: key, conversation, figures. The conversation lives in this page only, the key in this tab only.
+import { count, duration, speed } from "./format.js";
+import { Message } from "./message.js";
+import { ask, chat, ServerError } from "./stream.js";
+import { byId, keep, kept, say, t } from "./words.js";
+
+const KEY = "shoehorn.key";
+
+let key = kept("sessionStorage", KEY);
+let model = "", contextLimit = 0, contextUsed = 0, rate = 0;
+let ready = false, checking = false, running = null;
+let history = [];
+
+const idle = () => ready && key && model && !running;
+
+function showControls() {
+  byId("key-form").hidden = Boolean(key && model);
+  byId("key-held").hidden = !key || !model;
+  byId("composer").hidden = !model;
+  byId("log").hidden = !byId("log").children.length;
+  byId("clear").hidden = !byId("log").children.length;
+  byId("send").disabled = !idle();
+  byId("clear").disabled = Boolean(running);
+  byId("stop").hidden = !running;
+  byId("log").setAttribute("aria-busy", String(Boolean(running)));
+}
+
+export function showFigures() {
+  byId("figures").hidden = !contextUsed;
+  say("speed", rate ? t("speed", speed(rate)) : "");
+  say("context", contextLimit ? t("context", count(contextUsed), count(contextLimit))
+    : t("context.only", count(contextUsed)));
+  const meter = byId("context-meter");
+  meter.hidden = !contextLimit;
+  meter.max = contextLimit || 1;
+  meter.value = contextUsed;
+  meter.setAttribute("aria-label", byId("context").textContent);
+}
+
+// What went wrong, in the server's words where it has any, and when to try again.
+export function explain(error) {
+  const own = error.status === -1 ? t("broken") : error.status ? t("status", error.status) : t("unreachable");
+  const wait = error.waitSeconds ? ` ${t("wait", duration(error.waitSeconds))}` : "";
+  return (error.message || own) + wait;
+}
+
+function forget() {
+  key = model = "";
+  keep("sessionStorage", KEY, "");
+  byId("key").value = "";
+}
+
+// Ask which model is served, which also proves the key.
+async function check(moveFocus) {
+  if (!key || checking || !ready) return showControls();
+  checking = true;
+  say("key-error", "");
+  try {
+    const served = (await (await ask("v1/models", key)).json()).data[0];
+    model = served.id;
+    contextLimit = served.max_model_len ?? 0;
+    keep("sessionStorage", KEY, key);
+  } catch (error) {
+    if (!(error instanceof ServerError)) throw error;
+    say("key-error", explain(error));
+    if (error.status === 401) forget();
+  } finally {
+    checking = false;
+    showControls();
+  }
+  if (moveFocus) byId(model ? "message" : "key").focus();
+}
+
+function follow(log, change) {
+  const atEnd = log.scrollHeight - log.scrollTop - log.clientHeight < 40;
+  change();
+  if (atEnd) log.scrollTop = log.scrollHeight;
+}
+
+function measure(usage, clock) {
+  contextUsed = usage.total_tokens;
+  const now = performance.now();
+  clock.first ??= { at: now, tokens: usage.completion_tokens };
+  const seconds = (now - clock.first.at) / 1000, tokens = usage.completion_tokens - clock.first.tokens;
+  if (seconds > 0 && tokens > 0) rate = tokens / seconds;
+  showFigures();
+}
+
+async function receive(message, signal) {
+  const clock = {};
+  for await (const { reasoning, content, usage, finish } of chat(history, model, key, signal)) {
+    if (reasoning || content) message.add(reasoning, content);
+    if (usage?.completion_tokens && (content || reasoning || !clock.first)) measure(usage, clock);
+    else if (usage) { contextUsed = usage.total_tokens; showFigures(); }
+    if (finish === "length") message.note("cut", "", "note");
+  }
+}
+
+async function send(text) {
+  const log = byId("log"), message = new Message("assistant"), question = new Message("user");
+  question.content = text;
+  question.draw();
+  history.push({ role: "user", content: text });
+  running = new AbortController();
+  rate = 0;
+  log.hidden = false;
+  log.append(question.element, message.element);
+  log.scrollTop = log.scrollHeight;
+  message.onDraw = () => follow(log, () => {});
+  say("activity", t("answering"));
+  showControls();
+  let ending = "answered";
+  try {
+    await receive(message, running.signal);
+  } catch (error) {
+    if (running.signal.aborted) {
+      ending = "stopped";
+      message.note("stopped", "", "note");
+    } else if (error instanceof ServerError) {
+      ending = "";
+      message.note("", explain(error), "error");
+      if (error.status === 401) { forget(); say("key-error", explain(error)); }
+    } else throw error;
+  } finally {
+    follow(log, () => message.draw());
+    running = null;
+    if (message.content) history.push({ role: "assistant", content: message.content });
+    else { // nothing was said: the question can be asked again
+      history.pop();
+      if (!byId("message").value) byId("message").value = text;
+    }
+    say("activity", ending ? t(ending) : "");
+    showControls();
+  }
+}
+
+// Told with each state: whether the engine is ready, and what it calls its model.
+export function setReady(now) {
+  const before = ready;
+  ready = now;
+  if (ready && !before) check(false);
+  else showControls();
+}
+
+export function setUp() {
+  byId("key").value = key;
+  byId("key").addEventListener("input", () => { byId("key").value = byId("key").value.trim(); });
+  byId("key-form").addEventListener("submit", (event) => {
+    event.preventDefault();
+    key = byId("key").value;
+    check(true);
+  });
+  byId("forget").addEventListener("click", () => {
+    running?.abort();
+    forget();
+    showControls();
+    byId("key").focus();
+  });
+  byId("clear").addEventListener("click", () => {
+    history = [];
+    contextUsed = 0;
+    byId("log").replaceChildren();
+    showFigures();
+    showControls();
+    byId("message").focus();
+  });
+  byId("composer").addEventListener("submit", (event) => {
+    event.preventDefault();
+    const text = byId("message").value.trim();
+    if (!text || !idle()) return;
+    byId("message").value = "";
+    send(text);
+  });
+  byId("message").addEventListener("keydown", (event) => {
+    if (event.key !== "Enter" || event.shiftKey || event.isComposing) return; // composing: Enter chooses a character
+    event.preventDefault();
+    byId("composer").requestSubmit();
+  });
+  byId("stop").addEventListener("click", () => {
+    running?.abort();
+    byId("message").focus();
+  });
+  showControls();
+}

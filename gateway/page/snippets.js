@@ -1,0 +1,70 @@
+// How to call this server, ready to paste: its own address and model, and the key from the environment.
+import { byId, say, t } from "./words.js";
+
+const base = () => new URL("v1", location.href).href;
+
+const json = (value) => JSON.stringify(value);
+const inShell = (text) => `'${text.replaceAll("'", "'\\''")}'`;
+
+export function curl(model, prompt) {
+  const body = `{"model": ${json(model)}, "stream": true,\n       "messages": [{"role": "user", "content": ${json(prompt)}}]}`;
+  return [
+    `curl -N ${inShell(`${base()}/chat/completions`)} \\`,
+    `  -H "Authorization: Bearer $SHOEHORN_API_KEY" \\`,
+    `  -H "Content-Type: application/json" \\`,
+    `  -d ${inShell(body)}`,
+  ].join("\n");
+}
+
+export function openai(model, prompt) {
+  return `import os
+
+from openai import OpenAI
+
+client = OpenAI(base_url=${json(base())}, api_key=os.environ["SHOEHORN_API_KEY"])
+for chunk in client.chat.completions.create(
+    model=${json(model)},
+    messages=[{"role": "user", "content": ${json(prompt)}}],
+    stream=True,
+):
+    if chunk.choices:
+        print(chunk.choices[0].delta.content or "", end="", flush=True)
+`;
+}
+
+export function langchain(model, prompt) {
+  return `import os
+
+from langchain_openai import ChatOpenAI
+
+chat = ChatOpenAI(
+    base_url=${json(base())},
+    api_key=os.environ["SHOEHORN_API_KEY"],
+    model=${json(model)},
+)
+for piece in chat.stream(${json(prompt)}):
+    print(piece.content, end="", flush=True)
+`;
+}
+
+export function showSnippets(model) {
+  for (const [id, make] of Object.entries({ curl, openai, langchain })) say(id, make(model, t("prompt")));
+}
+
+async function copy(button) {
+  const source = byId(button.dataset.copy), range = document.createRange();
+  range.selectNodeContents(source);
+  getSelection().removeAllRanges();
+  getSelection().addRange(range); // over plain HTTP browsers give no clipboard, but let a selection be copied
+  const done = navigator.clipboard
+    ? await navigator.clipboard.writeText(source.textContent).then(() => true, () => false)
+    : document.execCommand("copy");
+  if (!done) return;
+  button.textContent = t("copied");
+  say("copied", t("copied"));
+  setTimeout(() => { button.textContent = t("copy"); say("copied", ""); }, 1500);
+}
+
+export function setUp() {
+  for (const button of document.querySelectorAll("[data-copy]")) button.addEventListener("click", () => copy(button));
+}

@@ -1,0 +1,78 @@
+// What /status says, shown: phase, progress, failure. Asked every two seconds, for ever.
+import { duration, size } from "./format.js";
+import { byId, detail, say, t, TEXT } from "./words.js";
+
+const STEP_OF = {
+  starting: "prepare", pulling: "fetch", verifying: "fetch", converting: "fetch",
+  loading: "load", stepping_down: "load", ready: "ready",
+};
+const ORDER = ["prepare", "fetch", "load", "ready"];
+const PERIOD_MS = 2000;
+const PATIENCE_MS = 5000;
+
+function showSteps(phase) {
+  const current = ORDER.indexOf(STEP_OF[phase]);
+  for (const item of document.querySelectorAll("#steps li")) {
+    const place = ORDER.indexOf(item.dataset.step);
+    item.dataset.state = place < current || phase === "ready" ? "done" : place === current ? "now" : "later";
+    if (place === current) item.setAttribute("aria-current", "step");
+    else item.removeAttribute("aria-current");
+  }
+}
+
+// A key's words only where there are any: a newer server may have a phase that this page does not know.
+const known = (key) => (key in TEXT.en ? t(key) : "");
+
+export const phaseName = (phase) => known(`phase.${phase}`) || phase;
+
+function showProgress(state, now) {
+  say("headline", known(`headline.${state.phase}`));
+  const bar = byId("progress");
+  if (state.progress === null) bar.removeAttribute("value");
+  else bar.value = state.progress;
+  say("detail", detail(state.detail));
+  const fetching = STEP_OF[state.phase] === "fetch" && state.bytes_total > 0;
+  const rate = fetching ? state.rate_bytes_per_second ?? 0 : 0;
+  say("amount", fetching ? `${size(state.bytes_done)} / ${size(state.bytes_total)}` : "");
+  say("percent", state.progress === null ? "" : `${Math.floor(state.progress * 100)} %`);
+  say("rate", rate > 0 ? `${size(rate)}/s` : "");
+  say("left", rate > 0 ? t("left", duration(Math.ceil((state.bytes_total - state.bytes_done) / rate))) : "");
+  say("elapsed", state.since > 0 ? t("elapsed", duration(Math.max(0, now - state.since))) : "");
+}
+
+// `now`: the server's clock, in seconds. `used`: whether it was ready before, so that the conversation stays.
+export function showStatus(state, now, used) {
+  const { phase } = state;
+  const ready = phase === "ready", failed = phase === "failed";
+  say("badge", phaseName(phase));
+  byId("badge").dataset.kind = ready || failed ? phase : "waiting";
+  document.title = `${phaseName(phase)} · Shoehorn`;
+  say("model", state.model);
+  byId("start").hidden = ready || failed;
+  byId("failure").hidden = !failed;
+  byId("chat").hidden = byId("use").hidden = !used;
+  showSteps(phase);
+  showProgress(state, now);
+  say("cause", state.cause);
+  say("remedy", state.remedy);
+  byId("remedy-title").hidden = !state.remedy;
+}
+
+// Calls `seen(state, now)` for each answer, and `lost()` where there is none.
+export async function follow(seen, lost) {
+  for (;;) {
+    let state = null, clock = 0;
+    try {
+      const answer = await fetch("status", { cache: "no-store", signal: AbortSignal.timeout(PATIENCE_MS) });
+      if (answer.ok) {
+        state = await answer.json();
+        clock = Date.parse(answer.headers.get("Date")) || Date.now(); // the server's: this machine's may be off
+      }
+    } catch (error) { // no network, no answer in time, or half a document
+      if (!(error instanceof TypeError || error instanceof DOMException || error instanceof SyntaxError)) throw error;
+    }
+    if (state) seen(state, clock / 1000);
+    else lost();
+    await new Promise((resolve) => setTimeout(resolve, PERIOD_MS));
+  }
+}

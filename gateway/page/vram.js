@@ -1,0 +1,123 @@
+// The plan, and the picture of each card's memory: parts as the plan expects them, beside what the engine measured.
+import { count, size, speed } from "./format.js";
+import { byId, make, t } from "./words.js";
+
+const HELD = ["weights", "quant_state", "embeddings", "offload_buffer"]; // the engine measures these as one
+const REST = ["kv_cache", "cuda_graphs", "framework"];
+const RESERVE = "activations";
+const QUANTIZATION = { "": "as-is", bitsandbytes: "nf4", int4: "int4" };
+
+function facts(plan) {
+  const expected = plan.expected_tokens_per_second ?? {};
+  const speeds = [["batch_1", "speed.one"], ["batch_8", "speed.eight"]]
+    .filter(([batch]) => expected[batch]).map(([batch, words]) => t(words, speed(expected[batch])));
+  return [
+    ["plan.weights", QUANTIZATION[plan.quantization] ? t(QUANTIZATION[plan.quantization]) : plan.quantization],
+    ["plan.disk", size(plan.disk_bytes)],
+    ["plan.context", t("tokens", count(plan.max_model_len))],
+    ["plan.requests", count(plan.max_num_seqs)],
+    ["plan.kv", plan.kv_cache_tokens ? t("tokens", count(plan.kv_cache_tokens)) : ""],
+    ["plan.host", size(plan.host_bytes)],
+    ["plan.offloaded", plan.offloaded_bytes ? size(plan.offloaded_bytes) : ""],
+    ["plan.speed", speeds.join(", ")],
+  ].filter(([, value]) => value);
+}
+
+// One bar: parts [name, bytes], drawn to a scale of `whole` bytes, with the same told in words.
+function bar(title, parts, whole) {
+  const row = make("div", "vram-row");
+  row.append(make("span", "vram-label", title));
+  const stack = make("div", "stack");
+  stack.setAttribute("role", "img");
+  const shown = parts.filter(([, bytes]) => bytes > 0);
+  stack.setAttribute("aria-label", t("picture", title,
+    shown.map(([part, bytes]) => `${t(`part.${part}`)} ${size(bytes)}`).join(", ")));
+  let drawn = 0;
+  for (const [part, bytes] of shown) {
+    const piece = make("span");
+    piece.dataset.part = part;
+    piece.style.width = `${(100 * bytes) / whole}%`;
+    piece.title = `${t(`part.${part}`)}: ${size(bytes)}`;
+    drawn += bytes;
+    stack.append(piece);
+  }
+  stack.dataset.bytes = String(drawn);
+  row.append(stack);
+  return row;
+}
+
+function line(part, expected, measured) {
+  const row = make("tr"), head = make("th");
+  head.scope = "row";
+  if (part in { total: 0 }) head.textContent = t("total");
+  else {
+    const swatch = make("span", "swatch");
+    swatch.dataset.part = part;
+    head.append(swatch, t(`part.${part}`));
+  }
+  row.append(head, make("td", "", expected));
+  if (measured !== null) row.append(measured);
+  return row;
+}
+
+function table(parts, measured) {
+  const made = make("table"), head = make("tr"), body = make("tbody");
+  for (const column of ["part", "expected", ...(measured ? ["measured"] : [])]) {
+    const cell = make("th", "", t(column));
+    cell.scope = "col";
+    head.append(cell);
+  }
+  const cell = (bytes) => make("td", "", bytes === null || bytes === undefined ? t("unknown") : size(bytes));
+  const held = HELD.filter((part) => parts[`${part}_bytes`] > 0);
+  held.forEach((part, place) => {
+    let value = null;
+    if (measured && place === 0) {
+      value = cell(measured.weights);
+      value.rowSpan = held.length;
+    }
+    body.append(line(part, size(parts[`${part}_bytes`]), value));
+  });
+  for (const part of REST) body.append(line(part, size(parts[`${part}_bytes`]), measured ? cell(measured[part]) : null));
+  body.append(line(RESERVE, size(parts.activations_bytes), measured ? make("td", "note", t("reserve")) : null));
+  body.append(line("total", t("of", size(parts.total_bytes), size(parts.limit_bytes)),
+    measured ? cell(measured.total) : null));
+  const header = make("thead");
+  header.append(head);
+  made.append(header, body);
+  return made;
+}
+
+function card(parts, number, rows) {
+  const section = make("section", "gpu");
+  section.append(make("h3", "", t("gpu", number)));
+  const measured = rows.length ? Object.fromEntries(rows.map((row) => [row.part, row.measured_bytes])) : null;
+  const whole = Math.max(parts.limit_bytes, parts.total_bytes, measured?.total ?? 0);
+  const expected = [...HELD, ...REST, RESERVE].map((part) => [part, parts[`${part}_bytes`]]);
+  section.append(bar(t("expected"), [...expected, ["free", parts.limit_bytes - parts.total_bytes]], whole));
+  if (measured) {
+    const known = ["weights", ...REST].map((part) => [part, measured[part] ?? 0]);
+    section.append(bar(t("measured"), known, whole));
+  }
+  section.append(table(parts, measured));
+  return section;
+}
+
+let shown = "";
+
+// Drawn anew only when something changed, so that neither a selection nor a reader is disturbed.
+export function showPlan(state, language) {
+  const plan = state.plan ?? {};
+  const present = JSON.stringify([plan, state.memory, language]);
+  if (present === shown) return;
+  shown = present;
+  byId("plan").hidden = !("vram" in plan);
+  if (byId("plan").hidden) return;
+  byId("plan-facts").replaceChildren(...facts(plan).map(([key, value]) => {
+    const pair = make("div");
+    pair.append(make("dt", "", t(key)), make("dd", "", value));
+    return pair;
+  }));
+  const cards = plan.vram.map((parts, number) =>
+    card(parts, number, (state.memory ?? []).filter((row) => row.gpu === number)));
+  byId("vram").replaceChildren(...(cards.length ? cards : [make("p", "note", t("cpu"))]));
+}
