@@ -105,7 +105,7 @@ def diagnose(lines: Iterable[str], status: int) -> Diagnosis:
             if row.pattern.search(line):
                 return Diagnosis(row.name, row.cause, row.remedy, row.final, row.memory, _missing_bytes(row.name, kept),
                                  any("KV cache size:" in each for each in kept))
-    if status == -9:
+    if status == -9 or any(_KILLED.search(line) for line in kept):
         return Diagnosis("killed", "The engine was killed (SIGKILL), most often because memory ran out.",
                          "See `dmesg` on the host for an out-of-memory kill; give the container more memory.", False)
     last = " | ".join(kept[-3:]) or "it printed nothing"
@@ -113,6 +113,7 @@ def diagnose(lines: Iterable[str], status: int) -> Diagnosis:
                      "The lines above this one are the engine's own; search them for the first error.", False)
 
 
+_KILLED = re.compile(r"Worker proc \S+ died unexpectedly \(exit code: -9\)")
 _NEEDED = re.compile(r"\(([\d.]+) GiB KV cache is needed.*?available KV cache memory \(([\d.]+) GiB\)", re.DOTALL)
 _AVAILABLE = re.compile(r"Available KV cache memory: (-?[\d.]+) GiB")
 _FREE = re.compile(r"Free memory on device \S+ \(([\d.]+)/[\d.]+ GiB\).*utilization \([\d.]+, ([\d.]+) GiB\)")

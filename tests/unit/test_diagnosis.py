@@ -51,3 +51,11 @@ def test_a_kill_is_told_from_an_unknown_end() -> None:
 
 def test_an_engine_that_said_nothing_is_unknown_too() -> None:
     assert "printed nothing" in diagnose([], 1).cause
+
+
+def test_a_worker_that_the_kernel_killed_is_told_as_such() -> None:
+    lines = ["(EngineCore pid=62) ERROR 11-23 16:21:08 [multiproc_executor.py:315] Worker proc VllmWorker-0 died "
+             "unexpectedly (exit code: -9), shutting down executor."]
+    found = diagnose(lines, 0)
+    assert (found.name, found.final) == ("killed", False)
+    assert "memory ran out" in found.cause
