@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .ONESHELL:
-.PHONY: help setup setup-dev demo test test-container test-openapi lint format docs dashboards lock audit sbom pin-base clean
+.PHONY: help setup setup-dev demo test test-container test-page test-openapi lint format docs dashboards lock audit sbom pin-base clean
 
 VENV := .venv
 PYTEST := $(VENV)/bin/pytest
@@ -44,10 +44,15 @@ lint: setup-dev ## ruff, mypy --strict, shellcheck
 	shellcheck requirements/install requirements/lock tools/pin-base .ci/run
 
 test: lint ## everything that needs no container engine and no GPU
-	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH:/usr/sbin" $(PYTEST) -m "not container and not gpu" $(ARGS)
+	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH:/usr/sbin" $(PYTEST) -m "not container and not gpu and not browser" $(ARGS)
 
 test-container: setup-dev ## the real image under a real Docker engine
 	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH:/usr/sbin" $(PYTEST) -m container tests/container $(ARGS)
+
+test-page: setup-dev ## the console page in Chromium, which is installed from the distribution
+	@command -v chromium >/dev/null || \
+	  { $(SUDO) apt-get update -qq; $(SUDO) apt-get install -y -qq --no-install-recommends chromium fonts-noto-cjk >/dev/null; }
+	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH:/usr/sbin" $(PYTEST) -m browser tests/e2e $(ARGS)
 
 test-openapi: setup-dev ## fuzz the public API with schemathesis through the gateway; EXAMPLES=40 for each endpoint
 	requirements/install $(VENV)-openapi openapi

@@ -1,12 +1,15 @@
-"""Fixtures: a shared ready appliance, and starts of a test's own."""
+"""Fixtures: a shared ready appliance, starts of a test's own, and a browser to look at them with."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
 import pytest
+from browser import Visit, Visits, launched
+from playwright.sync_api import Browser
 from running import Appliance
 
 from shoehorn.state import Phase
@@ -40,3 +43,28 @@ def client(appliance: Appliance) -> Iterator[httpx.Client]:
     """An HTTP client with the key."""
     with httpx.Client(base_url=appliance.url, headers=appliance.headers(), timeout=60) as made:
         yield made
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Browser]:
+    """A browser for one module: while it runs, nothing else in this thread can run an event loop."""
+    with launched() as browser:
+        yield browser
+
+
+@pytest.fixture
+def visit(chromium: Browser, request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Visits]:
+    """Opens the page. At the test's end screenshots are kept, and nothing forbidden may have happened."""
+    visits: list[Visit] = []
+
+    def make(url: str, **how: object) -> Visit:
+        visits.append(Visit(chromium, url, **how))
+        return visits[-1]
+
+    yield make
+    folder = Path(os.environ.get("SCREENSHOTS") or tmp_path)
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, each in enumerate(visits):
+        each.page.screenshot(path=folder / f"{request.node.name}-{number}.png".replace("/", "-"), full_page=True)
+    for each in visits:
+        each.close()

@@ -110,6 +110,11 @@ class Gateway:
         assert self.keys is not None
         assert self.keys.poll() is None, self.log.read_text()
 
+    @property
+    def url(self) -> str:
+        """Where it listens."""
+        return f"{self.scheme}://127.0.0.1:{self.port}"
+
     def __enter__(self) -> Gateway:
         with ExitStack() as undo:  # what has started ends also when the rest does not start
             self.launch_keys()

@@ -3,6 +3,8 @@
 It answers 200 on every path, so that whatever the gateway lets through is seen in `requests`. A body may steer it:
 `{"stream": true, "events": N}` sends N server-sent events, each when the test gives it leave (`allow`);
 `{"slow": true}` waits for leave before a plain answer; `{"status": N}` and `{"headers": {...}}` set the answer's.
+For clients whose body a test does not choose, `answers` holds whole answers by path, and `script` the events of a
+stream.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import select
 import socket
 import socketserver
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from types import TracebackType
@@ -29,6 +31,15 @@ class Received:
     body: bytes
 
 
+@dataclass(frozen=True)
+class Answer:
+    """A whole answer that the engine is told to give."""
+
+    status: int
+    body: dict[str, Any]
+    headers: dict[str, str] = field(default_factory=dict)
+
+
 class FakeEngine:
     """The running stand-in; a context manager."""
 
@@ -38,6 +49,8 @@ class FakeEngine:
         self.answer_status = 200
         self.hung = False
         self.absent: set[str] = set()
+        self.answers: dict[str, Answer] = {}
+        self.script: list[str] = []
         self.left = threading.Event()
         self.started = threading.Event()
         self.closing = threading.Event()
@@ -125,12 +138,15 @@ class _Handler(BaseHTTPRequestHandler):
         engine.requests.append(Received(self.command, self.path, dict(self.headers.items()), body))
         if path in engine.absent:
             return self._send(404, b'{"detail":"Not Found"}')
+        if answer := engine.answers.get(path):
+            return self._send(answer.status, json.dumps(answer.body).encode(), answer.headers)
         try:
             steer = json.loads(body)
         except ValueError:
             steer = {}
         if steer.get("stream"):
-            return self._stream(int(steer.get("events", 3)))
+            return self._stream(engine.script or [
+                *(json.dumps({"number": number}) for number in range(int(steer.get("events", 3)))), "[DONE]"])
         if steer.get("slow"):
             engine.started.set()
             if not engine.wait_for_leave(self.connection):
@@ -149,18 +165,17 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(body)
 
-    def _stream(self, events: int) -> None:
+    def _stream(self, events: list[str]) -> None:
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream; charset=utf-8")
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
         self.server.engine.started.set()
-        for number in range(events):
-            if not self.server.engine.wait_for_leave(self.connection):
+        for event in events:
+            if event != "[DONE]" and not self.server.engine.wait_for_leave(self.connection):
                 self.close_connection = True
                 return
-            self._chunk(f'data: {{"number": {number}}}\n\n'.encode())
-        self._chunk(b"data: [DONE]\n\n")
+            self._chunk(f"data: {event}\n\n".encode())
         self._chunk(b"")
 
     def _chunk(self, data: bytes) -> None:
