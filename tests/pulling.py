@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -84,10 +85,10 @@ class Volume:
         return seen
 
 
-def stop_when_arrived(process: subprocess.Popen[str], least_bytes: int) -> None:
-    """Wait until a `pull --json` has fetched so many bytes, then `kill -9` it."""
+def stop_when_arrived(process: subprocess.Popen[str], least_bytes: int, number: int = signal.SIGKILL) -> None:
+    """Wait until a `pull --json` has fetched so many bytes, then `kill -9` it, or send another signal."""
     assert process.stdout is not None
     for line in process.stdout:
         if json.loads(line)["bytes_done"] >= least_bytes:
             break
-    process.kill()
+    process.send_signal(number)

@@ -19,9 +19,11 @@ from shoehorn.state import Phase
 def appliance(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Appliance]:
     """A ready appliance with the demo model, shared: tests may not stop it, and leave it ready."""
     running = Appliance(tmp_path_factory.mktemp("appliance"), API_KEY="")  # so it makes a key
-    running.wait_for(Phase.READY)
-    yield running
-    running.discard()
+    try:
+        running.wait_for(Phase.READY)
+        yield running
+    finally:
+        running.discard()
 
 
 @pytest.fixture

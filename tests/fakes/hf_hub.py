@@ -7,10 +7,6 @@ git LFS holds by a redirect to storage, errors with their codes. Faults as of `f
 from __future__ import annotations
 
 import hashlib
-import os
-import socket
-import struct
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,8 +15,6 @@ from urllib.parse import parse_qs, unquote, urlparse
 from fakes.hub import FAULTS, Hub, _Handler, blob_id, commit_of
 
 MORE_FAULTS = {
-    "busy": "each weights file is answered by 429 once", "down": "the same by 503",
-    "reset": "one weights file is reset in its middle, once",
     "pages": "the tree comes in pages of two entries",
     "mislabelled": "small files are listed with another blob id",
 }
@@ -30,10 +24,6 @@ _LFS = (".safetensors", ".bin")
 
 class HuggingFaceHub(Hub):
     """A running hub; see `fakes.hub.Hub`. `redirect` is the address of the storage, for what git LFS holds."""
-
-    def __init__(self, models: Mapping[str, Path], **more: Any) -> None:
-        super().__init__(models, **more)
-        self.once: set[str] = set()
 
     def handler(self) -> type[_Handler]:
         """What speaks the API."""
@@ -104,12 +94,6 @@ class _HuggingFaceHandler(_Handler):
         self._json(200, entries[start:start + length], more)
 
     def _resolve(self, path: Path, commit: str) -> None:
-        if path.suffix in _LFS and self.command == "GET" and "Range" not in self.headers:
-            status = 429 if self.owner.has("busy") else 503 if self.owner.has("down") else 0
-            if status and path.name not in self.owner.once:
-                self.owner.once.add(path.name)
-                self._error(status, more={"Retry-After": "0"})
-                return
         self._commit = commit
         self._file(path)
 
@@ -125,14 +109,6 @@ class _HuggingFaceHandler(_Handler):
 
     def _send(self, content: bytes, bytes_per_second: int, *, cut: bool, stall: bool) -> None:
         if self.command == "HEAD":
-            return
-        if self.owner.has("reset") and len(content) > 1 << 20 and "reset" not in self.owner.once:
-            self.owner.once.add("reset")
-            self.close_connection = True
-            self.wfile.write(content[:len(content) // 2])
-            time.sleep(0.2)  # the client has that half, most likely, before what ends the connection overtakes it
-            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            os.close(self.connection.detach())
             return
         super()._send(content, bytes_per_second, cut=cut, stall=stall)
 

@@ -10,12 +10,15 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import re
 import socket
+import struct
 import sys
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import TracebackType
@@ -27,6 +30,9 @@ FAULTS = {
     "flip": "the last byte of weights is another",
     "cut": "the connection ends in the middle of weights, once for each file",
     "stall": "in the middle of weights nothing comes any more, once for each file",
+    "hang": "the same, every time", "mute": "no request is ever answered",
+    "busy": "each weights file is answered by 429 once", "down": "the same by 503",
+    "reset": "one weights file is reset in its middle, once",
     "short": "weights end early, and the answer says that this is all",
     "traversal": "the listing holds a path that leaves the folder",
     "nosha": "the listing holds no checksums",
@@ -56,6 +62,9 @@ class Hub:
         token: needed for every request, when not empty.
         redirect: files are answered by a redirect to the same path of this address.
         then: folders that take the place of `models` once they were listed: a branch that moves.
+
+    Attributes:
+        hold_at_bytes: weights come up to this byte of the file, and then nothing until the client leaves; 0 for all.
     """
 
     def __init__(self, models: Mapping[str, Path], *, bytes_per_second: int = 0, fault: str = "", token: str = "",
@@ -70,6 +79,8 @@ class Hub:
         if self.has("slow") and not bytes_per_second:
             self.bytes_per_second = _SLOW_BYTES_PER_SECOND
         self.requests: list[Request] = []
+        self.hold_at_bytes = 0
+        self.once: set[str] = set()
         hub, base = self, self.handler()
 
         class Handler(base):  # type: ignore[misc,valid-type]  # whose hub is known only here
@@ -169,6 +180,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _refused(self) -> bool:
         """Record what is asked; whether it was answered by an error."""
         self.owner.requests.append(Request(self.path, {name.lower(): value for name, value in self.headers.items()}))
+        if self.owner.has("mute"):
+            self._wait_for_the_end()
+            return True
         status = next((int(fault) for fault in self.owner.faults if fault.isdigit()), 200)
         if self.owner.token and not self._has_token():
             status = 401
@@ -196,6 +210,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _file(self, path: Path) -> None:
         weights = path.suffix == ".safetensors"
+        if weights and self._refused_once(path.name):
+            return
         if self.owner.redirect and self._redirects(path):
             target = self.owner.redirect + self.path + self.signature
             more = self._headers_of(path, path.read_bytes())
@@ -221,8 +237,25 @@ class _Handler(BaseHTTPRequestHandler):
             headers["Content-Range"] = f"bytes {start}-{end}/{total}"
         self._answer(status, {**headers, "Content-Length": str(end - start + 1)})
         cut = weights and self.owner.has("cut") and not span
-        stall = weights and self.owner.has("stall") and not span
+        stall = weights and (self.owner.has("hang") or (self.owner.has("stall") and not span))
+        large = end - start >= 1 << 20 and self.command == "GET"
+        if large and self.owner.has("reset") and "reset" not in self.owner.once:
+            self.owner.once.add("reset")
+            self._reset(content)
+            return
+        if weights and self.owner.hold_at_bytes and self.command == "GET":
+            self._send(content[start:self.owner.hold_at_bytes], 0, cut=False, stall=False)
+            self._wait_for_the_end()
+            return
         self._send(content[start:end + 1], self.owner.bytes_per_second if weights else 0, cut=cut, stall=stall)
+
+    def _refused_once(self, name: str) -> bool:
+        status = 429 if self.owner.has("busy") else 503 if self.owner.has("down") else 0
+        if not status or self.command != "GET" or "Range" in self.headers or name in self.owner.once:
+            return False
+        self.owner.once.add(name)
+        self._error(status, more={"Retry-After": "0"})
+        return True
 
     def _redirects(self, path: Path) -> bool:
         return True
@@ -248,8 +281,20 @@ class _Handler(BaseHTTPRequestHandler):
         except OSError:
             self.close_connection = True  # the client left, as tests that kill it intend
 
-    def _error(self, status: int) -> None:
-        self._json(status, {"Code": 10010205001, "Message": f"no: {status}", "Success": False, "RequestId": "r"})
+    def _reset(self, content: bytes) -> None:
+        self.close_connection = True
+        self.wfile.write(content[:len(content) // 2])
+        time.sleep(0.2)  # the client has that half, most likely, before what ends the connection overtakes it
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        os.close(self.connection.detach())
+
+    def _wait_for_the_end(self) -> None:
+        self.close_connection = True
+        with suppress(OSError):
+            self.connection.recv(1)  # until the client gives up, or is killed
+
+    def _error(self, status: int, code: str = "", more: Mapping[str, str] | None = None) -> None:
+        self._json(status, {"Code": 10010205001, "Message": f"no: {status}", "Success": False, "RequestId": "r"}, more)
 
     def _json(self, status: int, body: object, more: Mapping[str, str] | None = None) -> None:
         content = json.dumps(body).encode()
