@@ -18,7 +18,7 @@ setup: ## make .venv with the CPU engine and the shoehorn command; install nginx
 	  { echo "installing nginx"; $(SUDO) apt-get update -qq; $(SUDO) apt-get install -y -qq --no-install-recommends nginx-light >/dev/null; \
 	    [ ! -d /run/systemd/system ] || $(SUDO) systemctl disable --quiet --now nginx; } # the service is not wanted
 	requirements/install $(VENV) cpu
-	[ -x $(VENV)/bin/shoehorn ] || $(VENV)/bin/uv pip install --quiet --python $(VENV)/bin/python --no-deps --no-build-isolation -e .
+	[ $(VENV)/bin/shoehorn -nt pyproject.toml ] || $(VENV)/bin/uv pip install --quiet --python $(VENV)/bin/python --no-deps --no-build-isolation -e .
 
 setup-dev: setup ## the same and what tests and linters need
 	@command -v shellcheck >/dev/null || \

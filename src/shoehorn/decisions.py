@@ -25,8 +25,6 @@ from shoehorn.units import GIB, format_size
 
 NGRAM = {"method": "ngram", "num_speculative_tokens": 8, "prompt_lookup_max": 4, "prompt_lookup_min": 2}
 
-EXPERTS = "shoehorn_vllm.experts.Extension"
-
 BF16_CAPABILITY = (8, 0)
 """The least compute capability with bf16 arithmetic."""
 
@@ -96,9 +94,6 @@ def decide(settings: Settings, hardware: Hardware, profile: Profile, shape: Mode
     choices = _fill(options, settings, hardware, shape, limit, bool(gpus))
     if gpus:
         _cache(options, shape, choices, by_user)
-    nf4 = "bitsandbytes" in (choices.quantization, shape.quantization)
-    if shape.experts and nf4 and "worker-extension-cls" not in options.values:
-        options.set("worker-extension-cls", EXPERTS, "machine", "without it the engine cannot load experts in NF4")
     if choices.max_num_batched_tokens < choices.max_num_seqs:
         choices = replace(choices, max_num_batched_tokens=choices.max_num_seqs)
         options.set("max-num-batched-tokens", choices.max_num_seqs, "machine", "at least one token a sequence")

@@ -1,12 +1,10 @@
-"""A worker extension of vLLM (`--worker-extension-cls`) by which mixtures of experts load in NF4.
+"""A mend of vllm-bnb-plugin, by which mixtures of experts load in NF4.
 
 vllm-bnb-plugin 0.0.3 names the experts by the module that held them before vLLM 0.32 (`…mlp.experts`; now
 `…mlp.experts.routed_experts`), so it leaves them unquantized, and the load fails with "output with shape [768, 1]
-doesn't match the broadcast shape [768, 2048]". Importing this module, which vLLM does in every worker before it loads
-the model, adds the names that the checkpoint has.
+doesn't match the broadcast shape [768, 2048]". This adds the names that the checkpoint has.
 
-Source: vllm_bnb_plugin/bitsandbytes_loader.py, _get_bnb_target_modules and _classify_module_sharding; vLLM 0.32.0,
-v1/worker/worker_base.py, init_worker.
+Source: vllm_bnb_plugin/bitsandbytes_loader.py, _get_bnb_target_modules and _classify_module_sharding.
 """
 
 from __future__ import annotations
@@ -18,9 +16,13 @@ from vllm_bnb_plugin.bitsandbytes_loader import (  # type: ignore[import-untyped
     BitsAndBytesModelLoader,
 )
 
+_found, _classified = BitsAndBytesModelLoader._get_bnb_target_modules, BitsAndBytesModelLoader._classify_module_sharding
 
-class Extension:
-    """Adds nothing to the worker; vLLM wants a class."""
+
+def apply() -> None:
+    """Mend the loader of this process."""
+    BitsAndBytesModelLoader._get_bnb_target_modules = _find
+    BitsAndBytesModelLoader._classify_module_sharding = _classify
 
 
 def names(model: Any, mapping: list[tuple[str, str, int, str]]) -> list[str]:
@@ -44,8 +46,3 @@ def _classify(loader: Any, model: Any) -> None:
     _classified(loader, model)
     down = [entry for entry in loader.expert_params_mapping if entry[-1] == "w2"]
     loader.column_sharded_weights_modules.extend(names(model, down))
-
-
-_found, _classified = BitsAndBytesModelLoader._get_bnb_target_modules, BitsAndBytesModelLoader._classify_module_sharding
-BitsAndBytesModelLoader._get_bnb_target_modules = _find
-BitsAndBytesModelLoader._classify_module_sharding = _classify

@@ -31,9 +31,10 @@ MUCH = {**SHORT, **LONG, "max_tokens": 900, "n": 64}
 
 @pytest.fixture
 def engine(appliance: Appliance) -> Iterator[httpx.Client]:
-    """A client of the engine's own socket, in the gateway's place."""
-    with httpx.Client(transport=httpx.HTTPTransport(uds=str(appliance.run_dir / "engine.sock")),
-                      base_url="http://engine", timeout=60) as made:
+    """A client of the engine's own socket, in the gateway's place; it keeps no connection."""
+    transport = httpx.HTTPTransport(uds=str(appliance.run_dir / "engine.sock"),
+                                    limits=httpx.Limits(max_keepalive_connections=0))
+    with httpx.Client(transport=transport, base_url="http://engine", timeout=60) as made:
         yield made
 
 
@@ -104,7 +105,7 @@ def test_a_client_that_leaves_ends_its_generation(appliance: Appliance, stream: 
     core = appliance.find("VLLM::EngineCor")
     if not stream:
         core.suspend()  # nothing tells when it begins
-    with socket.create_connection(("127.0.0.1", appliance.port), timeout=20) as connection:
+    with socket.create_connection(("127.0.0.1", appliance.port), timeout=60) as connection:
         connection.sendall((head + body).encode())
         if stream:
             assert connection.recv(100).startswith(b"HTTP/1.1 200")

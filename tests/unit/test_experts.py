@@ -1,4 +1,4 @@
-"""Experts in NF4: loaded by the real engine's loader, with the extension that a plan names."""
+"""Experts in NF4: loaded by the real engine's loader, with our plugin and without."""
 
 from __future__ import annotations
 
@@ -10,26 +10,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from plans import HUGE, machine, planned
 from safetensors.numpy import save_file
 
 from fakes import captured as captured_models
-from shoehorn import checkpoint as checkpoints
-from shoehorn.decisions import EXPERTS
 
 HIDDEN, INNER, EXPERT_COUNT = 128, 64, 4
 LOAD = """
-import importlib, sys
+import sys
 import torch
 from vllm.config import set_current_vllm_config
 from vllm.distributed import init_distributed_environment, initialize_model_parallel
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.model_loader import get_model
 
-directory, store, *extension = sys.argv[1:]
+directory, store = sys.argv[1:]
 torch.accelerator.empty_cache = lambda: None  # as vLLM's CPU worker does
-if extension:
-    importlib.import_module(extension[0].rpartition(".")[0])  # as vLLM's worker does
 config = EngineArgs(model=directory, quantization="bitsandbytes", dtype="bfloat16", enforce_eager=True,
                     max_model_len=64, skip_tokenizer_init=True).create_engine_config()
 with set_current_vllm_config(config):
@@ -67,27 +62,17 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def load(model: Path, tmp_path: Path, *extension: str) -> str:
-    source = str(Path(__file__).resolve().parents[2] / "src")
-    done = subprocess.run([sys.executable, "-c", LOAD, str(model), str(tmp_path / "store"), *extension], text=True,
-                          capture_output=True, timeout=300, env={**os.environ, "PYTHONPATH": source})
+def load(model: Path, tmp_path: Path, plugins: str) -> str:
+    done = subprocess.run([sys.executable, "-c", LOAD, str(model), str(tmp_path / "store")], text=True,
+                          capture_output=True, timeout=300, env={**os.environ, "VLLM_PLUGINS": plugins})
     return done.stdout + done.stderr
 
 
 def test_experts_are_quantized_while_they_are_loaded(model: Path, tmp_path: Path) -> None:
-    plan = planned(machine(HUGE), checkpoints.read(captured_models.files("qwen3-30b-a3b")),
-                   QUANTIZATION="bitsandbytes")
-    assert plan.engine_args["worker-extension-cls"] == EXPERTS
-    output = load(model, tmp_path, EXPERTS)
+    output = load(model, tmp_path, "bitsandbytes,shoehorn")
     assert f"LOADED w13_weight ({EXPERT_COUNT * 2 * INNER}, {HIDDEN})" in output, output[-3000:]
     assert f"LOADED w2_weight ({EXPERT_COUNT * HIDDEN}, {INNER})" in output
 
 
-def test_the_extension_is_still_needed(model: Path, tmp_path: Path) -> None:
-    assert "doesn't match the broadcast shape" in load(model, tmp_path), "the plugin loads experts: drop the extension"
-
-
-def test_an_extension_of_the_users_own_stays() -> None:
-    plan = planned(machine(HUGE), checkpoints.read(captured_models.files("qwen3-30b-a3b")),
-                   QUANTIZATION="bitsandbytes", VLLM_EXTRA_ARGS="--worker-extension-cls their.Own")
-    assert plan.engine_args["worker-extension-cls"] == "their.Own"
+def test_the_mend_is_still_needed(model: Path, tmp_path: Path) -> None:
+    assert "doesn't match the broadcast shape" in load(model, tmp_path, "bitsandbytes"), "drop the mend"

@@ -1,0 +1,46 @@
+"""The engine's plugin: found by the real engine, made for its version, and still needed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+WAIT = """
+import os, time
+import vllm.plugins
+import zmq
+vllm.plugins.load_general_plugins()
+from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
+
+def spun():
+    raise SystemExit("SPUN")
+
+os.sched_yield = spun
+SpinCondition(is_reader=True, context=zmq.Context(), notify_address="ipc:///tmp/nobody").wait()
+print("SLEPT")
+"""
+
+
+def wait(plugins: str) -> str:
+    done = subprocess.run([sys.executable, "-c", WAIT], text=True, capture_output=True, timeout=100,
+                          env={**os.environ, "VLLM_PLUGINS": plugins})
+    return done.stdout + done.stderr
+
+
+def test_the_engine_on_a_cpu_sleeps_where_it_waits() -> None:
+    assert "SLEPT" in wait("shoehorn")
+
+
+def test_it_would_spin_without() -> None:
+    assert "SPUN" in wait(""), "it sleeps by itself: drop the mend"
+
+
+def test_another_engine_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    from shoehorn_vllm import plugin
+
+    monkeypatch.setitem(plugin.TESTED, "vllm", "0.31.0")
+    with pytest.raises(plugin.EngineVersionError, match=r"tested with vllm 0\.31\.0; this is 0\.32\.0"):
+        plugin.register()
