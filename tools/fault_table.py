@@ -14,6 +14,7 @@ from shoehorn.paths import HOME
 GROUPS = (
     ("Pulling and storing a model", ("tests/faults/test_pull", "tests/unit/test_store", "tests/unit/test_models",
                                      "tests/unit/test_commands_pull")),
+    ("Converting a model", ("tests/unit/test_convert", "tests/e2e/test_int4")),
     ("State, keys and other files", ("tests/faults/test_files", "tests/unit/test_s", "tests/e2e/test_gateway")),
     ("Starting and serving", ("tests/faults/test_engine", "tests/e2e/test_")),
     ("In the container", ("tests/container/test_",)),

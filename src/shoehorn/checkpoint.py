@@ -27,9 +27,10 @@ KNOWN = frozenset({
 _NOT_STORED = (".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
 
 _TOP = r"(?:model\.|language_model\.|transformer\.)*"
-_IN_LAYER = re.compile(_TOP + r"(?:layers|h)\.(\d+)\.(.+)")
-_EMBEDDING = re.compile(_TOP + r"(?:embed_tokens|wte|tok_embeddings)\.\w+")
-_LM_HEAD = re.compile(r"(?:language_model\.)?lm_head\.\w+")
+IN_LAYER = re.compile(_TOP + r"(?:layers|h)\.(\d+)\.(.+)")
+EMBEDDING = re.compile(_TOP + r"(?:embed_tokens|wte|tok_embeddings)\.\w+")
+EMBEDDING_PACKED = re.compile(EMBEDDING.pattern.replace(r"\w+", "weight_packed"))
+LM_HEAD = re.compile(r"(?:language_model\.)?lm_head\.\w+")
 _BNB_STATE = re.compile(r".*\.weight\.(absmax|nested_absmax|quant_map|nested_quant_map|quant_state\..*)|.*\.SCB")
 _PACKED = re.compile(r".*\.(qweight|qzeros|scales|g_idx|weight_g_idx|weight_packed|weight_shape|weight_scale(_inv)?|"
                      r"weight_zero_point|input_scale)")
@@ -108,6 +109,7 @@ class ModelShape:
         weights_bytes: all tensors; disk_bytes: all files that are kept.
         notes: what was not understood, in words.
         unreadable: why the engine would refuse this checkpoint; empty where it does not.
+        packed_embedding: the embedding is quantized, which the engine reads on a GPU only.
     """
 
     architecture: str
@@ -131,6 +133,7 @@ class ModelShape:
     absorbed_parameters: int = 0
     notes: tuple[str, ...] = ()
     unreadable: str = ""
+    packed_embedding: bool = False
 
     @property
     def understood(self) -> bool:
@@ -167,7 +170,7 @@ def shape_of(config: Mapping[str, Any], tensors: Iterable[Tensor], disk_bytes: i
     architectures = config.get("architectures")
     architecture = str(architectures[0]) if isinstance(architectures, list) and architectures else "unknown"
     layers, hidden, heads = (_count(text, key) for key in ("num_hidden_layers", "hidden_size", "num_attention_heads"))
-    embedding = next((tensor for tensor in tensors if _EMBEDDING.fullmatch(tensor.name)), None)
+    embedding = next((tensor for tensor in tensors if EMBEDDING.fullmatch(tensor.name)), None)
     groups = _group(tensors, layers, notes)
     quantized = _section(config, "quantization_config") or _section(config, "compression_config")
     quantization = quantized.get("quant_method")
@@ -193,7 +196,8 @@ def shape_of(config: Mapping[str, Any], tensors: Iterable[Tensor], disk_bytes: i
         weights_bytes=sum(tensor.bytes for tensor in tensors), disk_bytes=disk_bytes, experts=_experts(text, groups),
         absorbed_parameters=layers * latent * heads * (_count(text, "qk_nope_head_dim", 128)
                                                        + _count(text, "v_head_dim", 128)) if latent else 0,
-        notes=tuple(notes), unreadable=_unreadable(quantized))
+        notes=tuple(notes), unreadable=_unreadable(quantized),
+        packed_embedding=any(EMBEDDING_PACKED.fullmatch(tensor.name) for tensor in tensors))
 
 
 def _unreadable(quantized: Mapping[str, Any]) -> str:
@@ -219,16 +223,16 @@ def _group(tensors: Iterable[Tensor], layers: int, notes: list[str]) -> TensorBy
     seen: set[int] = set()
     for tensor in tensors:
         name, elements = tensor.name, tensor.elements
-        layer = _IN_LAYER.fullmatch(name)
+        layer = IN_LAYER.fullmatch(name)
         if layer:
             seen.add(int(layer[1]))
         if layer and int(layer[1]) >= layers:
             kind = "unused"
         elif _BNB_STATE.fullmatch(name):
             kind, elements = "quant_state", elements if name.endswith(".weight.absmax") else 0
-        elif _EMBEDDING.fullmatch(name):
+        elif EMBEDDING.fullmatch(name):
             kind = "embedding"
-        elif _LM_HEAD.fullmatch(name):
+        elif LM_HEAD.fullmatch(name):
             kind = "lm_head"
         elif layer and _EXPERTS.fullmatch(name):
             kind = "experts"

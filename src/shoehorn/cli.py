@@ -16,6 +16,7 @@ COMMANDS = {
     "plan": "say what would run on this or another machine, without a GPU or a download",
     "profiles": "list the profiles",
     "pull": "fetch a model into the volume and check every file",
+    "convert": "make a model's weights INT4, once, in the volume",
     "models": "list the models of the volume, and remove them",
     "keys": "add, list, rotate and revoke API keys",
     "drain": "refuse new requests, let running ones finish, and wait until it can be stopped",

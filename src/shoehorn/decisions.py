@@ -85,6 +85,10 @@ def decide(settings: Settings, hardware: Hardware, profile: Profile, shape: Mode
     if on_cpu and settings.vram_limit:
         raise SettingsError(f"VRAM_LIMIT is set, but profile {profile.name} uses no GPU.",
                             "Unset VRAM_LIMIT, or choose another VRAM_PROFILE.")
+    if on_cpu and shape.packed_embedding:
+        raise SettingsError("The checkpoint's embedding is quantized, and on a CPU the engine fails at the first "
+                            "request to such a model.", "Choose another checkpoint; for one that was converted "
+                            "here, type `shoehorn models rm NAME.int4`, and start again.")
     if on_cpu and "kv-cache-memory-bytes" not in options.values:
         options.set("kv-cache-memory-bytes", _CPU_KV_CACHE_BYTES, "machine", "left open")
     gpus = () if on_cpu else _gpus(options, hardware, profile, shape)
@@ -113,7 +117,12 @@ def _apply_settings(options: Options, settings: Settings) -> None:
 
 def _quantization(options: Options, settings: Settings, shape: ModelShape) -> None:
     """The setting, VLLM_EXTRA_ARGS or the profile against what the checkpoint is."""
-    if settings.quantization != "auto" and "quantization" not in options.fixed:
+    if settings.quantization == "int4":  # the shape is that of the converted checkpoint
+        if "quantization" in options.fixed:
+            raise SettingsError("QUANTIZATION=int4 and --quantization in VLLM_EXTRA_ARGS contradict each other.",
+                                "Leave one of them out.")
+        options.drop("quantization", "setting", "QUANTIZATION=int4: the checkpoint is converted")
+    elif settings.quantization != "auto" and "quantization" not in options.fixed:
         if settings.quantization == "none":
             options.drop("quantization", "setting", "QUANTIZATION=none")
             options.fixed.add("quantization")

@@ -18,7 +18,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from types import FrameType
 
-from shoehorn import engine_memory, inventory, proof, render, shown_plan, store
+from shoehorn import converted, engine_memory, inventory, proof, render, shown_plan
 from shoehorn import log as logs
 from shoehorn import settings as settings_module
 from shoehorn.errors import EXIT_DONE, ModelUnavailableError, ShoehornError
@@ -61,13 +61,18 @@ def main() -> int:
 
 def _serve(settings: Settings, environment: Mapping[str, str], states: StateFile) -> None:
     restarts = _take_over(settings, states)
-    directory = store.locate(settings)
+    directory = converted.served(settings)
     planner = Planner(settings, directory)
     plan = planner.plan()
     states.update(plan=shown_plan.of(plan), memory=())
     if directory is None:
-        directory = _pull(settings, environment, states)
-    with inventory.used(settings.models_dir, settings.model_id) if settings.model_source != "local" else nullcontext():
+        directory = _fetch(settings, environment, states)
+        if settings.quantization == "int4":  # what was expected of the conversion is known now
+            planner = Planner(settings, directory)
+            plan = planner.plan()
+            states.update(plan=shown_plan.of(plan))
+    model = converted.target(settings) if settings.quantization == "int4" else settings
+    with inventory.used(model.models_dir, model.model_id) if model.model_source != "local" else nullcontext():
         while True:
             try:
                 _start(settings, environment, states, restarts, planner, plan, directory)
@@ -120,10 +125,20 @@ def _take_over(settings: Settings, states: StateFile) -> Restarts:
     return restarts
 
 
-def _pull(settings: Settings, environment: Mapping[str, str], states: StateFile) -> Path:
-    """Pull in a child process, whose progress lines become state. Returns the model's directory."""
-    log.info("pulling %s", settings.model_id)
-    states.update(phase=Phase.PULLING, progress=0.0, detail=settings.model_id)
+def _fetch(settings: Settings, environment: Mapping[str, str], states: StateFile) -> Path:
+    """Pull, and convert where that is asked for. Returns the directory that is served."""
+    if settings.quantization != "int4":
+        return _work("pull", settings, environment, states)
+    if converted.source(settings) is None:
+        _work("pull", settings, environment, states)
+    return _work("convert", settings, environment, states)
+
+
+def _work(command: str, settings: Settings, environment: Mapping[str, str], states: StateFile) -> Path:
+    """`shoehorn pull` or `convert` in a child process, whose progress lines become state. Returns its directory."""
+    phase = Phase.PULLING if command == "pull" else Phase.CONVERTING
+    log.info("%s %s", phase.value, settings.model_id)
+    states.update(phase=phase, progress=0.0, detail=settings.model_id)
     complaints: list[str] = []
     outcome: dict[str, str] = {}
     said = {"at": time.monotonic()}
@@ -146,7 +161,7 @@ def _pull(settings: Settings, environment: Mapping[str, str], states: StateFile)
             log.info("%s: %s of %s (%.0f %%), %s/s%s", message["phase"], format_size(done), format_size(total),
                      100 * done / total if total else 0, format_size(int(rate or 0)), left)
 
-    child = Child([sys.executable, "-m", "shoehorn.cli", "pull", "--json"], environment, line,
+    child = Child([sys.executable, "-m", "shoehorn.cli", command, "--json"], environment, line,
                   settings.run_dir / "pull.group")
     try:
         while (status := child.wait(0.5)) is None:
@@ -154,7 +169,7 @@ def _pull(settings: Settings, environment: Mapping[str, str], states: StateFile)
     finally:
         child.stop(5.0)
     if status or "directory" not in outcome:
-        raise ModelUnavailableError("\n".join(complaints[-10:]) or f"the pull ended with status {status}")
+        raise ModelUnavailableError("\n".join(complaints[-10:]) or f"`shoehorn {command}` ended with status {status}")
     return Path(outcome["directory"])
 
 

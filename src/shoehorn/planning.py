@@ -11,14 +11,13 @@ import logging
 from dataclasses import asdict
 from pathlib import Path
 
-from shoehorn import checkpoint, engine_memory, hardware, link_probe, profiles, step_down, store, worked
+from shoehorn import converted, engine_memory, hardware, link_probe, profiles, step_down, worked
 from shoehorn.diagnosis import Diagnosis
 from shoehorn.files import write_atomic
 from shoehorn.hardware import Hardware
 from shoehorn.plan import Plan, Refusal, make_plan
 from shoehorn.settings import Settings
 from shoehorn.state import StateFile
-from shoehorn.tensor_files import LocalFiles
 from shoehorn.units import format_size
 
 log = logging.getLogger("engine")
@@ -28,7 +27,7 @@ class Planner:
     """Plans of one appliance.
 
     Args:
-        directory: the model's, when it is complete there; None reads config and headers from the hub.
+        directory: of what is served, when it is complete there; None reads config and headers where the model is.
 
     Raises:
         ShoehornError: the machine or the model cannot be used.
@@ -38,10 +37,12 @@ class Planner:
         self._settings = settings
         self._machine = link_probe.probed(hardware.detect(), settings.models_dir)
         self._profile = profiles.select(settings, self._machine)
-        self._shape = checkpoint.read(LocalFiles(directory) if directory else store.hub_files(settings))
+        self._shape = converted.shape(settings, directory)
         self._disk_free: int | None = None
         if directory is None:  # what an earlier pull left counts as free: it is gone on with
             there = hardware.disk_used(settings.models_dir / settings.model_id)
+            if settings.quantization == "int4":
+                there += hardware.disk_used(converted.folder(settings))
             self._disk_free = hardware.disk_free(settings.models_dir) + there
         self._memory = worked.location(settings, self._machine, self._profile, self._shape)
         self._stepped = dict(worked.recall(self._memory))

@@ -149,8 +149,11 @@ TABLE: tuple[Setting, ...] = (
     Setting("SERVED_MODEL_NAME", "", "The name that clients use; MODEL_ID when not set.", _served_name),
     Setting("VRAM_PROFILE", "auto", "`auto`, the name of a profile (`shoehorn profiles`), or the path of your own."),
     Setting("VRAM_LIMIT", "", "Use no more than this of each GPU, for example 7GiB.", parse_size),
-    Setting("QUANTIZATION", "auto", "`auto` (the profile's choice), `bitsandbytes` (NF4 while loading), or `none` "
-            "(as the checkpoint is).", _one_of("auto", "bitsandbytes", "none")),
+    Setting("QUANTIZATION", "auto", "`auto` (the profile's choice), `int4` (converted once, in the volume), "
+            "`bitsandbytes` (NF4 while loading), or `none` (as the checkpoint is).",
+            _one_of("auto", "int4", "bitsandbytes", "none")),
+    Setting("KEEP_ORIGINAL", "yes", "With `no` the conversion to INT4 removes each original file once its successor is "
+            "there, so that a smaller volume suffices.", _switch),
     Setting("MAX_MODEL_LEN", "", "Longest prompt plus answer, in tokens; the profile's when not set.",
             _integer(16, 10_000_000)),
     Setting("MAX_NUM_SEQS", "", "Most requests that run at the same time; the profile's when not set.",
@@ -208,6 +211,7 @@ class Settings:
     vram_profile: str
     vram_limit: int | None
     quantization: str
+    keep_original: bool
     max_model_len: int | None
     max_num_seqs: int | None
     max_queued_requests: int | None
@@ -305,6 +309,8 @@ def _contradictions(values: Mapping[str, Any]) -> list[str]:
         mistakes.append(f"PORT and METRICS_PORT are both {values['port']}; give one of them another number")
     if (values["tls_cert_file"] is None) != (values["tls_key_file"] is None):
         mistakes.append("TLS_CERT_FILE and TLS_KEY_FILE belong together; set both or neither")
+    if values["model_source"] == "local" and not values["keep_original"]:
+        mistakes.append("KEEP_ORIGINAL=no would remove files of your own folder, since MODEL_SOURCE=local; unset it")
     is_path = not _MODEL_ID.fullmatch(values["model_id"])
     if values["model_source"] != "local" and is_path:
         mistakes.append(f"MODEL_ID={values['model_id']} is a path, but MODEL_SOURCE={values['model_source']}; "

@@ -69,12 +69,13 @@ class LocalFiles:
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor as its header describes it; `dtype` as in safetensors."""
+    """One tensor as its header describes it; `dtype` as in safetensors, `begin` the file's byte at which it starts."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     bytes: int
+    begin: int = 0
 
     @property
     def elements(self) -> int:
@@ -118,7 +119,7 @@ def header(files: Files, name: str, size: int) -> list[Tensor]:
     try:
         header = json.loads(text.decode())
         header.pop("__metadata__", None)
-        tensors = [_tensor(tensor_name, entry) for tensor_name, entry in header.items()]
+        tensors = [_tensor(tensor_name, entry, 8 + length) for tensor_name, entry in header.items()]
         ends = [entry["data_offsets"][1] for entry in header.values()]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise damaged(name, f"has a header that cannot be understood ({error})") from error
@@ -128,8 +129,8 @@ def header(files: Files, name: str, size: int) -> list[Tensor]:
     return tensors
 
 
-def _tensor(name: str, entry: Mapping[str, Any]) -> Tensor:
-    """One entry of a header. Raises ValueError, KeyError or TypeError where it makes no sense."""
+def _tensor(name: str, entry: Mapping[str, Any], data: int) -> Tensor:
+    """One entry of a header; the data start at byte `data`. Raises ValueError, KeyError or TypeError for nonsense."""
     shape = tuple(entry["shape"])
     begin, end = entry["data_offsets"]
     if not all(type(number) is int and 0 <= number < 1 << 50 for number in (*shape, begin, end)):
@@ -137,7 +138,7 @@ def _tensor(name: str, entry: Mapping[str, Any]) -> Tensor:
     bits = DTYPE_BITS.get(entry["dtype"])  # a number format that came later is taken at its word
     if end < begin or (bits and end - begin != (math.prod(shape) * bits + 7) // 8):
         raise ValueError(f"{name}: {end - begin} bytes do not hold {entry['dtype']} of shape {list(shape)}")
-    return Tensor(name, str(entry["dtype"]), shape, end - begin)
+    return Tensor(name, str(entry["dtype"]), shape, end - begin, data + begin)
 
 
 def read_json(files: Files, names: Mapping[str, int], name: str) -> dict[str, Any]:

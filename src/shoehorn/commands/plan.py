@@ -9,12 +9,13 @@ from pathlib import Path
 
 from shoehorn import checkpoint, hardware, profiles, speed
 from shoehorn import settings as settings_module
+from shoehorn.checkpoint import ModelShape
 from shoehorn.errors import EXIT_DOES_NOT_FIT, EXIT_DONE, SettingsError
 from shoehorn.estimate import VramParts
 from shoehorn.hardware import Gpu, Hardware
 from shoehorn.plan import Plan, Refusal, make_plan
 from shoehorn.settings import Settings
-from shoehorn.tensor_files import Files, LocalFiles
+from shoehorn.tensor_files import LocalFiles
 from shoehorn.units import format_size, parse_size
 
 _PARTS = (("weights", "weights_bytes"), ("quantization state", "quant_state_bytes"),
@@ -49,7 +50,7 @@ def run(arguments: argparse.Namespace, environment: Mapping[str, str]) -> int:
     free = None
     if not arguments.gpu and settings.model_source != "local" and settings.models_dir.is_dir():
         free = hardware.disk_free(settings.models_dir) + hardware.disk_used(settings.models_dir / settings.model_id)
-    plan = make_plan(settings, machine, profile, checkpoint.read(files_of(settings)), free)
+    plan = make_plan(settings, machine, profile, shape_of(settings), free)
     if arguments.json:
         print(json.dumps(plan.to_json(), indent=1, ensure_ascii=False))
     else:
@@ -104,12 +105,13 @@ def _size(option: str, text: str) -> int:
         raise SettingsError(f"{option}: {error}") from error
 
 
-def files_of(settings: Settings) -> Files:
-    if settings.model_source == "local":
-        return LocalFiles(Path(settings.model_id))
-    from shoehorn import store  # the hub's client is slow to import, and not needed for a folder
+def shape_of(settings: Settings) -> ModelShape:
+    """The model that the settings name, as it will be served."""
+    if settings.model_source == "local" and settings.quantization != "int4":
+        return checkpoint.read(LocalFiles(Path(settings.model_id)))
+    from shoehorn import converted  # the hub's client is slow to import, and not needed for a folder
 
-    return store.hub_files(settings)
+    return converted.shape(settings, converted.served(settings))
 
 
 def _text(plan: Plan | Refusal, settings: Settings) -> list[str]:

@@ -12,10 +12,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from shoehorn import checkpoint, hardware, profiles
+from shoehorn import hardware, profiles
 from shoehorn import settings as settings_module
 from shoehorn.checkpoint import ModelShape
-from shoehorn.commands.plan import add_target, files_of, machine_of, settings_of
+from shoehorn.commands.plan import add_target, machine_of, settings_of, shape_of
 from shoehorn.errors import EXIT_DONE, ModelUnavailableError, SettingsError
 from shoehorn.hardware import Hardware
 from shoehorn.paths import PROFILES
@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace, environment: Mapping[str, str]) -> int:
     machine = machine_of(arguments, hardware.detect())
     shape, trouble = None, ""
     try:
-        shape = checkpoint.read(files_of(settings))
+        shape = shape_of(settings)
     except ModelUnavailableError as error:
         trouble = error.cause
     rows = listing(settings, machine, shape)

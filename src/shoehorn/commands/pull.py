@@ -22,7 +22,8 @@ from shoehorn import log as logs
 from shoehorn import settings as settings_module
 from shoehorn import store, volume
 from shoehorn.errors import EXIT_DONE
-from shoehorn.progress import Progress
+from shoehorn.progress import Progress, Report
+from shoehorn.settings import Settings
 from shoehorn.units import format_size
 
 _LINE_SECONDS = 3.0
@@ -40,22 +41,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, environment: Mapping[str, str]) -> int:
     """Pull; returns the exit code."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _end)
     changes = {"MODEL_ID": arguments.model} if arguments.model else {}
     if arguments.to:
         changes["MODELS_DIR"] = str(_folder(Path(arguments.to).absolute()))
     settings = settings_module.load({**environment, **changes})
-    if arguments.json:
+    report = begin(settings, as_json=arguments.json)
+    work = store.verify if arguments.verify else store.pull
+    directory = work(settings, report)
+    say(json.dumps({"phase": "done", "directory": str(directory)}) if arguments.json else str(directory))
+    return EXIT_DONE
+
+
+def begin(settings: Settings, *, as_json: bool) -> Report:
+    """What long commands share: they end at a signal, and tell where they are as text or as JSON."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _end)
+    if as_json:
         logging.basicConfig(level=logging.INFO, format="%(name)s %(levelname)s %(message)s", stream=sys.stderr,
                             force=True)
         logging.getLogger("httpx").setLevel(logging.WARNING)
     else:
         logs.configure(settings.log_format)
-    work = store.verify if arguments.verify else store.pull
-    directory = work(settings, _print_json if arguments.json else Lines(_print))
-    _print(json.dumps({"phase": "done", "directory": str(directory)}) if arguments.json else str(directory))
-    return EXIT_DONE
+    return _say_json if as_json else Lines(say)
 
 
 def _folder(path: Path) -> Path:
@@ -70,15 +77,16 @@ def _end(number: int, _frame: FrameType | None) -> None:
     os._exit(128 + number)  # an orderly end would wait for the library's threads
 
 
-def _print(text: str) -> None:
+def say(text: str) -> None:
+    """A line for whoever reads; without a reader the work ends."""
     try:
         print(text, flush=True)
     except BrokenPipeError:
         _end(signal.SIGPIPE, None)  # the reader is gone, and with it who wanted the model
 
 
-def _print_json(progress: Progress) -> None:
-    _print(json.dumps(asdict(progress)))
+def _say_json(progress: Progress) -> None:
+    say(json.dumps(asdict(progress)))
 
 
 class Lines:

@@ -1,0 +1,127 @@
+"""Numbers: weights -> codes of 4 or 8 bits and a scale for each group, and how much was lost.
+
+For a group w the codes q and the scale s that minimise |w - s q|^2 are looked for: from several clipped ranges the
+codes are rounded, and each gets the scale that fits it best, s = <w, q> / <q, q>. The range of codes has one more
+number below zero than above, so the sign of s is chosen such that the largest weight gets that number.
+
+Layout: that of compressed-tensors' `pack-quantized`; a code is stored as code + 2^(bits - 1), the first of a word in
+its lowest bits.
+Source: compressed_tensors/compressors/pack_quantized/helpers.py (pack_to_int32).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+CLIPPED = {4: (0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0), 8: (1.0,)}
+"""What share of the largest weight the codes reach to, by bits. With 8 bits clipping gains nothing."""
+
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+"""By their names in safetensors."""
+
+_BLOCK_ELEMENTS = {"cpu": 1 << 16, "cuda": 1 << 24}  # on a CPU what the search works on stays in its cache
+
+
+def device() -> str:
+    """Where weights are quantized on this machine: `cuda` or `cpu`."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def use_one_thread() -> None:
+    """For a worker beside others."""
+    torch.set_num_threads(1)
+
+
+def from_bytes(data: bytes | bytearray, dtype: str, columns: int) -> torch.Tensor:
+    """Rows as they lie in a safetensors file of number format `dtype`: [rows, columns]."""
+    return torch.frombuffer(bytearray(data) if isinstance(data, bytes) else data, dtype=DTYPES[dtype]).view(-1, columns)
+
+
+def to_bytes(tensor: torch.Tensor) -> bytes:
+    """As they lie in a safetensors file."""
+    return bytes(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """Rows of a weight.
+
+    Attributes:
+        packed: int32, [rows, columns * bits / 32].
+        scale: of the number format asked for, [rows, columns / group].
+        lost: |w - s q|^2 over all; whole: |w|^2.
+    """
+
+    packed: torch.Tensor
+    scale: torch.Tensor
+    lost: float
+    whole: float
+
+
+def quantize(weight: torch.Tensor, bits: int, group: int, scale_dtype: torch.dtype) -> Quantized:
+    """Quantize rows, where they are.
+
+    Args:
+        weight: floating point, [rows, columns]; `group` divides columns.
+        bits: 4 or 8.
+
+    Raises:
+        ValueError: a weight is not a finite number.
+    """
+    rows, columns = weight.shape
+    step = max(1, _BLOCK_ELEMENTS[weight.device.type] // columns)
+    packed, scales, lost, whole = [], [], 0.0, 0.0
+    for start in range(0, rows, step):
+        values = weight[start:start + step].float().view(-1, group)
+        scale = _scales(values, bits).to(scale_dtype)
+        codes = _codes(values, scale.float(), bits)
+        square = float(values.square().sum(dtype=torch.float64))
+        if not square < float("inf"):
+            raise ValueError("holds a number that is not finite")
+        whole += square
+        lost += float((values - codes * scale.float()).square_().sum(dtype=torch.float64))
+        packed.append(_pack(codes.view(-1, columns), bits))
+        scales.append(scale.view(-1, columns // group))
+    return Quantized(torch.cat(packed), torch.cat(scales), lost, whole)
+
+
+def dequantize(packed: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
+    """float32 [rows, columns] of what `quantize` made."""
+    shifts = torch.arange(0, 32, bits, device=packed.device)
+    codes = (packed.unsqueeze(-1) >> shifts & (1 << bits) - 1) - (1 << bits - 1)
+    codes = codes.view(*scale.shape, -1).float()
+    return (codes * scale.float().unsqueeze(-1)).view(packed.shape[0], -1)
+
+
+def _scales(values: torch.Tensor, bits: int) -> torch.Tensor:
+    """The best scale of each group found, [groups, 1]; 1 for a group of zeros."""
+    largest, place = values.abs().max(1, keepdim=True)
+    sign = -torch.sign(values.gather(1, place))
+    widest = sign * largest / float(1 << bits - 1)
+    widest[largest == 0] = 1.0
+    best, gained = widest, torch.full_like(widest, -1.0)
+    for share in CLIPPED[bits]:
+        codes = _codes(values, widest * share, bits)
+        fit = torch.linalg.vecdot(values, codes).unsqueeze(1)
+        size = torch.linalg.vecdot(codes, codes).unsqueeze(1).clamp_min_(1e-20)
+        gain = fit * fit / size  # |w|^2 less the error
+        better = gain > gained
+        gained = torch.where(better, gain, gained)
+        best = torch.where(better, fit / size, best)
+    return torch.where(best == 0, 1.0, best)
+
+
+def _codes(values: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
+    return (values * scale.reciprocal()).round_().clamp_(-(1 << bits - 1), (1 << bits - 1) - 1)
+
+
+def _pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """int32 words, [rows, columns * bits / 32]."""
+    each = 32 // bits
+    numbers = (codes + float(1 << bits - 1)).to(torch.int32).view(codes.shape[0], -1, each)
+    words = numbers[..., 0].clone()
+    for place in range(1, each):
+        words |= numbers[..., place] << bits * place
+    return words

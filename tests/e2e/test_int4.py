@@ -1,0 +1,54 @@
+"""QUANTIZATION=int4: pulled, converted once and served by the real engine, which says what it says unquantized."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+import pytest
+from running import DEMO_MODEL, Appliance, wait_until
+
+from fakes.hub import Hub
+from shoehorn.state import Phase, StateFile
+
+pytestmark = pytest.mark.e2e
+
+Start = Callable[..., Appliance]
+QUESTIONS = ("hello", "Who are you?", "你叫啥?", "What is a shoehorn?")
+
+
+def answers(appliance: Appliance) -> list[str]:
+    """Greedy answers to a few questions."""
+    with httpx.Client(headers=appliance.headers(), timeout=60) as client:
+        return [client.post(f"{appliance.url}/v1/chat/completions", json={
+            "model": "shoehorn-demo", "messages": [{"role": "user", "content": question}], "temperature": 0,
+            "max_tokens": 24}).json()["choices"][0]["message"]["content"] for question in QUESTIONS]
+
+
+@pytest.mark.fault("`docker stop` while converting, and a start after it", "It goes on; the hub is not asked again.")
+def test_pulled_converted_once_and_served(start: Start, appliance: Appliance, tmp_path: Path) -> None:
+    with Hub({"shoehorn/demo": DEMO_MODEL}) as hub:
+        settings = {"MODEL_ID": "shoehorn/demo", "MODEL_SOURCE": "modelscope", "MODELSCOPE_ENDPOINT": hub.url,
+                    "QUANTIZATION": "int4"}
+        first = start(**settings)
+        wait_until(lambda: StateFile(first.run_dir).read().phase is Phase.CONVERTING, 60, "it converts")
+        assert first.end(signal.SIGTERM, seconds=20) == 0
+        asked = len(hub.requests)
+        second = start(**settings, KEEP_ORIGINAL="no")
+        second.wait_for(Phase.READY)
+        assert len(hub.requests) == asked
+    folder = tmp_path / "models" / "shoehorn" / "demo.int4"
+    assert str(folder) in (second.run_dir / "vllm.yaml").read_text()
+    assert not list((tmp_path / "models" / "shoehorn" / "demo").glob("*.safetensors"))
+    said = answers(second)
+    same = sum(mine == theirs for mine, theirs in zip(said, answers(appliance), strict=True))
+    print(f"{same} of {len(said)} answers are those of the unquantized model: {said}")
+    assert same >= len(said) - 1
+    assert second.end() == 0
+    third = start(**settings, OFFLINE="yes")
+    third.wait_for(Phase.LOADING)
+    assert "converting" not in third.output
+    assert third.end() == 0
+
