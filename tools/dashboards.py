@@ -161,6 +161,8 @@ HEALTH = (
           [(f"shoehorn_gpu_utilization_ratio{{{HERE}}}", "GPU {{gpu}}")]),
     Panel("Throttled", "Why a card's clocks are held down.", "short",
           [(f"shoehorn_gpu_throttled{{{HERE}}}", "GPU {{gpu}}: {{reason}}")]),
+    Panel("Xid errors", "What the driver reported of a card in the last hour.", "short",
+          [(f"increase(shoehorn_gpu_xid_errors_total{{{HERE}}}[1h])", "GPU {{gpu}}: {{kind}}")]),
     Panel("Download", "Bytes of the model on disk, of all that it has.", "bytes",
           [(gauge("shoehorn_download_bytes"), "there"), (gauge("shoehorn_download_expected_bytes"), "all")]),
     Panel("Scrape", "How long NVML and the engine took.", "s",

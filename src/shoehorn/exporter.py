@@ -104,6 +104,8 @@ def gpu_samples(reading: GpuReading) -> _Values:
         values.setdefault("shoehorn_gpu_info", []).append(((*labels, gpu.name, reading.driver_version), 1))
         for reason in gpu.throttled:
             values.setdefault("shoehorn_gpu_throttled", []).append(((*labels, reason), 1))
+        for kind, count in gpu.xid_errors.items():
+            values.setdefault("shoehorn_gpu_xid_errors_total", []).append(((*labels, kind), count))
         for name, value in _figures(gpu).items():
             if value is not None:
                 values.setdefault(f"shoehorn_gpu_{name}", []).append((labels, value))
@@ -118,7 +120,7 @@ def _figures(gpu: Gpu) -> dict[str, float | None]:
     return {"memory_total_bytes": gpu.memory_total_bytes, "memory_used_bytes": gpu.memory_used_bytes,
             "memory_free_bytes": gpu.memory_free_bytes, "memory_reserved_bytes": gpu.memory_reserved_bytes,
             "utilization_ratio": gpu.utilization_ratio, "power_watts": gpu.power_watts,
-            "temperature_celsius": gpu.temperature_celsius}
+            "temperature_celsius": gpu.temperature_celsius, "last_xid": gpu.last_xid}
 
 
 class Exporter:

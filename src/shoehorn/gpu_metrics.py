@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from shoehorn.gpu_events import XidEvents
 
 NO_ANSWER = -1
 """The return code where NVML gave none of its own: no answer in time, no GPU, or one fewer than before."""
@@ -49,6 +51,8 @@ class Gpu:
         memory_used_bytes: without what the driver reserves, unless `memory_reserved_bytes` is None: then with it.
         utilization_ratio: share of the last sample period in which a kernel ran, 0..1.
         throttled: why its clocks are held down just now, of THROTTLING.
+        xid_errors: since this program began, by kind (`gpu_events.KINDS`); empty where the card cannot tell.
+        last_xid: the code of the last one.
     """
 
     index: int
@@ -63,6 +67,8 @@ class Gpu:
     temperature_celsius: float | None
     processes: tuple[GpuProcess, ...]
     throttled: tuple[str, ...] = ()
+    xid_errors: Mapping[str, int] = field(default_factory=dict)
+    last_xid: int | None = None
 
 
 @dataclass(frozen=True)
@@ -87,6 +93,7 @@ class NvmlReader:
         self._proc = proc
         self._initialised = False
         self._most = 0
+        self._events = XidEvents(nvml)
 
     def read(self) -> GpuReading:
         """One reading; a failure is part of it, never an exception."""
@@ -107,6 +114,7 @@ class NvmlReader:
             return GpuReading(return_code=error.value, problem=str(error))
         self._most = max(self._most, count)
         gpus, code, problem = [], 0, ""
+        self._events.read(count)
         if count == 0 or count < self._most:
             code, problem = NO_ANSWER, f"{count} GPUs are visible" + (f" of {self._most}" if self._most else "")
         for index in range(count):
@@ -137,6 +145,7 @@ class NvmlReader:
             temperature_celsius=None if temperature is None else float(temperature),
             throttled=tuple(word for bit, word in THROTTLING.items() if bit & int(
                 self._ask(nvml.nvmlDeviceGetCurrentClocksEventReasons, handle) or 0)),
+            xid_errors=self._events.counts(index), last_xid=self._events.last(index),
             processes=self._processes(self._ask(nvml.nvmlDeviceGetComputeRunningProcesses, handle) or ()))
 
     def _processes(self, entries: Sequence[Any]) -> tuple[GpuProcess, ...]:
@@ -170,6 +179,7 @@ class NvmlReader:
         if not self._initialised:
             return
         self._initialised = False
+        self._events.forget()
         try:
             self._nvml.nvmlShutdown()
         except self._nvml.NVMLError:

@@ -76,6 +76,10 @@ TABLE: tuple[Metric, ...] = (
     Metric("shoehorn_gpu_temperature_celsius", "Temperature of the chip.", _GPU),
     Metric("shoehorn_gpu_throttled", "1 for each reason why the clocks are held down: power_cap, thermal, "
            "hardware_slowdown, hardware_thermal, power_brake.", (*_GPU, "reason"), absent="when they are not"),
+    Metric("shoehorn_gpu_xid_errors_total", "Xid errors since the exporter started, by `kind`: application (the "
+           "program's fault as a rule: 13, 31, 32, 43, 45, 68, 69) or hardware (all others).", (*_GPU, "kind"),
+           absent="where the driver does not tell", kind="counter"),
+    Metric("shoehorn_gpu_last_xid", "The code of the last Xid error.", _GPU, absent="before the first"),
     Metric("shoehorn_gpu_collect_success", "1 when every GPU answered. 0 without NVML, with no GPU, with fewer than "
            "there were, and when NVML hangs."),
     Metric("shoehorn_gpu_collect_last_success_timestamp_seconds", "Unix time of the last scrape at which every GPU "

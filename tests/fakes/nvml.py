@@ -4,7 +4,8 @@ Rules: errors and constants are pynvml's own, which needs no driver for them; ev
 arguments; a call that the recording lacks fails with FUNCTION_NOT_FOUND, as an older driver would.
 
 Tests change what happens next: `fail["nvmlInit"] = 12` (an NVML code, for every card), `lose(1)` (that card is lost),
-`hang["nvmlDeviceGetName"] = event` (the call waits for the event), `capture["gpus"]` (cards come and go).
+`hang["nvmlDeviceGetName"] = event` (the call waits for the event), `capture["gpus"]` (cards come and go),
+`xid(0, 79)` (the driver reports an Xid error of that card).
 """
 
 from __future__ import annotations
@@ -59,10 +60,46 @@ class FakeNvml:
         self.calls: Counter[str] = Counter()
         self.initialised = 0
         self._lost: set[int] = set()
+        self._watched: set[int] = set()
+        self._events: list[tuple[int, int]] = []
 
     def lose(self, index: int) -> None:
         """From now on every question about this card is answered with GPU_IS_LOST."""
         self._lost.add(index)
+
+    def xid(self, index: int, code: int) -> None:
+        """From now on an event of this card waits for who watches it."""
+        if index in self._watched:
+            self._events.append((index, code))
+
+    def nvmlEventSetCreate(self) -> object:
+        """As pynvml's; there is one set."""
+        self._begin("nvmlEventSetCreate")
+        self._need_init()
+        return "events"
+
+    def nvmlDeviceRegisterEvents(self, handle: int, events: int, _set: object) -> None:
+        """As pynvml's; only Xid errors happen here."""
+        self._begin("nvmlDeviceRegisterEvents")
+        assert events == pynvml.nvmlEventTypeXidCriticalError
+        answer = self.capture["gpus"][handle].get("nvmlDeviceRegisterEvents")
+        if answer:
+            raise pynvml.NVMLError(answer["error"])
+        self._watched.add(handle)
+
+    def nvmlEventSetWait_v2(self, _set: object, _milliseconds: int) -> Any:
+        """The next event, or pynvml's error TIMEOUT."""
+        self._begin("nvmlEventSetWait_v2")
+        self._need_init()
+        if not self._events:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_TIMEOUT)
+        index, code = self._events.pop(0)
+        return SimpleNamespace(device=index, eventType=pynvml.nvmlEventTypeXidCriticalError, eventData=code)
+
+    def nvmlDeviceGetIndex(self, handle: int) -> int:
+        """The index of a card; here the handle itself."""
+        self._begin("nvmlDeviceGetIndex")
+        return handle
 
     def nvmlInit(self) -> None:
         """As pynvml's: counted."""
@@ -74,6 +111,7 @@ class FakeNvml:
         self._begin("nvmlShutdown")
         self._need_init()
         self.initialised -= 1
+        self._watched.clear()
 
     def nvmlDeviceGetCount(self) -> int:
         """The number of recorded cards."""

@@ -46,6 +46,8 @@ FIRING: dict[str, tuple[dict[str, str], dict[str, str]]] = {
     "ShoehornGpuMissing": ({f"shoehorn_gpu_collect_success{{{A}}}": "1x5 0x60",
                             f"shoehorn_gpu_collect_last_success_timestamp_seconds{{{A}}}": "5x60"},
                            {"job": "shoehorn"}),
+    "ShoehornXid": ({f'shoehorn_gpu_xid_errors_total{{{A},gpu="0",uuid="u",kind="hardware"}}': "0x40 1x20"},
+                    {"job": "shoehorn", "gpu": "0", "uuid": "u", "kind": "hardware"}),
     "ShoehornVramHeadroom": ({f'shoehorn_vram_bytes{{{A},gpu="0",part="free"}}': "1000x60"},
                              {"job": "shoehorn", "gpu": "0", "part": "free"}),
     "ShoehornForeignProcess": ({f'shoehorn_vram_bytes{{{A},gpu="0",part="other_processes"}}': "3000000000x60"},
@@ -79,6 +81,8 @@ QUIET: dict[str, dict[str, str]] = {
     "ShoehornVolumeFull": {f"shoehorn_models_volume_free_bytes{{{A}}}": "40x60",
                            f"shoehorn_models_volume_bytes{{{A}}}": "100x60"},
     "ShoehornGpuMissing": {f"shoehorn_gpu_collect_success{{{A}}}": "0x60"},  # a machine that never had one
+    "ShoehornXid": {f'shoehorn_gpu_xid_errors_total{{{A},gpu="0",uuid="u",kind="hardware"}}': "1x60",  # long ago
+                    f'shoehorn_gpu_xid_errors_total{{{A},gpu="0",uuid="u",kind="application"}}': "0+1x60"},
     "ShoehornVramHeadroom": {f'shoehorn_vram_bytes{{{A},gpu="0",part="free"}}': "100000000x60"},
     "ShoehornForeignProcess": {f'shoehorn_vram_bytes{{{A},gpu="0",part="other_processes"}}': "1000x60"},
     "ShoehornGpuHot": {f'shoehorn_gpu_throttled{{{A},gpu="0",uuid="u",reason="power_cap"}}': "1x60"},

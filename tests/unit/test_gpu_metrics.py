@@ -197,6 +197,43 @@ def test_a_card_that_is_no_longer_counted_is_missed(tmp_path: Path) -> None:
     assert reader.read().return_code == 0
 
 
+def test_xid_errors_are_counted_by_kind_from_the_first_reading_on_and_through_failures(tmp_path: Path) -> None:
+    nvml = FakeNvml(TWO)
+    reader = NvmlReader(nvml, tmp_path)
+    first = reader.read().gpus[0]
+    assert (first.xid_errors, first.last_xid) == ({"application": 0, "hardware": 0}, None)
+    for code in (31, 79, 48):
+        nvml.xid(0, code)
+    nvml.xid(1, 13)
+    gpus = reader.read().gpus
+    assert [(dict(gpu.xid_errors), gpu.last_xid) for gpu in gpus] == [
+        ({"application": 1, "hardware": 2}, 48), ({"application": 1, "hardware": 0}, 13)]
+    nvml.fail["nvmlDeviceGetCount"] = pynvml.NVML_ERROR_UNKNOWN
+    reader.read()
+    nvml.fail.clear()
+    reader.read()
+    nvml.xid(0, 79)
+    assert reader.read().gpus[0].xid_errors == {"application": 1, "hardware": 3}
+
+
+def test_a_storm_of_xid_errors_cannot_hold_a_reading_up(tmp_path: Path) -> None:
+    nvml = FakeNvml()
+    reader = NvmlReader(nvml, tmp_path)
+    reader.read()
+    for _ in range(1500):
+        nvml.xid(0, 79)
+    assert reader.read().gpus[0].xid_errors["hardware"] == 1000
+    assert reader.read().gpus[0].xid_errors["hardware"] == 1500
+
+
+@pytest.mark.parametrize("call", ["nvmlEventSetCreate", "nvmlDeviceRegisterEvents"])
+def test_where_the_driver_tells_no_xid_errors_there_is_no_count(call: str, tmp_path: Path) -> None:
+    nvml = FakeNvml()
+    nvml.fail[call] = pynvml.NVML_ERROR_NOT_SUPPORTED
+    reading = NvmlReader(nvml, tmp_path).read()
+    assert (reading.return_code, reading.gpus[0].xid_errors) == (0, {})
+
+
 def test_a_recording_of_a_replay_is_the_recording() -> None:
     capture = example({**example_gpu(), "nvmlDeviceGetPowerUsage": {"error": 3}}, example_gpu(1))
     again = record(FakeNvml(json.loads(json.dumps(capture))))
@@ -235,10 +272,10 @@ def test_pynvmls_own_structs_become_plain() -> None:
 def test_the_stand_in_takes_the_arguments_that_pynvml_takes() -> None:
     nvml = FakeNvml()
     for name in ("nvmlInit", "nvmlShutdown", "nvmlDeviceGetCount", "nvmlDeviceGetHandleByIndex",
-                 "nvmlDeviceGetMemoryInfo", "nvmlDeviceGetTemperature"):
+                 "nvmlDeviceGetMemoryInfo", "nvmlDeviceGetTemperature", "nvmlEventSetCreate", "nvmlDeviceGetIndex"):
         stand_in, real = (inspect.signature(getattr(module, name)).parameters.values() for module in (nvml, pynvml))
         assert [(each.name, each.default) for each in stand_in] == [(each.name, each.default) for each in real], name
-    for name in {*RECORDED_GPU_CALLS, *RECORDED_SYSTEM_CALLS}:
+    for name in {*RECORDED_GPU_CALLS, *RECORDED_SYSTEM_CALLS, "nvmlDeviceRegisterEvents", "nvmlEventSetWait_v2"}:
         assert len(inspect.signature(getattr(nvml, name)).parameters) == len(
             inspect.signature(getattr(pynvml, name)).parameters), name
     with pytest.raises(AttributeError):
