@@ -103,6 +103,7 @@ def compare(expected: Sequence[VramParts], figures: Mapping[int, Mapping[str, An
         expected_by_part = {"weights": held, "kv_cache": parts.kv_cache_bytes, "cuda_graphs": parts.cuda_graphs_bytes}
         rows += [Row(gpu, part, size, measured[part]) for part, size in expected_by_part.items()]
         rows.append(Row(gpu, "framework", parts.framework_bytes, known))
+        rows.append(Row(gpu, "activations", parts.activations_bytes, None))
         rows.append(Row(gpu, "total", parts.total_bytes - parts.activations_bytes, total))
     return rows
 

@@ -1,8 +1,9 @@
 """Where the memory of a card went, at one moment: parts that add up to the card.
 
-Rules: weights, KV cache and CUDA graphs are what the engine said after its load, and hold only while it is ready;
-`framework` is what the appliance holds besides (CUDA's context, workspaces, activations that have become resident);
-before that all of it is `unattributed`. The appliance's processes are those that NVML shows by name; where it shows
+Rules: weights (with their quantization state, which the engine does not tell apart), KV cache and CUDA graphs are what
+the engine said after its load, and hold only while it is ready; `framework` is what the appliance held besides when it
+became ready (CUDA's context, workspaces), `activations` what it has taken of their reserve since; before that all of it
+is `unattributed`. The appliance's processes are those that NVML shows by name; where it shows
 none, as in most containers, the appliance holds what it held when it became ready, and the rest is other processes'.
 """
 
@@ -13,7 +14,8 @@ from typing import Any
 
 from shoehorn.gpu_metrics import Gpu
 
-PARTS = ("weights", "kv_cache", "cuda_graphs", "framework", "unattributed", "other_processes", "driver", "free")
+PARTS = ("weights", "kv_cache", "cuda_graphs", "framework", "activations", "unattributed", "other_processes", "driver",
+         "free")
 _ENGINES = ("weights", "kv_cache", "cuda_graphs")
 
 
@@ -33,7 +35,9 @@ def breakdown(rows: Sequence[Mapping[str, Any]], gpu: Gpu, *, ready: bool) -> Ma
     own = min(used, sum(named) if named else measured.get("total", used) if ready else used)
     parts = {part: measured[part] for part in _ENGINES if part in measured} if ready else {}
     if len(parts) == len(_ENGINES) and sum(parts.values()) <= own:
-        parts["framework"] = own - sum(parts.values())
+        rest = own - sum(parts.values())
+        parts["framework"] = min(rest, measured.get("framework", rest))
+        parts["activations"] = rest - parts["framework"]
     else:
         parts = {"unattributed": own}
     return {**parts, "other_processes": used - own, "driver": gpu.memory_reserved_bytes or 0,

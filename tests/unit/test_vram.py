@@ -24,8 +24,9 @@ def card(*processes: tuple[str, int | None], used: int = 6 * GIB) -> Gpu:
 
 
 @pytest.mark.parametrize(("processes", "ready", "expected"), [
-    ([("VLLM::EngineCor", 6 * GIB - GIB // 2)], True, {"framework": GIB + GIB // 4, "other_processes": GIB // 2}),
-    ([("unknown", None)], True, {"framework": GIB, "other_processes": 3 * GIB // 4}),
+    ([("VLLM::EngineCor", 6 * GIB - GIB // 2)], True,
+     {"framework": GIB, "activations": GIB // 4, "other_processes": GIB // 2}),
+    ([("unknown", None)], True, {"framework": GIB, "activations": 0, "other_processes": 3 * GIB // 4}),
     ([], True, {"framework": GIB, "other_processes": 3 * GIB // 4}),
     ([("VLLM::EngineCor", 2 * GIB)], True, {"unattributed": 2 * GIB, "other_processes": 4 * GIB}),
     ([("VLLM::EngineCor", 2 * GIB)], False, {"unattributed": 2 * GIB, "other_processes": 4 * GIB}),
