@@ -29,7 +29,8 @@ def register() -> None:
         if present.split("+")[0] != tested:
             raise EngineVersionError(f"Shoehorn's engine plugin was tested with {package} {tested}; this is {present}. "
                                      f"Install {package}=={tested}.")
-    from shoehorn_vllm import experts, waiting  # not before: another engine may lack what they import
+    from shoehorn_vllm import experts, offload, waiting  # not before: another engine may lack what they import
 
     experts.apply()
+    offload.apply()
     waiting.apply()

@@ -1,0 +1,111 @@
+"""Mends of the engine's offload: weights lie once in host memory, with all that belongs to them, and a draft stays.
+
+Four defects of vLLM 0.32.0 (model_executor/offloader/) and vllm-bnb-plugin 0.0.3:
+- until the load is over, prefetch keeps the memory that each weight was read into beside the memory that it was
+  repacked into: 79 GB of host memory were pinned for a model of 35 GB. It is let go as soon as the weight has moved;
+- bitsandbytes' absmax is no parameter, so it stays on the card when its weights do not, and the loader unpacks it there
+  from 8 to 32 bits, although bitsandbytes 0.50 works with the packed one: 4 GB for a 70B. With prefetch it stays packed
+  and travels;
+- a draft model is built by the same code as the model, so that UVA spends what is left of its bytes on the draft and
+  prefetch fails ("wrap_modules should only be called once"). The draft stays on the card;
+- the embedding is never offloaded, whatever the options say. With `--additional-config {"shoehorn": {"embedding":
+  "host"}}` it lies in host memory, and the card reads the rows of the tokens at hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+from vllm.model_executor.offloader.base import NoopOffloader, get_offloader, set_offloader, should_pin_memory
+from vllm.model_executor.offloader.prefetch import PrefetchOffloader, _CpuParamOffloader
+from vllm.utils.torch_utils import get_accelerator_view_from_cpu_tensor
+from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
+from vllm_bnb_plugin.bitsandbytes_loader import (  # type: ignore[import-untyped]  # it has no py.typed
+    BitsAndBytesModelLoader,
+)
+
+_moved_out: Callable[..., None] = _CpuParamOffloader._offload_to_cpu_internal
+_updated: Callable[..., None] = _CpuParamOffloader._update_cpu_storage_from_param
+_ended: Callable[..., None] = PrefetchOffloader.post_init
+_unpacked: Callable[..., Any] = BitsAndBytesModelLoader._dequantize_dq
+_loaded: Callable[..., nn.Module] = BaseModelLoader.load_model
+_draft_loaded: Callable[..., None] = DraftModelSpeculator.load_model
+
+
+def apply() -> None:
+    """Mend the offload of this process: methods of the engine's classes are replaced."""
+    for owner, name, mended in (
+            (_CpuParamOffloader, "_offload_to_cpu_internal", _move_out),
+            (_CpuParamOffloader, "_update_cpu_storage_from_param", _update),
+            (PrefetchOffloader, "post_init", _end), (BitsAndBytesModelLoader, "_dequantize_dq", _unpack),
+            (BaseModelLoader, "load_model", _load), (DraftModelSpeculator, "load_model", _load_draft)):
+        setattr(owner, name, mended)
+
+
+def _move_out(offloader: Any) -> None:
+    _moved_out(offloader)
+    offloader._cpu_storage = None  # the parameter holds it, until it is repacked
+
+
+def _update(offloader: Any) -> None:
+    data = offloader._param.data
+    if offloader._cpu_storage is None and data.device.type != "cpu":
+        offloader._cpu_storage = _in_host_memory(data)
+    _updated(offloader)
+
+
+def _end(offloader: Any) -> None:
+    for layer in offloader.module_offloaders:
+        present = dict(layer.module.named_parameters())  # some that were there at first are gone after the load
+        for name, parameter in present.items():
+            for number, state in getattr(parameter, "bnb_quant_state", {}).items():
+                owner, own = name.rpartition(".")[0], f"absmax_{number}"
+                state.absmax = nn.Parameter(state.absmax, requires_grad=False)
+                layer.module.get_submodule(owner).register_parameter(own, state.absmax)
+                path = f"{owner}.{own}".lstrip(".")
+                layer._param_offloaders[path] = _CpuParamOffloader(layer.module, path)
+    _ended(offloader)
+
+
+def _unpack(loader: Any, states: Any) -> Any:
+    """Experts, which come one by one, are unpacked as before: their states are put together."""
+    if isinstance(states, dict) and isinstance(get_offloader(), PrefetchOffloader):
+        return states
+    return _unpacked(loader, states)
+
+
+def _load(loader: Any, vllm_config: Any, model_config: Any, prefix: str = "") -> nn.Module:
+    model = _loaded(loader, vllm_config, model_config, prefix)
+    own = vllm_config.additional_config.get("shoehorn") if isinstance(vllm_config.additional_config, dict) else None
+    if own and own.get("embedding") == "host" and not isinstance(get_offloader(), NoopOffloader):
+        for module in model.modules():
+            if isinstance(module, VocabParallelEmbedding) and not isinstance(module, ParallelLMHead):
+                _to_host(module)
+        torch.accelerator.empty_cache()
+    return model
+
+
+def _to_host(embedding: nn.Module) -> None:
+    for parameter in embedding.parameters(recurse=False):
+        if parameter.dim() == 2:
+            parameter.data = get_accelerator_view_from_cpu_tensor(_in_host_memory(parameter.data))
+
+
+def _load_draft(speculator: Any, target: nn.Module) -> None:
+    offloader = get_offloader()
+    set_offloader(None)
+    try:
+        _draft_loaded(speculator, target)
+    finally:
+        set_offloader(offloader)
+
+
+def _in_host_memory(data: torch.Tensor) -> torch.Tensor:
+    held = torch.empty_strided(data.size(), data.stride(), dtype=data.dtype, device="cpu",
+                               pin_memory=should_pin_memory())
+    return held.copy_(data)
