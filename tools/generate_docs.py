@@ -1,12 +1,13 @@
 """Writes the generated documents: `make docs`. A test compares each with what this makes, so that none can go stale.
 
-Settings, metrics and routes come from their tables, and the README's figures from bench/results and nowhere else.
+Settings, metrics and routes come from their tables, figures from bench/results and nowhere else.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
@@ -57,25 +58,32 @@ def example() -> str:
 _BEGIN, _END = "<!-- measured: begin -->\n", "<!-- measured: end -->\n"
 _STARTS = {"bf16": "bf16, on the card", "nf4": "NF4, on the card",
            "nf4-offloaded": "NF4 in 5 GiB (`VRAM_LIMIT=5GiB`), partly in host memory"}
+_LOW_VRAM = {"70b-int4-3072mib": "INT4, all layers offloaded", "70b-int4-7168mib": "INT4, all layers offloaded",
+             "70b-nf4-7168mib": "NF4, all layers offloaded",
+             "70b-int4-8192mib-draft": "INT4, all layers offloaded, with an 8B in INT4 as draft (acceptance drawn, 5)",
+             "70b-int4-32gb": "INT4, a third of the layers offloaded", "70b-int4-40gib": "INT4, on the card"}
 
 
-def measured() -> str:
-    """The README's figures, as Markdown."""
-    results = {name: json.loads((RESULTS / file).read_text(encoding="utf-8"))
-               for name, file in (("gpu", "appliance-h200.json"), ("demo", "demo.json"))}
-    template = Environment(undefined=StrictUndefined, keep_trailing_newline=True)  # noqa: S701  # it makes Markdown
-    text = (HOME / "tools" / "measured.md.j2").read_text(encoding="utf-8")
-    return template.from_string(text).render(**results, starts=_STARTS)
+def filled(path: str, template: str, **files: str) -> Callable[[], str]:
+    """What makes a document whose figures, between its two marks, are those of `files` of bench/results."""
+
+    def document() -> str:
+        results = {name: json.loads((RESULTS / file).read_text(encoding="utf-8")) for name, file in files.items()}
+        environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True)  # noqa: S701  # for Markdown
+        text = (HOME / "tools" / template).read_text(encoding="utf-8")
+        head, rest = (HOME / path).read_text(encoding="utf-8").split(_BEGIN)
+        made = environment.from_string(text).render(**results, starts=_STARTS, low_vram=_LOW_VRAM)
+        return head + _BEGIN + made + _END + rest.split(_END)[1]
+
+    return document
 
 
-def readme() -> str:
-    """README.md with its figures as they are in bench/results."""
-    text = (HOME / "README.md").read_text(encoding="utf-8")
-    head, rest = text.split(_BEGIN)
-    return head + _BEGIN + measured() + _END + rest.split(_END)[1]
-
-
-DOCUMENTS = {Path("README.md"): readme, Path("docs/configuration.md"): configuration, Path(".env.example"): example,
+DOCUMENTS = {Path("README.md"): filled("README.md", "measured.md.j2", gpu="appliance-h200.json", demo="demo.json",
+                                       soak="soak.json", vram="low-vram.json"),
+             Path("docs/low-vram.md"): filled("docs/low-vram.md", "low-vram.md.j2", vram="low-vram.json"),
+             Path("docs/int4.md"): filled("docs/int4.md", "int4.md.j2", quality="int4-quality.json",
+                                          speed="convert-speed.json"),
+             Path("docs/configuration.md"): configuration, Path(".env.example"): example,
              Path("docs/metrics.md"): metric_table.document, Path("docs/routes.md"): route_table.document,
              Path("docs/reliability.md"): fault_table.document}
 

@@ -11,6 +11,8 @@ is never promised.
 
 from __future__ import annotations
 
+import bisect
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -24,11 +26,16 @@ from shoehorn.estimate import (
     host_bytes,
     kv_bytes,
     layer_bytes,
+    loading_bytes,
+    offloaded_bytes,
 )
 from shoehorn.units import GIB
 
 OFFLOAD_STEP_BYTES = GIB // 10
-"""Offload is counted in these, as a person would write it."""
+"""UVA offload is counted in these, as a person would write it."""
+
+BUFFERS = 2
+"""Layers that the card holds of those in host memory: one is worked with while the next one arrives."""
 
 _LARGE_BYTES = 20 * GIB
 """GPUs that hold this much together are offered the longer of the useful contexts."""
@@ -108,18 +115,21 @@ def _candidates(shape: ModelShape, start: Choices, left_open: frozenset[str], ma
         large = start.limit_bytes * start.gpus >= _LARGE_BYTES
         for level in (_USEFUL_LARGE, _USEFUL) if large else (_USEFUL,):
             yield Found(_offloading(shape, at_level(best, level, left_open), left_open, 2), 3, 2)
-    for level in LEVELS[6:]:
-        for requests in (2, 1):
-            yield Found(_offloading(shape, at_level(best, level, left_open), left_open, requests), 4, requests)
+    for uva in (False, True):  # without buffers, where host memory or the card is too small for those
+        for level in LEVELS[6:]:
+            for requests in (2, 1):
+                tight = at_level(best, level, left_open)
+                yield Found(_offloading(shape, tight, left_open, requests, uva), 4, requests)
 
 
-def _offloading(shape: ModelShape, choices: Choices, left_open: frozenset[str], requests: int) -> Choices:
+def _offloading(shape: ModelShape, choices: Choices, left_open: frozenset[str], requests: int,
+                uva: bool = False) -> Choices:
     """With the least offload, and without CUDA graphs where most of a pass is waiting for the link."""
-    found = least_offload(shape, choices, requests) if "offload_bytes" in left_open else choices
-    if "eager" not in left_open or 2 * found.offload_bytes <= layer_bytes(shape, choices)[0]:
+    found = least_offload(shape, choices, requests, uva) if "offload_bytes" in left_open else choices
+    if "eager" not in left_open or 2 * offloaded_bytes(shape, found) <= layer_bytes(shape, choices)[0]:
         return found
     eager = replace(choices, eager=True)
-    return least_offload(shape, eager, requests) if "offload_bytes" in left_open else eager
+    return least_offload(shape, eager, requests, uva) if "offload_bytes" in left_open else eager
 
 
 def at_level(choices: Choices, level: Level, left_open: frozenset[str]) -> Choices:
@@ -147,12 +157,15 @@ def missing_bytes(shape: ModelShape, choices: Choices, requests: int = 1) -> int
     vLLM refuses to start when the KV cache holds less than one request of full length.
     """
     least = kv_bytes(shape, choices, requests)
+    loading = loading_bytes(shape, choices)
     lacks = []
     for parts in estimate(shape, choices):
         others = parts.total_bytes - parts.kv_cache_bytes + MARGIN_BYTES
         compiling = parts.total_bytes - parts.kv_cache_bytes - parts.activations_bytes - parts.cuda_graphs_bytes + \
             compiling_bytes(shape, choices)
         lacks.append(compiling + MARGIN_BYTES - choices.limit_bytes)
+        lacks.append(parts.weights_bytes + parts.quant_state_bytes + parts.embeddings_bytes + parts.framework_bytes
+                     + loading + MARGIN_BYTES - choices.limit_bytes)
         if choices.kv_cache_bytes is not None:
             lacks.append(max(others + choices.kv_cache_bytes - choices.limit_bytes, least - choices.kv_cache_bytes))
         else:
@@ -160,15 +173,67 @@ def missing_bytes(shape: ModelShape, choices: Choices, requests: int = 1) -> int
     return max(lacks)
 
 
-def least_offload(shape: ModelShape, choices: Choices, requests: int) -> Choices:
-    """The choices with no more offload than leaves room for that many requests; `offload_bytes` is the bound.
+def least_offload(shape: ModelShape, choices: Choices, requests: int, uva: bool = False) -> Choices:
+    """The choices with no more layers in host memory than leaves room for that many requests.
 
-    All of the weights where even that does not make enough room.
+    `offload_bytes` bounds it; as many layers as that allows where even those do not make enough room.
     """
-    bound, none = choices.offload_bytes, replace(choices, offload_bytes=0)
+    none = replace(choices, offload_bytes=0)
     needed = missing_bytes(shape, none, requests)
     if needed <= 0:
         return none
-    steps = math.ceil(needed * choices.pipeline_parallel / OFFLOAD_STEP_BYTES) * OFFLOAD_STEP_BYTES
-    whole = math.ceil(layer_bytes(shape, choices)[0] / OFFLOAD_STEP_BYTES) * OFFLOAD_STEP_BYTES
-    return replace(choices, offload_bytes=min(bound, steps, whole))
+    if uva or not shape.understood:
+        steps = math.ceil(needed * choices.pipeline_parallel / OFFLOAD_STEP_BYTES) * OFFLOAD_STEP_BYTES
+        return replace(choices, offload_bytes=min(choices.offload_bytes, steps, _whole(shape, choices)))
+
+    def enough(layers: int) -> bool:
+        more = with_offload(shape, none, layers)
+        return offloaded_bytes(shape, more) > choices.offload_bytes or missing_bytes(shape, more, requests) <= 0
+
+    counts = range(1, shape.layers + 1)
+    layers = min(1 + bisect.bisect_left(counts, True, key=enough), shape.layers)
+    while layers and offloaded_bytes(shape, with_offload(shape, none, layers)) > choices.offload_bytes:
+        layers -= 1
+    return with_offload(shape, none, layers) if layers else none
+
+
+def with_offload(shape: ModelShape, choices: Choices, layers: int) -> Choices:
+    """The choices with that many layers, or a few more, in host memory.
+
+    By prefetch, and the embedding with them, of which a token needs one row; by UVA where the architecture is not
+    known, since prefetch wants one stack of layers.
+    """
+    if not shape.understood:
+        size = _whole(shape, choices) * layers / shape.layers
+        return replace(choices, offload_bytes=math.ceil(size / OFFLOAD_STEP_BYTES) * OFFLOAD_STEP_BYTES)
+    stages = choices.pipeline_parallel
+    pattern = spread(-(-shape.layers // stages), -(-layers // stages))
+    return replace(choices, offload_bytes=0, prefetch=(*pattern, BUFFERS), embedding_on_host=not shape.tied_embeddings)
+
+
+def _whole(shape: ModelShape, choices: Choices) -> int:
+    """All layers, in whole steps of UVA offload."""
+    return math.ceil(layer_bytes(shape, choices)[0] / OFFLOAD_STEP_BYTES) * OFFLOAD_STEP_BYTES
+
+
+def offload_options(choices: Choices) -> dict[str, object]:
+    """The engine's options for the choices' offload; what is not used is 0 or left out."""
+    options: dict[str, object] = {"cpu-offload-gb": round(choices.offload_bytes / GIB, 1)}
+    group, last, steps = choices.prefetch
+    if group:
+        options |= {"offload-backend": "prefetch", "offload-group-size": group, "offload-num-in-group": last,
+                    "offload-prefetch-step": steps}
+    if choices.embedding_on_host:
+        options["additional-config"] = {"shoehorn": {"embedding": "host"}}
+    return options
+
+
+@functools.cache
+def spread(layers: int, wanted: int) -> tuple[int, int]:
+    """(group size, last layers of each) that take `wanted` of the layers, or a twentieth more: the smallest groups.
+
+    The smaller the groups, the more evenly the copies spread over a pass.
+    """
+    most = wanted + wanted // 20
+    return next((group, last) for group in range(1, layers + 1) for last in range(1, group + 1)
+                if wanted <= layers // group * last + max(0, layers % group - group + last) <= most)

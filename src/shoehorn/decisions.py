@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from shoehorn import auto, engine_options
 from shoehorn.checkpoint import ModelShape
 from shoehorn.errors import SettingsError
-from shoehorn.estimate import CONTEXT_BYTES, MARGIN_BYTES, Choices, estimate
+from shoehorn.estimate import CONTEXT_BYTES, MARGIN_BYTES, Choices, estimate, offloaded_bytes
 from shoehorn.hardware import Gpu, Hardware
 from shoehorn.options import Options, Reason
 from shoehorn.profiles import Profile, require_gpus
@@ -258,23 +258,41 @@ def _fill(options: Options, settings: Settings, hardware: Hardware, shape: Model
                         may_quantize=on_gpu and shape.understood and not shape.quantization) if on_gpu else None
     choices = found.choices if found else _smallest(shape, start, frozenset(bounds), on_gpu)
     written: dict[str, object] = {
-        "quantization": choices.quantization, "cpu-offload-gb": round(choices.offload_bytes / GIB, 1),
-        "enforce-eager": choices.eager, "max-model-len": choices.max_model_len, "max-num-seqs": choices.max_num_seqs,
-        "max-num-batched-tokens": choices.max_num_batched_tokens}
+        "quantization": choices.quantization, "enforce-eager": choices.eager, "max-model-len": choices.max_model_len,
+        "max-num-seqs": choices.max_num_seqs, "max-num-batched-tokens": choices.max_num_batched_tokens}
     for option, field in _FIELDS.items():
-        if field not in bounds or (option == "quantization" and (shape.quantization or not choices.quantization)):
-            continue
-        if option == "cpu-offload-gb" and not choices.offload_bytes and option not in options.values:
+        if option not in written or field not in bounds or (
+                option == "quantization" and (shape.quantization or not choices.quantization)):
             continue
         before = options.values.get(option)
         if before == written[option]:
             continue
         text = _why(option, shape, choices, found)
         options.set(option, written[option], "machine", text + (f"; the profile has {before}" if before else ""))
+    if "offload_bytes" in bounds:
+        _offload(options, shape, choices, found)
     if "block-size" not in options.values:
         options.set("block-size", choices.block_size, "machine",
                     "fixed, because the engine's default depends on the card")
     return choices
+
+
+def _offload(options: Options, shape: ModelShape, choices: Choices, found: auto.Found | None) -> None:
+    """Write the offload that was found; the profile's bound of it has done its work."""
+    bound = options.values.pop("cpu-offload-gb", None)
+    wanted = auto.offload_options(choices)
+    if not offloaded_bytes(shape, choices):
+        if bound:
+            options.set("cpu-offload-gb", wanted["cpu-offload-gb"], "machine", "everything fits on the card, and there "
+                        f"it is many times faster; the profile has {bound}")
+        return
+    for option, value in wanted.items():
+        if option == "additional-config":
+            given = options.values.get(option)
+            value = {**value, **given} if isinstance(value, dict) and isinstance(given, dict) else value
+            options.set(option, value, "machine", "the embedding in host memory: a token needs one row of it")
+        elif value:
+            options.set(option, value, "machine", _why(option, shape, choices, found))
 
 
 def _cache(options: Options, shape: ModelShape, choices: Choices, by_user: frozenset[str]) -> None:
@@ -296,12 +314,17 @@ def _why(option: str, shape: ModelShape, choices: Choices, found: auto.Found | N
         whole = format_size(shape.tensor_bytes.linears.bytes + shape.tensor_bytes.experts.bytes)
         place = "everything fits on the GPU" if found.mode == 2 else "less has to cross the link"
         return f"the layers take {whole} as they are; in NF4 {place}"
-    if option == "cpu-offload-gb":
-        if not choices.offload_bytes:
-            return "everything fits on the card, and there it is many times faster"
-        return f"the least that leaves room for {many} of {choices.max_model_len} tokens"
+    if option == "offload-backend":
+        return "layers are copied to the card ahead of their turn, so that the link never waits"
+    if option == "offload-num-in-group":
+        return "the last of each group"
+    if option == "offload-prefetch-step":
+        return "one layer is worked with while the next one arrives"
+    if option in ("offload-group-size", "cpu-offload-gb"):
+        return (f"{format_size(offloaded_bytes(shape, choices))} of weights in host memory, the least that leaves room "
+                f"for {many} of {choices.max_model_len} tokens")
     if option == "enforce-eager":
-        if choices.eager and not choices.offload_bytes:
+        if choices.eager and not offloaded_bytes(shape, choices):
             return "compiling and CUDA graphs would take memory that is not there without offload"
         return "CUDA graphs would take memory, and most of a pass is waiting for the link" if choices.eager else \
             "CUDA graphs save time between the kernels, and there is room for them"
@@ -344,6 +367,13 @@ def _choices(options: Options, settings: Settings, shape: ModelShape, limit_byte
         pipeline_parallel=options.whole("pipeline-parallel-size", 1), offload_bytes=offload,
         prefetch=(group, options.whole("offload-num-in-group", 1), options.whole("offload-prefetch-step", 1))
         if group else (0, 0, 0),
+        embedding_on_host=_on_host(options.values.get("additional-config")),
         dtype_bytes=width, kv_dtype_bytes=_ENTRY_BYTES.get(kv_dtype, width),
         block_size=options.whole("block-size", 16), eager=bool(options.values.get("enforce-eager")),
         kv_cache_bytes=options.whole("kv-cache-memory-bytes") or None)
+
+
+def _on_host(additional: object) -> bool:
+    """Whether the engine plugin is asked to hold the embedding in host memory."""
+    own = additional.get("shoehorn") if isinstance(additional, dict) else None
+    return isinstance(own, dict) and own.get("embedding") == "host"

@@ -47,6 +47,7 @@ class Choices:
         dtype_bytes: of one unquantized weight or activation; kv_dtype_bytes: of one entry of the KV cache.
         offload_bytes: UVA offload, at most this per GPU (vLLM's cpu-offload-gb).
         prefetch: (group size, layers offloaded in a group, steps ahead); all 0 without prefetch offload.
+        embedding_on_host: the embedding lies in host memory, and the card reads the rows it needs.
         kv_cache_bytes: the KV cache per GPU where it is fixed; else None, and it takes what is left.
         draft: the draft model of speculative decoding, held whole on every GPU as its checkpoint is.
     """
@@ -60,6 +61,7 @@ class Choices:
     pipeline_parallel: int = 1
     offload_bytes: int = 0
     prefetch: tuple[int, int, int] = (0, 0, 0)
+    embedding_on_host: bool = False
     dtype_bytes: int = 2
     kv_dtype_bytes: float = 2
     block_size: int = 16
@@ -132,7 +134,8 @@ def _without_cache(shape: ModelShape, choices: Choices, stage: int) -> VramParts
         weights_bytes=round((weights + absorbed) * share) - offloaded_bytes(shape, choices, stage)
         + round((_other_bytes(shape, choices) + _rounding_bytes(shape, choices)) * share) + rotary + draft,
         quant_state_bytes=round(quant_state * share), embeddings_bytes=_embeddings_bytes(shape, choices, stage),
-        offload_buffer_bytes=-(-weights // shape.layers) * choices.prefetch[2],
+        offload_buffer_bytes=-(-weights // shape.layers) * min(choices.prefetch[2],
+                                                               offloaded_layers(shape, choices.prefetch)),
         kv_cache_bytes=0, activations_bytes=activations_bytes(shape, choices, stage),
         cuda_graphs_bytes=round(_graphs_bytes(shape, choices) * share),
         framework_bytes=framework_bytes(shape, choices),
@@ -154,6 +157,19 @@ def compiling_bytes(shape: ModelShape, choices: Choices) -> int:
     return -(-shape.vocab // choices.tensor_parallel) * width + choices.max_num_batched_tokens * width
 
 
+def loading_bytes(shape: ModelShape, choices: Choices) -> int:
+    """What the load needs for a moment beside the weights: a copy of the largest matrix, and an embedding that moves.
+
+    A packed matrix is repacked for the kernel, one that is offloaded or quantized comes to the card first.
+    """
+    largest = max(*_layer_tensors(shape, choices), _head_bytes(shape, choices) if shape.quantization else 0)
+    nf4 = "bitsandbytes" in (choices.quantization, shape.quantization)
+    if nf4 and not shape.quantization:
+        largest = max(largest, shape.hidden * shape.intermediate * choices.dtype_bytes // choices.tensor_parallel)
+    absmax = offloaded_bytes(shape, choices) // 32 if nf4 and choices.prefetch[0] else 0  # it moves last, all at once
+    return largest + embedding_bytes(shape, choices) * choices.embedding_on_host + absmax
+
+
 def stage_share(shape: ModelShape, choices: Choices, stage: int) -> float:
     """The share of the layers that a stage of the pipeline holds; what does not divide goes to the middle stages.
 
@@ -168,18 +184,22 @@ def stage_share(shape: ModelShape, choices: Choices, stage: int) -> float:
 def layer_bytes(shape: ModelShape, choices: Choices) -> tuple[int, int]:
     """(weights, quantization state) of all layers on one GPU of each stage, experts too, before any offload.
 
-    NF4 holds two weights a byte and one absmax per 64 weights, which the plugin keeps as fp32 on the card whether or
-    not the checkpoint nests it.
+    NF4 holds two weights a byte and one absmax per 64 weights, which the loader keeps as fp32 on the card whether or
+    not the checkpoint nests it; but for prefetch, where that of linear layers stays nested (one byte, and fp32 for each
+    256 of them) and belongs to the weights.
     """
     groups = shape.tensor_bytes
     parameters = groups.linears.parameters + groups.experts.parameters
     stored = groups.linears.bytes + groups.experts.bytes
+    nested = groups.linears.parameters // NF4_BLOCK if choices.prefetch[0] else 0
     if shape.quantization == "bitsandbytes":
-        weights, state = stored, groups.quant_state.parameters * 4
+        whole = groups.quant_state.parameters
+        nested = min(whole, nested * 2)  # two weights are one parameter of the file
+        weights, state = stored + nested * 65 // 64, (whole - nested) * 4
     elif shape.quantization:
         weights, state = stored + groups.quant_state.bytes, 0
     elif choices.quantization == "bitsandbytes" and shape.understood:
-        weights, state = parameters // 2, parameters // NF4_BLOCK * 4
+        weights, state = parameters // 2 + nested * 65 // 64, (parameters // NF4_BLOCK - nested) * 4
     elif choices.quantization == "int4" and shape.understood:
         weights, state = round(parameters * _INT4_BITS / 8), 0
     else:
@@ -190,11 +210,15 @@ def layer_bytes(shape: ModelShape, choices: Choices) -> tuple[int, int]:
 def offloaded_bytes(shape: ModelShape, choices: Choices, stage: int = 0) -> int:
     """Weights of one GPU that lie in host memory instead."""
     weights = round(layer_bytes(shape, choices)[0] * stage_share(shape, choices, stage))
-    group, in_group, _ = choices.prefetch
-    if group:
-        layers = sum(1 for layer in range(shape.layers) if layer % group >= group - in_group)
-        return weights * layers // shape.layers
+    if choices.prefetch[0]:
+        return weights * offloaded_layers(shape, choices.prefetch) // shape.layers
     return min(weights, choices.offload_bytes)
+
+
+def offloaded_layers(shape: ModelShape, prefetch: tuple[int, int, int]) -> int:
+    """How many layers such a prefetch offload takes: the last ones of each group."""
+    group, in_group, _ = prefetch
+    return sum(1 for layer in range(shape.layers) if layer % group >= group - in_group) if group else 0
 
 
 def pinned_bytes(shape: ModelShape, choices: Choices) -> int:
@@ -202,7 +226,9 @@ def pinned_bytes(shape: ModelShape, choices: Choices) -> int:
     offloaded = sum(offloaded_bytes(shape, choices, stage) for stage in range(choices.pipeline_parallel))
     exact = _layer_tensors(shape, choices)
     rounded = sum(1 << (size - 1).bit_length() for size in exact if size)
-    return round(offloaded * rounded / max(1, sum(exact))) * choices.tensor_parallel
+    embedding = embedding_bytes(shape, choices) * choices.embedding_on_host
+    return (round(offloaded * rounded / max(1, sum(exact))) + (1 << (embedding - 1).bit_length() if embedding else 0)
+            ) * choices.tensor_parallel
 
 
 def _layer_tensors(shape: ModelShape, choices: Choices) -> list[int]:
@@ -315,13 +341,19 @@ def _head_bytes(shape: ModelShape, choices: Choices) -> int:
              // choices.tensor_parallel)
 
 
+def embedding_bytes(shape: ModelShape, choices: Choices) -> int:
+    """The embedding alone, on one GPU."""
+    group = shape.tensor_bytes.embedding
+    return -(-(group.bytes if shape.quantization else group.parameters * choices.dtype_bytes)
+             // choices.tensor_parallel)
+
+
 def _embeddings_bytes(shape: ModelShape, choices: Choices, stage: int = 0) -> int:
-    """Embedding and output head, which every format of today leaves as they are; split over the GPUs of a stage."""
-    groups = shape.tensor_bytes
+    """Embedding and output head, as the checkpoint has them; split over the GPUs of a stage."""
     first, last = stage == 0, stage == choices.pipeline_parallel - 1
-    embedding = groups.embedding.bytes if shape.quantization else groups.embedding.parameters * choices.dtype_bytes
-    held = -(-embedding // choices.tensor_parallel) if first or (last and shape.tied_embeddings) else 0
-    return held + (_head_bytes(shape, choices) if last and not shape.tied_embeddings else 0)
+    here = (first and not choices.embedding_on_host) or (last and shape.tied_embeddings)
+    return (embedding_bytes(shape, choices) if here else 0) + (
+        _head_bytes(shape, choices) if last and not shape.tied_embeddings else 0)
 
 
 def _other_bytes(shape: ModelShape, choices: Choices) -> int:

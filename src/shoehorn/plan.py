@@ -17,6 +17,7 @@ from shoehorn.decisions import Decisions, decide
 from shoehorn.errors import DoesNotFitError
 from shoehorn.estimate import (
     CONTEXT_BYTES,
+    MARGIN_BYTES,
     Choices,
     VramParts,
     estimate,
@@ -218,12 +219,14 @@ def _vram_remedies(settings: Settings, hardware: Hardware, shape: ModelShape, de
     if fits(smaller):
         remedies.append(f"MAX_NUM_SEQS={smaller.max_num_seqs} with VLLM_EXTRA_ARGS="
                         f"'--max-num-batched-tokens {smaller.max_num_batched_tokens}'")
-    room = min(choices.limit_bytes - parts.total_bytes + parts.kv_cache_bytes for parts in estimate(shape, choices))
+    room = min(choices.limit_bytes - MARGIN_BYTES - parts.total_bytes + parts.kv_cache_bytes
+               for parts in estimate(shape, choices))
     remedies += _context_remedy(shape, choices, room)
-    short, offloaded = _short(shape, choices), offloaded_bytes(shape, choices)
-    more = math.ceil((offloaded + short) / GIB * 10) / 10
-    if not choices.prefetch[0] and more * GIB <= layer_bytes(shape, choices)[0] and fits(
-            replace(choices, offload_bytes=round(more * GIB))):
+    short = _short(shape, choices)
+    resident = replace(choices, offload_bytes=0, prefetch=(0, 0, 0), embedding_on_host=False)
+    more = math.ceil(_short(shape, resident) / GIB * 10) / 10
+    if "offload-group-size" not in decisions.fixed and more * GIB <= layer_bytes(shape, resident)[0] and fits(
+            replace(resident, offload_bytes=round(more * GIB))):
         remedies.append(f"VLLM_EXTRA_ARGS='--cpu-offload-gb {more}'")
     quantized = replace(choices, quantization="bitsandbytes")
     if not shape.quantization and not choices.quantization and shape.understood and fits(quantized):

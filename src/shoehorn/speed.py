@@ -42,6 +42,8 @@ _FEW = 4
 
 _LINK_SHARE, _LINK_GAIN = 0.91, 8.0
 _LINK_GAIN_NF4 = 5.1
+_PREFETCH_SHARE = 0.985
+"""What prefetch reaches of the link, eight requests like one."""
 
 
 @dataclass(frozen=True)
@@ -109,11 +111,15 @@ def _pass_seconds(shape: ModelShape, choices: Choices, device: float, link: floa
     streamed, resident = moved_bytes(shape, choices, requests)
     kind = shape.quantization or choices.quantization or "none"
     kernels = _KERNELS.get(kind, _KERNELS["other"])
-    gain = _LINK_GAIN_NF4 if kind == "bitsandbytes" and not choices.prefetch[0] else _LINK_GAIN
+    gain = _LINK_GAIN_NF4 if kind == "bitsandbytes" else _LINK_GAIN
     few = requests <= _FEW
+    per_layer = kernels.eager_seconds if choices.eager else kernels.layer_seconds
+    if choices.prefetch[0]:  # copies and kernels run side by side
+        working = (streamed + resident) / device / (kernels.share if few else kernels.share_8)
+        return max(streamed / link / _PREFETCH_SHARE,
+                   working + unpacked_bytes(shape, choices) / device + shape.layers * per_layer)
     on_link = streamed / link / _LINK_SHARE * (1 if few else 8 / gain)
     reading = resident / device / (kernels.share if few else kernels.share_8) + unpacked_bytes(shape, choices) / device
-    per_layer = kernels.eager_seconds if choices.eager else kernels.layer_seconds
     if streamed and choices.eager:  # while the link is waited for, the host runs ahead
         return max(on_link + reading, reading + shape.layers * per_layer)
     return on_link + reading + shape.layers * per_layer

@@ -12,15 +12,18 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from shoehorn.auto import OFFLOAD_STEP_BYTES
+from shoehorn.auto import offload_options, with_offload
 from shoehorn.checkpoint import ModelShape
 from shoehorn.diagnosis import Diagnosis
-from shoehorn.estimate import CONTEXT_BYTES, Choices, estimate, host_bytes, kv_bytes, layer_bytes
-from shoehorn.units import GIB, MIB, format_size
+from shoehorn.estimate import CONTEXT_BYTES, Choices, estimate, host_bytes, kv_bytes, offloaded_bytes
+from shoehorn.units import MIB, format_size
 
 TRIES = 5
 
-LADDER = ("quantization", "max-num-batched-tokens", "max-num-seqs", "max-model-len", "enforce-eager", "cpu-offload-gb")
+_OFFLOAD = ("cpu-offload-gb", "offload-backend", "offload-group-size", "offload-num-in-group", "offload-prefetch-step",
+            "additional-config")
+
+LADDER = ("quantization", "max-num-batched-tokens", "max-num-seqs", "max-model-len", "enforce-eager", *_OFFLOAD)
 """The options that a step holds fast, but for those that it changes."""
 
 _LEAST_BYTES = 128 * MIB
@@ -64,14 +67,14 @@ def next_step(shape: ModelShape, choices: Choices, fixed: frozenset[str], option
         gathered = replace(choices, limit_bytes=choices.limit_bytes - goal)
         goal = _needed(shape, gathered) - gathered.limit_bytes
         if goal <= 0:
-            return _step(choices, gathered, card_bytes)
+            return _step(shape, choices, gathered, card_bytes)
         before = _needed(shape, gathered)
     for rung in _rungs(shape, gathered, fixed, host_memory_bytes, goal):
         if before - _needed(shape, rung) >= goal:
-            return _step(choices, rung, card_bytes)
+            return _step(shape, choices, rung, card_bytes)
     for rung in _rungs(shape, gathered, fixed, host_memory_bytes, goal, gather=True):
         if before - _needed(shape, rung) >= goal:
-            return _step(choices, rung, card_bytes)
+            return _step(shape, choices, rung, card_bytes)
     return None
 
 
@@ -100,17 +103,19 @@ def _rungs(shape: ModelShape, start: Choices, fixed: frozenset[str], host_memory
         rung = replace(choices, eager=True)
         yield rung
         choices = rung if gather else start
-    if "cpu-offload-gb" in fixed or choices.prefetch[0]:
+    if fixed.intersection(_OFFLOAD):
         return
-    whole = layer_bytes(shape, choices)[0]
-    steps = math.ceil(goal_bytes * choices.pipeline_parallel / OFFLOAD_STEP_BYTES)
-    rung = replace(choices, offload_bytes=min(choices.offload_bytes + steps * OFFLOAD_STEP_BYTES,
-                                              math.ceil(whole / OFFLOAD_STEP_BYTES) * OFFLOAD_STEP_BYTES))
-    if not host_memory_bytes or host_bytes(shape, rung) <= host_memory_bytes:
-        yield rung
+    before, held = _needed(shape, choices), offloaded_bytes(shape, choices)
+    for layers in range(1, shape.layers + 1):
+        rung = with_offload(shape, choices, layers)
+        if offloaded_bytes(shape, rung) > held and (not host_memory_bytes
+                                                    or host_bytes(shape, rung) <= host_memory_bytes):
+            yield rung
+            if before - _needed(shape, rung) >= goal_bytes:
+                return
 
 
-def _step(before: Choices, after: Choices, card_bytes: int) -> Step:
+def _step(shape: ModelShape, before: Choices, after: Choices, card_bytes: int) -> Step:
     options: dict[str, object] = {}
     words = []
     if after.limit_bytes != before.limit_bytes:
@@ -125,7 +130,8 @@ def _step(before: Choices, after: Choices, card_bytes: int) -> Step:
     if after.eager != before.eager:
         options["enforce-eager"] = True
         words.append("CUDA graphs -> none")
-    if after.offload_bytes != before.offload_bytes:
-        options["cpu-offload-gb"] = round(after.offload_bytes / GIB, 1)
-        words.append(f"cpu-offload-gb {before.offload_bytes / GIB:.1f} -> {after.offload_bytes / GIB:.1f}")
+    held, moved = offloaded_bytes(shape, before), offloaded_bytes(shape, after)
+    if moved != held:
+        options |= offload_options(after)
+        words.append(f"weights in host memory {format_size(held)} -> {format_size(moved)}")
     return Step(options, ", ".join(words))

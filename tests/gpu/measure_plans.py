@@ -1,10 +1,12 @@
 """Compares plans with what an NVIDIA GPU shows: expected and measured bytes, KV cache and speed of each case.
 
-For each case it writes the checkpoint of a captured model (sparse: true shapes, zeros for weights), plans for the
-card's budget (or takes the arguments given), holds the rest of the card by a ballast process, starts the engine once
-and records NVML's figures every 20 ms.
-usage: measure_plans.py CASES.json OUT_DIR [WORK_DIR]      with vLLM and src/ reachable
-CASES.json: [{"name", "model": captured, "settings": {...}, "args": {...} instead of a plan, "gpus": 1, "ballast": ...}]
+For each case it writes the checkpoint of a captured model (sparse: true shapes, zeros for weights; NAME@int4 is what
+`shoehorn convert` makes of NAME), plans for the card's budget (or takes the arguments given), holds the rest of the
+card by a ballast process, starts the engine once and records NVML's figures every 20 ms.
+usage: measure_plans.py CASES.json OUT_DIR [WORK_DIR]      with vLLM, src/ and the plugin's entry point reachable
+CASES.json: [{"name", "model": captured, "settings": {...}, "gpus": 1, "ballast": ...}]; instead of settings, without a
+plan: "args": {...}, "environment": {...}, "room_bytes": what the ballast leaves; "with": other captured models, in args
+as "{WORK}/NAME"
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ import sparse_checkpoint  # noqa: E402  # the path is set just above
 from planned import plan_case  # noqa: E402  # likewise
 
 from fakes import captured  # noqa: E402  # likewise
+from shoehorn.plan import Plan  # noqa: E402  # likewise
 
 MIB = 1 << 20
 
@@ -82,11 +85,16 @@ class Runner:
     def __init__(self, case: dict[str, Any], gpus: list[int], out: Path, work: Path) -> None:
         self.case, self.gpus, self.out = case, gpus, out
         self.directory = checkpoint_of(case, work)
+        self.plan = None if "args" in case else plan_case(case, gpus, self.directory)
+        self.arguments = json.loads(json.dumps(case.get("args", {})).replace("{WORK}", str(work)))
+        for name in case.get("with", []):
+            checkpoint_of({"model": name}, work)
         path = f"{HERE}:{os.environ.get('PYTHONPATH', '')}"
         self.environment = {
             **os.environ, "CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus)), "PYTHONPATH": path,
-            "PYTORCH_ALLOC_CONF": case.get("allocator", "expandable_segments:True"),
             "VLLM_CACHE_ROOT": str(work / "cache"), "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "DEBUG"}
+        self.ballast_environment = dict(self.environment)
+        self.environment |= self.plan.engine_environment if isinstance(self.plan, Plan) else case.get("environment", {})
         if len(gpus) == 1:
             self.environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # one process: nothing is imported twice
         self.task, self.answer = out / f"{case['name']}.case.json", out / f"{case['name']}.report.json"
@@ -99,16 +107,17 @@ class Runner:
         """Plan, start, measure; the record."""
         case = self.case
         record: dict[str, Any] = {"name": case["name"], "model": case["model"], "gpus": len(self.gpus)}
-        plan = None if "args" in case else plan_case(case, self.gpus, self.directory)
+        plan = self.plan
         if plan is not None:
             record["plan"] = plan.to_json()
-            if not record["plan"]["fits"]:
+            if not isinstance(plan, Plan):
                 self.child.kill()
                 self.child.wait()
                 return record
-        arguments = case["args"] if plan is None else record["plan"]["engine_args"]
+        arguments = self.arguments if plan is None else record["plan"]["engine_args"]
         cards = [Card(gpu) for gpu in self.gpus]
-        ballasts = self._ballasts(record["plan"]["vram"][0]["limit_bytes"]) if plan and case.get("ballast") else []
+        room = record["plan"]["vram"][0]["limit_bytes"] if plan else case.get("room_bytes")
+        ballasts = self._ballasts(room) if case.get("ballast") else []
         time.sleep(0.3)
         before = [card.used() for card in cards]
         self.task.write_text(json.dumps({"model": str(self.directory), "args": arguments,
@@ -138,7 +147,7 @@ class Runner:
         for gpu in self.gpus:
             ballast = subprocess.Popen(
                 [sys.executable, "-c", BALLAST, str(room_bytes)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                text=True, env={**self.environment, "CUDA_VISIBLE_DEVICES": str(gpu)})
+                text=True, env={**self.ballast_environment, "CUDA_VISIBLE_DEVICES": str(gpu)})
             assert ballast.stdout
             ballast.stdout.readline()
             held.append(ballast)
@@ -170,7 +179,9 @@ def checkpoint_of(case: dict[str, Any], work: Path) -> Path:
 
     directory = work / case["model"]
     if not directory.exists():
-        sparse_checkpoint.write(directory, captured.config(case["model"]), captured.tensors(case["model"]))
+        name = case["model"].removesuffix("@int4")
+        sparse_checkpoint.write(directory, *(sparse_checkpoint.converted(name) if case["model"] != name else (
+            captured.config(name), captured.tensors(name))))
     return directory
 
 

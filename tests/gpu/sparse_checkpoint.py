@@ -27,15 +27,19 @@ HOME = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(HOME / "src"), str(HOME / "tests")]
 
 from fakes import captured  # noqa: E402  # the path is set just above
-from shoehorn.tensor_files import Tensor  # noqa: E402  # likewise
+from shoehorn import int4_layout  # noqa: E402  # likewise
+from shoehorn.tensor_files import Tensor, header  # noqa: E402  # likewise
 
 TEMPLATE = ("{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}{% endfor %}"
             "{% if add_generation_prompt %}<|assistant|>{% endif %}")
 SPECIAL = ("<|begin|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
 
+INT4 = int4_layout.Bits(4, 4)
+"""Embedding and head too."""
+
 _NORM = re.compile(r".*(norm\d?|ln_f)\.weight")
 _ROUTER = re.compile(r".*\.(mlp\.gate|block_sparse_moe\.gate|mlp\.router)\.weight")
-_EMBEDDING = re.compile(r".*embed_tokens\.weight")
+_EMBEDDING = re.compile(r".*embed_tokens\.weight(_packed)?")
 _SCALE = re.compile(r"(.*)\.(weight_scale(_inv)?|input_scale)")
 _LAYER = re.compile(r"(?:language_model\.)?model\.layers\.(\d+)\..*")
 _IMAGE_TOKENS = {"boi_token_index": "<start_of_image>", "eoi_token_index": "<end_of_image>",
@@ -70,6 +74,14 @@ def write(directory: Path, config: Mapping[str, Any], tensors: Sequence[Tensor],
     _json(directory / "generation_config.json",
           {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if config.get(key) is not None})
     _tokenizer_files(directory, config, tensors)
+
+
+def converted(name: str, bits: int4_layout.Bits = INT4) -> tuple[dict[str, Any], list[Tensor]]:
+    """(config, tensors) of a captured model as `shoehorn convert` makes it."""
+    files = captured.files(name)
+    made = int4_layout.layout(files, bits)
+    outline = int4_layout.Outline(files, made)
+    return made.config, [tensor for shard in made.shards for tensor in header(outline, shard.name, shard.size)]
 
 
 def first_layers(config: Mapping[str, Any], tensors: Sequence[Tensor], count: int,
@@ -168,12 +180,12 @@ def _tokenizer_files(directory: Path, config: Mapping[str, Any], tensors: Sequen
     vocabulary = next(tensor.shape[0] for tensor in tensors if _EMBEDDING.fullmatch(tensor.name))
     images = {int(config[key]): text for key, text in _IMAGE_TOKENS.items() if key in config}
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    made = Tokenizer(models.BPE(vocab={letter: number for number, letter in enumerate(alphabet)}, merges=[]))
+    named = dict(enumerate((*alphabet, *SPECIAL))) | images
+    words = {named.get(number, f"Ġw{number}"): number for number in range(vocabulary)}  # quicker than adding them
+    made = Tokenizer(models.BPE(vocab=words, merges=[]))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
-    made.add_special_tokens([AddedToken(text, special=True) for text in SPECIAL])
-    made.add_tokens([AddedToken(images.get(number, f" w{number}"), special=number in images)
-                     for number in range(made.get_vocab_size(), vocabulary)])
+    made.add_special_tokens([AddedToken(text, special=True) for text in (*SPECIAL, *images.values())])
     made.save(str(directory / "tokenizer.json"))
     settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|begin|>",
                                 "eos_token": "<|end|>", "chat_template": TEMPLATE, "model_max_length": 131072}

@@ -224,9 +224,11 @@ def test_nf4_state_stays_on_the_card_when_the_weights_leave(shape_70b: ModelShap
 def test_prefetch_holds_buffers_and_offloads_the_last_of_each_group(shape_70b: ModelShape) -> None:
     everything = choices(quantization="bitsandbytes", prefetch=(1, 1, 2))
     [parts] = estimate(shape_70b, everything)
-    assert parts.offload_buffer_bytes == 2 * 68_451_041_280 // 2 // 80
-    assert offloaded_bytes(shape_70b, everything) == 68_451_041_280 // 2
-    assert offloaded_bytes(shape_70b, replace(everything, prefetch=(8, 2, 1))) == 68_451_041_280 // 2 // 4
+    codes, absmax = 68_451_041_280 // 2, 68_451_041_280 // 64 * 65 // 64
+    assert parts.offload_buffer_bytes == 2 * ((codes + absmax) // 80)
+    assert parts.quant_state_bytes == 0, "absmax stays nested and travels with the weights"
+    assert offloaded_bytes(shape_70b, everything) == codes + absmax
+    assert offloaded_bytes(shape_70b, replace(everything, prefetch=(8, 2, 1))) == (codes + absmax) // 4
 
 
 def test_pinned_memory_is_rounded_up_tensor_by_tensor(shape_70b: ModelShape) -> None:

@@ -28,8 +28,8 @@ from plans import (
 
 from fakes import captured as captured_models
 from fakes.checkpoint_files import checkpoint
+from shoehorn import auto, profiles, settings
 from shoehorn import checkpoint as checkpoints
-from shoehorn import profiles, settings
 from shoehorn.errors import SettingsError
 from shoehorn.estimate import CONTEXT_BYTES, MARGIN_BYTES
 from shoehorn.plan import ALLOCATOR, Plan, make_plan
@@ -252,20 +252,35 @@ def test_what_fits_is_not_offloaded() -> None:
 
 def test_as_little_is_offloaded_as_leaves_room_for_two_requests() -> None:
     plan = planned(machine(TWENTY, TWENTY), llama_70b(), VRAM_PROFILE="2x20gb")
-    value, source, _ = reason(plan, "cpu-offload-gb")
-    assert isinstance(value, float)
-    assert 0 < value < 20
-    assert source == "machine"
-    assert 2 * 8192 <= plan.kv_cache_tokens < 2 * 8192 + 1000
+    value, source, text = reason(plan, "offload-group-size")
+    assert (value, source) == (plan.choices.prefetch[0], "machine")
+    assert "the least that leaves room for two requests of 8192 tokens" in text
+    assert 2 * 8192 <= plan.kv_cache_tokens < 2 * 8192 + 2500, "of a layer or two, at 160 kB a token"
     longer = planned(machine(TWENTY, TWENTY), llama_70b(), MAX_MODEL_LEN="12288", VRAM_PROFILE="2x20gb")
-    more = reason(longer, "cpu-offload-gb")[0]
-    assert isinstance(more, float)
-    assert more > value
+    assert longer.offloaded_bytes > plan.offloaded_bytes
 
 
 def test_a_profile_offloads_no_more_than_it_says() -> None:
-    plan = planned(machine(LARGE), llama_70b(), MAX_MODEL_LEN="10800", VRAM_PROFILE="32gb")
-    assert reason(plan, "cpu-offload-gb") == (20.0, "profile", "32gb")
+    plan = planned(machine(LARGE), llama_70b(), MAX_MODEL_LEN="22000", VRAM_PROFILE="32gb")
+    assert 19 * GIB < plan.offloaded_bytes <= 20 * GIB
+    assert "cpu-offload-gb" not in plan.engine_args, "the bound has done its work"
+
+
+@pytest.mark.parametrize("layers", [1, 7, 24, 32, 61, 80])
+def test_offloaded_layers_are_spread_and_never_fewer_than_wanted(layers: int) -> None:
+    for wanted in range(1, layers + 1):
+        group, last = auto.spread(layers, wanted)
+        taken = [layer for layer in range(layers) if layer % group >= group - last]
+        assert wanted <= len(taken) <= wanted + wanted // 20
+    assert auto.spread(layers, layers) == (1, 1)
+
+
+def test_what_is_offloaded_takes_the_embedding_along_and_keeps_what_the_user_configured() -> None:
+    plan = planned(machine(MIDDLE), llama_70b())
+    assert plan.engine_args["additional-config"] == {"shoehorn": {"embedding": "host"}}
+    assert plan.vram[0].embeddings_bytes == llama_70b().tensor_bytes.lm_head.parameters * 2
+    given = planned(machine(MIDDLE), llama_70b(), VLLM_EXTRA_ARGS="--additional-config '{\"other\": 1}'")
+    assert given.engine_args["additional-config"] == {"other": 1, "shoehorn": {"embedding": "host"}}
 
 
 def test_offload_given_by_hand_stands() -> None:
