@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from shoehorn import __version__, checkpoint, int4_layout, manifest, store
+from shoehorn import __version__, checkpoint, hardware, int4_layout, manifest, store
 from shoehorn.checkpoint import ModelShape
 from shoehorn.files import write_atomic
 from shoehorn.int4_layout import BOUND, KEPT, Bits, Outline
@@ -110,6 +110,14 @@ def source(settings: Settings) -> Path | None:
     directory = settings.models_dir / settings.model_id
     left = [file for file in known.files if file.path not in journal.shards]
     return directory if all(manifest.unchanged(directory, file) for file in left) else None
+
+
+def room(settings: Settings) -> int:
+    """Bytes on the volume for what the settings ask for: what an earlier pull or conversion left counts as free."""
+    there = hardware.disk_used(settings.models_dir / settings.model_id)
+    if settings.quantization == "int4":
+        there += hardware.disk_used(folder(settings))
+    return hardware.disk_free(settings.models_dir) + there
 
 
 def _same(journal: Journal, settings: Settings, commit: str) -> bool:

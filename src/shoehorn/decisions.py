@@ -121,7 +121,7 @@ def _quantization(options: Options, settings: Settings, shape: ModelShape) -> No
         if "quantization" in options.fixed:
             raise SettingsError("QUANTIZATION=int4 and --quantization in VLLM_EXTRA_ARGS contradict each other.",
                                 "Leave one of them out.")
-        options.drop("quantization", "setting", "QUANTIZATION=int4: the checkpoint is converted")
+        options.drop("quantization", "setting", "the checkpoint is converted to INT4, once, in the volume")
     elif settings.quantization != "auto" and "quantization" not in options.fixed:
         if settings.quantization == "none":
             options.drop("quantization", "setting", "QUANTIZATION=none")

@@ -18,7 +18,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from types import FrameType
 
-from shoehorn import converted, engine_memory, inventory, proof, render, shown_plan
+from shoehorn import converted, engine_memory, inventory, planning, proof, render, shown_plan
 from shoehorn import log as logs
 from shoehorn import settings as settings_module
 from shoehorn.errors import EXIT_DONE, ModelUnavailableError, ShoehornError
@@ -61,6 +61,7 @@ def main() -> int:
 
 def _serve(settings: Settings, environment: Mapping[str, str], states: StateFile) -> None:
     restarts = _take_over(settings, states)
+    settings = planning.settled(settings)
     directory = converted.served(settings)
     planner = Planner(settings, directory)
     plan = planner.plan()

@@ -11,7 +11,7 @@ import logging
 from dataclasses import asdict
 from pathlib import Path
 
-from shoehorn import converted, engine_memory, hardware, link_probe, profiles, step_down, worked
+from shoehorn import converted, engine_memory, hardware, link_probe, profiles, quantization, step_down, worked
 from shoehorn.diagnosis import Diagnosis
 from shoehorn.files import write_atomic
 from shoehorn.hardware import Hardware
@@ -21,6 +21,16 @@ from shoehorn.state import StateFile
 from shoehorn.units import format_size
 
 log = logging.getLogger("engine")
+
+
+def settled(settings: Settings) -> Settings:
+    """The settings with `auto` decided, on this machine.
+
+    Raises:
+        ShoehornError: the machine or the model cannot be used.
+    """
+    machine = link_probe.probed(hardware.detect(), settings.models_dir)
+    return quantization.settled(settings, machine, profiles.select(settings, machine))
 
 
 class Planner:
@@ -38,12 +48,7 @@ class Planner:
         self._machine = link_probe.probed(hardware.detect(), settings.models_dir)
         self._profile = profiles.select(settings, self._machine)
         self._shape = converted.shape(settings, directory)
-        self._disk_free: int | None = None
-        if directory is None:  # what an earlier pull left counts as free: it is gone on with
-            there = hardware.disk_used(settings.models_dir / settings.model_id)
-            if settings.quantization == "int4":
-                there += hardware.disk_used(converted.folder(settings))
-            self._disk_free = hardware.disk_free(settings.models_dir) + there
+        self._disk_free = converted.room(settings) if directory is None else None
         self._memory = worked.location(settings, self._machine, self._profile, self._shape)
         self._stepped = dict(worked.recall(self._memory))
         self._steps: list[str] = []

@@ -149,8 +149,9 @@ TABLE: tuple[Setting, ...] = (
     Setting("SERVED_MODEL_NAME", "", "The name that clients use; MODEL_ID when not set.", _served_name),
     Setting("VRAM_PROFILE", "auto", "`auto`, the name of a profile (`shoehorn profiles`), or the path of your own."),
     Setting("VRAM_LIMIT", "", "Use no more than this of each GPU, for example 7GiB.", parse_size),
-    Setting("QUANTIZATION", "auto", "`auto` (the profile's choice), `int4` (converted once, in the volume), "
-            "`bitsandbytes` (NF4 while loading), or `none` (as the checkpoint is).",
+    Setting("QUANTIZATION", "auto", "`int4` (converted once, in the volume), `bitsandbytes` (NF4 while loading), "
+            "`none` (as the checkpoint is), or `auto`: as it is where that fits, else `int4`, or `bitsandbytes` where "
+            "the volume is too small for that; a profile may choose.",
             _one_of("auto", "int4", "bitsandbytes", "none")),
     Setting("KEEP_ORIGINAL", "yes", "With `no` the conversion to INT4 removes each original file once its successor is "
             "there, so that a smaller volume suffices.", _switch),

@@ -77,7 +77,7 @@ def test_a_model_of_the_hub_is_planned_for_a_card_that_is_not_here(
     asked = serve_from_hub(monkeypatch, captured_models.files("deepseek-r1-distill-llama-70b"))
     assert run("--model", "a/b", "--gpu", "32GiB:RTX5090", "--ram", "64GB", MODEL_SOURCE="local", MODEL_ID="/x") == 0
     text = capsys.readouterr().out
-    assert asked == ["modelscope:a/b"]
+    assert set(asked) == {"modelscope:a/b"}
     for words in ("a/b with profile auto", "memory of the GPU", "offload buffers          842 MiB",
                   "PCIe 5 with 16 lanes", "tokens/s for one request", "gpu-memory-utilization",
                   "the least that leaves room for two requests"):
@@ -95,11 +95,11 @@ def test_two_cards_make_one_table(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 def test_a_refusal_ends_with_3_and_says_what_would_do(monkeypatch: pytest.MonkeyPatch,
                                                       capsys: pytest.CaptureFixture[str]) -> None:
     serve_from_hub(monkeypatch, captured_models.files("deepseek-r1-distill-llama-70b"))
-    assert run("--gpu", "6GiB", "--ram", "64GiB") == 3
+    assert run("--gpu", "3GiB", "--ram", "64GiB") == 3
     text = capsys.readouterr().out
     assert "does not fit: The model needs" in text
     assert "  -> a GPU with" in text
-    assert run("--gpu", "6GiB", "--ram", "64GiB", "--json") == 3
+    assert run("--gpu", "3GiB", "--ram", "64GiB", "--json") == 3
     document = json.loads(capsys.readouterr().out)
     assert document["fits"] is False
     assert document["missing_bytes"] > 0

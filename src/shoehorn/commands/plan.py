@@ -50,6 +50,10 @@ def run(arguments: argparse.Namespace, environment: Mapping[str, str]) -> int:
     free = None
     if not arguments.gpu and settings.model_source != "local" and settings.models_dir.is_dir():
         free = hardware.disk_free(settings.models_dir) + hardware.disk_used(settings.models_dir / settings.model_id)
+    if machine.gpus:
+        from shoehorn import quantization  # slow to import, as below
+
+        settings = quantization.settled(settings, machine, profile, disk=not arguments.gpu)
     plan = make_plan(settings, machine, profile, shape_of(settings), free)
     if arguments.json:
         print(json.dumps(plan.to_json(), indent=1, ensure_ascii=False))
