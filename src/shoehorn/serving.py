@@ -154,6 +154,7 @@ class Server:
                     if ready and not drained and watchdog and watchdog.hung():
                         log.error("%s", HUNG.cause)
                         self._states.update(phase=Phase.LOADING, progress=None, detail="the engine hangs")
+                        drain.engine(self._socket, 0)  # its API server still tells those who wait, as a rule
                         child.stop(0.0)
                         return HUNG, True
         finally:
