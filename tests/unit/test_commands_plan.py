@@ -187,3 +187,9 @@ def test_without_a_gpu_or_a_hub_the_profiles_are_named_all_the_same(
     assert "a machine without a GPU: The hub cannot be reached." in text
     assert "* cpu" in text
     assert "auto" not in text
+
+
+def test_a_card_without_a_unit_is_refused() -> None:
+    with pytest.raises(SettingsError, match="--gpu 24:RTX4090: a card of 24 B is none") as found:
+        run("--gpu", "24:RTX4090", "--model", "/nowhere")
+    assert "--gpu 24GB:RTX4090" in found.value.remedy

@@ -16,7 +16,7 @@ from shoehorn.hardware import Gpu, Hardware
 from shoehorn.plan import Plan, Refusal, make_plan
 from shoehorn.settings import Settings
 from shoehorn.tensor_files import LocalFiles
-from shoehorn.units import format_size, parse_size
+from shoehorn.units import GIB, format_size, parse_size
 
 _PARTS = (("weights", "weights_bytes"), ("quantization state", "quant_state_bytes"),
           ("embeddings", "embeddings_bytes"), ("offload buffers", "offload_buffer_bytes"),
@@ -98,6 +98,9 @@ def machine_of(arguments: argparse.Namespace, here: Hardware) -> Hardware:
 def _gpu(index: int, word: str) -> Gpu:
     size, _, name = word.partition(":")
     total = _size("--gpu", size)
+    if total < GIB:
+        raise SettingsError(f"--gpu {word}: a card of {format_size(total)} is none.",
+                            "Give the size with its unit, as --gpu 24GB:RTX4090.")
     generation, width = speed.usual_link(name)
     return Gpu(index, "", name, total, total, (0, 0), generation, width, False)
 
