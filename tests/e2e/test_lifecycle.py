@@ -71,7 +71,8 @@ def test_a_killed_engine_comes_back_by_itself(appliance: Appliance, victim: str)
     assert StateFile(appliance.run_dir).read().restarts == before + 1
 
 
-@pytest.mark.fault("SIGSTOP of the engine core", "Not live within 90 s, started again by itself; streams end with an error event.")
+@pytest.mark.fault("SIGSTOP of the engine core",
+                   "Not live within 90 s, started again by itself; streams end with an error event.")
 def test_an_engine_that_hangs_is_found_out_and_started_again(appliance: Appliance) -> None:
     core = appliance.find("VLLM::EngineCor")
     core.suspend()
