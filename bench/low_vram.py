@@ -24,7 +24,7 @@ HOME = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(HOME / "src"), str(HOME / "tests")]
 
 from fakes import captured  # noqa: E402  # the path is set just above
-from shoehorn import checkpoint, hardware, int4_layout, link_probe, profiles, settings  # noqa: E402  # likewise
+from shoehorn import checkpoint, hardware, link_probe, profiles, settings  # noqa: E402  # likewise
 from shoehorn.plan import Plan, make_plan  # noqa: E402  # likewise
 
 CASES = HOME / "tests" / "gpu" / "low_vram.json"
@@ -69,8 +69,7 @@ def expected(links: dict[str, float]) -> dict[str, dict[str, float]]:
 
     The card is an H200 made smaller, the context 2,048 tokens, one request at a time.
     """
-    files = captured.files("deepseek-r1-distill-llama-70b")
-    shape = checkpoint.read(int4_layout.Outline(files, int4_layout.layout(files, int4_layout.Bits(4, 4))))
+    shape = checkpoint.read(captured.converted("deepseek-r1-distill-llama-70b"))
     found: dict[str, dict[str, float]] = {}
     for name, link in links.items():
         for budget in BUDGETS:

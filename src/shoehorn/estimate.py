@@ -130,9 +130,11 @@ def _without_cache(shape: ModelShape, choices: Choices, stage: int) -> VramParts
     draft = _draft_bytes(choices)
     rotary = shape.rotary_positions * shape.head_dim * choices.dtype_bytes
     absorbed = -(-shape.absorbed_parameters * choices.dtype_bytes // choices.tensor_parallel)
+    offloaded = offloaded_bytes(shape, choices, stage)
+    resident = share - offloaded / max(1, weights)
     return VramParts(
-        weights_bytes=round((weights + absorbed) * share) - offloaded_bytes(shape, choices, stage)
-        + round((_other_bytes(shape, choices) + _rounding_bytes(shape, choices)) * share) + rotary + draft,
+        weights_bytes=round((weights + absorbed) * share) - offloaded + round(_other_bytes(shape, choices) * share)
+        + round(_rounding_bytes(shape, choices) * resident) + rotary + draft,
         quant_state_bytes=round(quant_state * share), embeddings_bytes=_embeddings_bytes(shape, choices, stage),
         offload_buffer_bytes=-(-weights // shape.layers) * min(choices.prefetch[2],
                                                                offloaded_layers(shape, choices.prefetch)),

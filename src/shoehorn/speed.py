@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from shoehorn.checkpoint import ModelShape
-from shoehorn.estimate import Choices, moved_bytes, unpacked_bytes
+from shoehorn.estimate import Choices, moved_bytes, offloaded_layers, unpacked_bytes
 from shoehorn.hardware import Gpu
 
 GB = 10**9
@@ -44,6 +44,9 @@ _LINK_SHARE, _LINK_GAIN = 0.91, 8.0
 _LINK_GAIN_NF4 = 5.1
 _PREFETCH_SHARE = 0.985
 """What prefetch reaches of the link, eight requests like one."""
+
+_PREFETCH_SECONDS = 400e-6
+"""What the host takes to start the copies of a layer, where it starts every kernel one by one."""
 
 
 @dataclass(frozen=True)
@@ -116,8 +119,9 @@ def _pass_seconds(shape: ModelShape, choices: Choices, device: float, link: floa
     per_layer = kernels.eager_seconds if choices.eager else kernels.layer_seconds
     if choices.prefetch[0]:  # copies and kernels run side by side
         working = (streamed + resident) / device / (kernels.share if few else kernels.share_8)
+        starting = offloaded_layers(shape, choices.prefetch) * _PREFETCH_SECONDS * choices.eager
         return max(streamed / link / _PREFETCH_SHARE,
-                   working + unpacked_bytes(shape, choices) / device + shape.layers * per_layer)
+                   working + unpacked_bytes(shape, choices) / device + shape.layers * per_layer + starting)
     on_link = streamed / link / _LINK_SHARE * (1 if few else 8 / gain)
     reading = resident / device / (kernels.share if few else kernels.share_8) + unpacked_bytes(shape, choices) / device
     if streamed and choices.eager:  # while the link is waited for, the host runs ahead

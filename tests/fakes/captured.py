@@ -18,12 +18,16 @@ from pathlib import Path
 from typing import Any
 
 from shoehorn.hardware import Hardware
+from shoehorn.int4_layout import Bits, Outline, layout
 from shoehorn.tensor_files import DTYPE_BITS, Tensor
 
 CAPTURES = Path(__file__).resolve().parents[1] / "captures"
 MODELS, MACHINES = CAPTURES / "models", CAPTURES / "machines"
 SHARD_BYTES = 5_000_000_000
 """The most bytes of tensors in a file, as transformers' save_pretrained deals them."""
+
+INT4 = Bits(4, 4)
+"""Embedding and head too."""
 
 _RANGE = re.compile(r"\{(\d+)-(\d+)\}")
 _READ_AHEAD_BYTES = 128 << 10
@@ -102,6 +106,12 @@ def files(name: str, shard_bytes: int = SHARD_BYTES) -> CapturedFiles:
     if len(parts) > 1:
         heads["model.safetensors.index.json"] = index(weight_map, sum(tails.values()))
     return CapturedFiles(heads, tails)
+
+
+def converted(name: str, bits: Bits = INT4) -> Outline:
+    """The checkpoint that `shoehorn convert` makes of a model: config, index and headers."""
+    source = files(name)
+    return Outline(source, layout(source, bits))
 
 
 def machines() -> tuple[str, ...]:

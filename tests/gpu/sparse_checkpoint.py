@@ -27,15 +27,11 @@ HOME = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(HOME / "src"), str(HOME / "tests")]
 
 from fakes import captured  # noqa: E402  # the path is set just above
-from shoehorn import int4_layout  # noqa: E402  # likewise
-from shoehorn.tensor_files import Tensor, header  # noqa: E402  # likewise
+from shoehorn.tensor_files import Tensor, header, read_json, shards  # noqa: E402  # likewise
 
 TEMPLATE = ("{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}{% endfor %}"
             "{% if add_generation_prompt %}<|assistant|>{% endif %}")
 SPECIAL = ("<|begin|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
-
-INT4 = int4_layout.Bits(4, 4)
-"""Embedding and head too."""
 
 _NORM = re.compile(r".*(norm\d?|ln_f)\.weight")
 _ROUTER = re.compile(r".*\.(mlp\.gate|block_sparse_moe\.gate|mlp\.router)\.weight")
@@ -76,12 +72,12 @@ def write(directory: Path, config: Mapping[str, Any], tensors: Sequence[Tensor],
     _tokenizer_files(directory, config, tensors)
 
 
-def converted(name: str, bits: int4_layout.Bits = INT4) -> tuple[dict[str, Any], list[Tensor]]:
+def converted(name: str) -> tuple[dict[str, Any], list[Tensor]]:
     """(config, tensors) of a captured model as `shoehorn convert` makes it."""
-    files = captured.files(name)
-    made = int4_layout.layout(files, bits)
-    outline = int4_layout.Outline(files, made)
-    return made.config, [tensor for shard in made.shards for tensor in header(outline, shard.name, shard.size)]
+    outline = captured.converted(name)
+    sizes = outline.names()
+    found = [tensor for shard in shards(outline, sizes) for tensor in header(outline, shard, sizes[shard])]
+    return read_json(outline, sizes, "config.json"), found
 
 
 def first_layers(config: Mapping[str, Any], tensors: Sequence[Tensor], count: int,

@@ -349,18 +349,23 @@ PLANNED = json.loads((Path(__file__).resolve().parents[2] / "bench/results/plann
 @pytest.mark.parametrize("case", [case for case in PLANNED["cases"] if case["started"]],
                          ids=lambda case: f"{case['name']}-{case['allocator']}")
 def test_a_planned_start_took_what_was_planned(case: dict[str, Any]) -> None:
-    arguments, measured, shape = case["args"], case["measured"], checkpoints.read(captured_models.files(case["model"]))
+    arguments, measured, name = case["args"], case["measured"], case["model"].removesuffix("@int4")
+    shape = checkpoints.read(captured_models.files(name) if name == case["model"] else captured_models.converted(name))
+    group = arguments.get("offload-group-size", 0)
     chosen = Choices(
         limit_bytes=case["expected"]["limit_bytes"], max_model_len=arguments["max-model-len"],
         max_num_seqs=arguments["max-num-seqs"], max_num_batched_tokens=arguments["max-num-batched-tokens"],
         quantization=arguments.get("quantization"), eager=arguments.get("enforce-eager", False),
         kv_cache_bytes=arguments["kv-cache-memory-bytes"],
-        offload_bytes=round(arguments.get("cpu-offload-gb", 0) * GIB))
+        offload_bytes=round(arguments.get("cpu-offload-gb", 0) * GIB),
+        prefetch=(group, arguments["offload-num-in-group"], arguments["offload-prefetch-step"]) if group else (0, 0, 0),
+        embedding_on_host="additional-config" in arguments)
     [parts] = estimate(shape, chosen)
     assert 0.98 <= parts.total_bytes / measured["nvml_peak_bytes"] <= 1.05
     assert kv_tokens(shape, chosen, parts.kv_cache_bytes) == measured["kv_cache_tokens"]
-    assert parts.weights_bytes + parts.quant_state_bytes + parts.embeddings_bytes == pytest.approx(
-        measured["weights_bytes"], rel=0.02)
+    if not (group and chosen.quantization):  # there absmax moves last, after the engine has counted
+        assert parts.weights_bytes + parts.quant_state_bytes + parts.embeddings_bytes == pytest.approx(
+            measured["weights_bytes"], rel=0.02)
     card = replace(H200, link_bytes_per_second=PLANNED["machine"]["link_bytes_per_second"],
                    device_bytes_per_second=PLANNED["machine"]["device_copy_bytes_per_second"])
     found = speed.expected(shape, chosen, card)

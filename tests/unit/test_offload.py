@@ -22,15 +22,19 @@ with warnings.catch_warnings():
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
-MENDED = ((_CpuParamOffloader, "_offload_to_cpu_internal"), (_CpuParamOffloader, "_update_cpu_storage_from_param"),
-          (PrefetchOffloader, "post_init"), (BitsAndBytesModelLoader, "_dequantize_dq"),
-          (offload.BaseModelLoader, "load_model"), (DraftModelSpeculator, "load_model"))
+ENGINES_OWN = ((_CpuParamOffloader, "_offload_to_cpu_internal", offload._moved_out),
+               (_CpuParamOffloader, "_update_cpu_storage_from_param", offload._updated),
+               (PrefetchOffloader, "post_init", offload._ended),
+               (BitsAndBytesModelLoader, "_dequantize_dq", offload._unpacked),
+               (offload.BaseModelLoader, "load_model", offload._loaded),
+               (DraftModelSpeculator, "load_model", offload._draft_loaded))
 
 
 @pytest.fixture
 def mended(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    for owner, name in MENDED:
-        monkeypatch.setattr(owner, name, getattr(owner, name))
+    """What mends the engine, which is as it came until then, whatever ran before in this process."""
+    for owner, name, method in ENGINES_OWN:
+        monkeypatch.setattr(owner, name, method)
     return offload.apply
 
 

@@ -255,7 +255,7 @@ def test_as_little_is_offloaded_as_leaves_room_for_two_requests() -> None:
     value, source, text = reason(plan, "offload-group-size")
     assert (value, source) == (plan.choices.prefetch[0], "machine")
     assert "the least that leaves room for two requests of 8192 tokens" in text
-    assert 2 * 8192 <= plan.kv_cache_tokens < 2 * 8192 + 2500, "of a layer or two, at 160 kB a token"
+    assert 2 * 8192 <= plan.kv_cache_tokens < 2 * 8192 + 2700, "of a layer or two, at 160 kB a token"
     longer = planned(machine(TWENTY, TWENTY), llama_70b(), MAX_MODEL_LEN="12288", VRAM_PROFILE="2x20gb")
     assert longer.offloaded_bytes > plan.offloaded_bytes
 
