@@ -117,7 +117,7 @@ def test_the_picture_of_each_card_is_to_scale_expected_beside_measured(gate: Gat
     for part, share in expected.items():
         size = parts.to_json().get(f"{part}_bytes", parts.limit_bytes - parts.total_bytes)
         assert share == pytest.approx(size / whole, abs=0.005), part
-    assert {"weights", "quant_state", "kv_cache", "activations", "framework"} <= set(expected)
+    assert {"weights", "offload_buffer", "kv_cache", "activations", "framework"} <= set(expected)
     measured = dict(card.locator(".stack").last.evaluate(inside))
     assert sum(measured.values()) == pytest.approx(17 * GIB / whole, abs=0.005)
     picture = card.get_by_role("img").last.get_attribute("aria-label") or ""
