@@ -5,13 +5,15 @@ Two modes, each labelled in the result:
   the headers that the gateway would send;
 - `stand-in`: the gateway alone, before a stand-in engine on the engine's own web server (uvicorn) that paces its
   events like a GPU (a first one after 50 ms, then one every 20 ms) and computes nothing. Directly means one without the
-  middleware, through the gateway one with it. Where a CPU engine takes every core, this shows the gateway's own share.
+  middleware, through the gateway one with it. Where a CPU engine takes every core, this shows the gateway's own share;
+- `scraped`: the same, with the exporter beside the gateway, which is scraped every SCRAPE_SECONDS while its blocks run,
+  the engine's own metrics (recorded ones) included.
 
 Blocks alternate (direct, gateway, gateway, direct, ...), each with STREAMS concurrent streams that start 10 ms apart;
 the first pair warms up and does not count. Reported: events (tokens) a second of each way and their ratio, over block
 pairs; the median time to the first event of each way and the difference; the same for streams that all start at the
 same moment (`burst`), and for requests one after another.
-usage: bench/gateway_overhead.py [engine|stand-in]... [--blocks N] [--streams N]
+usage: bench/gateway_overhead.py [engine|stand-in|scraped]... [--blocks N] [--streams N]
 """
 
 from __future__ import annotations
@@ -26,9 +28,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +41,8 @@ sys.path[:0] = [str(HOME / "tests" / "e2e"), str(HOME / "tests")]
 RESULT = HOME / "bench" / "results" / "gateway-overhead.json"
 FIRST_SECONDS, BETWEEN_SECONDS, EVENTS = 0.05, 0.02, 100
 APART_SECONDS = 0.01
+SCRAPE_SECONDS = 1.0  # Prometheus is set up to ask every 5 s
+METRICS = (HOME / "tests" / "captures" / "vllm-0.32.0-cpu-metrics.txt").read_bytes()
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,30 @@ class Way:
 
     connect: Callable[[], Coroutine[Any, Any, tuple[asyncio.StreamReader, asyncio.StreamWriter]]]
     headers: str
+    scraped_port: int = 0
+
+
+@asynccontextmanager
+async def scraping(port: int) -> AsyncIterator[None]:
+    """The exporter at that port is scraped until the end; 0 for none."""
+    async def scrape() -> None:
+        while port:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(b"GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+            found = await reader.read(-1)
+            writer.close()
+            if b"shoehorn_phase" not in found or b"vllm:" not in found:
+                raise RuntimeError(found[:500].decode())
+            await asyncio.sleep(SCRAPE_SECONDS)
+
+    task = asyncio.create_task(scrape())
+    try:
+        yield
+    finally:
+        failed = task.done() and task.exception()
+        task.cancel()
+    if failed:
+        raise failed
 
 
 async def stream(way: Way, body: bytes) -> tuple[float, int]:
@@ -72,9 +102,10 @@ async def block(way: Way, body: bytes, streams: int, apart_seconds: float = APAR
         await asyncio.sleep(number * apart_seconds)
         return await stream(way, body)
 
-    begun = time.perf_counter()
-    outcomes = await asyncio.gather(*(one(number) for number in range(streams)))
-    seconds = time.perf_counter() - begun
+    async with scraping(way.scraped_port):
+        begun = time.perf_counter()
+        outcomes = await asyncio.gather(*(one(number) for number in range(streams)))
+        seconds = time.perf_counter() - begun
     return {"events_per_second": sum(events for _, events in outcomes) / seconds,
             "ttft_median_ms": 1000 * statistics.median(first for first, _ in outcomes)}
 
@@ -140,10 +171,10 @@ def with_engine(home: Path, blocks: int, streams: int) -> dict[str, Any]:
         appliance.discard()
 
 
-def with_stand_in(home: Path, blocks: int, streams: int) -> dict[str, Any]:
-    """The gateway alone, before a stand-in in a process of its own."""
+def with_stand_in(home: Path, blocks: int, streams: int, scraped: bool = False) -> dict[str, Any]:
+    """The gateway alone, or with the exporter beside it, before a stand-in in a process of its own."""
     from gateway_process import KEY, Gateway
-    from running import wait_until
+    from running import free_port, wait_until
 
     from shoehorn.state import Phase
 
@@ -151,11 +182,17 @@ def with_stand_in(home: Path, blocks: int, streams: int) -> dict[str, Any]:
         sockets = {"with-middleware": gate.run_dir / "engine.sock", "bare": gate.run_dir / "bare.sock"}
         stand_ins = [subprocess.Popen([sys.executable, __file__, "--serve", str(socket), kind])
                      for kind, socket in sockets.items()]
+        port = free_port() if scraped else 0
+        if scraped:
+            stand_ins.append(subprocess.Popen([sys.executable, "-m", "shoehorn.exporter"], env={
+                **os.environ, **gate.environment, "METRICS_PORT": str(port)}))
         try:
             for socket in sockets.values():
                 wait_until(socket.exists, 20, "the stand-in listens")
             gate.states.update(phase=Phase.READY, progress=None)
             direct, gateway = ways(sockets["bare"], gate.port, KEY)
+            gateway = replace(gateway, scraped_port=port)
+            time.sleep(3 * scraped)  # until the exporter listens
             outcome = asyncio.run(compare(direct, gateway, b'{"events": %d}' % EVENTS, b'{"events": 1}', blocks,
                                           streams))
         finally:
@@ -165,9 +202,17 @@ def with_stand_in(home: Path, blocks: int, streams: int) -> dict[str, Any]:
     return outcome
 
 
+MODES: dict[str, Callable[[Path, int, int], dict[str, Any]]] = {
+    "engine": with_engine, "stand-in": with_stand_in, "scraped": partial(with_stand_in, scraped=True)}
+
+
 async def answer(scope: dict[str, Any], receive: Callable[[], Any], send: Callable[[Any], Any]) -> None:
     """The stand-in engine as an ASGI application: server-sent events at a GPU's pace, nothing computed."""
     if scope["type"] != "http":
+        return
+    if scope["path"] == "/metrics":
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/plain")]})
+        await send({"type": "http.response.body", "body": METRICS})
         return
     body = b""
     while (message := await receive()).get("more_body"):
@@ -199,19 +244,18 @@ def main() -> None:
         serve(sys.argv[2], sys.argv[3] == "with-middleware")
         return
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("modes", nargs="*", metavar="engine|stand-in", help="both when none is named")
+    parser.add_argument("modes", nargs="*", metavar="engine|stand-in|scraped", help="all when none is named")
     parser.add_argument("--blocks", type=int, default=8, help="pairs of blocks that count")
     parser.add_argument("--streams", type=int, default=64)
     arguments = parser.parse_args()
-    if unknown := set(arguments.modes) - {"engine", "stand-in"}:
+    if unknown := set(arguments.modes) - set(MODES):
         parser.error(f"no such mode: {', '.join(unknown)}")
     results = json.loads(RESULT.read_text()) if RESULT.exists() else {}
     nginx = subprocess.run(["nginx", "-v"], capture_output=True, text=True, check=True).stderr.strip()
-    for mode in arguments.modes or ("engine", "stand-in"):
+    for mode in arguments.modes or MODES:
         load = os.getloadavg()[0]
         with tempfile.TemporaryDirectory() as home:
-            measure = with_engine if mode == "engine" else with_stand_in
-            outcome = measure(Path(home), arguments.blocks, arguments.streams)
+            outcome = MODES[mode](Path(home), arguments.blocks, arguments.streams)
         results[mode] = {
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "machine": {"cpus": os.cpu_count(), "load_before": round(load, 2),
