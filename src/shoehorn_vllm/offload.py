@@ -63,7 +63,8 @@ def _end(offloader: Any) -> None:
     for layer in offloader.module_offloaders:
         present = dict(layer.module.named_parameters())  # some that were there at first are gone after the load
         for name, parameter in present.items():
-            for number, state in getattr(parameter, "bnb_quant_state", {}).items():
+            states = getattr(parameter, "bnb_quant_state", None)
+            for number, state in states.items() if isinstance(states, dict) else ():  # experts have one, unpacked
                 owner, own = name.rpartition(".")[0], f"absmax_{number}"
                 state.absmax = nn.Parameter(state.absmax, requires_grad=False)
                 layer.module.get_submodule(owner).register_parameter(own, state.absmax)

@@ -111,6 +111,9 @@ def test_absmax_travels_with_its_weight(mended: Callable[[], None], monkeypatch:
     module, linear, state = nn.Module(), layer(), nested()
     module.add_module("proj", linear)
     linear.weight.bnb_quant_state = {0: state}  # type: ignore[assignment]  # as the loader binds it
+    experts = layer()
+    module.add_module("experts", experts)
+    experts.weight.bnb_quant_state = nested()  # type: ignore[assignment]  # likewise
     moved = SimpleNamespace(module=module, _param_offloaders={"proj.weight": _CpuParamOffloader(module, "proj.weight"),
                                                               "proj.k_scale": None})
     offload._end(SimpleNamespace(module_offloaders=[moved]))
