@@ -193,3 +193,16 @@ def test_a_card_without_a_unit_is_refused() -> None:
     with pytest.raises(SettingsError, match="--gpu 24:RTX4090: a card of 24 B is none") as found:
         run("--gpu", "24:RTX4090", "--model", "/nowhere")
     assert "--gpu 24GB:RTX4090" in found.value.remedy
+
+
+def test_auto_is_listed_as_it_would_start_converted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+                                                    capsys: pytest.CaptureFixture[str]) -> None:
+    serve_from_hub(monkeypatch, captured_models.files("deepseek-r1-distill-llama-70b"))
+    monkeypatch.setattr(hardware, "disk_free", lambda path: 1000 * GIB)
+    found = []
+    for quantization in ("auto", "bitsandbytes"):
+        assert run("--json", "--gpu", "32GiB:RTX5090", module=profiles_command, QUANTIZATION=quantization,
+                   MODELS_DIR=str(tmp_path)) == 0
+        found.append(json.loads(capsys.readouterr().out)[0])
+    assert [row["name"] for row in found] == ["auto", "auto"]
+    assert found[0]["tokens_per_second"] > found[1]["tokens_per_second"]

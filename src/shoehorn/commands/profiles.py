@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +41,17 @@ def run(arguments: argparse.Namespace, environment: Mapping[str, str]) -> int:
     """Print the rows by group; the one that VRAM_PROFILE means has a star."""
     settings = settings_module.load(settings_of(arguments, environment))
     machine = machine_of(arguments, hardware.detect())
-    shape, trouble = None, ""
+    shape, trouble, converted = None, "", None
     try:
         shape = shape_of(settings)
+        if machine.gpus:
+            from shoehorn import quantization  # slow to import
+
+            settled = quantization.settled(settings, machine, profiles.automatic(), disk=not arguments.gpu)
+            converted = (settled, shape_of(settled)) if settled is not settings else None
     except ModelUnavailableError as error:
         trouble = error.cause
-    rows = listing(settings, machine, shape)
+    rows = listing(settings, machine, shape, converted=converted)
     if arguments.json:
         print(json.dumps(rows, indent=1, ensure_ascii=False))
         return EXIT_DONE
@@ -61,15 +66,17 @@ def run(arguments: argparse.Namespace, environment: Mapping[str, str]) -> int:
 
 
 def listing(settings: Settings, machine: Hardware, shape: ModelShape | None, directory: Path = PROFILES,
-            ) -> list[dict[str, Any]]:
-    """One row a profile: `auto`, then the files, the smallest class first."""
+            converted: tuple[Settings, ModelShape] | None = None) -> list[dict[str, Any]]:
+    """One row a profile: `auto`, then the files, the smallest class first.
+
+    Args:
+        converted: settings and model as `auto` would have them, where it converts the model.
+    """
     loaded = sorted((profiles.load(name, directory) for name in profiles.names(directory)),
                     key=lambda profile: (profile.match.gpus * profile.match.vram_bytes, profile.name))
-    return [_row(settings, machine, shape, profile) for profile in (*_auto(machine), *loaded)]
-
-
-def _auto(machine: Hardware) -> Iterable[Profile]:
-    return [profiles.automatic()] if machine.gpus else []
+    wish, made = converted or (settings, shape)
+    auto = [_row(wish, machine, made, profiles.automatic())] if machine.gpus else []
+    return auto + [_row(settings, machine, shape, profile) for profile in loaded]
 
 
 def _row(settings: Settings, machine: Hardware, shape: ModelShape | None, profile: Profile) -> dict[str, Any]:
