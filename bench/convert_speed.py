@@ -6,7 +6,8 @@ run:
 - `arithmetic`: as many workers as the conversion has, quantizing weights that are in memory already;
 - `conversion`: `shoehorn convert` of the same source, its pages dropped before; interpreter and libraries included.
 `share` is the conversion's speed as a share of the lower one of the two limits. Memory is the peak of the sum over the
-conversion's processes of their proportional set size (shared pages counted once), read ten times a second.
+conversion's processes of their proportional set size (shared pages counted once), read once a second, since reading it
+takes a core some time.
 usage: bench/convert_speed.py [--gigabytes 6]
 """
 
@@ -22,6 +23,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -106,7 +108,8 @@ def converted(source: Path, home: Path) -> tuple[float, int, int]:
     with subprocess.Popen([sys.executable, "-m", "shoehorn.cli", "convert"], env=environment) as process:
         while process.poll() is None:
             peak = max(peak, memory(process.pid))
-            time.sleep(0.1)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(1.0)
     if process.returncode:
         raise SystemExit(process.returncode)
     seconds = time.perf_counter() - begun
