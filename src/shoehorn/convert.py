@@ -111,9 +111,9 @@ def _convert(settings: Settings, wish: Wish, report: Report) -> Path:
     left = [name for name in journal.source["shards"] if name not in journal.shards]
     made = [int4_layout.shard(files, name, journal.bits, journal.group) for name in left]
     sizes = [shard.size for shard in made]
+    if not settings.keep_original:
+        _make_way(settings, source, journal)  # a kill can have come between the note and the removal
     volume.require_space(directory, sum(sizes) if settings.keep_original else max(sizes, default=0))
-    if not settings.keep_original and (known := manifest.read(settings)):
-        manifest.write(settings, replace(known, complete=False))
     done = 0
 
     def count(job: Job) -> None:
@@ -126,7 +126,7 @@ def _convert(settings: Settings, wish: Wish, report: Report) -> Path:
         for shard in made:  # one is sealed while the next one is made
             lost = _make(pool, shard, source, directory, journal.group, count)
             journal = sealed.result() if sealed else journal
-            sealed = sealer.submit(_seal, journal, shard, lost, source, directory, free=not settings.keep_original)
+            sealed = sealer.submit(_seal, settings, journal, shard, lost, source, directory)
         journal = sealed.result() if sealed else journal
     return _complete(settings, directory, journal)
 
@@ -314,7 +314,7 @@ def _write(descriptor: int, data: bytes | bytearray | memoryview, place: int) ->
         put += os.pwrite(descriptor, view[put:], place + put)
 
 
-def _seal(journal: Journal, shard: Shard, lost: dict[str, float], source: Path, directory: Path, *, free: bool,
+def _seal(settings: Settings, journal: Journal, shard: Shard, lost: dict[str, float], source: Path, directory: Path,
           ) -> Journal:
     """Make a shard that is written count: synced, read back, hashed, renamed, noted; then its original may go."""
     partial = directory / f"{shard.name}.partial"
@@ -329,9 +329,18 @@ def _seal(journal: Journal, shard: Shard, lost: dict[str, float], source: Path, 
     entry = {"size": shard.size, "sha256": digest.hexdigest(), "errors": lost}
     journal = replace(journal, shards={**journal.shards, shard.name: entry})
     journal.write(directory)
-    if free:
-        (source / shard.name).unlink()
+    if not settings.keep_original:
+        _make_way(settings, source, journal)
     return journal
+
+
+def _make_way(settings: Settings, source: Path, journal: Journal) -> None:
+    """Remove each original whose successor is noted; from the first one on the original is not complete."""
+    there = [source / name for name in journal.shards if (source / name).exists()]
+    if there and (known := manifest.read(settings)):
+        manifest.write(settings, replace(known, complete=False))
+    for path in there:
+        path.unlink()
 
 
 def _complete(settings: Settings, directory: Path, journal: Journal) -> Path:
