@@ -23,10 +23,11 @@ from safetensors.torch import load_file, save_file
 
 from fakes import captured
 from fakes.hub import Hub
-from shoehorn import checkpoint, convert, converted, int4, int4_layout, settings, store
+from shoehorn import checkpoint, convert, converted, int4, int4_layout, int4_shards, settings, store
 from shoehorn.convert import Wish
 from shoehorn.errors import ModelUnavailableError, SettingsError, ShoehornError
-from shoehorn.int4_layout import BOUND, KEPT, Bits, Outline
+from shoehorn.int4_layout import BOUND, KEPT, Bits, Outline, Shard
+from shoehorn.int4_shards import Made
 from shoehorn.plan import Plan
 from shoehorn.settings import Settings
 
@@ -81,7 +82,7 @@ def local(home: Path, model: Path, **more: str) -> dict[str, str]:
 def in_here(environment: dict[str, str], wish: Wish = Wish()) -> Path:  # noqa: B008  # it is frozen
     """A conversion by a thread of this process; those that `start` begins have their own processes."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(convert, "_workers", lambda: ThreadPoolExecutor(1))
+        patch.setattr(int4_shards, "workers", lambda: ThreadPoolExecutor(1))
         return convert.convert(settings.load(environment), wish, lambda _: None)
 
 
@@ -269,16 +270,49 @@ def wait(condition: object, seconds: float = 60) -> None:
         time.sleep(0.005)
 
 
-@pytest.mark.fault("`docker stop` or Ctrl-C while converting", "It ends at once; no worker is left.")
+@pytest.mark.fault("`docker stop` or Ctrl-C while converting", "It ends at once; no process is left.")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_conversion_leaves_no_process(tmp_path: Path, model: Path, number: signal.Signals) -> None:
-    with start(local(tmp_path, model)) as process:
-        wait(lambda: process.poll() is not None or len(psutil.Process(process.pid).children()) > 1)
-        workers = psutil.Process(process.pid).children()
+    environment = local(tmp_path, model)
+    folder = converted.folder(settings.load(environment))
+    with start(environment) as process:
+        wait(lambda: process.poll() is not None or list(folder.glob("*.partial")))
+        children = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(number)
         process.communicate(timeout=20)
         assert process.returncode == 128 + number
-    assert not psutil.wait_procs(workers, 10)[1]
+    assert not psutil.wait_procs(children, 10)[1]
+
+
+@pytest.mark.fault("The disk gives back other bytes than were written while a model is converted",
+                   "Exit code 4 in words; the shard does not count, and its original stays.")
+def test_a_shard_that_reads_back_changed_does_not_count(tmp_path: Path, hub: Hub,
+                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    volume = Pulled(tmp_path, hub, KEEP_ORIGINAL="no")
+    original = store.locate(volume.settings)
+    assert original is not None
+    bad = volume.originals()[2]
+    verified = int4_shards.verified
+
+    def on_a_bad_disk(shard: Shard, made: Made, directory: Path) -> str:
+        if shard.name == bad:
+            path = directory / int4_shards.partial(shard)
+            data = bytearray(path.read_bytes())
+            data[len(data) // 2] ^= 16
+            path.write_bytes(data)
+        return verified(shard, made, directory)
+
+    monkeypatch.setattr(int4_shards, "verified", on_a_bad_disk)
+    with pytest.raises(ModelUnavailableError, match=f"{bad}.partial reads back other than it was written") as error:
+        in_here(volume.environment)
+    assert "Check the disk" in error.value.remedy
+    folder = converted.folder(volume.settings)
+    assert bad in volume.originals()
+    assert journalled(folder) == {path.name for path in folder.glob("*.safetensors")}
+    assert len(journalled(folder)) == 2
+    monkeypatch.undo()
+    in_here(volume.environment)
+    assert volume.originals() == []
 
 
 @pytest.mark.fault("The disk fills while a model is converted",
