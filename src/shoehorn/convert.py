@@ -84,7 +84,7 @@ def _convert(settings: Settings, wish: Wish, report: Report) -> Path:
     sizes = [shard.size for shard in made]
     if not settings.keep_original:
         _make_way(settings, source, journal)  # a kill can have come between the note and the removal
-    volume.require_space(directory, sum(sizes) if settings.keep_original else max(sizes, default=0))
+    volume.require_space(directory, sum(sizes) if settings.keep_original else int4_layout.two_in_turn(sizes))
     done = 0
 
     def count(source_bytes: int) -> None:

@@ -146,5 +146,6 @@ def shape(settings: Settings, directory: Path | None) -> ModelShape:
     sizes = files.names()
     more = sum(sizes[name] for name in shards(files, sizes))
     if not settings.keep_original:  # each original shard makes way for more than its own
-        more += max(shard.size for shard in made.shards) - sum(shard.size for shard in made.shards)
+        new = [shard.size for shard in made.shards]
+        more += int4_layout.two_in_turn(new) - sum(new)
     return replace(found, disk_bytes=found.disk_bytes + more)

@@ -63,6 +63,14 @@ class Quantized:
     whole: float
 
 
+def quantize_here(weight: torch.Tensor, bits: int, group: int, scale_dtype: torch.dtype) -> Quantized:
+    """`quantize` rows in host memory on the GPU where there is one with room for them, else on the processors."""
+    try:
+        return quantize(weight.to(device()), bits, group, scale_dtype)
+    except torch.OutOfMemoryError:
+        return quantize(weight, bits, group, scale_dtype)
+
+
 def quantize(weight: torch.Tensor, bits: int, group: int, scale_dtype: torch.dtype) -> Quantized:
     """Quantize rows, where they are.
 

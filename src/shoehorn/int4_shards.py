@@ -178,8 +178,8 @@ def _work(job: _Job, old: DirectFile, new: DirectFile, group: int) -> _Done:
         return _Done(0.0, 0.0, (_write(new, data, job.places[0]),))
     from shoehorn import int4  # torch is loaded only where weights are touched
 
-    weight = int4.from_bytes(data, tensor.dtype, tensor.shape[1]).to(int4.device())
-    found = int4.quantize(weight, bits, group, int4.DTYPES["F16" if tensor.dtype == "F16" else "BF16"])
+    found = int4.quantize_here(int4.from_bytes(data, tensor.dtype, tensor.shape[1]), bits, group,
+                               int4.DTYPES["F16" if tensor.dtype == "F16" else "BF16"])
     return _Done(found.lost, found.whole, tuple(
         _write(new, int4.to_bytes(part), place)
         for part, place in zip((found.packed, found.scale), job.places, strict=True)))

@@ -127,6 +127,35 @@ def test_linears_embedding_and_head_are_quantized_and_the_rest_is_as_it_was(tmp_
     assert (found.quantization, found.packed_embedding) == ("compressed-tensors", bits != 16)
 
 
+@pytest.mark.parametrize("room", [True, False])
+def test_on_a_gpu_the_same_comes_out(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch,
+                                     room: bool) -> None:  # a parameter
+    """Its tensor operations, by several threads; the device itself is only asked for."""
+    (tmp_path / "cpu").mkdir()
+    expected = in_here(local(tmp_path / "cpu", model), Wish(8))
+    asked, compiled = [], int4._on_cpu
+
+    def moved(tensor: torch.Tensor, device: str) -> torch.Tensor:
+        asked.append(device)
+        if not room:
+            raise torch.OutOfMemoryError
+        monkeypatch.setattr(int4, "_on_cpu", int4._by_tensors)
+        return tensor
+
+    really_to = torch.Tensor.to
+    monkeypatch.setattr(int4, "device", lambda: "cuda")
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, to, *more, **named: moved(tensor, to) if to == "cuda"
+                        else really_to(tensor, to, *more, **named))
+    with int4_shards.workers() as pool:
+        assert isinstance(pool, ThreadPoolExecutor)
+    folder = convert.convert(settings.load(local(tmp_path, model)), Wish(8), lambda _: None)
+    assert asked
+    assert (int4._on_cpu is compiled) is not room
+    journals = [converted.read_journal(each) for each in (folder, expected)]
+    for name, entry in journals[0].shards.items():
+        assert entry["errors"] == pytest.approx(journals[1].shards[name]["errors"], rel=1e-3)
+
+
 def test_what_is_planned_before_is_what_comes_out(tmp_path: Path, model: Path) -> None:
     wanted = settings.load(local(tmp_path, model))
     before = converted.shape(wanted, None)
@@ -163,6 +192,15 @@ def test_routers_are_left_alone() -> None:
 def test_matrices_that_128_does_not_divide_get_smaller_groups(tmp_path: Path) -> None:
     folder = in_here(local(tmp_path, write_model(tmp_path / "odd", 1, 192)))
     assert json.loads((folder / "conversion.json").read_text())["group"] == 64
+
+
+@pytest.mark.parametrize(("inner", "group"), [(512, 128), (640, 64), (384, 64), (192, 64), (96, 32)])
+def test_halves_for_two_gpus_hold_whole_groups_where_64_can(tmp_path: Path, inner: int, group: int) -> None:
+    tensors = {"model.layers.0.mlp.up_proj.weight": torch.ones(inner, 256),
+               "model.layers.0.mlp.down_proj.weight": torch.ones(256, inner)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+    assert int4_layout.layout(store.LocalFiles(tmp_path), KEPT).group == group
 
 
 def test_a_tied_embedding_stays_as_it_is() -> None:
@@ -423,6 +461,36 @@ def test_originals_make_way_and_a_killed_conversion_goes_on_without_the_hub(tmp_
     assert len(hub.requests) == asked
     assert volume.originals() == []
     assert converted.served(volume.settings) == folder
+
+
+def test_a_volume_a_seventh_larger_than_the_original_suffices(tmp_path: Path, hub: Hub) -> None:
+    """As 160 GB are for 140 GB."""
+    volume = Pulled(tmp_path, hub, KEEP_ORIGINAL="no")
+    original = store.locate(volume.settings)
+    assert original is not None
+    size = sum(path.stat().st_size for path in original.iterdir())
+    script = textwrap.dedent(f"""
+        set -e
+        mkdir {tmp_path}/small
+        mount -t tmpfs -o size={size * 8 // 7} none {tmp_path}/small
+        cp -a {tmp_path}/models/. {tmp_path}/small
+        {sys.executable} -m shoehorn.cli convert --json 2> {tmp_path}/err
+        ls {tmp_path}/small/{MODEL} {tmp_path}/small/{MODEL}.int4
+        """)
+    done = subprocess.run(["unshare", "--mount", "bash", "-c", script], capture_output=True, text=True, timeout=100,
+                          env={**volume.environment, "MODELS_DIR": str(tmp_path / "small"), "PATH": os.environ["PATH"],
+                               "PYTHONPATH": str(Path(store.__file__).parents[1])})
+    assert done.returncode == 0, (tmp_path / "err").read_text()
+    assert done.stdout.count(".safetensors\n") == LAYERS + 1
+
+
+def test_the_original_and_two_shards_of_a_70b_fit_into_160_gb() -> None:
+    files = captured.files("deepseek-r1-distill-llama-70b")
+    before = sum(files.names().values())
+    made = int4_layout.layout(files, BOUND)
+    assert before > 140e9
+    assert int4_layout.two_in_turn([3, 5, 4, 1]) == 9
+    assert (before + int4_layout.two_in_turn(shard.size for shard in made.shards)) * 1.02 < 160e9
 
 
 def test_originals_of_ones_own_folder_are_never_removed(tmp_path: Path, model: Path) -> None:
