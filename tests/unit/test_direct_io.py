@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import itertools
 import os
 import random
@@ -48,8 +49,7 @@ def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 
 @pytest.mark.parametrize("begin", [0, 1, BLOCK - 1, BLOCK, BLOCK + 1, SIZE - 1])
 @pytest.mark.parametrize("length", [0, 1, 100, BLOCK, 2 * BLOCK, 2 * BLOCK + 3])
-@pytest.mark.usefixtures("kind")
-def test_any_range_is_read_and_written(tmp_path: Path, begin: int, length: int) -> None:
+def test_any_range_is_read_and_written(tmp_path: Path, kind: str, begin: int, length: int) -> None:
     path, content = tmp_path / "file", bytearray(RANDOM.randbytes(SIZE))
     path.write_bytes(content)
     length = min(length, SIZE - begin)
@@ -59,6 +59,7 @@ def test_any_range_is_read_and_written(tmp_path: Path, begin: int, length: int) 
         file.write(memoryview(content)[begin:begin + length], begin)
         file.sync()
         assert file.read(0, SIZE) == content
+        assert bool(fcntl.fcntl(file._direct, fcntl.F_GETFL) & os.O_DIRECT) is (kind == "direct")
     assert path.read_bytes() == content
 
 
