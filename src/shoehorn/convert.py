@@ -114,7 +114,8 @@ def _is_wanted(journal: Journal, settings: Settings, wish: Wish) -> bool:
     known = manifest.read(settings)
     same = (journal.source["model"], journal.source["revision"], journal.source["commit"]) == (
         settings.model_id, settings.model_revision, known.commit if known else "")
-    return same and wish.embedding in (None, journal.embedding) and wish.group in (None, journal.group)
+    as_wished = wish.embedding in (None, journal.embedding) and wish.group in (None, journal.group)
+    return same and as_wished and not converted.has_changed(journal, settings)
 
 
 def _is_left(journal: Journal, source: Path) -> bool:
@@ -150,7 +151,7 @@ def _begin(settings: Settings, wish: Wish, source: Path, directory: Path) -> Jou
     known = manifest.read(settings)
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
-    hashes = {file.path: file.sha256 for file in known.files} if known else {}
+    hashes = {file.path: file.sha256 for file in known.files} if known else converted.stamps(source)
     journal = Journal({"model": settings.model_id, "revision": settings.model_revision,
                        "commit": known.commit if known else "",
                        "shards": {name: hashes.get(name, "") for name in shards(files, names)}},

@@ -424,6 +424,21 @@ def test_the_converted_model_is_one_of_the_volume(tmp_path: Path, hub: Hub) -> N
     assert (folder / "config.json").stat().st_mtime_ns == made, "it was made once"
 
 
+def test_ones_own_folder_that_changed_is_converted_again(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "own", 1)
+    environment = local(tmp_path, model)
+    before = content(in_here(environment))
+    shard = model / "model-00002-of-00002.safetensors"
+    tensors = load_file(shard)
+    tensors["model.layers.0.mlp.up_proj.weight"].neg_()
+    save_file(tensors, shard)
+    assert converted.served(settings.load(environment)) is None
+    after = content(in_here(environment))
+    assert [name for name in before if before[name] != after[name]] == ["conversion.json", shard.name]
+    shutil.rmtree(model)
+    assert converted.locate(settings.load(environment)) is not None
+
+
 def test_a_flipped_byte_of_the_result_is_found(tmp_path: Path, hub: Hub) -> None:
     volume = Pulled(tmp_path, hub)
     folder = in_here(volume.environment)
