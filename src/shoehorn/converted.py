@@ -113,7 +113,7 @@ def has_changed(journal: Journal, settings: Settings) -> bool:
     if settings.model_source != "local" or not any(journal.source["shards"].values()):
         return False
     try:
-        return stamps(Path(settings.model_id)) != journal.source["shards"]
+        return stamps(Path(settings.model_id)) != dict(journal.source["shards"])
     except ModelUnavailableError:
         return False  # it is gone, and what was made of it is not
 
