@@ -127,6 +127,36 @@ def test_linears_embedding_and_head_are_quantized_and_the_rest_is_as_it_was(tmp_
     assert (found.quantization, found.packed_embedding) == ("compressed-tensors", bits != 16)
 
 
+def test_experts_are_quantized_each_for_itself_and_router_and_tied_embedding_are_not(tmp_path: Path) -> None:
+    random = torch.Generator().manual_seed(5)
+    experts = {f"model.layers.0.mlp.experts.{number}.{name}_proj.weight":
+               (torch.randn(*size, generator=random) * 0.01 * (number + 1)).half()
+               for number in range(4) for name, size in {"gate": (384, 256), "up": (384, 256),
+                                                         "down": (256, 384)}.items()}
+    kept = {"model.layers.0.mlp.gate.weight": torch.randn(4, 256, generator=random).half(),
+            "model.embed_tokens.weight": torch.randn(VOCAB, 256, generator=random).half()}
+    model = tmp_path / "moe"
+    model.mkdir()
+    save_file(experts | kept, model / "model.safetensors")
+    (model / "config.json").write_text(json.dumps({
+        "architectures": ["Qwen3MoeForCausalLM"], "hidden_size": 256, "moe_intermediate_size": 384,
+        "num_hidden_layers": 1, "num_experts": 4, "num_experts_per_tok": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": VOCAB, "tie_word_embeddings": True, "torch_dtype": "float16"}))
+    folder = in_here(local(tmp_path, model), Wish(group=128))
+    after = all_tensors(folder)
+    for name, tensor in kept.items():
+        assert torch.equal(after.pop(name), tensor)
+    for name, tensor in experts.items():
+        packed, scale = after[f"{name}_packed"], after[f"{name}_scale"]
+        assert scale.dtype is torch.float16
+        again = int4.dequantize(packed, scale, 4)
+        assert float((again - tensor.float()).norm() / tensor.float().norm()) < 0.11
+    assert len(after) == 3 * len(experts)
+    quantized = json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert quantized["ignore"] == ["model.layers.0.mlp.gate"]
+    assert [group["targets"] for group in quantized["config_groups"].values()] == [["Linear"]]
+
+
 @pytest.mark.parametrize("room", [True, False])
 def test_on_a_gpu_the_same_comes_out(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch,
                                      room: bool) -> None:  # a parameter
