@@ -18,6 +18,7 @@ import mmap
 import os
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -25,6 +26,7 @@ from typing import Self
 BLOCK = mmap.PAGESIZE
 """What a direct transfer is aligned to, in the file and in memory; no page of the cache spans two of these."""
 
+_LARGE = 2 << 20
 _memory = threading.local()
 
 
@@ -45,6 +47,7 @@ class DirectFile:
                 os.close(self._cached)
                 raise
             self._direct = os.dup(self._cached)
+        self._turn = threading.Lock()  # file systems let one write at a time, and those that wait take the processor
 
     def __enter__(self) -> Self:
         return self
@@ -83,7 +86,8 @@ class DirectFile:
         view[:] = data[lead:lead + whole]
         put = 0
         while put < whole:
-            put += self._transfer(os.pwritev, [view[put:]], place + lead + put)
+            with self._turn:
+                put += self._transfer(os.pwritev, [view[put:]], place + lead + put)
             if put % BLOCK:  # a disk that is almost full takes a part of a block
                 _through_cache(self._cached, view[put:], place + lead + put)
                 return
@@ -109,7 +113,10 @@ def _own(use: str, size: int) -> memoryview:
     """This thread's memory for a use: whole blocks, at least `size` bytes, aligned."""
     view: memoryview | None = getattr(_memory, use, None)
     if view is None or len(view) < size:
-        view = memoryview(mmap.mmap(-1, -(-max(size, 1) // BLOCK) * BLOCK))
+        memory = mmap.mmap(-1, -(-max(size, 1) // _LARGE) * _LARGE)
+        with suppress(OSError):  # a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE)  # fewer pages to look up at each transfer
+        view = memoryview(memory)
         setattr(_memory, use, view)
     return view
 

@@ -15,7 +15,7 @@ import numpy.typing as npt
 Words = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
 Floats = npt.NDArray[np.float32]
 
-_ORDER_IS_FREE = {"reassoc", "contract", "nsz"}  # sums by several lanes; what is no number stays one
+_ORDER_IS_FREE = {"reassoc", "contract", "nsz", "arcp"}  # sums by several lanes; what is no number stays that
 
 
 def _search(words: Words, shift: np.uint32, shares: Floats, half: np.float32, scales: Floats) -> bool:
