@@ -11,9 +11,9 @@ from __future__ import annotations
 import errno
 import hashlib
 import zlib
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, ThreadPoolExecutor, as_completed, wait
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, as_completed, wait
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +29,7 @@ _MOST_BYTES = 3 << 30
 _BASE_BYTES = 1 << 30
 _WORKER_BYTES = 64 << 20
 _WORKERS_ON_GPU = 4
+_READERS = 2
 
 
 @dataclass(frozen=True)
@@ -136,18 +137,33 @@ def verified(shard: Shard, made: Made, directory: Path) -> str:
         OSError: it is not.
     """
     digest, end = hashlib.sha256(), 0
-    with DirectFile(directory / partial(shard)) as file:
+    ahead: deque[Future[bytes]] = deque()
+    with DirectFile(directory / partial(shard)) as file, ThreadPoolExecutor(_READERS, "verify") as readers:
         file.sync()
         for part in made.parts:
-            data = file.read(part.place, part.length)
-            if part.place != end or zlib.crc32(data) != part.crc:
-                raise OSError(errno.EIO, f"{partial(shard)} reads back other than it was written, at byte {end}")
-            digest.update(data)
+            if part.place != end:
+                raise _other_than_written(shard, end)
+            ahead.append(readers.submit(_read_back, file, part, shard))
+            if len(ahead) > 2 * _READERS:
+                digest.update(ahead.popleft().result())
             end += part.length
-    header(LocalFiles(directory), partial(shard), end)
+        for read in ahead:
+            digest.update(read.result())
     if end != shard.size:
-        raise OSError(errno.EIO, f"{partial(shard)} has {end} bytes instead of {shard.size}")
+        raise _other_than_written(shard, end)
+    header(LocalFiles(directory), partial(shard), end)
     return digest.hexdigest()
+
+
+def _read_back(file: DirectFile, part: Part, shard: Shard) -> bytes:
+    data = file.read(part.place, part.length)
+    if zlib.crc32(data) != part.crc:
+        raise _other_than_written(shard, part.place)
+    return bytes(data)
+
+
+def _other_than_written(shard: Shard, place: int) -> OSError:
+    return OSError(errno.EIO, f"{partial(shard)} reads back other than it was written, at byte {place}")
 
 
 def _jobs(item: Item, group: int) -> Iterator[_Job]:
