@@ -1,8 +1,7 @@
 """Reading and writing whole files past the page cache (O_DIRECT), by many threads at once.
 
-A conversion touches every byte once. Through the page cache that costs several times the processor time of the
-arithmetic (`bench/convert_speed.py` has the figures), drives out what others keep there, and a read-back would show
-the cache and not the disk.
+A conversion touches every byte once. Through the page cache that can cost more processor time than the compiled
+arithmetic, drives out what others keep there, and a read-back would show the cache and not the disk.
 Rules:
 - only whole blocks go past the cache; the rest of a block at either end goes through it, so that neighbours may write
   the two halves of one block at the same time;

@@ -1,4 +1,4 @@
-"""The numbers of `int4`, compiled for the processors: one core does about ten times what tensor operations do there.
+"""The numbers of `int4`, compiled for the processors: one core does several times what tensor operations do there.
 
 Rules: a group is read once and stays in registers or the first cache while its scale is searched for; nothing holds
 the interpreter's lock, so threads work side by side; compiled at the first call, in some seconds, and kept nowhere.

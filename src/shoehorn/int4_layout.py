@@ -201,7 +201,7 @@ def _group(tensors: Iterable[Tensor]) -> int:
     """The largest group that divides every matrix that is to be converted, the largest of all where none does.
 
     vLLM gives each of several GPUs a share of the columns of some, and refuses a share of half a group. So 64 is taken
-    before 128 where only that divides their halves; 32 is not, as its scales are a sixteenth of the model.
+    before 128 where only that divides their halves; 32 is not, as its scales are a ninth of the model.
     """
     linear = [tensor for tensor in tensors if kind(tensor) == "linear"]
     whole = {tensor.shape[1] for tensor in linear}
