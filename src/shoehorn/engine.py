@@ -14,11 +14,11 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
 
-from shoehorn import converted, engine_memory, inventory, planning, proof, render, shown_plan
+from shoehorn import converted, drafts, engine_memory, inventory, planning, proof, render, shown_plan, step_down
 from shoehorn import log as logs
 from shoehorn import settings as settings_module
 from shoehorn.errors import EXIT_DONE, ModelUnavailableError, ShoehornError
@@ -72,8 +72,13 @@ def _serve(settings: Settings, environment: Mapping[str, str], states: StateFile
             planner = Planner(settings, directory)
             plan = planner.plan()
             states.update(plan=shown_plan.of(plan))
-    model = converted.target(settings) if settings.quantization == "int4" else settings
-    with inventory.used(model.models_dir, model.model_id) if model.model_source != "local" else nullcontext():
+    if plan.draft and converted.served(plan.draft.settings) is None:
+        _fetch(plan.draft.settings, drafts.environment(environment, plan.draft), states)
+    with ExitStack() as stack:
+        for each in (settings, *([plan.draft.settings] if plan.draft else [])):
+            model = converted.target(each) if each.quantization == "int4" else each
+            if model.model_source != "local":
+                stack.enter_context(inventory.used(model.models_dir, model.model_id))
         while True:
             try:
                 _start(settings, environment, states, restarts, planner, plan, directory)
@@ -108,7 +113,7 @@ def _start(settings: Settings, environment: Mapping[str, str], states: StateFile
            restarts, announce, settings.run_dir / "engine.log" if settings.engine_log == "file" else None,
            settings.drain_timeout,
            lambda transport: proof.prove(transport, plan.engine_args, settings.served_model_name),
-           settings.served_model_name).serve()
+           settings.served_model_name, step_down.speculates(plan.engine_args, plan.fixed)).serve()
 
 
 def _take_over(settings: Settings, states: StateFile) -> Restarts:

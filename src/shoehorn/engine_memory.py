@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shoehorn.estimate import VramParts
 from shoehorn.files import write_atomic
 from shoehorn.units import MIB, format_size
+from shoehorn.vram_parts import VramParts
 
 TOLERANCE = 0.10
 """A part that differs by more is a warning, unless it is small."""

@@ -6,6 +6,7 @@ Rules:
 - vLLM exits 0 when its engine core dies, so every end that nobody asked for is a failure;
 - before the end of a ready engine, requests that run are finished or properly aborted (`drain`): SIGTERM with a stream
   open hangs vLLM;
+- a start in which one of several workers fails, and the others wait for it, is ended;
 - a failure that the same start would repeat (`Diagnosis.final`) is not tried again; one for want of memory is left to
   the caller, who may start with less.
 """
@@ -44,6 +45,10 @@ _STAGES = (
     (re.compile(r"Capturing CUDA graphs|Compiling a graph|torch\.compile took"), "compiling and capturing graphs"),
     (re.compile(r"Starting vLLM server"), "opening the API"),
 )
+_WORKER_FAILED = re.compile(r"WorkerProc hit an exception")
+_GRACE_SECONDS = 20.0
+"""For an engine to end by itself after one of its workers failed; else the others wait for that one for ever."""
+
 _SHARDS = re.compile(r"Loading safetensors checkpoint shards:\s+(\d+)% Completed")
 
 
@@ -65,7 +70,7 @@ def engine_environment(environment: Mapping[str, str], plan_environment: Mapping
 
 
 class StartFailedError(EngineFailedError):
-    """The engine did not start, for want of memory or for a number format: a smaller plan could help."""
+    """The engine did not start for a reason that another plan could mend: memory, a number format, guessed tokens."""
 
     def __init__(self, diagnosis: Diagnosis) -> None:
         super().__init__(diagnosis.cause, diagnosis.remedy)
@@ -84,11 +89,13 @@ class Server:
         drain_seconds: how long running requests get to finish when serving ends.
         prove: asks the engine, through the given transport, for what the plan promises; False when it failed.
         model: the name that it serves.
+        guesses: its plan has guessed tokens, without which it may start where it does not with them.
     """
 
     def __init__(self, config: Path, environment: Mapping[str, str], socket: Path, states: StateFile,
                  restarts: Restarts, on_ready: Callable[[float], None], engine_log: Path | None,
-                 drain_seconds: int, prove: Callable[[httpx.BaseTransport], bool], model: str) -> None:
+                 drain_seconds: int, prove: Callable[[httpx.BaseTransport], bool], model: str,
+                 guesses: bool = False) -> None:
         self._command = [sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry", "--config", str(config)]
         self._environment = environment
         self._socket = socket
@@ -99,7 +106,9 @@ class Server:
         self._drain_seconds = drain_seconds
         self._prove = prove
         self._model = model
-        self._tail: deque[str] = deque(maxlen=200)
+        self._guesses = guesses
+        self._tail: deque[str] = deque(maxlen=400)
+        self._worker_failed_at: float | None = None
 
     def serve(self) -> None:
         """Serve until an exception ends it, most often the caller's own on SIGTERM.
@@ -115,7 +124,8 @@ class Server:
             diagnosis, was_ready = self._once()
             failed = self._states.read().failures
             self._states.update(failures={**failed, diagnosis.name: failed.get(diagnosis.name, 0) + 1})
-            if not was_ready and (diagnosis.memory or diagnosis.name == "unsupported_dtype"):
+            if not was_ready and (diagnosis.memory or diagnosis.name == "unsupported_dtype" or (
+                    self._guesses and diagnosis.name != "killed")):
                 raise StartFailedError(diagnosis)
             failures = self._restarts.record()
             if diagnosis.final or self._restarts.exhausted:
@@ -131,6 +141,7 @@ class Server:
         """One life of the engine; returns why it ended, and whether it was ready before."""
         self._socket.unlink(missing_ok=True)  # vLLM leaves it behind and does not start over it
         self._tail.clear()
+        self._worker_failed_at = None
         started = time.monotonic()
         ready = drained = False
         watchdog: Watchdog | None = None
@@ -148,6 +159,11 @@ class Server:
                         if not drain.requested(self._states.run_dir):
                             self._states.update(phase=Phase.READY, progress=None, detail="serving")
                             self._on_ready(time.monotonic() - started)
+                    failed_at = self._worker_failed_at
+                    if not ready and failed_at and time.monotonic() - failed_at > _GRACE_SECONDS:
+                        log.error("a worker of the engine failed, and the others wait for it: the start is ended")
+                        child.stop(0.0)
+                        return diagnose(self._tail, 1), False
                     if ready and not drained and drain.requested(self._states.run_dir):
                         self._drain_on_request()
                         drained = True
@@ -172,6 +188,8 @@ class Server:
     def _line(self, line: str) -> None:
         """One line of the engine's output, from the reading thread."""
         self._tail.append(line)
+        if _WORKER_FAILED.search(line) and self._worker_failed_at is None:
+            self._worker_failed_at = time.monotonic()
         if self._engine_log:
             try:
                 with self._engine_log.open("a", encoding="utf-8") as file:

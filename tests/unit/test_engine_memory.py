@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from shoehorn import engine_memory
-from shoehorn.estimate import VramParts
+from shoehorn.vram_parts import VramParts
 from shoehorn_vllm import memory_log
 
 GIB, MIB = 1 << 30, 1 << 20
