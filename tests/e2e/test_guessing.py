@@ -1,8 +1,12 @@
-"""SPECULATIVE served by the real engine: what it says is what it says without guesses, and guesses are accepted."""
+"""SPECULATIVE and `shoehorn bench` with the real engine: guesses change no answer, and speed is measured."""
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,6 +30,17 @@ def accepted(appliance: Appliance) -> float:
     found = re.search(r"^vllm:spec_decode_num_accepted_tokens_total\{[^}]*\} (\S+)$", text, re.MULTILINE)
     assert found, text
     return float(found[1])
+
+
+def test_the_running_appliance_is_measured(appliance: Appliance) -> None:
+    done = subprocess.run([sys.executable, "-m", "shoehorn.cli", "bench", "--requests", "1,4", "--tokens", "16",
+                           "--json"],
+                          env={**os.environ, "RUN_DIR": str(appliance.run_dir), "VRAM_PROFILE": "cpu"}, text=True,
+                          capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    rounds = json.loads(done.stdout)["rounds"]
+    assert [(each["requests"], each["tokens"]) for each in rounds] == [(1, 16), (4, 64)]
+    assert all(each["tokens_per_second"] > 0 for each in rounds)
 
 
 def test_a_draft_is_pulled_too_and_guesses(start: Start, appliance: Appliance, tmp_path: Path) -> None:
