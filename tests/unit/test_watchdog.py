@@ -108,6 +108,9 @@ def test_the_proof_fills_a_batch_and_every_sequence() -> None:
     proven, bodies = prove(200, 200)
     assert proven
     assert [len(body["prompt"]) for body in bodies] == [2048, 8]  # type: ignore[arg-type]  # lists
+    guessing = proof.rounds({"max-model-len": 2048, "max-num-batched-tokens": 4096, "max-num-seqs": 2,
+                             "speculative-config": {"method": "ngram"}}, "model")
+    assert [(body["max_tokens"], len(body["prompt"])) for bodies in guessing for body in bodies] == [(4, 2044), (4, 2)]
     many = proof.rounds({"max-model-len": 4096, "max-num-batched-tokens": 2048, "max-num-seqs": 300}, "model")
     assert [[len(body["prompt"]) for body in bodies] for bodies in many] == [[2048], [128, 128, 44]]
     short = prove(200, options={"max-model-len": 512, "max-num-batched-tokens": 2048, "max-num-seqs": 1})
