@@ -48,7 +48,8 @@ class Planner:
         self._machine = link_probe.probed(hardware.detect(), settings.models_dir)
         self._profile = profiles.select(settings, self._machine)
         self._shape = converted.shape(settings, directory)
-        self._disk_free = converted.room(settings) if directory is None else None
+        fetched = settings.model_source != "local" or settings.quantization == "int4"
+        self._disk_free = converted.room(settings) if directory is None and fetched else None
         self._memory = worked.location(settings, self._machine, self._profile, self._shape)
         self._stepped = dict(worked.recall(self._memory))
         self._steps: list[str] = []
