@@ -21,6 +21,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -83,7 +84,7 @@ def convert(settings: Settings, wish: Wish, report: Report) -> Path:
     """Convert the model that the settings name, and return the new folder. One that is complete is left as it is.
 
     Raises:
-        ModelUnavailableError: the original is not there, or the volume fails.
+        ModelUnavailableError: the original is not there, the volume fails, or memory ran out.
         SettingsError: it cannot be converted.
     """
     try:
@@ -93,6 +94,10 @@ def convert(settings: Settings, wish: Wish, report: Report) -> Path:
             return converted.locate(settings) or _convert(settings, wish, report)
     except OSError as error:
         raise volume.trouble(settings.models_dir, error) from error
+    except BrokenProcessPool as error:
+        raise ModelUnavailableError("A worker of the conversion was killed, most often because memory ran out.",
+                                    "Free memory or give the container more, then start again: what is done is kept "
+                                    "and gone on with.") from error
 
 
 def _convert(settings: Settings, wish: Wish, report: Report) -> Path:
