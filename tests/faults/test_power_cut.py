@@ -43,8 +43,10 @@ class Disk:
         self._image.touch()
         os.truncate(self._image, SIZE_BYTES)
         subprocess.run(["mkfs.ext4", "-q", self._image], check=True)
-        subprocess.run(["mount", "-o", "loop,commit=300,noauto_da_alloc,data=writeback", self._image, self.root],
-                       check=True)
+        done = subprocess.run(["mount", "-o", "loop,commit=300,noauto_da_alloc,data=writeback", self._image, self.root],
+                              stderr=subprocess.PIPE, text=True, check=False)
+        if done.returncode:
+            pytest.skip(f"no file system can be mounted from a file here: {done.stderr.strip()}")
 
     def cut(self, moment: str) -> None:
         """The power goes here, in one of the worlds."""
