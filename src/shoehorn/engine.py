@@ -212,7 +212,8 @@ def _failed(command: str, status: int, complaints: list[str]) -> ShoehornError:
         memory = ", most often because memory ran out" if status == -signal.SIGKILL else ""
         return ModelUnavailableError(f"`shoehorn {command}` was ended by signal {-status}{memory}.",
                                      "Start again: what is done is kept and gone on with.")
-    cause, _, remedy = "\n".join(complaints[-10:]).removeprefix("shoehorn: ").partition("\n  -> ")
+    text = "\n".join(["", *complaints[-10:]])
+    cause, _, remedy = text.rpartition("\nshoehorn: ")[2].strip().partition("\n  -> ")
     kind = next((kind for kind in (SettingsError, DoesNotFitError) if kind.exit_code == status), ModelUnavailableError)
     return kind(cause or f"`shoehorn {command}` ended with status {status}.", remedy)
 
