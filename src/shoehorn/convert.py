@@ -21,12 +21,13 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from shoehorn import converted, hardware, int4_layout, inventory, manifest, volume
+from shoehorn import converted, hardware, int4_layout, inventory, manifest, store, volume
 from shoehorn.converted import Journal
 from shoehorn.errors import ModelUnavailableError
 from shoehorn.files import sync_directory, write_atomic
@@ -83,7 +84,7 @@ def convert(settings: Settings, wish: Wish, report: Report) -> Path:
     """Convert the model that the settings name, and return the new folder. One that is complete is left as it is.
 
     Raises:
-        ModelUnavailableError: the original is not there, or the volume fails.
+        ModelUnavailableError: the original is not there, the volume fails, or memory ran out.
         SettingsError: it cannot be converted.
     """
     try:
@@ -93,10 +94,14 @@ def convert(settings: Settings, wish: Wish, report: Report) -> Path:
             return converted.locate(settings) or _convert(settings, wish, report)
     except OSError as error:
         raise volume.trouble(settings.models_dir, error) from error
+    except BrokenProcessPool as error:
+        raise ModelUnavailableError("A worker of the conversion was killed, most often because memory ran out.",
+                                    "Free memory or give the container more, then start again: what is done is kept "
+                                    "and gone on with.") from error
 
 
 def _convert(settings: Settings, wish: Wish, report: Report) -> Path:
-    source = converted.source(settings)
+    source = store.pull(settings, report) if settings.model_source == "local" else converted.source(settings)
     directory = converted.folder(settings)
     journal = converted.read_journal(directory)
     if journal and source and _is_wanted(journal, settings, wish):

@@ -96,6 +96,7 @@ def _library(settings: Settings) -> ModuleType:
         "MODELSCOPE_API_TOKEN": settings.modelscope_api_token or "",  # also when empty: else it looks for a login
         "MODELSCOPE_DOWNLOAD_INTRA_CLOUD": "false", "MODELSCOPE_DOWNLOAD_TOTAL_TIMEOUT": str(_FILE_SECONDS),
         "MODELSCOPE_DOWNLOAD_FILE_LOCK": "false",  # `volume.only_writer` is the lock; theirs can outlive a crash
+        "MODELSCOPE_DOWNLOAD_PARALLEL_WORKERS": "1",  # for one file: its parts nobody would count or clear away
         "MODELSCOPE_DOWNLOAD_CHUNK_SIZE_MB": str(_CHUNK_BYTES >> 20), "MODELSCOPE_LOG_LEVEL": "WARNING",
         "TQDM_DISABLE": "1"})
     os.environ.setdefault("HOME", str(home))

@@ -49,7 +49,8 @@ class Planner:
         self._machine = link_probe.probed(hardware.detect(), settings.models_dir)
         self._profile = profiles.select(settings, self._machine)
         self._shape = converted.shape(settings, directory)
-        self._disk_free = converted.room(settings) if directory is None else None
+        fetched = settings.model_source != "local" or settings.quantization == "int4"
+        self._disk_free = converted.room(settings) if directory is None and fetched else None
         self._beside = hardware.disk_free(settings.models_dir) if self._disk_free is None else \
             self._disk_free - self._shape.disk_bytes
         self._memory = worked.location(settings, self._machine, self._profile, self._shape)

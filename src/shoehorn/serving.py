@@ -14,11 +14,13 @@ Rules:
 from __future__ import annotations
 
 import logging
+import logging.handlers
 import re
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -31,6 +33,7 @@ from shoehorn.process import Child
 from shoehorn.render import ENGINE_STOP_SECONDS
 from shoehorn.restarts import Restarts
 from shoehorn.state import Phase, StateFile
+from shoehorn.units import MIB
 from shoehorn.watchdog import Watchdog
 
 log = logging.getLogger("engine")
@@ -77,6 +80,30 @@ class StartFailedError(EngineFailedError):
         self.diagnosis = diagnosis
 
 
+class EngineLog(logging.handlers.RotatingFileHandler):
+    """The engine's own lines in a file, of which one predecessor is kept, so that they never fill RUN_DIR."""
+
+    def __init__(self, path: Path, most_bytes: int = 8 * MIB) -> None:
+        super().__init__(path, maxBytes=most_bytes, backupCount=1, encoding="utf-8", delay=True)
+        self.path = path
+
+    def write(self, line: str) -> None:
+        """Append a line.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        self.handle(logging.makeLogRecord({"msg": line}))
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Let go of the file, and let the caller have the error."""
+        stream, self.stream = self.stream, None
+        with suppress(OSError):
+            if stream:
+                stream.close()
+        raise
+
+
 class Server:
     """The vLLM API server of this container.
 
@@ -102,7 +129,7 @@ class Server:
         self._states = states
         self._restarts = restarts
         self._on_ready = on_ready
-        self._engine_log = engine_log
+        self._engine_log = EngineLog(engine_log) if engine_log else None
         self._drain_seconds = drain_seconds
         self._prove = prove
         self._model = model
@@ -192,10 +219,9 @@ class Server:
             self._worker_failed_at = time.monotonic()
         if self._engine_log:
             try:
-                with self._engine_log.open("a", encoding="utf-8") as file:
-                    file.write(line + "\n")
+                self._engine_log.write(line)
             except OSError as error:  # a full disk must not stop the reading, or the engine would wait for it for ever
-                log.warning("cannot write %s: %s; the engine's lines come here instead", self._engine_log,
+                log.warning("cannot write %s: %s; the engine's lines come here instead", self._engine_log.path,
                             error.strerror)
                 self._engine_log = None
         if not self._engine_log:
@@ -203,11 +229,11 @@ class Server:
         if self._states.read().phase is not Phase.LOADING:
             return
         if match := _SHARDS.search(line):
-            self._states.update(detail="loading the weights", progress=int(match[1]) / 100)
+            self._states.tell(detail="loading the weights", progress=int(match[1]) / 100)
             return
         for pattern, detail in _STAGES:
             if pattern.search(line) and self._states.read().detail != detail:
-                self._states.update(detail=detail, progress=None)
+                self._states.tell(detail=detail, progress=None)
                 log.info("%s", detail)
 
     def _show_tail(self) -> None:

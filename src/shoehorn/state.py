@@ -9,6 +9,7 @@ asking anybody: `unavailable.json`, the OpenAI-style error that `/v1/*` answers 
 from __future__ import annotations
 
 import json
+import logging
 import threading
 import time
 from collections.abc import Mapping
@@ -18,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from shoehorn.files import write_atomic
+
+log = logging.getLogger("engine")
 
 STATE_VERSION = 1
 
@@ -133,6 +136,13 @@ class StateFile:
                     new = replace(new, rate_bytes_per_second=0.0)
             self.write(new)
             return new
+
+    def tell(self, **changes: object) -> None:
+        """Like `update`, for how far a phase is: where the disk is full that stays untold, and the work goes on."""
+        try:
+            self.update(**changes)
+        except OSError as error:
+            log.warning("cannot publish how far it is: %s", error.strerror)
 
     def _mark(self, name: str, on: bool) -> None:
         path = self.run_dir / name

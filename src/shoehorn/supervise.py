@@ -19,7 +19,7 @@ def main(run_dir: Path) -> int:
     supervisord.main(["-c", str(run_dir / "supervisord.conf")])
     end_recorded_group(run_dir / "engine.group")
     try:
-        return int((run_dir / "exit_code").read_text(encoding="utf-8"))
+        return int((run_dir / "exit_code").read_text(encoding="utf-8") or 1)
     except FileNotFoundError:
         return 0
 

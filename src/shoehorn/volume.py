@@ -13,20 +13,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from shoehorn import mounts
 from shoehorn.errors import ModelUnavailableError
+from shoehorn.room import FULL
 from shoehorn.settings import Settings
 from shoehorn.units import format_size
 
 log = logging.getLogger("store")
 
 _SPARE = 1.02
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 _DENIED = (errno.EACCES, errno.EPERM)
 
 
 def trouble(models_dir: Path, error: OSError) -> ModelUnavailableError:
     """What an error of the file system means for the volume, in words."""
-    if error.errno in _FULL:
+    if error.errno in FULL:
         return ModelUnavailableError(f"The volume {models_dir} is full.",
                                      "Free space there or mount a larger volume at MODELS_DIR, then start again; "
                                      "what has arrived is kept.")
@@ -67,12 +68,18 @@ def only_writer(settings: Settings) -> Iterator[None]:
     """Hold the model's lock. The kernel drops it with the process, so that a crash leaves none behind.
 
     Raises:
-        ModelUnavailableError: the volume is absent, cannot be written, or knows no locks.
+        ModelUnavailableError: the volume is absent, cannot be written, or knows no locks that hold for all.
     """
     models_dir = settings.models_dir
     if not models_dir.is_dir():
         raise ModelUnavailableError(f"MODELS_DIR={models_dir} does not exist.",
                                     f"Mount a volume there, or: mkdir -p {models_dir}")
+    mount = mounts.of(models_dir)
+    if mount and mount.local_locks:
+        raise ModelUnavailableError(
+            f"{models_dir} is a {mount.kind} volume mounted with {mount.local_locks}: its locks hold on this machine "
+            "only, so nothing keeps two machines from writing the same model.",
+            f"Mount it without {mount.local_locks}, then start again; NFS 4 has locks of its own.")
     path = lock_path(models_dir, settings.model_id)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

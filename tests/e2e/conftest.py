@@ -10,7 +10,7 @@ import httpx
 import pytest
 from browser import Visit, Visits, launched
 from playwright.sync_api import Browser
-from running import Appliance
+from running import TEST_KEY, Appliance
 
 from shoehorn.state import Phase
 
@@ -38,6 +38,8 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Appliance]]:
     yield make
     for each in started:
         each.discard()
+    for each in started:
+        assert TEST_KEY not in each.output
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import psutil
@@ -42,9 +42,13 @@ def wait_until(condition: Callable[[], object], seconds: float, what: str | Call
 
 
 class Appliance:
-    """One start of the appliance, with the demo model unless settings say otherwise."""
+    """One start of the appliance, with the demo model unless settings say otherwise.
 
-    def __init__(self, home: Path, **settings: str) -> None:
+    Args:
+        within: a command that starts it, such as one that gives it a network of its own.
+    """
+
+    def __init__(self, home: Path, within: Sequence[str] = (), **settings: str) -> None:
         self.port, self.metrics_port = free_port(), free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.run_dir, self.models_dir = home / "run", home / "models"
@@ -56,7 +60,7 @@ class Appliance:
             "PORT": str(self.port), "METRICS_PORT": str(self.metrics_port), "DRAIN_TIMEOUT": "3",
             "API_KEY": TEST_KEY, **settings}
         self._given_key = environment["API_KEY"]
-        self.process = subprocess.Popen([sys.executable, str(HOME / "entrypoint.py")], env=environment,
+        self.process = subprocess.Popen([*within, sys.executable, str(HOME / "entrypoint.py")], env=environment,
                                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                                         start_new_session=True)
         self.lines: list[str] = []
@@ -122,6 +126,12 @@ class Appliance:
         self.descendants()
         self.process.send_signal(number)
         return self.wait(seconds)
+
+    def kill(self) -> None:
+        """SIGKILL for every process at once, as by `docker kill` or a power cut."""
+        for process in [*self.descendants(), psutil.Process(self.process.pid)]:
+            process.kill()
+        self.process.wait(10)
 
     def wait(self, seconds: float) -> int:
         """Wait for the end; returns the exit code. Fails when a process outlives it."""

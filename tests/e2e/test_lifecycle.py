@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import httpx
-import psutil
 import pytest
 from clients import ERROR_ENDS, Asking
 from running import DEMO_MODEL, Appliance, wait_until
@@ -28,12 +27,6 @@ def _chat(appliance: Appliance, **more: object) -> httpx.Response:
     return httpx.post(f"{appliance.url}/v1/chat/completions", json=body, headers=appliance.headers(), timeout=60)
 
 
-def _kill_all(appliance: Appliance) -> None:
-    for process in [*appliance.descendants(), psutil.Process(appliance.process.pid)]:
-        process.kill()
-    appliance.process.wait(10)
-
-
 @pytest.mark.fault("Stop while the engine loads", "Exit code 0; no orphan.")
 def test_while_loading_it_says_so_and_a_stop_is_obeyed(start: Start) -> None:
     appliance = start()
@@ -47,7 +40,8 @@ def test_while_loading_it_says_so_and_a_stop_is_obeyed(start: Start) -> None:
 
 
 @pytest.mark.parametrize("victim", ["VLLM::EngineCor", "api_server.entry"])
-@pytest.mark.fault("`kill -9` of the engine core or the API server", "503 meanwhile, ready again by itself, no orphan.")
+@pytest.mark.fault("`kill -9` of the engine core or the API server while the model is served",
+                   "503 meanwhile, ready again by itself, no orphan.")
 def test_a_killed_engine_comes_back_by_itself(appliance: Appliance, victim: str) -> None:
     before = StateFile(appliance.run_dir).read().restarts
     core = appliance.find("VLLM::EngineCor")
@@ -71,7 +65,7 @@ def test_a_killed_engine_comes_back_by_itself(appliance: Appliance, victim: str)
     assert StateFile(appliance.run_dir).read().restarts == before + 1
 
 
-@pytest.mark.fault("SIGSTOP of the engine core",
+@pytest.mark.fault("SIGSTOP of the engine core while the model is served",
                    "Not live within 90 s, started again by itself; streams end with an error event.")
 def test_an_engine_that_hangs_is_found_out_and_started_again(appliance: Appliance) -> None:
     core = appliance.find("VLLM::EngineCor")
@@ -89,7 +83,7 @@ def test_an_engine_that_hangs_is_found_out_and_started_again(appliance: Applianc
 
 
 @pytest.mark.parametrize("victim", ["shoehorn.exporter", "nginx: master", "shoehorn.watcher", "shoehorn.key_service"])
-@pytest.mark.fault("`kill -9` of exporter, gateway, key service or watcher",
+@pytest.mark.fault("`kill -9` of exporter, gateway, key service or watcher while the model is served",
                    "It comes back; requests are served again.")
 def test_a_killed_helper_comes_back_and_serving_goes_on(appliance: Appliance, victim: str) -> None:
     old = appliance.find(victim)
@@ -108,7 +102,8 @@ def test_a_killed_helper_comes_back_and_serving_goes_on(appliance: Appliance, vi
     wait_until(answers, 20, "chat and metrics answer")
 
 
-@pytest.mark.fault("`kill -9` of the engine program", "The next one ends what was left and serves.")
+@pytest.mark.fault("`kill -9` of the engine program while the model is served",
+                   "The next one ends what was left and serves.")
 def test_a_killed_engine_program_takes_over_from_itself(appliance: Appliance) -> None:
     core = appliance.find("VLLM::EngineCor")
     appliance.find("shoehorn.engine").send_signal(signal.SIGKILL)
@@ -135,12 +130,12 @@ def test_after_everything_died_at_once_the_next_start_serves(start: Start) -> No
     loading = start(API_KEY="")
     loading.wait_for(Phase.LOADING)
     key = loading.key
-    _kill_all(loading)
+    loading.kill()
     serving = start(API_KEY="")
     wait_until(lambda: "ready after" in serving.output, 120, "ready")
     stream = Asking(serving, n=64, key=key)
     wait_until(lambda: stream.text, 30, "a stream has begun")
-    _kill_all(serving)
+    serving.kill()
     last = start(API_KEY="")
     wait_until(lambda: "ready after" in last.output, 120, "ready, not by a mark of the last life")
     answer = httpx.post(f"{last.url}/v1/chat/completions", headers={"Authorization": f"Bearer {key}"}, timeout=60,
@@ -187,6 +182,7 @@ def test_no_gpu_is_said_in_words(start: Start, profile: str) -> None:
     assert "GPU" in appliance.output
 
 
+@pytest.mark.fault("Stop while pulling, and a start after it", "Exit code 0; it goes on, and is served.")
 def test_pulled_once_quantized_while_loading_and_served(start: Start, tmp_path: Path) -> None:
     """From the hub, stopped in the middle, resumed, served in NF4; a second start asks the hub nothing."""
     with Hub({"shoehorn/demo": DEMO_MODEL}, bytes_per_second=2_000_000) as hub:

@@ -269,6 +269,25 @@ def wait(condition: object, seconds: float = 60) -> None:
         time.sleep(0.005)
 
 
+@pytest.mark.fault("`kill -9` of a worker of the conversion, or memory that runs out",
+                   "Exit code 4 in words, no worker is left; the next one ends with the same bytes.")
+def test_a_killed_worker_ends_the_conversion_in_words(tmp_path: Path, model: Path, whole: dict[str, str]) -> None:
+    environment = local(tmp_path, model)
+    with start(environment, "--embedding", "8") as process:
+        wait(lambda: process.poll() is not None or len(psutil.Process(process.pid).children()) > 1)
+        workers = psutil.Process(process.pid).children()
+        workers[-1].kill()
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == 4
+        assert "A worker of the conversion was killed, most often because memory ran out." in err
+        assert "Traceback" not in err
+    assert not psutil.wait_procs(workers, 10)[1]
+    assert converted.locate(settings.load(environment)) is None
+    with start(environment, "--embedding", "8") as process:
+        assert process.wait(100) == 0
+    assert content(converted.folder(settings.load(environment))) == whole
+
+
 @pytest.mark.fault("`docker stop` or Ctrl-C while converting", "It ends at once; no worker is left.")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_conversion_leaves_no_process(tmp_path: Path, model: Path, number: signal.Signals) -> None:

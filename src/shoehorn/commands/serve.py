@@ -7,6 +7,7 @@ any other program begins; the run directory starts clean and is entered by its o
 from __future__ import annotations
 
 import argparse
+import errno
 import fcntl
 import json
 import os
@@ -18,7 +19,19 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from shoehorn import __version__, gateway, hardware, key_sources, machine_checks, profiles, render, tls, withheld
+from shoehorn import (
+    __version__,
+    gateway,
+    hardware,
+    key_sources,
+    machine_checks,
+    mounts,
+    profiles,
+    render,
+    room,
+    tls,
+    withheld,
+)
 from shoehorn import settings as settings_module
 from shoehorn.errors import SettingsError
 from shoehorn.files import write_atomic
@@ -119,9 +132,20 @@ def _require_volume(models_dir: Path) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
+        if error.errno == errno.EROFS:
+            raise SettingsError(f"MODELS_DIR={models_dir} is mounted read-only, and the keys are kept there.",
+                                "Mount it writable (without :ro). Models that nobody may change can lie elsewhere: "
+                                "MODEL_SOURCE=local, and MODEL_ID their folder.") from error
+        if error.errno in room.FULL:
+            raise SettingsError(f"The volume MODELS_DIR={models_dir} is full.",
+                                "Free space there (shoehorn models), or mount a larger volume.") from error
         raise SettingsError(
             f"MODELS_DIR={models_dir} cannot be written by user {os.geteuid()}: {error.strerror}.",
             f"Mount a volume there, or on the host: sudo chown -R {os.geteuid()} THE_MOUNTED_FOLDER") from error
+    mount = mounts.of(models_dir)
+    if mount and mount.is_anonymous:
+        print(f"shoehorn: no volume is mounted at MODELS_DIR={models_dir}: what is pulled goes with the container\n"
+              f"  -> Type: docker run -v models:{models_dir} ..., or use docker compose", flush=True)
 
 
 def _require_port(port: int, name: str) -> None:
