@@ -74,15 +74,21 @@ def test_a_killed_engine_comes_back_by_itself(appliance: Appliance, victim: str)
 @pytest.mark.fault("SIGSTOP of the engine core",
                    "Not live within 90 s, started again by itself; streams end with an error event.")
 def test_an_engine_that_hangs_is_found_out_and_started_again(appliance: Appliance) -> None:
+    def live() -> bool:
+        return httpx.get(f"{appliance.url}/livez", timeout=5).status_code == 200
+
     core = appliance.find("VLLM::EngineCor")
     core.suspend()
     waiting = [Asking(appliance, path) for path in ERROR_ENDS]
     assert httpx.get(f"{appliance.url}/readyz", timeout=5).status_code == 200, "vLLM's own health sees nothing"
-    wait_until(lambda: appliance.phase is not Phase.READY, 90, "the hang is found")
+    assert live()
+    wait_until(lambda: not live(), 90, "the hang is found")
+    assert appliance.phase is not Phase.READY
     for asking in waiting:
         asking.finish()
         assert asking.last.startswith(ERROR_ENDS[asking.path]), (asking.path, asking.text[-500:])
     wait_until(lambda: not core.is_running(), 10, "the hung engine core is gone")
+    wait_until(live, 30, "the next engine is started")
     appliance.wait_for(Phase.READY)
     assert "Shoehorn" in _chat(appliance).json()["choices"][0]["message"]["content"]
     assert "The engine hangs" in appliance.output
