@@ -49,13 +49,14 @@ TABLE: tuple[Metric, ...] = (
            "started.", kind="counter"),
     Metric("shoehorn_engine_failures_total", "Engine failures since the container started, by diagnosis.",
            ("diagnosis",), absent="before the first failure", kind="counter"),
-    Metric("shoehorn_vram_bytes", "Where the GPU's memory is now; the parts add up to the card. weights, kv_cache and "
-           "cuda_graphs as the engine said after its load; framework: CUDA's context and workspaces as they were then; "
-           "activations: what was taken of their reserve since; unattributed: all of these before the engine is ready; "
-           "other_processes; driver; free.",
+    Metric("shoehorn_vram_bytes", "Where the GPU's memory is now; the parts add up to the card. weights, quant_state "
+           "(bitsandbytes' absmax), kv_cache and cuda_graphs as the engine said after its load; framework: CUDA's "
+           "context and workspaces as they were then; activations: what was taken of their reserve since; "
+           "unattributed: all of these before the engine is ready; other_processes; driver; free.",
            ("gpu", "part"), absent="where NVML does not say what is in use"),
-    Metric("shoehorn_vram_expected_bytes", "What the plan expected of weights, kv_cache, cuda_graphs and framework "
-           "after the load, and of activations under load.", ("gpu", "part"), absent="before the first load"),
+    Metric("shoehorn_vram_expected_bytes", "What the plan expected of weights, quant_state, kv_cache, cuda_graphs and "
+           "framework after the load, and of activations under load.", ("gpu", "part"),
+           absent="before the first load"),
     Metric("shoehorn_kv_cache_tokens", "Tokens that the KV cache holds.", absent="before the first load"),
     Metric("shoehorn_offloaded_bytes", "Weights that the engine put into host memory.", absent="before the first load"),
     Metric("shoehorn_models_volume_bytes", "Size of the volume with the models.", absent="when it does not answer"),
