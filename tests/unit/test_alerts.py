@@ -26,6 +26,7 @@ FIRING: dict[str, tuple[dict[str, str], dict[str, str]]] = {
                              f"shoehorn_download_bytes{{{A}}}": "5x60"},
                             {"job": "shoehorn", "phase": "pulling"}),
     "ShoehornLoadStalled": ({f'shoehorn_phase{{{A},phase="loading"}}': "1x60"}, {}),
+    "ShoehornNotReady": ({f'shoehorn_phase{{{A},phase="ready"}}': "1x30 0x30"}, {"job": "shoehorn", "phase": "ready"}),
     "ShoehornEngineHung": ({f"vllm:num_requests_running{{{E}}}": "3x60",
                             f"vllm:iteration_tokens_total_count{{{E}}}": "100x60"}, {}),
     "ShoehornRestarting": ({f"shoehorn_engine_restarts_total{{{A}}}": "0+1x60"}, {"job": "shoehorn"}),
@@ -64,6 +65,7 @@ QUIET: dict[str, dict[str, str]] = {
                             f"shoehorn_download_bytes{{{A}}}": "0+1000x60"},
     "ShoehornLoadStalled": {f'shoehorn_phase{{{A},phase="converting"}}': "1x60",  # slow, but it moves
                             f"shoehorn_phase_progress_ratio{{{A}}}": "0+0.01x60"},
+    "ShoehornNotReady": {f'shoehorn_phase{{{A},phase="ready"}}': "0x60"},  # it still loads for the first time
     "ShoehornEngineHung": {f"vllm:num_requests_running{{{E}}}": "3x60",
                            f"vllm:iteration_tokens_total_count{{{E}}}": "100+5x60"},
     "ShoehornRestarting": {f"shoehorn_engine_restarts_total{{{A}}}": "0x30 1x30"},
@@ -102,6 +104,7 @@ MORE: tuple[tuple[str, dict[str, str], bool], ...] = (
                              f'shoehorn_phase{{{A},phase="stepping_down"}}': "0x25 1x35"}, True),
     ("ShoehornEngineHung", {f"vllm:num_requests_running{{{E}}}": "0x60",  # idle
                             f"vllm:iteration_tokens_total_count{{{E}}}": "100x60"}, False),
+    ("ShoehornNotReady", {f'shoehorn_phase{{{A},phase="ready"}}': "1x44 0x2 1x20"}, False),  # a quick restart
     ("ShoehornDown", {f"up{{{A}}}": "1x48 0x1 1x20"}, False),  # a scrape that was lost
     ("ShoehornErrors", {f'shoehorn_requests_total{{{A},key="k",outcome="aborted"}}': "0+10x60"}, True),
 )
