@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -94,6 +96,34 @@ def test_an_engine_that_hangs_is_found_out_and_started_again(appliance: Applianc
     appliance.wait_for(Phase.READY)
     assert "Shoehorn" in _chat(appliance).json()["choices"][0]["message"]["content"]
     assert "The engine hangs" in appliance.output
+
+
+@pytest.mark.fault("SIGSTOP of the engine core with its queue full and clients that come and go", "The same.")
+def test_an_engine_that_hangs_behind_a_full_queue_is_found_too(appliance: Appliance) -> None:
+    core = appliance.find("VLLM::EngineCor")
+    core.suspend()
+    crowd = [Asking(appliance) for _ in range(60)]
+    wait_until(lambda: 429 in {asking.status for asking in crowd}, 20, "the queue is full")
+    found = threading.Event()
+
+    def come_and_go() -> None:
+        while not found.is_set():
+            with suppress(httpx.TransportError):
+                httpx.post(f"{appliance.url}/v1/completions", json={"model": "shoehorn-demo", "prompt": "hello"},
+                           headers=appliance.headers(), timeout=1)
+
+    visitor = threading.Thread(target=come_and_go)
+    visitor.start()
+    try:
+        wait_until(lambda: httpx.get(f"{appliance.url}/livez", timeout=5).status_code == 503, 90, "the hang is found")
+    finally:
+        found.set()
+        visitor.join()
+    for asking in crowd:
+        asking.finish()
+        assert asking.status == 429 or asking.last.startswith(ERROR_ENDS[asking.path]), asking.text[-500:]
+    appliance.wait_for(Phase.READY)
+    assert "Shoehorn" in _chat(appliance).json()["choices"][0]["message"]["content"]
 
 
 @pytest.mark.parametrize("victim", ["shoehorn.exporter", "nginx: master", "shoehorn.watcher", "shoehorn.key_service"])
