@@ -12,7 +12,7 @@ import pynvml
 import pytest
 
 from fakes.nvml import GIB, FakeNvml, example, example_gpu
-from shoehorn.exporter import gpu_samples
+from shoehorn.exporter import gpu_samples, vram_samples
 from shoehorn.gpu_metrics import (
     NO_ANSWER,
     RECORDED_GPU_CALLS,
@@ -22,6 +22,7 @@ from shoehorn.gpu_metrics import (
     record,
 )
 from shoehorn.paths import HOME
+from shoehorn.state import Phase, State
 
 CAPTURES = sorted((HOME / "tests" / "captures").glob("nvml-*.json"))
 TWO = example(example_gpu(0), example_gpu(1, "Made-up 8G"))
@@ -112,6 +113,21 @@ def test_memory_that_is_not_shown_is_none_and_instances_of_a_process_are_added(t
                              for pid, used in ((1, None), (2, 5), (2, None), (2, 6), (3, 0))))
     processes = NvmlReader(nvml, tmp_path).read().gpus[0].processes
     assert [(process.pid, process.memory_bytes) for process in processes] == [(1, None), (2, 11), (3, 0)]
+
+
+def test_a_card_in_mig_mode_shows_what_it_may_and_nothing_made_up(tmp_path: Path) -> None:
+    sliced = {**example_gpu(), "nvmlDeviceGetMigMode": [1, 1],
+              "nvmlDeviceGetUtilizationRates": {"error": pynvml.NVML_ERROR_NOT_SUPPORTED},
+              "nvmlDeviceGetMemoryInfo": {"error": pynvml.NVML_ERROR_NO_PERMISSION},
+              "nvmlDeviceGetMemoryInfo_v2": {"error": pynvml.NVML_ERROR_NO_PERMISSION}}
+    reading = NvmlReader(FakeNvml(example(sliced, example_gpu(1))), tmp_path).read()
+    assert reading.return_code == 0
+    samples = gpu_samples(reading)
+    for name in ("memory_total_bytes", "memory_used_bytes", "memory_free_bytes", "utilization_ratio"):
+        assert [labels[0] for labels, _ in samples[f"shoehorn_gpu_{name}"]] == ["1"], name
+    assert {labels[0] for labels, _ in samples["shoehorn_gpu_temperature_celsius"]} == {"0", "1"}
+    parts = vram_samples(State(phase=Phase.READY), reading.gpus)["shoehorn_vram_bytes"]
+    assert {labels[0] for labels, _ in parts} == {"1"}
 
 
 def test_a_driver_too_old_for_the_process_list_costs_only_that(tmp_path: Path) -> None:
