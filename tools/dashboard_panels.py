@@ -98,7 +98,7 @@ OVERVIEW = (
           "value"),
     Panel("Failing", "Share of requests that failed for reasons of the server.", "percentunit",
           [(f"""({rate("shoehorn_requests_total", labels=',outcome=~"error|aborted"')} or vector(0))"""
-            f" / clamp_min({rate('shoehorn_requests_total')}, 0.001)", "failing")], 4, "value",
+            f" / clamp_min({rate('shoehorn_requests_total')} or vector(0), 0.001)", "failing")], 4, "value",
           steps=((0, GREEN), (0.01, YELLOW), (0.05, RED))),
     Panel("KV cache in use", "Share of the KV cache that holds running requests.", "percentunit",
           [(f"max(vllm:kv_cache_usage_perc{{{HERE}}})", "in use")], 4, "value",
