@@ -71,6 +71,12 @@ def mean(metric: str) -> str:
     return f"{rate(f'{metric}_sum')} / {rate(f'{metric}_count')}"
 
 
+def usual(metric: str) -> str:
+    """The mean of a histogram over all of the dashboard's time, so that an idle minute does not leave it open."""
+    return mean(metric).replace(RATE, "$__range")
+
+
+USUAL_LENGTH = f"({usual('vllm:request_prompt_tokens')} + {usual('vllm:request_generation_tokens')})"
 BANDS = ((1, 1), (2, 3), (4, 7), (8, 15), (16, 31), (32, 63), (64, 10**6))
 """So many requests at a time."""
 
@@ -157,11 +163,10 @@ CAPACITY = (
     Panel("Would still fit", "Requests of the usual length (mean of prompt and answer) for which the KV cache has room "
           "just now.", "short",
           [(f"{gauge('shoehorn_kv_cache_tokens')} * (1 - max(vllm:kv_cache_usage_perc{{{HERE}}})) / "
-            f"({mean('vllm:request_prompt_tokens')} + {mean('vllm:request_generation_tokens')})", "requests")],
+            f"{USUAL_LENGTH}", "requests")],
           6, "value"),
     Panel("Fit in all", "Requests of the usual length that the empty KV cache would hold.", "short",
-          [(f"{gauge('shoehorn_kv_cache_tokens')} / "
-            f"({mean('vllm:request_prompt_tokens')} + {mean('vllm:request_generation_tokens')})", "requests")],
+          [(f"{gauge('shoehorn_kv_cache_tokens')} / {USUAL_LENGTH}", "requests")],
           6, "value"),
     Panel("Running", "Requests that are being computed.", "short", [(gauge("vllm:num_requests_running"), "running")], 6,
           "value"),
