@@ -156,7 +156,7 @@ def _take_over(settings: Settings, states: StateFile) -> Restarts:
         states.update(restarts=states.read().restarts + 1)
     alive.touch()
     states.update(phase=Phase.STARTING, progress=None, detail="planning", model=settings.served_model_name,
-                  cause="", remedy="")
+                  cause="", remedy="", engine_down=False)
     return restarts
 
 

@@ -28,7 +28,7 @@ RETRY_AFTER_SECONDS = 5
 READ_SECONDS = 6 * 3600
 """The longest pause between two reads from the engine: a whole answer without streaming, at 0.4 tokens a second."""
 PAGE_FILES = ("page.css", "chat.css", "page.js", "words.js", "format.js", "status.js", "vram.js", "stream.js",
-              "chat.js", "message.js", "snippets.js", "icon.svg")
+              "chat.js", "message.js", "markdown.js", "marked.esm.js", "snippets.js", "icon.svg")
 
 SOCKET = "engine.sock"
 _SOCKET_PATH_BYTES = 107

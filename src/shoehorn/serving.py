@@ -161,8 +161,9 @@ class Server:
             delay = self._restarts.delay_seconds(failures)
             log.warning("%s It is started again in %.0f s (failure %d).", diagnosis.cause, delay, failures)
             self._states.update(phase=Phase.LOADING, progress=None, detail="starting the engine again",
-                                restarts=self._states.read().restarts + 1)
+                                restarts=self._states.read().restarts + 1, engine_down=True)
             time.sleep(delay)
+            self._states.update(engine_down=False)
 
     def _once(self) -> tuple[Diagnosis, bool]:
         """One life of the engine; returns why it ended, and whether it was ready before."""
@@ -196,7 +197,8 @@ class Server:
                         drained = True
                     if ready and not drained and watchdog and watchdog.hung():
                         log.error("%s", HUNG.cause)
-                        self._states.update(phase=Phase.LOADING, progress=None, detail="the engine hangs")
+                        self._states.update(phase=Phase.LOADING, progress=None, detail="the engine hangs",
+                                            engine_down=True)
                         drain.engine(self._socket, 0)  # its API server still tells those who wait, as a rule
                         child.stop(0.0)
                         return HUNG, True

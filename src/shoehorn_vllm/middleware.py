@@ -32,9 +32,14 @@ DRAIN_PATH = "/-/drain"
 ABORT_SECONDS = 2.0
 """How long the application gets to obey an abort before its task is cancelled, and again after that."""
 
+PROBE_PATH = "/-/probe"
+"""`POST`, a text completion for the watchdog: it reaches the engine also when the queue is full, because an engine that
+hangs behind one would never be found otherwise. Like the drain, the gateway has no route to it."""
+
 Scope = MutableMapping[str, Any]
 Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 
+_COMPLETIONS = "/v1/completions"
 _BUSY = Failure(429, "queue_full", "The server's queue is full. Try again in a moment.", 5)
 
 
@@ -62,6 +67,8 @@ class Gate:
             await self._app(scope, receive, send)
         elif path == DRAIN_PATH:
             await self._answer_drain(scope, send)
+        elif path == PROBE_PATH:
+            await self._app({**scope, "path": _COMPLETIONS, "raw_path": _COMPLETIONS.encode()}, receive, send)
         elif not path.startswith("/v1/"):
             await self._app(scope, receive, send)
         elif self._stopping:

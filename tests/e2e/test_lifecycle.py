@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -15,7 +17,9 @@ from running import DEMO_MODEL, Appliance, wait_until
 
 from fakes import certificates
 from fakes.hub import Hub
+from shoehorn import checkpoint
 from shoehorn.state import Phase, StateFile
+from shoehorn.tensor_files import LocalFiles
 
 pytestmark = pytest.mark.e2e
 
@@ -68,18 +72,52 @@ def test_a_killed_engine_comes_back_by_itself(appliance: Appliance, victim: str)
 @pytest.mark.fault("SIGSTOP of the engine core while the model is served",
                    "Not live within 90 s, started again by itself; streams end with an error event.")
 def test_an_engine_that_hangs_is_found_out_and_started_again(appliance: Appliance) -> None:
+    def live() -> bool:
+        return httpx.get(f"{appliance.url}/livez", timeout=5).status_code == 200
+
     core = appliance.find("VLLM::EngineCor")
     core.suspend()
     waiting = [Asking(appliance, path) for path in ERROR_ENDS]
     assert httpx.get(f"{appliance.url}/readyz", timeout=5).status_code == 200, "vLLM's own health sees nothing"
-    wait_until(lambda: appliance.phase is not Phase.READY, 90, "the hang is found")
+    assert live()
+    wait_until(lambda: not live(), 90, "the hang is found")
+    assert appliance.phase is not Phase.READY
     for asking in waiting:
         asking.finish()
         assert asking.last.startswith(ERROR_ENDS[asking.path]), (asking.path, asking.text[-500:])
     wait_until(lambda: not core.is_running(), 10, "the hung engine core is gone")
+    wait_until(live, 30, "the next engine is started")
     appliance.wait_for(Phase.READY)
     assert "Shoehorn" in _chat(appliance).json()["choices"][0]["message"]["content"]
     assert "The engine hangs" in appliance.output
+
+
+@pytest.mark.fault("SIGSTOP of the engine core with its queue full and clients that come and go", "The same.")
+def test_an_engine_that_hangs_behind_a_full_queue_is_found_too(appliance: Appliance) -> None:
+    core = appliance.find("VLLM::EngineCor")
+    core.suspend()
+    crowd = [Asking(appliance) for _ in range(60)]
+    wait_until(lambda: 429 in {asking.status for asking in crowd}, 20, "the queue is full")
+    found = threading.Event()
+
+    def come_and_go() -> None:
+        while not found.is_set():
+            with suppress(httpx.TransportError):
+                httpx.post(f"{appliance.url}/v1/completions", json={"model": "shoehorn-demo", "prompt": "hello"},
+                           headers=appliance.headers(), timeout=1)
+
+    visitor = threading.Thread(target=come_and_go)
+    visitor.start()
+    try:
+        wait_until(lambda: httpx.get(f"{appliance.url}/livez", timeout=5).status_code == 503, 90, "the hang is found")
+    finally:
+        found.set()
+        visitor.join()
+    for asking in crowd:
+        asking.finish()
+        assert asking.status == 429 or asking.last.startswith(ERROR_ENDS[asking.path]), asking.text[-500:]
+    appliance.wait_for(Phase.READY)
+    assert "Shoehorn" in _chat(appliance).json()["choices"][0]["message"]["content"]
 
 
 @pytest.mark.parametrize("victim", ["shoehorn.exporter", "nginx: master", "shoehorn.watcher", "shoehorn.key_service"])
@@ -201,6 +239,10 @@ def test_pulled_once_quantized_while_loading_and_served(start: Start, tmp_path: 
                             headers={"Authorization": "Bearer sk-test-pulled-key"})
         assert "Shoehorn" in answer.json()["choices"][0]["message"]["content"]
         assert "bitsandbytes" in (second.run_dir / "vllm.yaml").read_text()
+        [said] = [report["quant_state_bytes"] for path in (second.run_dir / "engine-memory").glob("*.json")
+                  if "quant_state_bytes" in (report := json.loads(path.read_text()))]
+        linears = checkpoint.read(LocalFiles(DEMO_MODEL)).tensor_bytes.linears
+        assert said == linears.parameters // 64 * 4, "one absmax of 4 bytes for 64 weights"
         assert "sk-test-pulled-key" not in second.output
         assert second.end() == 0
         asked = len(hub.requests)

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
+from shoehorn import drain
+from shoehorn.restarts import LIMIT, Restarts
 from shoehorn.settings import TABLE
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -71,6 +73,19 @@ def test_there_is_time_to_drain_and_to_pull(gpu: dict[str, Any]) -> None:
     assert _seconds(gpu["stop_grace_period"]) >= int(DEFAULTS["DRAIN_TIMEOUT"]) + 30
     assert _seconds(gpu["healthcheck"]["start_period"]) >= 6 * 3600
     assert "test" not in gpu["healthcheck"]  # the image says how to check
+
+
+def test_the_probes_for_kubernetes_wait_for_a_pull_and_outlast_the_appliances_own_restart_of_its_engine() -> None:
+    document = (ROOT / "docs" / "monitoring.md").read_text(encoding="utf-8")
+    block = re.search(r"For Kubernetes:\n\n((?:    .*\n)+)", document)
+    assert block
+    probes = yaml.safe_load(block[1])
+    assert [probes[name]["httpGet"]["path"] for name in ("startupProbe", "livenessProbe", "readinessProbe")] == [
+        "/livez", "/livez", "/readyz"]  # live while it pulls, for hours
+    assert {probes[name]["httpGet"]["port"] for name in probes if name.endswith("Probe")} == {int(DEFAULTS["PORT"])}
+    patience = probes["livenessProbe"]["periodSeconds"] * probes["livenessProbe"]["failureThreshold"]
+    assert patience > drain.MARGIN_SECONDS + Restarts.delay_seconds(LIMIT - 1) + 10
+    assert probes["terminationGracePeriodSeconds"] >= int(DEFAULTS["DRAIN_TIMEOUT"]) + 30
 
 
 def test_big_models_get_the_memory_they_need(gpu: dict[str, Any]) -> None:

@@ -29,7 +29,11 @@ def test_the_marks_follow_the_phase(tmp_path: Path) -> None:
     for phase in Phase:
         states.update(phase=phase)
         assert (tmp_path / "ready").exists() == (phase is Phase.READY)
-        assert (tmp_path / "failed").exists() == (phase is Phase.FAILED)
+        assert (tmp_path / "not-live").exists() == (phase is Phase.FAILED)
+    states.update(phase=Phase.LOADING, engine_down=True)
+    assert (tmp_path / "not-live").exists()
+    states.update(engine_down=False)
+    assert not (tmp_path / "not-live").exists()
 
 
 def test_since_follows_a_change_of_phase_only(tmp_path: Path) -> None:
