@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import shutil
 import socket
 import ssl
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
@@ -271,6 +273,26 @@ def test_a_body_that_does_not_come_ends_the_connection(tmp_path: Path) -> None:
         assert gate.send(late) == b""
         wait_until(lambda: " 408, " in gate.log.read_text(), 5, "it is in the log")
         assert gate.client.get("/v1/models", headers=BEARER).status_code == 200
+
+
+@pytest.mark.fault("Thousands of connections from one client, each with half a request",
+                   "The others are served; each of these is closed after 10 s.")
+def test_thousands_of_half_requests_keep_nobody_out(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    try:
+        with Gateway(tmp_path) as gate, gate.engine(), ExitStack() as held:
+            for _ in range(3000):
+                connection = held.enter_context(socket.create_connection(("127.0.0.1", gate.port), timeout=5))
+                connection.sendall(b"GET /v1/models HTTP/1.1\r\nHost: x\r\nX-Half")
+            for _ in range(10):
+                with httpx.Client(trust_env=False) as fresh:
+                    assert fresh.get(f"{gate.url}/v1/models", headers=BEARER).status_code == 200
+            connection.settimeout(15)
+            with pytest.raises(ConnectionResetError):
+                connection.recv(100)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_errors_of_nginx_on_anthropics_routes_have_their_form(tmp_path: Path) -> None:
