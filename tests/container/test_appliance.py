@@ -57,6 +57,14 @@ def test_every_part_runs_and_none_as_root(appliance: Container) -> None:
     assert [part for part in parts if not any(part in line for line in lines)] == []
 
 
+def test_only_gateway_and_exporter_listen_beyond_loopback(appliance: Container) -> None:
+    table = appliance.execute("sh", "-c", "cat /proc/net/tcp /proc/net/tcp6")
+    listening = re.findall(r"^ *[0-9]+: ([0-9A-F]+):([0-9A-F]{4}) [0-9A-F:]+ 0A ", table, re.MULTILINE)
+    assert len(listening) > 2  # the engine's parts talk to each other over loopback
+    loopback = re.compile("(0{16}0000FFFF0000)?[0-9A-F]{6}7F|0{24}01000000")
+    assert {int(port, 16) for address, port in listening if not loopback.fullmatch(address)} == {6333, 6334}
+
+
 def test_the_key_is_shown_once_and_lies_nowhere_else(appliance: Container, key: str) -> None:
     assert len(key) >= 20
     assert appliance.logs.count(key) == 2  # when it was made, and in the welcome
