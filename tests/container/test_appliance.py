@@ -87,7 +87,7 @@ def test_the_process_has_no_privilege_and_can_write_only_where_it_must(appliance
     every = appliance.execute("sh", "-c", "cat /proc/[0-9]*/status /proc/[0-9]*/limits 2>/dev/null; true")
     assert set(re.findall(r"^(?:CapEff|CapPrm|CapBnd|CapInh|CapAmb):\s+(\S+)", every, re.MULTILINE)) == {"0" * 16}
     assert set(re.findall(r"^NoNewPrivs:\s+(\S+)", every, re.MULTILINE)) == {"1"}
-    assert set(re.findall(r"^Max core file size\s+(\S+)\s+(\S+)", every, re.MULTILINE)) == {("0", "0")}
+    assert set(re.findall(r"^Max core file size\s+(\S+)\s+(\S+)", every, re.MULTILINE)) == {("1", "1")}
     host = appliance.inspect()["HostConfig"]
     assert host["ReadonlyRootfs"] is True
     assert (host["CapDrop"], host["CapAdd"], host["Privileged"]) == (["ALL"], None, False)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 
 import pytest
 
-from shoehorn.commands.serve import first_key_line, welcome
+from shoehorn.commands.serve import first_key_line, no_core_dumps, welcome
 from shoehorn.key_store import KeyStore, NewKey
 from shoehorn.settings import load
 
@@ -42,3 +43,12 @@ def test_a_key_of_before_is_not_known_and_the_way_to_a_new_one_is() -> None:
 def test_with_a_certificate_the_address_is_https() -> None:
     text = welcome(load({**BASE, "API_KEY": "sk-canary-key", "TLS_CERT_FILE": "/c", "TLS_KEY_FILE": "/k"}), None)
     assert "curl -k -N https://127.0.0.1:7001/" in text
+
+
+@pytest.mark.parametrize(("most", "limit"), [(resource.RLIM_INFINITY, 1), (4096, 1), (1, 1), (0, 0)])
+def test_core_dumps_are_kept_from_files_and_from_pipes(monkeypatch: pytest.MonkeyPatch, most: int, limit: int) -> None:
+    made: list[tuple[int, tuple[int, int]]] = []
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (0, most))
+    monkeypatch.setattr(resource, "setrlimit", lambda which, limits: made.append((which, limits)))
+    no_core_dumps()
+    assert made == [(resource.RLIMIT_CORE, (limit, limit))]
