@@ -75,6 +75,20 @@ def test_http_2_brings_no_second_way_to_give_a_key(secure: Gateway, headers: lis
     assert answer.stdout in ("2 401", "2 400")
 
 
+@pytest.mark.parametrize("target", [
+    "/invocations", "/tokenize", "/metrics", "//invocations", "//v1/models", "/v1/../invocations", "/v1/%2e%2e/load",
+    "/v1/models/../../load", "/v1/models%2f..%2f..%2fload", "/V1/models", "/v1/models/", "/v1/models;x",
+    "/v1/models%00", "/%69nvocations", "/v1/chat/completions/render", "/.shoehorn/key"])
+def test_http_2_brings_no_other_spelling_past_the_list(secure: Gateway, target: str) -> None:
+    command = ["curl", "-sS", "--http2", "--path-as-is", "--cacert", str(secure.settings.tls_cert_file), "-H",
+               f"X-Api-Key: {KEY}", "-H", "X-Original-URL: /v1/models", "-w", "%{http_version} %{http_code}"]
+    for method in ("GET", "POST"):
+        answer = subprocess.run([*command, "-X", method, f"https://127.0.0.1:{secure.port}{target}"],
+                                capture_output=True, text=True, timeout=20, check=True).stdout
+        assert re.search("2 (400|404)$", answer), answer
+        assert '"engine"' not in answer
+
+
 def test_plain_http_is_refused_in_words(secure: Gateway) -> None:
     for target in ("/v1/models", "/", "/livez", "/v1/messages"):
         answer = secure.send(request(target, authorization(KEY)))
