@@ -159,8 +159,8 @@ TABLE: tuple[Setting, ...] = (
             _integer(16, 10_000_000)),
     Setting("MAX_NUM_SEQS", "", "Most requests that run at the same time; the profile's when not set.",
             _integer(1, 4096)),
-    Setting("MAX_QUEUED_REQUESTS", "", "Most requests that wait for a place, each choice (`n`) and each prompt of one "
-            "counted; more are refused with 429. Four for each that can run when not set.", _integer(0, 100_000)),
+    Setting("MAX_QUEUED_REQUESTS", "", "Most requests that wait for a place; more are refused with 429. Four for each "
+            "that can run when not set.", _integer(0, 100_000)),
     Setting("SPECULATIVE", "auto", "`ngram` guesses tokens from the prompt (good for code edits and summaries); "
             "`auto` and `off` do not.", _one_of("auto", "off", "ngram")),
     Setting("API_KEY", "", "The key that clients send. When neither this nor API_KEYS_FILE is set, the first start "

@@ -5,8 +5,8 @@ Rules:
   is an error, never "no limit";
 - requests per minute are counted exactly: no more than N admitted in any 60 s (a sliding window); refused ones do not
   count;
-- one request may become many inside the engine, choices (`n`) times prompts: that product is bounded, and it is what
-  the cap on `max_tokens` and the bound on the queue count;
+- one request may become many inside the engine, choices (`n`) times prompts: that product is bounded, and the cap on
+  `max_tokens` holds for all of them together;
 - no clock, no I/O: the time is an argument.
 """
 

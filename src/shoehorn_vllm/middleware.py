@@ -5,7 +5,7 @@ Rules:
   the engine listens on a Unix socket that only the appliance's own user reaches;
 - every POST under /v1/ counts; without the header there are no limits but the bound on the queue;
 - a refusal costs the engine nothing: it is made before the application sees the request;
-- a request weighs as much in the queue as the engine makes of it: choices times prompts;
+- the engine never holds too many answers (choices times prompts) either, however few requests they come in;
 - `POST /-/drain?seconds=N` refuses what is new, waits up to N s for what runs, ends the rest with an error of its own,
   and answers {"finished": N, "aborted": N}. The gateway has no route to it.
 """
@@ -32,6 +32,9 @@ MOST_REQUESTS = "SHOEHORN_MOST_REQUESTS"
 MOST_ANSWERS = ("VLLM_MAX_N_SEQUENCES", "VLLM_MAX_COMPLETION_PROMPTS")
 """The engine's own bounds on choices and on prompts; the greater one bounds their product, which it does not."""
 _DEFAULT_MOST_ANSWERS = 128
+
+MOST_HELD = 4096
+"""Answers that the engine holds, running and queued, before more requests are refused; the last one may go over."""
 
 DRAIN_PATH = "/-/drain"
 ABORT_SECONDS = 2.0
@@ -118,9 +121,9 @@ class Gate:
         return None
 
     def _full(self) -> bool:
-        """Whether nothing more may wait. One request of many answers fits where one of few does: it may go over."""
-        return self._most_requests is not None and sum(
-            flight.answers for flight in self._flights) >= self._most_requests
+        """Whether nothing more may wait."""
+        queued = self._most_requests is not None and len(self._flights) >= self._most_requests
+        return queued or sum(flight.answers for flight in self._flights) >= MOST_HELD
 
     async def _fly(self, scope: Scope, receive: Receive, send: Send, key: str, limits: Limits) -> None:
         path = scope["path"]
