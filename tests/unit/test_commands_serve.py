@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 from pathlib import Path
 
 import pytest
 
 from shoehorn import mounts
-from shoehorn.commands.serve import _require_volume, first_key_line, welcome
+from shoehorn.commands.serve import _require_volume, first_key_line, no_core_dumps, welcome
 from shoehorn.errors import SettingsError
 from shoehorn.key_store import KeyStore, NewKey
 from shoehorn.settings import load
@@ -86,3 +87,12 @@ def test_a_volume_that_nobody_named_is_told(tmp_path: Path, monkeypatch: pytest.
 def test_without_a_table_of_mounts_nothing_is_said(tmp_path: Path) -> None:
     assert mounts.of(tmp_path, tmp_path / "none") is None
     assert mounts.of(tmp_path) is not None
+
+
+@pytest.mark.parametrize(("most", "limit"), [(resource.RLIM_INFINITY, 1), (4096, 1), (1, 1), (0, 0)])
+def test_core_dumps_are_kept_from_files_and_from_pipes(monkeypatch: pytest.MonkeyPatch, most: int, limit: int) -> None:
+    made: list[tuple[int, tuple[int, int]]] = []
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (0, most))
+    monkeypatch.setattr(resource, "setrlimit", lambda which, limits: made.append((which, limits)))
+    no_core_dumps()
+    assert made == [(resource.RLIMIT_CORE, (limit, limit))]

@@ -105,7 +105,7 @@ def test_nothing_is_writable_but_what_has_to_be(gpu: dict[str, Any]) -> None:
 def test_no_privilege_is_kept(gpu: dict[str, Any], cpu: dict[str, Any]) -> None:
     assert gpu["cap_drop"] == ["ALL"]
     assert gpu["security_opt"] == ["no-new-privileges:true"]
-    assert gpu["ulimits"]["core"] == 0
+    assert gpu["ulimits"]["core"] == 1
     for service in (gpu, cpu):
         assert service.keys().isdisjoint({"privileged", "cap_add", "ipc", "pid", "network_mode", "user", "env_file"})
 
@@ -117,7 +117,7 @@ def test_a_refusal_is_not_repeated_for_ever(gpu: dict[str, Any]) -> None:
 def test_the_cpu_file_changes_only_what_it_must(cpu: dict[str, Any]) -> None:
     assert set(cpu) == {"image", "build", "environment", "deploy", "ulimits"}
     assert cpu["environment"] == ["VRAM_PROFILE=${VRAM_PROFILE:-cpu}"]
-    assert cpu["ulimits"] == {"core": 0}
+    assert cpu["ulimits"] == {"core": 1}
 
 
 def test_the_comment_names_every_variable_of_this_file() -> None:

@@ -12,6 +12,7 @@ import fcntl
 import json
 import os
 import pwd
+import resource
 import shlex
 import shutil
 import socket
@@ -69,9 +70,20 @@ def run(arguments: argparse.Namespace, environment: Mapping[str, str]) -> int:
     StateFile(settings.run_dir).update(phase=Phase.STARTING, detail="starting", model=settings.served_model_name)
     print(f"shoehorn {__version__}: profile {profile.name}, gateway on port {settings.port}, "
           f"metrics on port {settings.metrics_port}", flush=True)
+    no_core_dumps()
     os.set_inheritable(lock, True)  # held until supervisord ends
     os.execve(sys.executable, [sys.executable, "-m", "shoehorn.supervise", str(settings.run_dir)],
               _without_secrets(settings, environment))
+
+
+def no_core_dumps() -> None:
+    """Let no program dump its memory, with keys and prompts, to a disk: from here on, and for all that is started.
+
+    A limit of 0 keeps Linux from writing a file, not from piping the dump to a program of the host's; one of 1 byte
+    keeps it from both (Linux, fs/coredump.c).
+    """
+    limit = 0 if resource.getrlimit(resource.RLIMIT_CORE)[1] == 0 else 1  # nobody but root raises a limit
+    resource.setrlimit(resource.RLIMIT_CORE, (limit, limit))
 
 
 def welcome(settings: Settings, made: NewKey | None) -> str:
