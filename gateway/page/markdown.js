@@ -1,5 +1,5 @@
-// What a model writes, as elements: Markdown is read by marked (https://marked.js.org), whose lexer gives tokens; they
-// become elements and text nodes here, never markup. A link is shown with its address and leads nowhere.
+// What a model writes, as elements: Markdown is read by marked, whose lexer gives tokens; they become elements and text
+// nodes here, never markup. A link is shown with its address and leads nowhere.
 import { Marked } from "./marked.esm.js";
 import { copyButton } from "./snippets.js";
 import { make } from "./words.js";
