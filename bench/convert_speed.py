@@ -1,59 +1,69 @@
 """How fast a conversion to INT4 is, beside what it is bound by, and how much memory it takes.
 
-A Llama with random weights in bf16, of some shards (--gigabytes), and an embedding as large as that of a 70B. In one
-run:
-- `read`: the source read from the disk from beginning to end, its pages dropped from the cache before;
-- `arithmetic`: as many workers as the conversion has, quantizing weights that are in memory already;
-- `conversion`: `shoehorn convert` of the same source, its pages dropped before; interpreter and libraries included.
-`share` is the conversion's speed as a share of the lower one of the two limits. Memory is the peak of the sum over the
-conversion's processes of their proportional set size (shared pages counted once), read once a second, since reading it
-takes a core some time.
-usage: bench/convert_speed.py [--gigabytes 6]
+A Llama with random weights in bf16, of some shards (--gigabytes), and an embedding and a head as large as those of a
+70B. In turn, --times times, each with the source's pages dropped from the cache before:
+- `read`: the source read from the disk from beginning to end, plainly and as the conversion reads it (past the page
+  cache, as many threads); the faster of the two counts;
+- `arithmetic`: a thread for each core, quantizing weights that are in memory already;
+- `conversion`: `shoehorn convert` of the same source; interpreter, libraries and compilation included.
+The medians count. `share` is the conversion's speed as a share of the lower one of the two limits. Memory is the peak
+of the sum over the conversion's processes of their proportional set size (shared pages counted once), read once a
+second, since reading it takes a core some time. Libraries are compiled to byte code first, as they are in the image.
+usage: bench/convert_speed.py [--gigabytes 16] [--times 3] [--dir DIR]
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import psutil
 import torch
 from safetensors.torch import save_file
 
-from shoehorn import convert, int4
+from shoehorn import hardware, int4, int4_shards
+from shoehorn.direct_io import DirectFile
 
 HOME = Path(__file__).resolve().parents[1]
 RESULT = HOME / "bench" / "results" / "convert-speed.json"
 HIDDEN, INNER, VOCAB = 8192, 28672, 128256
 ROWS = 1024
+BLOCK = 8 << 20
 
 
 def write_source(folder: Path, gigabytes: float) -> int:
-    """A checkpoint; returns the bytes of its shards."""
+    """A checkpoint whose layers have the same weights; returns the bytes of its shards."""
     folder.mkdir()
     random = torch.Generator().manual_seed(0)
-    shards = [{"model.embed_tokens.weight": (VOCAB, HIDDEN)}]
-    layers = round((gigabytes * 1e9 - 2 * VOCAB * HIDDEN) / (2 * 3 * INNER * HIDDEN))
-    for layer in range(layers):
-        shards.append({f"model.layers.{layer}.mlp.{name}_proj.weight": size for name, size in {
-            "gate": (INNER, HIDDEN), "up": (INNER, HIDDEN), "down": (HIDDEN, INNER)}.items()})
+
+    def matrix(rows: int, columns: int) -> torch.Tensor:
+        return torch.cat([(torch.randn(rows // 8, columns, generator=random) * 0.02).to(torch.bfloat16)
+                          for _ in range(8)])
+
+    outer = matrix(VOCAB, HIDDEN)
+    shards = [{"model.embed_tokens.weight": outer}, {"lm_head.weight": outer}]
+    layers = round((gigabytes * 1e9 - 4 * VOCAB * HIDDEN) / (2 * 3 * INNER * HIDDEN))
+    inner = {"gate": matrix(INNER, HIDDEN), "up": matrix(INNER, HIDDEN), "down": matrix(HIDDEN, INNER)}
+    shards += [{f"model.layers.{layer}.mlp.{name}_proj.weight": tensor for name, tensor in inner.items()}
+               for layer in range(layers)]
     places = {}
     for number, tensors in enumerate(shards, 1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file({key: (torch.randn(*size, generator=random, dtype=torch.float32) * 0.02).to(torch.bfloat16)
-                   for key, size in tensors.items()}, folder / name)
+        save_file(tensors, folder / name)
         places |= dict.fromkeys(tensors, name)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
     (folder / "config.json").write_text(json.dumps({
@@ -73,11 +83,11 @@ def drop_pages(folder: Path) -> None:
         os.close(descriptor)
 
 
-def read_all(folder: Path) -> float:
+def read_plainly(folder: Path) -> float:
     """Seconds to read every shard once."""
     drop_pages(folder)
     begun = time.perf_counter()
-    buffer = bytearray(8 << 20)
+    buffer = bytearray(BLOCK)
     for path in sorted(folder.glob("*.safetensors")):
         with path.open("rb", buffering=0) as file:
             while file.readinto(buffer):
@@ -85,26 +95,48 @@ def read_all(folder: Path) -> float:
     return time.perf_counter() - begun
 
 
-def compute(seconds: float) -> int:
-    """Bytes of bf16 weights that one worker quantizes in at least that time."""
-    int4.use_one_thread()
+def read_directly(folder: Path, threads: int) -> float:
+    """Seconds to read every shard once, past the page cache."""
+    drop_pages(folder)
+    begun = time.perf_counter()
+    with ThreadPoolExecutor(threads) as pool:
+        for path in sorted(folder.glob("*.safetensors")):
+            size = path.stat().st_size
+            with DirectFile(path) as file:
+                list(pool.map(lambda start: len(file.read(start, min(BLOCK, size - start))),  # noqa: B023  # used up
+                              range(0, size, BLOCK)))
+    return time.perf_counter() - begun
+
+
+def arithmetic(threads: int, seconds: float) -> float:
+    """Bytes of bf16 weights that so many threads quantize in a second."""
     weight = torch.randn(ROWS, HIDDEN // 2, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
     int4.quantize(weight, 4, 128, torch.bfloat16)
-    done, end = 0, time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        int4.quantize(weight, 4, 128, torch.bfloat16)
-        done += weight.numel() * 2
-    return done
+    end = time.perf_counter() + seconds
+
+    def compute(_: int) -> float:
+        int4.use_one_thread()
+        done, begun = 0, time.perf_counter()
+        while time.perf_counter() < end:
+            int4.quantize(weight, 4, 128, torch.bfloat16)
+            done += weight.numel() * 2
+        return done / (time.perf_counter() - begun)
+
+    with ThreadPoolExecutor(threads) as pool:
+        return sum(pool.map(compute, range(threads)))
 
 
-def converted(source: Path, home: Path) -> tuple[float, int, int]:
-    """Seconds of a conversion, its peak of memory, and the bytes that it wrote."""
+def conversion(source: Path, home: Path) -> tuple[float, float, int, int]:
+    """Seconds of a conversion, its seconds of processor time, its peak of memory, and the bytes that it wrote."""
     drop_pages(source)
     models = home / "models"
     models.mkdir()
     environment = {**os.environ, "MODEL_ID": str(source), "MODEL_SOURCE": "local", "MODELS_DIR": str(models),
-                   "RUN_DIR": str(home / "run")}
-    begun, peak = time.perf_counter(), 0
+                   "RUN_DIR": str(home / "run"), "PYTHONPYCACHEPREFIX": str(home / "compiled")}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
+    subprocess.run([sys.executable, "-c", "from shoehorn import cli, convert, int4, int4_cpu"], env=environment,
+                   check=True)
+    used, begun, peak = os.times(), time.perf_counter(), 0
     with subprocess.Popen([sys.executable, "-m", "shoehorn.cli", "convert"], env=environment) as process:
         while process.poll() is None:
             peak = max(peak, memory(process.pid))
@@ -112,8 +144,11 @@ def converted(source: Path, home: Path) -> tuple[float, int, int]:
                 process.wait(1.0)
     if process.returncode:
         raise SystemExit(process.returncode)
-    seconds = time.perf_counter() - begun
-    return seconds, peak, sum(path.stat().st_size for path in models.rglob("*.safetensors"))
+    seconds, now = time.perf_counter() - begun, os.times()
+    cpu = now.children_user + now.children_system - used.children_user - used.children_system
+    written = sum(path.stat().st_size for path in models.rglob("*.safetensors"))
+    shutil.rmtree(models)
+    return seconds, cpu, peak, written
 
 
 def memory(pid: int) -> int:
@@ -134,28 +169,43 @@ def memory(pid: int) -> int:
 def main() -> int:
     """Measure, print, and write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gigabytes", type=float, default=6)
+    parser.add_argument("--gigabytes", type=float, default=16)
+    parser.add_argument("--times", type=int, default=3)
     parser.add_argument("--dir", type=Path, help="where to work; on the disk that is to be measured")
     arguments = parser.parse_args()
+    cores = round(hardware.detect().cpus)
+    with int4_shards.workers() as pool:
+        threads = getattr(pool, "_max_workers")  # noqa: B009  # the standard library tells it nowhere else
+    runs = []
     with tempfile.TemporaryDirectory(dir=arguments.dir) as folder:
         home = Path(folder)
         size = write_source(home / "source", arguments.gigabytes)
-        read_seconds = read_all(home / "source")
-        with convert._workers() as pool:
-            many = getattr(pool, "_max_workers")  # noqa: B009  # the standard library tells it nowhere else
-        with ProcessPoolExecutor(many, multiprocessing.get_context("spawn")) as pool:
-            arithmetic = sum(pool.map(compute, [10.0] * many)) / 10.0
-        seconds, peak, written = converted(home / "source", home)
-    limit = min(size / read_seconds, arithmetic)
+        for _ in range(arguments.times):
+            plain, direct = read_plainly(home / "source"), read_directly(home / "source", threads)
+            computed = arithmetic(cores, 10.0)
+            seconds, cpu, peak, written = conversion(home / "source", home)
+            runs.append({"plain_read": size / plain, "direct_read": size / direct, "arithmetic": computed,
+                         "conversion": size / seconds, "seconds": seconds, "cpu_seconds": cpu, "peak": peak})
+            print({name: f"{value:,.1f}" for name, value in runs[-1].items()}, flush=True)
+    found = {name: median(run[name] for run in runs) for name in runs[0]}
+    read = max(found["plain_read"], found["direct_read"])
+    limit = min(read, found["arithmetic"])
     result: dict[str, Any] = {
         "date": datetime.now(UTC).date().isoformat(),
         "machine": {"cpus": os.cpu_count(), "memory_bytes": psutil.virtual_memory().total,
-                    "python": platform.python_version(), "torch": torch.__version__, "device": int4.device()},
-        "source_bytes": size, "written_bytes": written, "workers": many,
-        "read_bytes_per_second": round(size / read_seconds), "arithmetic_bytes_per_second": round(arithmetic),
-        "bound_by": "disk" if size / read_seconds < arithmetic else "arithmetic",
-        "conversion_seconds": round(seconds, 1), "conversion_bytes_per_second": round(size / seconds),
-        "share": round(size / seconds / limit, 3), "peak_memory_bytes": peak}
+                    "python": platform.python_version(), "torch": torch.__version__, "numba": version("numba"),
+                    "device": int4.device()},
+        "source_bytes": size, "written_bytes": written, "threads": threads, "times": arguments.times,
+        "plain_read_bytes_per_second": round(found["plain_read"]),
+        "direct_read_bytes_per_second": round(found["direct_read"]),
+        "read_bytes_per_second": round(read), "arithmetic_bytes_per_second": round(found["arithmetic"]),
+        "bound_by": "disk" if read < found["arithmetic"] else "arithmetic",
+        "conversion_seconds": round(found["seconds"], 1),
+        "conversion_seconds_least": round(min(run["seconds"] for run in runs), 1),
+        "conversion_seconds_most": round(max(run["seconds"] for run in runs), 1),
+        "conversion_cpu_seconds": round(found["cpu_seconds"], 1),
+        "conversion_bytes_per_second": round(found["conversion"]),
+        "share": round(found["conversion"] / limit, 3), "peak_memory_bytes": max(run["peak"] for run in runs)}
     print(json.dumps(result, indent=1))
     RESULT.write_text(json.dumps(result, indent=1) + "\n")
     return 0

@@ -1,9 +1,9 @@
 """A checkpoint in bf16, fp16 or fp32 -> the same in INT4, as unmodified vLLM reads it.
 
 Rules:
-- rows are read, quantized and written by workers, a few MiB at a time: memory does not grow with the model;
-- a shard is written beside its place, synced, read back, hashed and renamed, then noted in the journal; a killed
-  conversion goes on with the shard that it was at, and its result has the same bytes;
+- a shard is written beside its place (`int4_shards`), synced, read back from the disk, compared with what was made,
+  hashed and renamed, then noted in the journal; a killed conversion goes on with the shard that it was at, and its
+  result has the same bytes;
 - with KEEP_ORIGINAL=no an original shard is removed once its successor is noted, and not before;
 - the manifest is completed last: nothing half converted is ever served.
 """
@@ -13,25 +13,20 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import multiprocessing
 import os
 import shutil
-import threading
-import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from shoehorn import converted, hardware, int4_layout, inventory, manifest, store, volume
+from shoehorn import converted, int4_layout, int4_shards, inventory, manifest, store, volume
 from shoehorn.converted import Journal
 from shoehorn.errors import ModelUnavailableError
 from shoehorn.files import sync_directory, write_atomic
-from shoehorn.int4_layout import INDEX, KEPT, Bits, Item, Shard
+from shoehorn.int4_layout import INDEX, KEPT, Bits, Shard
+from shoehorn.int4_shards import Made
 from shoehorn.manifest import Manifest, ModelFile
 from shoehorn.progress import Report, reported
 from shoehorn.settings import Settings
@@ -42,10 +37,6 @@ log = logging.getLogger("convert")
 ACCEPTABLE_ERROR = 0.12
 """The relative error up to which embedding and head get 4 bits: normally distributed weights have 0.097."""
 
-_CHUNK_ELEMENTS = 1 << 22
-_COPY_BYTES = 8 << 20
-_WORKER_BYTES = 400 << 20
-_MOST_BYTES = 3 << 30
 _SAMPLED_ROWS = 2048
 _NOT_COPIED = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx", "*.h5",
                "*.msgpack", "*.incomplete", "config.json", converted.JOURNAL)
@@ -59,32 +50,11 @@ class Wish:
     group: int | None = None
 
 
-@dataclass(frozen=True)
-class Job:
-    """Some rows of one tensor, for a worker: what to read, what to make of it, and where that goes.
-
-    Attributes:
-        begin: the byte of `source` that the rows start at; `length` bytes are read.
-        places: the bytes of `target` that the packed rows and the scales start at; the first one for a copy.
-    """
-
-    source: str
-    target: str
-    name: str
-    dtype: str
-    begin: int
-    length: int
-    columns: int
-    bits: int
-    group: int
-    places: tuple[int, ...]
-
-
 def convert(settings: Settings, wish: Wish, report: Report) -> Path:
     """Convert the model that the settings name, and return the new folder. One that is complete is left as it is.
 
     Raises:
-        ModelUnavailableError: the original is not there, the volume fails, or memory ran out.
+        ModelUnavailableError: the original is not there, or the volume fails.
         SettingsError: it cannot be converted.
     """
     try:
@@ -94,10 +64,6 @@ def convert(settings: Settings, wish: Wish, report: Report) -> Path:
             return converted.locate(settings) or _convert(settings, wish, report)
     except OSError as error:
         raise volume.trouble(settings.models_dir, error) from error
-    except BrokenProcessPool as error:
-        raise ModelUnavailableError("A worker of the conversion was killed, most often because memory ran out.",
-                                    "Free memory or give the container more, then start again: what is done is kept "
-                                    "and gone on with.") from error
 
 
 def _convert(settings: Settings, wish: Wish, report: Report) -> Path:
@@ -118,21 +84,21 @@ def _convert(settings: Settings, wish: Wish, report: Report) -> Path:
     sizes = [shard.size for shard in made]
     if not settings.keep_original:
         _make_way(settings, source, journal)  # a kill can have come between the note and the removal
-    volume.require_space(directory, sum(sizes) if settings.keep_original else max(sizes, default=0))
+    volume.require_space(directory, sum(sizes) if settings.keep_original else int4_layout.two_in_turn(sizes))
     done = 0
 
-    def count(job: Job) -> None:
+    def count(source_bytes: int) -> None:
         nonlocal done
-        done += job.length
+        done += source_bytes
 
-    with reported("converting", sum(shard.source_bytes for shard in made), lambda: done, report), _workers() as pool, \
-            ThreadPoolExecutor(1) as sealer:
-        sealed: Future[Journal] | None = None
-        for shard in made:  # one is sealed while the next one is made
-            lost = _make(pool, shard, source, directory, journal.group, count)
-            journal = sealed.result() if sealed else journal
-            sealed = sealer.submit(_seal, settings, journal, shard, lost, source, directory)
-        journal = sealed.result() if sealed else journal
+    with reported("converting", sum(shard.source_bytes for shard in made), lambda: done, report), \
+            int4_shards.workers() as pool, ThreadPoolExecutor(1) as verifier:
+        noted: Future[Journal] | None = None
+        for shard in made:  # one is verified while the next one is made
+            result = int4_shards.make(pool, shard, source, directory, journal.group, count)
+            journal = noted.result() if noted else journal
+            noted = verifier.submit(_note, settings, journal, shard, result, source, directory)
+        journal = noted.result() if noted else journal
     return _complete(settings, directory, journal)
 
 
@@ -148,7 +114,8 @@ def _is_wanted(journal: Journal, settings: Settings, wish: Wish) -> bool:
     known = manifest.read(settings)
     same = (journal.source["model"], journal.source["revision"], journal.source["commit"]) == (
         settings.model_id, settings.model_revision, known.commit if known else "")
-    return same and wish.embedding in (None, journal.embedding) and wish.group in (None, journal.group)
+    as_wished = wish.embedding in (None, journal.embedding) and wish.group in (None, journal.group)
+    return same and as_wished and not converted.has_changed(journal, settings)
 
 
 def _is_left(journal: Journal, source: Path) -> bool:
@@ -158,6 +125,8 @@ def _is_left(journal: Journal, source: Path) -> bool:
 
 def _checked(journal: Journal, directory: Path, report: Report) -> Journal:
     """The journal with those of its shards that are still what was made, every byte."""
+    for path in directory.glob(f".{converted.JOURNAL}.*"):
+        path.unlink()  # a kill while the journal was written left it
     there = LocalFiles(directory).names()
     left = {name: entry for name, entry in journal.shards.items() if there.get(name) == entry["size"]}
     kept, hashed = {}, 0
@@ -182,7 +151,7 @@ def _begin(settings: Settings, wish: Wish, source: Path, directory: Path) -> Jou
     known = manifest.read(settings)
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
-    hashes = {file.path: file.sha256 for file in known.files} if known else {}
+    hashes = {file.path: file.sha256 for file in known.files} if known else converted.stamps(source)
     journal = Journal({"model": settings.model_id, "revision": settings.model_revision,
                        "commit": known.commit if known else "",
                        "shards": {name: hashes.get(name, "") for name in shards(files, names)}},
@@ -229,109 +198,17 @@ def _sampled_error(files: LocalFiles, name: str, tensor: Tensor, group: int) -> 
     lost = whole = 0.0
     for block in range(blocks):
         data = files.read(name, tensor.begin + rows * block // blocks * width, each * width)
-        found = int4.quantize(int4.from_bytes(data, tensor.dtype, columns), 4, group, int4.DTYPES["BF16"])
+        found = int4.quantize(int4.from_bytes(bytearray(data), tensor.dtype, columns), 4, group, int4.DTYPES["BF16"])
         lost, whole = lost + found.lost, whole + found.whole
     return float((lost / whole) ** 0.5) if whole else 0.0
 
 
-def _make(pool: Executor, shard: Shard, source: Path, directory: Path, group: int, count: Callable[[Job], None],
-          ) -> dict[str, float]:
-    """Write a shard beside its place; returns the relative error by tensor."""
-    partial = directory / f"{shard.name}.partial"
-    with partial.open("wb") as file:
-        file.truncate(shard.size)
-        file.write(shard.header)
-    jobs = {pool.submit(work, job): job for item in shard.items
-            for job in _jobs(item, source / shard.name, partial, group)}
-    try:
-        for future in as_completed(jobs):
-            job = jobs[future]
-            future.result()
-            count(job)
-    except ValueError as error:
-        raise ModelUnavailableError(f"{shard.name}: {job.name} {error}.", "The checkpoint is damaged: choose another "
-                                    "MODEL_ID or MODEL_REVISION.") from error
-    finally:
-        for future in jobs:
-            future.cancel()
-    lost: defaultdict[str, float] = defaultdict(float)
-    whole: defaultdict[str, float] = defaultdict(float)
-    for future, job in jobs.items():  # in order, so that the same sums come out every time
-        lost[job.name] += future.result()[0]
-        whole[job.name] += future.result()[1]
-    return {item.source.name: float(f"{(lost[item.source.name] / (whole[item.source.name] or 1.0)) ** 0.5:.5g}")
-            for item in shard.items if item.bits != 16}
-
-
-def _jobs(item: Item, source: Path, target: Path, group: int) -> Iterator[Job]:
-    tensor, places = item.source, item.places
-    if item.bits == 16:
-        for start in range(0, tensor.bytes, _COPY_BYTES):
-            yield Job(str(source), str(target), tensor.name, tensor.dtype, tensor.begin + start,
-                      min(_COPY_BYTES, tensor.bytes - start), 0, 16, group, (places[tensor.name] + start,))
-        return
-    rows, columns = tensor.shape
-    width = tensor.bytes // rows
-    base = tensor.name.removesuffix(".weight")
-    packed, scale = places[f"{base}.weight_packed"], places[f"{base}.weight_scale"]
-    with target.open("r+b") as file:
-        file.seek(places[f"{base}.weight_shape"])
-        file.write(rows.to_bytes(8, "little") + columns.to_bytes(8, "little"))
-    step = max(1, _CHUNK_ELEMENTS // columns)
-    for start in range(0, rows, step):
-        many = min(step, rows - start)
-        yield Job(str(source), str(target), tensor.name, tensor.dtype, tensor.begin + start * width, many * width,
-                  columns, item.bits, group,
-                  (packed + start * columns * item.bits // 8, scale + start * (columns // group) * 2))
-
-
-def work(job: Job) -> tuple[float, float]:
-    """Do one job; returns |w - w'|^2 and |w|^2, both 0 for a copy. Runs in a worker."""
-    with open(job.source, "rb", buffering=0) as file:
-        data = _read(file.fileno(), job.begin, job.length)
-    with open(job.target, "r+b", buffering=0) as file:
-        if job.bits == 16:
-            _write(file.fileno(), data, job.places[0])
-            return 0.0, 0.0
-        from shoehorn import int4  # torch is loaded only where weights are touched
-
-        weight = int4.from_bytes(data, job.dtype, job.columns).to(int4.device())
-        found = int4.quantize(weight, job.bits, job.group, int4.DTYPES["F16" if job.dtype == "F16" else "BF16"])
-        _write(file.fileno(), int4.to_bytes(found.packed), job.places[0])
-        _write(file.fileno(), int4.to_bytes(found.scale), job.places[1])
-        return found.lost, found.whole
-
-
-def _read(descriptor: int, begin: int, length: int) -> bytearray:
-    data = bytearray(length)
-    view, got = memoryview(data), 0
-    while got < length:
-        many = os.preadv(descriptor, [view[got:]], begin + got)
-        if not many:
-            raise ValueError("ends before its header says")
-        got += many
-    return data
-
-
-def _write(descriptor: int, data: bytes | bytearray | memoryview, place: int) -> None:
-    view, put = memoryview(data), 0
-    while put < len(view):
-        put += os.pwrite(descriptor, view[put:], place + put)
-
-
-def _seal(settings: Settings, journal: Journal, shard: Shard, lost: dict[str, float], source: Path, directory: Path,
-          ) -> Journal:
-    """Make a shard that is written count: synced, read back, hashed, renamed, noted; then its original may go."""
-    partial = directory / f"{shard.name}.partial"
-    digest = hashlib.sha256()
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-        while block := file.read(_COPY_BYTES):
-            digest.update(block)
-    header(LocalFiles(directory), partial.name, partial.stat().st_size)
-    os.replace(partial, directory / shard.name)
+def _note(settings: Settings, journal: Journal, shard: Shard, made: Made, source: Path, directory: Path) -> Journal:
+    """Make a shard that is written count: verified, renamed, noted; then its original may go."""
+    sha256 = int4_shards.verified(shard, made, directory)
+    os.replace(directory / int4_shards.partial(shard), directory / shard.name)
     sync_directory(directory)
-    entry = {"size": shard.size, "sha256": digest.hexdigest(), "errors": lost}
+    entry = {"size": shard.size, "sha256": sha256, "errors": made.errors}
     journal = replace(journal, shards={**journal.shards, shard.name: entry})
     journal.write(directory)
     if not settings.keep_original:
@@ -366,28 +243,3 @@ def _manifest(settings: Settings, known: Manifest | None, files: tuple[ModelFile
     target = converted.target(settings)
     return Manifest(target.model_id, target.model_revision, known.endpoint if known else "", complete, files,
                     known.commit if known else "", target.model_source)
-
-
-def _workers() -> Executor:
-    """On a GPU a few threads that keep it busy; else a process for each core, as many as memory allows."""
-    from shoehorn import int4  # torch is loaded only where weights are touched
-
-    if int4.device() != "cpu":
-        return ThreadPoolExecutor(4)
-    memory = min(hardware.detect().host_available_bytes or _MOST_BYTES, _MOST_BYTES)
-    many = max(1, min(os.cpu_count() or 1, memory // _WORKER_BYTES - 1))
-    return ProcessPoolExecutor(many, multiprocessing.get_context("spawn"), _begin_worker, (os.getpid(),))
-
-
-def _begin_worker(owner: int) -> None:
-    """Runs first in a worker: one thread, and an end when the owner was killed."""
-    from shoehorn import int4  # as above
-
-    int4.use_one_thread()
-
-    def watch() -> None:
-        while os.getppid() == owner:
-            time.sleep(0.2)
-        os._exit(1)
-
-    threading.Thread(target=watch, name="owner", daemon=True).start()

@@ -17,6 +17,7 @@ from typing import Any
 
 from shoehorn import __version__, checkpoint, hardware, int4_layout, manifest, store
 from shoehorn.checkpoint import ModelShape
+from shoehorn.errors import ModelUnavailableError
 from shoehorn.files import write_atomic
 from shoehorn.int4_layout import BOUND, KEPT, Bits, Outline
 from shoehorn.settings import Settings
@@ -33,7 +34,8 @@ class Journal:
     """How far a conversion is.
 
     Attributes:
-        source: model, revision and commit, and the SHA-256 of each shard by its name, "" where none is known.
+        source: model, revision and commit, and by the name of each shard its SHA-256, or for one's own folder its size
+            and time of change.
         embedding, head: bits, 16 for as they are; group: weights that share a scale.
         shards: by name, what is done: size, sha256, and the relative error |w - w'| / |w| by tensor.
     """
@@ -91,7 +93,29 @@ def locate(settings: Settings) -> Path | None:
     if found is None:
         return None
     journal = read_journal(found)
-    return found if journal and journal.source["model"] == settings.model_id else None
+    if journal is None or journal.source["model"] != settings.model_id:
+        return None
+    if has_changed(journal, settings):
+        log.warning("%s changed since it was converted; it is converted again", settings.model_id)
+        return None
+    return found
+
+
+def stamps(directory: Path) -> dict[str, str]:
+    """By the name of each shard of one's own folder, what changes when it does."""
+    files = LocalFiles(directory)
+    found = {name: (directory / name).stat() for name in shards(files, files.names())}
+    return {name: f"{status.st_size} bytes, {status.st_mtime_ns}" for name, status in found.items()}
+
+
+def has_changed(journal: Journal, settings: Settings) -> bool:
+    """Whether one's own folder has other weights now; the hub's have a revision instead."""
+    if settings.model_source != "local" or not any(journal.source["shards"].values()):
+        return False
+    try:
+        return stamps(Path(settings.model_id)) != dict(journal.source["shards"])
+    except ModelUnavailableError:
+        return False  # it is gone, and what was made of it is not
 
 
 def served(settings: Settings) -> Path | None:
@@ -146,5 +170,6 @@ def shape(settings: Settings, directory: Path | None) -> ModelShape:
     sizes = files.names()
     more = sum(sizes[name] for name in shards(files, sizes))
     if not settings.keep_original:  # each original shard makes way for more than its own
-        more += max(shard.size for shard in made.shards) - sum(shard.size for shard in made.shards)
+        new = [shard.size for shard in made.shards]
+        more += int4_layout.two_in_turn(new) - sum(new)
     return replace(found, disk_bytes=found.disk_bytes + more)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 CLIPPED = {4: (0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0), 8: (1.0,)}
@@ -21,7 +22,9 @@ CLIPPED = {4: (0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0), 8: (1.0,)}
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 """By their names in safetensors."""
 
-_BLOCK_ELEMENTS = {"cpu": 1 << 16, "cuda": 1 << 24}  # on a CPU what the search works on stays in its cache
+_BLOCK_ELEMENTS = 1 << 24
+_NOT_FINITE = "holds a number that is not finite"
+_Parts = tuple[torch.Tensor, torch.Tensor, float, float]
 
 
 def device() -> str:
@@ -34,14 +37,14 @@ def use_one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def from_bytes(data: bytes | bytearray, dtype: str, columns: int) -> torch.Tensor:
-    """Rows as they lie in a safetensors file of number format `dtype`: [rows, columns]."""
-    return torch.frombuffer(bytearray(data) if isinstance(data, bytes) else data, dtype=DTYPES[dtype]).view(-1, columns)
+def from_bytes(data: bytearray | memoryview, dtype: str, columns: int) -> torch.Tensor:
+    """Rows as they lie in a safetensors file of number format `dtype`: [rows, columns], sharing the memory."""
+    return torch.frombuffer(data, dtype=DTYPES[dtype]).view(-1, columns)
 
 
-def to_bytes(tensor: torch.Tensor) -> bytes:
-    """As they lie in a safetensors file."""
-    return bytes(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+def to_bytes(tensor: torch.Tensor) -> memoryview:
+    """As they lie in a safetensors file; of a tensor in host memory without a copy."""
+    return tensor.cpu().contiguous().view(torch.uint8).view(-1).numpy().data
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,14 @@ class Quantized:
     whole: float
 
 
+def quantize_here(weight: torch.Tensor, bits: int, group: int, scale_dtype: torch.dtype) -> Quantized:
+    """`quantize` rows in host memory on the GPU where there is one with room for them, else on the processors."""
+    try:
+        return quantize(weight.to(device()), bits, group, scale_dtype)
+    except torch.OutOfMemoryError:
+        return quantize(weight, bits, group, scale_dtype)
+
+
 def quantize(weight: torch.Tensor, bits: int, group: int, scale_dtype: torch.dtype) -> Quantized:
     """Quantize rows, where they are.
 
@@ -71,20 +82,14 @@ def quantize(weight: torch.Tensor, bits: int, group: int, scale_dtype: torch.dty
         ValueError: a weight is not a finite number.
     """
     rows, columns = weight.shape
-    step = max(1, _BLOCK_ELEMENTS[weight.device.type] // columns)
-    packed, scales, lost, whole = [], [], 0.0, 0.0
-    for start in range(0, rows, step):
-        values = weight[start:start + step].float().view(-1, group)
-        scale = _scales(values, bits).to(scale_dtype)
-        codes = _codes(values, scale.float(), bits)
-        square = float(values.square().sum(dtype=torch.float64))
-        if not square < float("inf"):
-            raise ValueError("holds a number that is not finite")
-        whole += square
-        lost += float((values - codes * scale.float()).square_().sum(dtype=torch.float64))
-        packed.append(_pack(codes.view(-1, columns), bits))
-        scales.append(scale.view(-1, columns // group))
-    return Quantized(torch.cat(packed), torch.cat(scales), lost, whole)
+    if weight.device.type == "cpu":
+        packed, scale, lost, whole = _on_cpu(weight, bits, group, scale_dtype)
+        return Quantized(packed.view(rows, -1), scale.view(rows, -1), lost, whole)
+    step = max(1, _BLOCK_ELEMENTS // columns)
+    blocks = [_by_tensors(weight[start:start + step], bits, group, scale_dtype) for start in range(0, rows, step)]
+    return Quantized(torch.cat([block[0] for block in blocks]).view(rows, -1),
+                     torch.cat([block[1] for block in blocks]).view(rows, -1),
+                     sum(block[2] for block in blocks), sum(block[3] for block in blocks))
 
 
 def dequantize(packed: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
@@ -95,12 +100,46 @@ def dequantize(packed: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Te
     return (codes * scale.float().unsqueeze(-1)).view(packed.shape[0], -1)
 
 
+def _on_cpu(weight: torch.Tensor, bits: int, group: int, scale_dtype: torch.dtype) -> _Parts:
+    from shoehorn import int4_cpu  # what compiles it is loaded only where it is needed
+
+    if weight.dtype is torch.bfloat16:
+        words, shift = weight.contiguous().view(torch.uint16).numpy().ravel(), np.uint32(16)
+    else:
+        words, shift = weight.float().contiguous().view(torch.uint32).numpy().ravel(), np.uint32(0)
+    half = np.float32(1 << bits - 1)
+    scales = np.empty(len(words) // group, np.float32)
+    if not int4_cpu.search(words, shift, np.array(CLIPPED[bits], np.float32), half, scales):
+        raise ValueError(_NOT_FINITE)
+    scale = _stored(torch.from_numpy(scales), scale_dtype)
+    packed = np.empty(len(words) * bits // 8, np.uint8)
+    lost, whole = int4_cpu.encode(words, shift, half, scale.float().numpy(), packed)
+    return torch.from_numpy(packed).view(torch.int32), scale, lost, whole
+
+
+def _by_tensors(weight: torch.Tensor, bits: int, group: int, scale_dtype: torch.dtype) -> _Parts:
+    """On a GPU."""
+    values = weight.float().view(-1, group)
+    square = float(values.square().sum(dtype=torch.float64))
+    if not square < float("inf"):
+        raise ValueError(_NOT_FINITE)
+    scale = _stored(_scales(values, bits), scale_dtype)
+    codes = _codes(values, scale.float(), bits)
+    lost = float((values - codes * scale.float()).square_().sum(dtype=torch.float64))
+    return _pack(codes, bits).view(-1), scale.view(-1), lost, square
+
+
+def _stored(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """As it will be read; 1 where nothing can be divided by it, so that the codes are 0."""
+    scale = scale.to(dtype)
+    return torch.where(scale.float().abs() < torch.finfo(torch.float32).tiny, torch.ones_like(scale), scale)
+
+
 def _scales(values: torch.Tensor, bits: int) -> torch.Tensor:
     """The best scale of each group found, [groups, 1]; 1 for a group of zeros."""
-    largest, place = values.abs().max(1, keepdim=True)
-    sign = -torch.sign(values.gather(1, place))
-    widest = sign * largest / float(1 << bits - 1)
-    widest[largest == 0] = 1.0
+    low, high = values.amin(1, keepdim=True), values.amax(1, keepdim=True)
+    widest = torch.where(-low >= high, -low, -high) / float(1 << bits - 1)
+    widest[widest == 0] = 1.0
     best, gained = widest, torch.full_like(widest, -1.0)
     for share in CLIPPED[bits]:
         codes = _codes(values, widest * share, bits)
@@ -110,7 +149,7 @@ def _scales(values: torch.Tensor, bits: int) -> torch.Tensor:
         better = gain > gained
         gained = torch.where(better, gain, gained)
         best = torch.where(better, fit / size, best)
-    return torch.where(best == 0, 1.0, best)
+    return best
 
 
 def _codes(values: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
@@ -118,7 +157,7 @@ def _codes(values: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor
 
 
 def _pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """int32 words, [rows, columns * bits / 32]."""
+    """int32 words, [groups, group * bits / 32]."""
     each = 32 // bits
     numbers = (codes + float(1 << bits - 1)).to(torch.int32).view(codes.shape[0], -1, each)
     words = numbers[..., 0].clone()

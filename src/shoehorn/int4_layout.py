@@ -16,6 +16,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from shoehorn.checkpoint import EMBEDDING, IN_LAYER, KNOWN, LM_HEAD
@@ -23,12 +24,14 @@ from shoehorn.errors import SettingsError
 from shoehorn.tensor_files import DTYPE_BITS, Files, Tensor, header, read_json, shards
 
 GROUPS = (128, 64, 32)
-"""Weights that share a scale: the first of these that divides all matrices is taken."""
+"""Weights that share a scale."""
 
 INDEX = "model.safetensors.index.json"
 _FLOATS = ("BF16", "F16", "F32")
 _LINEAR = re.compile(r".*\.(?:[qkvo]_proj|qkv_proj|(?:gate|up|down|gate_up)_proj|w[123]|q_[ab]_proj|kv_a_proj_with_mqa|"
                      r"kv_b_proj)\.weight")
+_SHARED_COLUMNS = re.compile(r".*\.(?:o_proj|down_proj|w2)\.weight")
+"""What is divided over GPUs by its columns; the others are by their rows."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +138,11 @@ def shard(files: Files, name: str, bits: Bits, group: int) -> Shard:
     return _shard(name, header(files, name, files.names()[name]), bits, group)
 
 
+def two_in_turn(sizes: Iterable[int]) -> int:
+    """Bytes that a conversion needs beside what it replaces: a shard is verified while the next one is made."""
+    return max((sum(pair) for pair in pairwise([0, *sizes])), default=0)
+
+
 def kind(tensor: Tensor) -> str:
     """`embedding`, `head`, `linear`, or empty for what is copied in any case."""
     if len(tensor.shape) != 2 or tensor.dtype not in _FLOATS or not tensor.elements:
@@ -186,9 +194,19 @@ def _bits(tensor: Tensor, bits: Bits, group: int) -> int:
 
 
 def _group(tensors: Iterable[Tensor]) -> int:
-    """The largest group that divides every matrix that is to be converted; the largest of all where none does."""
-    columns = {tensor.shape[1] for tensor in tensors if kind(tensor) == "linear"}
-    return next((group for group in GROUPS if not any(count % group for count in columns)), GROUPS[0])
+    """The largest group that divides every matrix that is to be converted, the largest of all where none does.
+
+    vLLM gives each of several GPUs a share of the columns of some, and refuses a share of half a group. So 64 is taken
+    before 128 where only that divides their halves; 32 is not, as its scales are a sixteenth of the model.
+    """
+    linear = [tensor for tensor in tensors if kind(tensor) == "linear"]
+    whole = {tensor.shape[1] for tensor in linear}
+    halves = {tensor.shape[1] / 2 for tensor in linear if _SHARED_COLUMNS.fullmatch(tensor.name)}
+    for columns, groups in ((whole | halves, GROUPS[:-1]), (whole, GROUPS)):
+        for group in groups:
+            if not any(count % group for count in columns):
+                return group
+    return GROUPS[0]
 
 
 def _parts(tensor: Tensor, bits: int, group: int) -> dict[str, tuple[str, tuple[int, ...]]]:

@@ -17,7 +17,7 @@ class Progress:
     """A moment of a pull.
 
     Attributes:
-        phase: `pulling` or `verifying`; both can come more than once.
+        phase: `pulling`, `verifying` or `converting`; each can come more than once.
         rate_bytes_per_second: over the last ten seconds; 0 while unknown.
     """
 

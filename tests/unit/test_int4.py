@@ -44,6 +44,33 @@ def test_the_error_is_what_it_says_and_no_larger_than_the_plain_ways(kind: str, 
     assert found.lost <= plain(weight, bits, group) * 1.0001
 
 
+@pytest.mark.parametrize("kind", ["normal", "heavy tails", "one giant", "all above zero", "zeros"])
+@pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_cpu_and_a_gpu_find_the_same(kind: str, dtype: str, bits: int) -> None:
+    weight, scale_dtype = weights(kind).to(int4.DTYPES[dtype]), int4.DTYPES["F16" if dtype == "F16" else "BF16"]
+    compiled = int4.quantize(weight, bits, 128, scale_dtype)
+    packed, scale, lost, whole = int4._by_tensors(weight, bits, 128, scale_dtype)  # else on a GPU only
+    same = (compiled.packed.view(-1) == packed).float().mean()
+    assert float(same) > 0.99, "but for sums that differ in their last digit"
+    assert torch.isclose(compiled.scale.view(-1), scale, rtol=0.01).float().mean() > 0.99
+    assert compiled.lost == pytest.approx(lost, rel=1e-3)
+    assert compiled.whole == pytest.approx(whole, rel=1e-4)
+
+
+@pytest.mark.parametrize(("dtype", "tiny"), [("BF16", 1e-39), ("F16", 6e-8), ("F32", 1e-44)])
+def test_weights_too_small_for_a_scale_become_zeros(dtype: str, tiny: float) -> None:
+    weight = weights("normal").to(int4.DTYPES[dtype])
+    weight[0, :128] = tiny
+    weight[0, 3] = 0
+    for found in (int4.quantize(weight, 4, 128, int4.DTYPES["F16" if dtype == "F16" else "BF16"]),
+                  int4.Quantized(*int4._by_tensors(weight, 4, 128, int4.DTYPES["BF16"]))):  # as above
+        again = int4.dequantize(found.packed.view(ROWS, -1), found.scale.view(ROWS, -1), 4)
+        assert torch.isfinite(again).all()
+        assert float(again[0, :128].abs().max()) <= 10 * tiny
+        assert found.lost < 0.02 * found.whole
+
+
 def test_normal_weights_lose_what_the_documentation_says() -> None:
     found = int4.quantize(torch.randn(512, 1024, generator=torch.Generator().manual_seed(0)), 4, 128, torch.bfloat16)
     assert (found.lost / found.whole) ** 0.5 == pytest.approx(0.097, abs=0.001)
@@ -85,4 +112,4 @@ def test_what_is_no_number_is_refused(bad: float) -> None:
 @pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
 def test_bytes_of_a_file_come_and_go_as_they_are(dtype: str) -> None:
     data = np.random.default_rng(1).standard_normal(64).astype(np.float32).tobytes()
-    assert int4.to_bytes(int4.from_bytes(data, dtype, 8)) == data
+    assert int4.to_bytes(int4.from_bytes(bytearray(data), dtype, 8)) == data
