@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -127,6 +127,23 @@ def test_the_picture_of_each_card_is_to_scale_expected_beside_measured(gate: Gat
     card.get_by_label("GPU 0 in figures").click()
     rows = card.locator("tr").all_inner_texts()
     assert any(row.startswith("Total") and row.endswith("17.00 GiB") for row in rows), rows
+
+
+def test_quantization_state_stands_apart_where_it_was_measured(gate: Gateway, visit: Visits) -> None:
+    cards = [replace(parts, quant_state_bytes=2 * GIB) for parts in plan_of_the_70b().vram]
+    rows = engine_memory.compare(cards, {0: {"weights_bytes": 12 * GIB, "quant_state_bytes": GIB,
+                                             "kv_cache_bytes": GIB}}, [17 * GIB])
+    pull(gate, 1)
+    gate.states.update(plan={**gate.states.read().plan, "vram": [parts.to_json() for parts in cards]},
+                       memory=tuple(asdict(row) for row in rows))
+    seen = visit(gate.url)
+    card = seen.page.locator(".gpu").first
+    card.get_by_label("GPU 0 in figures").click()
+    found = {row.split("\t")[0].strip(): row.split("\t")[1:] for row in card.locator("tr").all_inner_texts()}
+    assert found["Quantization state"] == ["2.00 GiB", "1.00 GiB"]
+    assert found["Weights"][1] == "11.00 GiB"
+    drawn = card.locator(".stack").last.locator("span").evaluate_all("found => found.map(each => each.dataset.part)")
+    assert drawn == ["weights", "quant_state", "kv_cache", "framework"]
 
 
 def test_a_plan_for_the_cpu_says_so(gate: Gateway, visit: Visits) -> None:
