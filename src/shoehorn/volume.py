@@ -9,7 +9,9 @@ import errno
 import fcntl
 import logging
 import os
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from shoehorn.units import format_size
 log = logging.getLogger("store")
 
 _SPARE = 1.02
+_LOOK_SECONDS = 5.0
 _DENIED = (errno.EACCES, errno.EPERM)
 
 
@@ -56,6 +59,37 @@ def require_space(directory: Path, needed_bytes: int) -> None:
         raise ModelUnavailableError(
             f"The volume is too small: {format_size(needed)} are still needed, {format_size(free)} are free.",
             "Free space there, or mount a larger volume at MODELS_DIR.")
+
+
+class Watch:
+    """Looks from time to time, while something is fetched, whether the rest of it still has room.
+
+    Args:
+        left: bytes that are still to come.
+        clock: seconds.
+    """
+
+    def __init__(self, directory: Path, left: Callable[[], int], clock: Callable[[], float] = time.monotonic) -> None:
+        self._directory, self._left, self._clock = directory, left, clock
+        self._lock = threading.Lock()
+        self._looked_at = clock()
+
+    def look(self) -> None:
+        """Cheap, but every few seconds.
+
+        Raises:
+            OSError: ENOSPC, since the volume will be full before the end: others write to it too.
+        """
+        with self._lock:
+            if self._clock() - self._looked_at < _LOOK_SECONDS:
+                return
+            self._looked_at = self._clock()
+        status = os.statvfs(self._directory)
+        left, free = self._left(), status.f_bavail * status.f_frsize
+        if left > free:
+            log.warning("%s are still to come, and %s are free: it stops now instead of filling the volume",
+                        format_size(left), format_size(free))
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._directory))
 
 
 def lock_path(models_dir: Path, model: str) -> Path:
