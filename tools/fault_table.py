@@ -13,7 +13,7 @@ from shoehorn.paths import HOME
 
 GROUPS = (
     ("Pulling and storing a model", ("tests/faults/test_pull", "tests/unit/test_store", "tests/unit/test_models",
-                                     "tests/unit/test_commands_", "tests/e2e/test_offline")),
+                                     "tests/unit/test_commands_", "tests/unit/test_hubs", "tests/e2e/test_offline")),
     ("Converting a model", ("tests/unit/test_convert", "tests/e2e/test_int4")),
     ("State, keys and other files", ("tests/faults/test_files", "tests/faults/test_power", "tests/unit/test_s",
                                      "tests/e2e/test_gateway")),
