@@ -4,6 +4,7 @@ A Llama with random weights in bf16, of some shards (--gigabytes), and an embedd
 70B. In turn, --times times, each with the source's pages dropped from the cache before:
 - `read`: the source read from the disk from beginning to end, plainly and as the conversion reads it (past the page
   cache, as many threads); the faster of the two counts;
+- `write`: 2 GiB written to the disk; for the record only;
 - `arithmetic`: a thread for each core, quantizing weights that are in memory already;
 - `conversion`: `shoehorn convert` of the same source; interpreter, libraries and compilation included.
 The medians count. `share` is the conversion's speed as a share of the lower one of the two limits. Memory is the peak
@@ -43,6 +44,7 @@ RESULT = HOME / "bench" / "results" / "convert-speed.json"
 HIDDEN, INNER, VOCAB = 8192, 28672, 128256
 ROWS = 1024
 BLOCK = 8 << 20
+WRITTEN = 1 << 31
 
 
 def write_source(folder: Path, gigabytes: float) -> int:
@@ -106,6 +108,21 @@ def read_directly(folder: Path, threads: int) -> float:
                 list(pool.map(lambda start: len(file.read(start, min(BLOCK, size - start))),  # noqa: B023  # used up
                               range(0, size, BLOCK)))
     return time.perf_counter() - begun
+
+
+def write_directly(path: Path, size: int) -> float:
+    """Seconds until so many bytes are on the disk."""
+    data = memoryview(os.urandom(BLOCK))
+    path.write_bytes(b"")
+    begun = time.perf_counter()
+    with DirectFile(path, writable=True) as file:
+        file.reserve(size)
+        for start in range(0, size, BLOCK):
+            file.write(data, start)
+        file.sync()
+    seconds = time.perf_counter() - begun
+    path.unlink()
+    return seconds
 
 
 def arithmetic(threads: int, seconds: float) -> float:
@@ -182,9 +199,11 @@ def main() -> int:
         size = write_source(home / "source", arguments.gigabytes)
         for _ in range(arguments.times):
             plain, direct = read_plainly(home / "source"), read_directly(home / "source", threads)
-            computed = arithmetic(cores, 10.0)
+            written_in = write_directly(home / "written", WRITTEN)
+            computed = arithmetic(cores, 5.0)
             seconds, cpu, peak, written = conversion(home / "source", home)
-            runs.append({"plain_read": size / plain, "direct_read": size / direct, "arithmetic": computed,
+            runs.append({"plain_read": size / plain, "direct_read": size / direct,
+                         "write": WRITTEN / written_in, "arithmetic": computed,
                          "conversion": size / seconds, "seconds": seconds, "cpu_seconds": cpu, "peak": peak})
             print({name: f"{value:,.1f}" for name, value in runs[-1].items()}, flush=True)
     found = {name: median(run[name] for run in runs) for name in runs[0]}
@@ -198,6 +217,7 @@ def main() -> int:
         "source_bytes": size, "written_bytes": written, "threads": threads, "times": arguments.times,
         "plain_read_bytes_per_second": round(found["plain_read"]),
         "direct_read_bytes_per_second": round(found["direct_read"]),
+        "write_bytes_per_second": round(found["write"]),
         "read_bytes_per_second": round(read), "arithmetic_bytes_per_second": round(found["arithmetic"]),
         "bound_by": "disk" if read < found["arithmetic"] else "arithmetic",
         "conversion_seconds": round(found["seconds"], 1),

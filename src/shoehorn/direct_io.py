@@ -12,6 +12,7 @@ Rules:
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import mmap
@@ -28,6 +29,7 @@ BLOCK = mmap.PAGESIZE
 
 _LARGE = 2 << 20
 _memory = threading.local()
+_libc = ctypes.CDLL(None, use_errno=True)  # posix_fallocate, which Python has, writes zeros where there is no such call
 
 
 class DirectFile:
@@ -47,7 +49,6 @@ class DirectFile:
                 os.close(self._cached)
                 raise
             self._direct = os.dup(self._cached)
-        self._turn = threading.Lock()  # file systems let one write at a time, and those that wait take the processor
 
     def __enter__(self) -> Self:
         return self
@@ -86,11 +87,22 @@ class DirectFile:
         view[:] = data[lead:lead + whole]
         put = 0
         while put < whole:
-            with self._turn:
-                put += self._transfer(os.pwritev, [view[put:]], place + lead + put)
+            put += self._transfer(os.pwritev, [view[put:]], place + lead + put)
             if put % BLOCK:  # a disk that is almost full takes a part of a block
                 _through_cache(self._cached, view[put:], place + lead + put)
                 return
+
+    def reserve(self, size: int) -> None:
+        """Make the file `size` bytes long and take the room for them, so that threads need not wait for each other.
+
+        Raises:
+            OSError: there is no such room.
+        """
+        if _libc.fallocate(self._cached, 0, ctypes.c_int64(0), ctypes.c_int64(size)):
+            number = ctypes.get_errno()
+            if number != errno.EOPNOTSUPP:
+                raise OSError(number, os.strerror(number))
+            os.truncate(self._cached, size)
 
     def sync(self) -> None:
         """Return once all of it is on the disk; what is read then comes from there."""

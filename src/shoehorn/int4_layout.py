@@ -30,6 +30,10 @@ INDEX = "model.safetensors.index.json"
 _FLOATS = ("BF16", "F16", "F32")
 _LINEAR = re.compile(r".*\.(?:[qkvo]_proj|qkv_proj|(?:gate|up|down|gate_up)_proj|w[123]|q_[ab]_proj|kv_a_proj_with_mqa|"
                      r"kv_b_proj)\.weight")
+_BLOCK = 4096
+"""Tensors of whole blocks come first and begin with one, so that they are written block by block; the others follow by
+the size of their numbers, so that each stays aligned."""
+
 _SHARED_COLUMNS = re.compile(r".*\.(?:o_proj|down_proj|w2)\.weight")
 """What is divided over GPUs by its columns; the others are by their rows."""
 
@@ -227,7 +231,7 @@ def _parts_of(made: Shard, group: int) -> list[str]:
 def _shard(name: str, tensors: list[Tensor], bits: Bits, group: int) -> Shard:
     parts = [(tensor, part, dtype, shape) for tensor in tensors
              for part, (dtype, shape) in _parts(tensor, _bits(tensor, bits, group), group).items()]
-    parts.sort(key=lambda entry: (-DTYPE_BITS.get(entry[2], 8), entry[1]))  # each stays aligned
+    parts.sort(key=lambda entry: (bool(_bytes(entry[0], *entry[2:]) % _BLOCK), -DTYPE_BITS.get(entry[2], 8), entry[1]))
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     places: dict[str, dict[str, int]] = {}
     end = 0
@@ -236,7 +240,7 @@ def _shard(name: str, tensors: list[Tensor], bits: Bits, group: int) -> Shard:
         entries[part] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
         places.setdefault(tensor.name, {})[part] = begin
     text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(8 + len(text)) % _BLOCK)
     start = 8 + len(text)
     items = tuple(Item(tensor, _bits(tensor, bits, group),
                        {part: start + begin for part, begin in places[tensor.name].items()}) for tensor in tensors)

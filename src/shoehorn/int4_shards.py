@@ -28,7 +28,8 @@ _COPY_BYTES = 8 << 20
 _MOST_BYTES = 3 << 30
 _BASE_BYTES = 1 << 30
 _WORKER_BYTES = 64 << 20
-_WORKERS_ON_GPU = 4
+_WORKERS_ON_GPU = 8
+_WORKERS_A_CORE = 4
 _READERS = 2
 
 
@@ -74,14 +75,14 @@ class _Done:
 
 
 def workers() -> Executor:
-    """On a GPU a few threads that keep it busy; else two for each core, as one reads while another one computes."""
+    """On a GPU a few threads that keep it busy; else some for each core: most wait for the disk while one computes."""
     from shoehorn import int4  # torch is loaded only where weights are touched
 
     if int4.device() != "cpu":
         return ThreadPoolExecutor(_WORKERS_ON_GPU)
     machine = hardware.detect()
     memory = min(machine.host_available_bytes or _MOST_BYTES, _MOST_BYTES) - _BASE_BYTES
-    many = max(1, min(round(2 * machine.cpus), memory // _WORKER_BYTES))
+    many = max(1, min(round(_WORKERS_A_CORE * machine.cpus), memory // _WORKER_BYTES))
     return ThreadPoolExecutor(many, "convert", int4.use_one_thread)
 
 
@@ -100,9 +101,9 @@ def make(pool: Executor, shard: Shard, source: Path, directory: Path, group: int
         ModelUnavailableError: the source is damaged.
     """
     path = directory / partial(shard)
-    with path.open("wb") as file:
-        file.truncate(shard.size)
+    path.write_bytes(b"")
     with DirectFile(source / shard.name) as old, DirectFile(path, writable=True) as new:
+        new.reserve(shard.size)
         parts = [_write(new, memoryview(shard.header), 0)]
         parts += [_write_shape(new, item) for item in shard.items if item.bits != 16]
         jobs = {pool.submit(_work, job, old, new, group): job for item in shard.items for job in _jobs(item, group)}

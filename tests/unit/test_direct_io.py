@@ -76,8 +76,8 @@ def test_neighbours_write_the_halves_of_a_block_at_the_same_time(tmp_path: Path)
     parts = list(itertools.pairwise([0, *sorted(RANDOM.sample(range(len(content)), 300)), len(content)]))
     RANDOM.shuffle(parts)
     path.touch()
-    os.truncate(path, len(content))
     with DirectFile(path, writable=True) as file, ThreadPoolExecutor(8) as pool:
+        file.reserve(len(content))
         list(pool.map(lambda part: file.write(memoryview(content)[part[0]:part[1]], part[0]), parts))
         file.sync()
         assert file.read(0, len(content)) == content
