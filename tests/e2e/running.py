@@ -41,6 +41,31 @@ def wait_until(condition: Callable[[], object], seconds: float, what: str | Call
         time.sleep(0.1)
 
 
+class Filling(threading.Thread):
+    """Takes all the room on a disk, and whatever becomes free again."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(daemon=True)
+        self.full, self._ended, self._path = threading.Event(), threading.Event(), path
+        self.start()
+
+    def run(self) -> None:
+        """Write until nothing goes any more, over and over."""
+        with self._path.open("wb", buffering=0) as file:
+            while not self._ended.wait(0.0005):
+                try:
+                    while True:
+                        file.write(bytes(4096))
+                except OSError:
+                    self.full.set()
+
+    def end(self) -> None:
+        """Give the room back."""
+        self._ended.set()
+        self.join()
+        self._path.unlink()
+
+
 class Appliance:
     """One start of the appliance, with the demo model unless settings say otherwise.
 

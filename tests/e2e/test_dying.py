@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Iterator
-from contextlib import suppress
 
 import httpx
 import psutil
 import pytest
 from clients import ERROR_ENDS, HELLO, Asking
-from running import TEST_KEY, Appliance, wait_until
+from running import TEST_KEY, Appliance, Filling, wait_until
 
 from shoehorn.state import Phase, StateFile
 
@@ -70,23 +69,22 @@ def test_parts_of_the_engine_die_while_it_loads(appliance: Appliance) -> None:
                    "Streams end with an error event, 503 meanwhile; it says so, waits, and loads again by itself once "
                    "there is room.")
 def test_a_full_disk_is_waited_for(appliance: Appliance) -> None:
-    filling = appliance.run_dir / "filling"
-    with filling.open("wb", buffering=0) as file, suppress(OSError):
-        while True:
-            file.write(bytes(4096))
+    filling = Filling(appliance.run_dir / "filling")
+    wait_until(filling.full.is_set, 10, "the disk is full")
     assert chat(appliance).status_code == 200
     stream = Asking(appliance, n=64)
     wait_until(lambda: stream.text, 30, "a stream has begun")
     appliance.find("VLLM::Worker").kill()
     stream.finish()
     assert stream.last.startswith(ERROR_ENDS[stream.path]), stream.text[-500:]
-    wait_until(lambda: f"{appliance.run_dir} is full, so nothing can be served" in appliance.output, 30, "it says so")
+    wait_until(lambda: f"{appliance.run_dir} is full, so nothing can be served" in appliance.output, 60,
+               lambda: f"it says so\n{appliance.output[-3000:]}")
     answer = chat(appliance)
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "model_not_ready")
     assert appliance.output.count("the engine's lines come here instead") == 1
     assert appliance.output.count("is full, so nothing can be served") == 1
     assert not there(appliance, "VLLM::")
-    filling.unlink()
+    filling.end()
     appliance.wait_for(Phase.LOADING, 20)
     assert "Traceback" not in "\n".join(line for line in appliance.lines if " vllm INFO " not in line)
 

@@ -7,13 +7,14 @@ test share a volume, as those of one container do.
 from __future__ import annotations
 
 import re
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
 import psutil
 import pytest
-from running import DEMO_MODEL, TEST_KEY, Appliance, wait_until
+from running import DEMO_MODEL, TEST_KEY, Appliance, Filling, wait_until
 
 from fakes.hub import Hub
 from shoehorn import inventory
@@ -139,7 +140,7 @@ def test_each_phase_is_killed_and_gone_on_with(lives: Lives) -> None:
     held(loading, Phase.LOADING)
     loading.kill()
     last = lives.start()
-    last.wait_for(Phase.LOADING)
+    held(last, Phase.LOADING)  # and not what the dead one published
     assert last.end() == 0
     assert "converting" not in last.output
     assert lives.fetched[0] == ""
@@ -161,3 +162,40 @@ def test_whoever_waits_for_a_pull_goes_on_with_it(lives: Lives, tmp_path: Path) 
     second.wait_for(Phase.LOADING)
     assert [span[:6] for span in lives.fetched] == ["", "bytes="]
     assert second.end() == 0
+
+
+@pytest.mark.fault("The disk under RUN_DIR fills while a model is pulled, and the pull is killed",
+                   "It says so and waits; once there is room it goes on by itself.")
+def test_a_full_run_directory_is_waited_for(lives: Lives) -> None:
+    run_dir = lives.home / "run"
+    run_dir.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", run_dir], check=True)
+    try:
+        lives.hub.hold_at_bytes = 4 << 20
+        appliance = lives.start()
+        wait_until(lambda: StateFile(run_dir).read().bytes_done >= 3 << 20, 30, "bytes arrive")
+        filling = Filling(run_dir / "filling")
+        wait_until(filling.full.is_set, 10, "the disk is full")
+        appliance.find(WORKERS[Phase.PULLING]).kill()
+        wait_until(lambda: f"{run_dir} is full, so nothing can be served" in appliance.output, 30,
+                   lambda: f"it says so\n{appliance.output[-3000:]}")
+        assert httpx.get(f"{appliance.url}/v1/models", headers=appliance.headers(), timeout=5).status_code == 503
+        lives.hub.hold_at_bytes = 0
+        filling.end()
+        wait_until(lambda: appliance.phase is Phase.CONVERTING, 30, lambda: f"it goes on\n{appliance.output[-3000:]}")
+        assert appliance.output.count("is full, so nothing can be served") == 1
+        assert [span[:6] for span in lives.fetched] == ["", "bytes="]
+        assert appliance.end() == 0
+    finally:
+        subprocess.run(["umount", "--lazy", run_dir], check=True)
+
+
+@pytest.mark.fault("`kill -9` of supervisord while pulling", "All its programs end by themselves: no orphan.")
+def test_without_supervisord_nothing_is_left(lives: Lives) -> None:
+    lives.hub.hold_at_bytes = 4 << 20
+    appliance = lives.start()
+    wait_until(lambda: StateFile(appliance.run_dir).read().bytes_done > 0, 30, "bytes arrive")
+    left = appliance.descendants()
+    assert len(left) >= 7, "five programs, a worker of nginx, the pull"
+    appliance.process.kill()
+    assert psutil.wait_procs(left, timeout=20)[1] == []
