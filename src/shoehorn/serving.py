@@ -65,6 +65,7 @@ def engine_environment(environment: Mapping[str, str], plan_environment: Mapping
         **withheld.for_engine(environment, run_dir),
         "VLLM_USE_FLASHINFER_SAMPLER": "0",  # its kernels are compiled at run time and need nvcc
         "VLLM_ENGINE_READY_TIMEOUT_S": "7200",
+        "GLOO_SOCKET_IFNAME": "lo",  # it listens where the host's name leads otherwise: in a container, on its network
         **{name: value for name, value in plan_environment.items()
            if name != ALLOCATOR or not {ALLOCATOR, "PYTORCH_CUDA_ALLOC_CONF"} & set(environment)},
         "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "PYTHONUNBUFFERED": "1",
