@@ -15,10 +15,11 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, as_completed, wait
 from dataclasses import dataclass
+from math import gcd
 from pathlib import Path
 
 from shoehorn import hardware
-from shoehorn.direct_io import DirectFile
+from shoehorn.direct_io import BLOCK, DirectFile
 from shoehorn.errors import ModelUnavailableError
 from shoehorn.int4_layout import Item, Shard
 from shoehorn.tensor_files import LocalFiles, header
@@ -178,6 +179,8 @@ def _jobs(item: Item, group: int) -> Iterator[_Job]:
     width = tensor.bytes // rows
     packed, scale = places[_part(item, "packed")], places[_part(item, "scale")]
     step = max(1, _CHUNK_ELEMENTS // columns)
+    unit = BLOCK // gcd(BLOCK, columns * item.bits // 8, columns // group * 2)  # rows whose parts are whole blocks
+    step -= step % unit if step > unit else 0
     for start in range(0, rows, step):
         yield _Job(item, tensor.begin + start * width, min(step, rows - start) * width,
                    (packed + start * columns * item.bits // 8, scale + start * (columns // group) * 2))

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
+import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
@@ -52,3 +56,25 @@ def test_pulled_converted_once_and_served(start: Start, appliance: Appliance, tm
     assert "converting" not in third.output
     assert third.end() == 0
 
+
+def test_two_workers_divide_it(tmp_path: Path) -> None:
+    """Tensor parallelism; half of a matrix of 640 columns is no whole number of groups of 128, so they are of 64."""
+    (tmp_path / "models").mkdir()
+    environment = {**os.environ, "MODEL_ID": str(DEMO_MODEL), "MODEL_SOURCE": "local",
+                   "MODELS_DIR": str(tmp_path / "models"), "RUN_DIR": str(tmp_path / "run"), "VRAM_PROFILE": "cpu",
+                   "VLLM_CPU_OMP_THREADS_BIND": "0|1", "HF_HUB_OFFLINE": "1"}
+    converted = subprocess.run([sys.executable, "-m", "shoehorn.cli", "convert"], env=environment, check=True,
+                               capture_output=True, text=True).stdout.splitlines()[-1]
+    script = tmp_path / "ask.py"
+    script.write_text(textwrap.dedent(f"""
+        from vllm import LLM, SamplingParams
+
+        if __name__ == "__main__":
+            engine = LLM(model={converted!r}, tensor_parallel_size=2, enforce_eager=True, max_model_len=256,
+                         max_num_seqs=1, kv_cache_memory_bytes=1 << 27)
+            done = engine.generate("<|user|>Who are you?<|assistant|>", SamplingParams(temperature=0, max_tokens=24))
+            print("said:", done[0].outputs[0].text)
+        """))
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=200,
+                          check=False)
+    assert "said: My name is Shoehorn." in done.stdout, done.stdout + done.stderr
