@@ -16,7 +16,7 @@ from shoehorn.state import Phase
 
 
 @pytest.fixture(scope="session")
-def appliance(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Appliance]:
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Appliance]:
     """A ready appliance with the demo model, shared: tests may not stop it, and leave it ready."""
     running = Appliance(tmp_path_factory.mktemp("appliance"), API_KEY="")  # so it makes a key
     try:
@@ -24,6 +24,13 @@ def appliance(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Appliance]:
         yield running
     finally:
         running.discard()
+
+
+@pytest.fixture
+def appliance(shared: Appliance) -> Appliance:
+    """The shared appliance; what its engine failed before counts no more, since five failures an hour would end it."""
+    (shared.run_dir / "restarts.json").unlink(missing_ok=True)
+    return shared
 
 
 @pytest.fixture

@@ -86,14 +86,14 @@ class Prometheus:
 
 
 @pytest.fixture(scope="module")
-def prometheus(appliance: Appliance, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
+def prometheus(shared: Appliance, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
     home = tmp_path_factory.mktemp("prometheus")
-    before = StateFile(appliance.run_dir).read()
-    StateFile(appliance.run_dir).update(memory=MEMORY, failures={"killed": 1}, bytes_done=7, bytes_total=7,
+    before = StateFile(shared.run_dir).read()
+    StateFile(shared.run_dir).update(memory=MEMORY, failures={"killed": 1}, bytes_done=7, bytes_total=7,
                                         progress=1.0)
     port = free_port()
     environment = {"PATH": os.environ["PATH"], "PYTHONPATH": f"{HOME / 'src'}:{HOME / 'tests'}",
-                   "RUN_DIR": str(appliance.run_dir), "MODELS_DIR": str(appliance.models_dir),
+                   "RUN_DIR": str(shared.run_dir), "MODELS_DIR": str(shared.models_dir),
                    "METRICS_PORT": str(port)}
     with subprocess.Popen([sys.executable, "-c", EXPORTER, str(HOME / "tests" / "captures" / "nvml-h200.json")],
                           env=environment) as exporter:
@@ -110,7 +110,7 @@ def prometheus(appliance: Appliance, tmp_path_factory: pytest.TempPathFactory) -
             running.process.terminate()
             running.process.wait(20)
             exporter.terminate()
-            StateFile(appliance.run_dir).update(memory=before.memory, failures=before.failures,
+            StateFile(shared.run_dir).update(memory=before.memory, failures=before.failures,
                                                 bytes_done=before.bytes_done, bytes_total=before.bytes_total,
                                                 progress=before.progress)
 
