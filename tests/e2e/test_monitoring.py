@@ -89,8 +89,7 @@ class Prometheus:
 def prometheus(shared: Appliance, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
     home = tmp_path_factory.mktemp("prometheus")
     before = StateFile(shared.run_dir).read()
-    StateFile(shared.run_dir).update(memory=MEMORY, failures={"killed": 1}, bytes_done=7, bytes_total=7,
-                                        progress=1.0)
+    StateFile(shared.run_dir).update(memory=MEMORY, failures={"killed": 1}, bytes_done=7, bytes_total=7, progress=1.0)
     port = free_port()
     environment = {"PATH": os.environ["PATH"], "PYTHONPATH": f"{HOME / 'src'}:{HOME / 'tests'}",
                    "RUN_DIR": str(shared.run_dir), "MODELS_DIR": str(shared.models_dir),
@@ -103,16 +102,15 @@ def prometheus(shared: Appliance, tmp_path_factory: pytest.TempPathFactory) -> I
             for crowd in CROWDS:
                 with ThreadPoolExecutor(crowd) as pool:
                     for _ in range(crowd):
-                        pool.submit(ask_for_seconds, appliance, 5.0)
+                        pool.submit(ask_for_seconds, shared, 5.0)
             wait_until(lambda: running.values("sum(increase(vllm:request_success_total[1m])) > 0"), 30, "it counts")
             yield running
         finally:
             running.process.terminate()
             running.process.wait(20)
             exporter.terminate()
-            StateFile(shared.run_dir).update(memory=before.memory, failures=before.failures,
-                                                bytes_done=before.bytes_done, bytes_total=before.bytes_total,
-                                                progress=before.progress)
+            StateFile(shared.run_dir).update(memory=before.memory, failures=before.failures, progress=before.progress,
+                                             bytes_done=before.bytes_done, bytes_total=before.bytes_total)
 
 
 def ask_for_seconds(appliance: Appliance, seconds: float) -> None:
