@@ -9,6 +9,7 @@ VENV := .venv
 PYTEST := $(VENV)/bin/pytest
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 DEMO := $(CURDIR)/.demo
+HERE := not container and not gpu and not browser
 
 help: ## print this help
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -43,8 +44,17 @@ lint: setup-dev ## ruff, mypy --strict, shellcheck
 	$(VENV)/bin/mypy
 	shellcheck requirements/install requirements/lock tools/pin-base .ci/run
 
-test: lint ## everything that needs no container engine and no GPU
-	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH:/usr/sbin" $(PYTEST) -m "not container and not gpu and not browser" $(ARGS)
+test: lint ## everything that needs no container engine and no GPU; ARGS goes to pytest
+	@export PATH="$(CURDIR)/$(VENV)/bin:$$PATH:/usr/sbin"
+	$(if $(ARGS),exec $(PYTEST) -m "$(HERE)" $(ARGS))
+	mkdir -p test-artefacts
+	nice $(PYTEST) -m "$(HERE)" tests/unit > test-artefacts/unit.log 2>&1 & # these compute, while the others mostly wait
+	unit=$$! failed=0
+	trap 'kill $$unit 2>/dev/null || true' EXIT
+	$(PYTEST) -m "$(HERE)" tests/e2e tests/faults || failed=$$?
+	wait $$unit || failed=$$?
+	cat test-artefacts/unit.log
+	exit $$failed
 
 test-container: setup-dev ## the real image under a real Docker engine
 	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH:/usr/sbin" $(PYTEST) -m container tests/container $(ARGS)

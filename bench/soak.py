@@ -9,7 +9,7 @@ what else is in the batch (that is found out first). Every outcome is one of
 - `cut`: anything else; expected only where the process that would have told it was killed (gateway, API server).
 Four of the faults kill or stop the engine, which may fail four times an hour before the container gives up; the others
 kill the helpers, or are clients that leave. Memory and open files of every long-lived process are sampled.
-usage: bench/soak.py [--minutes 30] [--clients 32]
+usage: bench/soak.py [--minutes 30] [--clients 32] [--only FAULT] [--result FILE]
 """
 
 from __future__ import annotations
@@ -149,6 +149,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--clients", type=int, default=32)
+    parser.add_argument("--only", help="one fault again and again, by its name in the results; of the engine's no more "
+                        "than four in an hour")
+    parser.add_argument("--result", type=Path, default=RESULT)
     arguments = parser.parse_args()
     outcomes: collections.Counter[str] = collections.Counter()
     said: collections.Counter[str] = collections.Counter()
@@ -181,7 +184,10 @@ def main() -> None:
             for thread in threads:
                 thread.start()
             begin = time.monotonic()
-            for (name, strike), minute in zip(faults(appliance), range(max(1, round(arguments.minutes))), strict=False):
+            chosen = [fault for fault in faults(appliance) if arguments.only in (None, fault[0])]
+            if len(chosen) < arguments.minutes:
+                chosen *= round(arguments.minutes)
+            for (name, strike), minute in zip(chosen, range(max(1, round(arguments.minutes))), strict=False):
                 while time.monotonic() - begin < 60 * minute + 30:
                     time.sleep(10)
                     samples.append({"seconds": round(time.monotonic() - begin), **sample(appliance)})
@@ -205,7 +211,7 @@ def main() -> None:
         finally:
             appliance.discard()
     memory = psutil.virtual_memory()
-    RESULT.write_text(json.dumps({
+    arguments.result.write_text(json.dumps({
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": {"cpus": os.cpu_count(), "memory_gib": round(memory.total / 2**30), "system": platform.platform()},
         "minutes": arguments.minutes, "clients": arguments.clients, "prompts": len(known), "exit_code": code,

@@ -13,9 +13,12 @@ from shoehorn.paths import HOME
 
 GROUPS = (
     ("Pulling and storing a model", ("tests/faults/test_pull", "tests/unit/test_store", "tests/unit/test_models",
-                                     "tests/unit/test_commands_pull")),
+                                     "tests/unit/test_commands_", "tests/unit/test_hubs", "tests/e2e/test_offline")),
     ("Converting a model", ("tests/unit/test_convert", "tests/e2e/test_int4")),
-    ("State, keys and other files", ("tests/faults/test_files", "tests/unit/test_s", "tests/e2e/test_gateway")),
+    ("State, keys and other files", ("tests/faults/test_files", "tests/faults/test_power", "tests/unit/test_s",
+                                     "tests/e2e/test_gateway")),
+    ("Starts, stops and kills, in every phase", ("tests/e2e/test_phases", "tests/e2e/test_dying",
+                                                 "tests/e2e/test_lifecycle")),
     ("Starting and serving", ("tests/faults/test_engine", "tests/e2e/test_")),
     ("In the container", ("tests/container/test_",)),
 )
@@ -28,6 +31,9 @@ and the hubs' own client libraries; a stand-in takes the place of the hub, and o
 
 Exit codes: 2 settings, 3 does not fit, 4 no model, 5 the engine; the container's last lines say the cause and what to
 type. After a failure the engine is started again with growing pauses, at most five times an hour.
+
+Beside what the table says, the tests of pulls, kills and full disks check after each of them that no key or token
+stands in any output, that nothing unverified would be served, and that no process is left.
 """
 
 

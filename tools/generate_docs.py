@@ -59,9 +59,13 @@ _BEGIN, _END = "<!-- measured: begin -->\n", "<!-- measured: end -->\n"
 _STARTS = {"bf16": "bf16, on the card", "nf4": "NF4, on the card",
            "nf4-offloaded": "NF4 in 5 GiB (`VRAM_LIMIT=5GiB`), partly in host memory"}
 _LOW_VRAM = {"70b-int4-3072mib": "INT4, all layers offloaded", "70b-int4-7168mib": "INT4, all layers offloaded",
+             "70b-int4-3584mib-4096": "INT4, all layers offloaded by UVA, 4,096 tokens",
+             "70b-int4-7168mib-fp8": "INT4, all layers offloaded, fp8 KV cache",
              "70b-nf4-7168mib": "NF4, all layers offloaded",
              "70b-int4-8192mib-draft": "INT4, all layers offloaded, with an 8B in INT4 as draft (acceptance drawn, 5)",
-             "70b-int4-32gb": "INT4, a third of the layers offloaded", "70b-int4-40gib": "INT4, on the card"}
+             "70b-int4-32gb": "INT4, a third of the layers offloaded", "70b-int4-40gib": "INT4, on the card",
+             "70b-int4-3072mib-ngram": "INT4, all layers offloaded, tokens guessed from the text",
+             "70b-int4-2x20gib": "INT4, on two cards"}
 
 
 def filled(path: str, template: str, **files: str) -> Callable[[], str]:

@@ -1,7 +1,8 @@
 """Writes a bill of materials in CycloneDX JSON: of an installed environment and Debian's packages, or of a lock.
 
 Rules:
-- the Python part is `cyclonedx-py`'s own; Debian's packages are added to it from dpkg's list, as purls;
+- the Python part is `cyclonedx-py`'s own; added are Debian's packages from dpkg's list, as purls, and what lies in
+  the console page's folder from elsewhere, by the version that stands in it;
 - the same input gives the same bytes: no time, no random serial number;
 - what is written has passed the library's strict validation.
 It runs with the interpreter of requirements/supply-chain.txt:
@@ -12,7 +13,9 @@ It runs with the interpreter of requirements/supply-chain.txt:
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -40,9 +43,25 @@ def debian_components(listing: str, distribution: str) -> list[dict[str, Any]]:
     return components
 
 
-def merged(python: dict[str, Any], debian: list[dict[str, Any]], version: str) -> dict[str, Any]:
-    """One document of both parts, for the image of this version; components sorted by their reference."""
-    components = sorted([*python.get("components", ()), *debian], key=lambda part: str(part["bom-ref"]))
+def page_components(page: Path) -> list[dict[str, Any]]:
+    """Of the libraries that lie in the console page's folder as npm publishes them."""
+    components = []
+    for path in sorted(page.glob("*.esm.js")):
+        text = path.read_text(encoding="utf-8")
+        found = re.search(r"\* (\S+) v(\d[\w.]*) - ", text)
+        if not found:
+            raise ValueError(f"{path} does not name its version in its first lines")
+        name, version = found.groups()
+        purl = f"pkg:npm/{name}@{version}"
+        components.append({"type": "library", "bom-ref": purl, "name": name, "version": version, "purl": purl,
+                           "licenses": [{"license": {"id": "MIT"}}],
+                           "hashes": [{"alg": "SHA-256", "content": hashlib.sha256(text.encode()).hexdigest()}]})
+    return components
+
+
+def merged(python: dict[str, Any], others: list[dict[str, Any]], version: str) -> dict[str, Any]:
+    """One document of all parts, for the image of this version; components sorted by their reference."""
+    components = sorted([*python.get("components", ()), *others], key=lambda part: str(part["bom-ref"]))
     root = {"type": "container", "bom-ref": "shoehorn-image", "name": "shoehorn", "version": version,
             "licenses": [{"license": {"id": "Apache-2.0"}}]}
     return {**python, "metadata": {**python.get("metadata", {}), "component": root}, "components": components,
@@ -76,12 +95,13 @@ def main() -> None:
     arguments = parser.parse_args()
     python = (_cyclonedx("environment", arguments.environment) if arguments.environment
               else _cyclonedx("requirements", str(arguments.lock)))
-    debian = []
+    others = page_components(HOME / "gateway" / "page")
+    page = len(others)
     if arguments.debian:
         query = ["dpkg-query", "--show", "--showformat", "\t".join(_FIELDS) + "\n"]
         listing = subprocess.run(query, check=True, capture_output=True, text=True).stdout
-        debian = debian_components(listing, _distribution())
-    text = json.dumps(merged(python, debian, _version()), indent=1, sort_keys=True) + "\n"
+        others += debian_components(listing, _distribution())
+    text = json.dumps(merged(python, others, _version()), indent=1, sort_keys=True) + "\n"
 
     from cyclonedx.schema import SchemaVersion
     from cyclonedx.validation.json import JsonStrictValidator
@@ -90,7 +110,8 @@ def main() -> None:
         sys.exit(f"the bill of materials is not valid: {error}")
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(text, encoding="utf-8")
-    print(f"{arguments.out}: {len(python.get('components', ()))} Python packages, {len(debian)} of the distribution")
+    print(f"{arguments.out}: {len(python.get('components', ()))} Python packages, {page} of the page, "
+          f"{len(others) - page} of the distribution")
 
 
 if __name__ == "__main__":

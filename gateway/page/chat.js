@@ -2,14 +2,14 @@
 import { count, duration, speed } from "./format.js";
 import { Message } from "./message.js";
 import { ask, chat, ServerError } from "./stream.js";
-import { byId, keep, kept, say, t } from "./words.js";
+import { byId, keep, kept, make, say, t } from "./words.js";
 
-const KEY = "shoehorn.key";
+const KEY = "shoehorn.key", MODEL = "shoehorn.model";
 
 let key = kept("sessionStorage", KEY);
-let model = "", contextLimit = 0, contextUsed = 0, rate = 0;
+let models = [], model = "", contextUsed = 0, rate = 0, firstSeconds = 0;
 let ready = false, checking = false, running = null;
-let history = [];
+let history = [], last = null; // the elements of the last exchange that went well
 
 const idle = () => ready && key && model && !running;
 
@@ -18,7 +18,10 @@ function showControls() {
   byId("key-held").hidden = !key || !model;
   byId("composer").hidden = !model;
   byId("log").hidden = !byId("log").children.length;
-  byId("clear").hidden = !byId("log").children.length;
+  byId("clear").hidden = byId("log").hidden;
+  byId("again").hidden = !last || !idle();
+  byId("ideas").hidden = !idle() || !byId("log").hidden;
+  byId("models").hidden = models.length < 2 || !model;
   byId("send").disabled = !idle();
   byId("clear").disabled = Boolean(running);
   byId("stop").hidden = !running;
@@ -27,7 +30,9 @@ function showControls() {
 
 export function showFigures() {
   byId("figures").hidden = !contextUsed;
+  const contextLimit = models.find(({ id }) => id === model)?.max_model_len ?? 0;
   say("speed", rate ? t("speed", speed(rate)) : "");
+  say("first", firstSeconds ? t("first", firstSeconds.toFixed(firstSeconds < 10 ? 2 : 0)) : "");
   say("context", contextLimit ? t("context", count(contextUsed), count(contextLimit))
     : t("context.only", count(contextUsed)));
   const meter = byId("context-meter");
@@ -46,19 +51,37 @@ export function explain(error) {
 
 function forget() {
   key = model = "";
+  models = [];
   keep("sessionStorage", KEY, "");
+  keep("sessionStorage", MODEL, "");
   byId("key").value = "";
 }
 
-// Ask which model is served, which also proves the key.
+function choose(id) {
+  model = id;
+  keep("sessionStorage", MODEL, models.length > 1 ? id : "");
+  showFigures();
+}
+
+function showModels() {
+  byId("model-choice").replaceChildren(...models.map(({ id }) => {
+    const option = make("option", "", id);
+    option.value = id;
+    option.selected = id === model;
+    return option;
+  }));
+}
+
+// Ask which models are served, which also proves the key.
 async function check(moveFocus) {
   if (!key || checking || !ready) return showControls();
   checking = true;
   say("key-error", "");
   try {
-    const served = (await (await ask("v1/models", key)).json()).data[0];
-    model = served.id;
-    contextLimit = served.max_model_len ?? 0;
+    models = (await (await ask("v1/models", key)).json()).data;
+    const before = model || kept("sessionStorage", MODEL);
+    choose((models.find(({ id }) => id === before) ?? models[0]).id);
+    showModels();
     keep("sessionStorage", KEY, key);
   } catch (error) {
     if (!(error instanceof ServerError)) throw error;
@@ -87,9 +110,12 @@ function measure(usage, clock) {
 }
 
 async function receive(message, signal) {
-  const clock = {};
+  const clock = {}, asked = performance.now();
   for await (const { reasoning, content, usage, finish } of chat(history, model, key, signal)) {
-    if (reasoning || content) message.add(reasoning, content);
+    if (reasoning || content) {
+      if (!message.reasoning && !message.content) firstSeconds = (performance.now() - asked) / 1000;
+      message.add(reasoning, content);
+    }
     if (usage?.completion_tokens && (content || reasoning || !clock.first)) measure(usage, clock);
     else if (usage) { contextUsed = usage.total_tokens; showFigures(); }
     if (finish === "length") message.note("cut", "", "note");
@@ -99,10 +125,11 @@ async function receive(message, signal) {
 async function send(text) {
   const log = byId("log"), message = new Message("assistant"), question = new Message("user");
   question.content = text;
-  question.draw();
+  question.end();
+  message.draw();
   history.push({ role: "user", content: text });
   running = new AbortController();
-  rate = 0;
+  rate = firstSeconds = 0;
   log.hidden = false;
   log.append(question.element, message.element);
   log.scrollTop = log.scrollHeight;
@@ -122,8 +149,9 @@ async function send(text) {
       if (error.status === 401) { forget(); say("key-error", explain(error)); }
     } else throw error;
   } finally {
-    follow(log, () => message.draw());
+    follow(log, () => message.end());
     running = null;
+    last = message.content ? [question.element, message.element] : null;
     if (message.content) history.push({ role: "assistant", content: message.content });
     else { // nothing was said: the question can be asked again
       history.pop();
@@ -158,10 +186,21 @@ export function setUp() {
   });
   byId("clear").addEventListener("click", () => {
     history = [];
+    last = null;
     contextUsed = 0;
     byId("log").replaceChildren();
     showFigures();
     showControls();
+    byId("message").focus();
+  });
+  byId("again").addEventListener("click", () => { // the same question once more, in the place of its answer
+    const text = history.splice(-2)[0].content;
+    for (const element of last) element.remove();
+    send(text);
+  });
+  byId("model-choice").addEventListener("change", (event) => choose(event.target.value));
+  for (const button of document.querySelectorAll("#ideas button")) button.addEventListener("click", () => {
+    if (idle()) send(button.textContent);
     byId("message").focus();
   });
   byId("composer").addEventListener("submit", (event) => {

@@ -1,5 +1,5 @@
 // How to call this server, ready to paste: its own address and model, and the key from the environment.
-import { byId, say, t } from "./words.js";
+import { byId, make, say, t } from "./words.js";
 
 const base = () => new URL("v1", location.href).href;
 
@@ -51,20 +51,40 @@ export function showSnippets(model) {
   for (const [id, make] of Object.entries({ curl, openai, langchain })) say(id, make(model, t("prompt")));
 }
 
-async function copy(button) {
-  const source = byId(button.dataset.copy), range = document.createRange();
+// Copies the text of an element, which is marked for it: over plain HTTP browsers give no clipboard, but let a selection
+// be copied.
+async function copied(source, text) {
+  const range = document.createRange();
   range.selectNodeContents(source);
   getSelection().removeAllRanges();
-  getSelection().addRange(range); // over plain HTTP browsers give no clipboard, but let a selection be copied
-  const done = navigator.clipboard
-    ? await navigator.clipboard.writeText(source.textContent).then(() => true, () => false)
+  getSelection().addRange(range);
+  return navigator.clipboard
+    ? navigator.clipboard.writeText(text).then(() => true, () => false)
     : document.execCommand("copy");
-  if (!done) return;
+}
+
+async function copy(button, source, text) {
+  if (!await copied(source, text)) return;
   button.textContent = t("copied");
   say("copied", t("copied"));
   setTimeout(() => { button.textContent = t("copy"); say("copied", ""); }, 1500);
 }
 
+// A button that copies `text()`, of the box or message that it stands in.
+export function copyButton(text) {
+  const button = make("button", "quiet", t("copy"));
+  button.type = "button";
+  button.dataset.text = "copy";
+  button.addEventListener("click", () => {
+    const box = button.closest(".code, .message");
+    copy(button, box.querySelector("pre, .text"), text());
+  });
+  return button;
+}
+
 export function setUp() {
-  for (const button of document.querySelectorAll("[data-copy]")) button.addEventListener("click", () => copy(button));
+  for (const button of document.querySelectorAll("[data-copy]")) {
+    const source = byId(button.dataset.copy);
+    button.addEventListener("click", () => copy(button, source, source.textContent));
+  }
 }

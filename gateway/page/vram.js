@@ -2,7 +2,7 @@
 import { count, size, speed } from "./format.js";
 import { byId, make, t } from "./words.js";
 
-const HELD = ["weights", "quant_state", "embeddings", "offload_buffer"]; // the engine measures these as one
+const HELD = ["weights", "quant_state", "embeddings", "offload_buffer"]; // the engine measures these as one, as a rule
 const REST = ["kv_cache", "cuda_graphs", "framework"];
 const RESERVE = "activations";
 const QUANTIZATION = { "": "as-is", bitsandbytes: "nf4", int4: "int4" };
@@ -68,7 +68,8 @@ function table(parts, measured) {
     head.append(cell);
   }
   const cell = (bytes) => make("td", "", bytes === null || bytes === undefined ? t("unknown") : size(bytes));
-  const held = HELD.filter((part) => parts[`${part}_bytes`] > 0);
+  const apart = measured && "quant_state" in measured ? ["quant_state"] : [];
+  const held = HELD.filter((part) => parts[`${part}_bytes`] > 0 && !apart.includes(part));
   held.forEach((part, place) => {
     let value = null;
     if (measured && place === 0) {
@@ -77,7 +78,7 @@ function table(parts, measured) {
     }
     body.append(line(part, size(parts[`${part}_bytes`]), value));
   });
-  for (const part of REST) body.append(line(part, size(parts[`${part}_bytes`]), measured ? cell(measured[part]) : null));
+  for (const part of [...apart, ...REST]) body.append(line(part, size(parts[`${part}_bytes`]), measured ? cell(measured[part]) : null));
   body.append(line(RESERVE, size(parts.activations_bytes), measured ? make("td", "note", t("reserve")) : null));
   body.append(line("total", t("of", size(parts.total_bytes), size(parts.limit_bytes)),
     measured ? cell(measured.total) : null));
@@ -87,7 +88,18 @@ function table(parts, measured) {
   return made;
 }
 
-function card(parts, number, rows) {
+function legend(vram) {
+  const shown = [...HELD, ...REST, RESERVE].filter((part) => vram.some((parts) => parts[`${part}_bytes`] > 0));
+  return shown.map((part) => {
+    const entry = make("li"), swatch = make("span", "swatch");
+    swatch.dataset.part = part;
+    entry.append(swatch, t(`part.${part}`));
+    return entry;
+  });
+}
+
+// `open`: whether its figures are shown at once.
+function card(parts, number, rows, open) {
   const section = make("section", "gpu");
   section.append(make("h3", "", t("gpu", number)));
   const measured = rows.length ? Object.fromEntries(rows.map((row) => [row.part, row.measured_bytes])) : null;
@@ -95,10 +107,14 @@ function card(parts, number, rows) {
   const expected = [...HELD, ...REST, RESERVE].map((part) => [part, parts[`${part}_bytes`]]);
   section.append(bar(t("expected"), [...expected, ["free", parts.limit_bytes - parts.total_bytes]], whole));
   if (measured) {
-    const known = ["weights", ...REST].map((part) => [part, measured[part] ?? 0]);
+    const known = ["weights", "quant_state", ...REST].map((part) => [part, measured[part] ?? 0]);
     section.append(bar(t("measured"), known, whole));
   }
-  section.append(table(parts, measured));
+  const figures = make("details", "figures"), summary = make("summary", "", t("figures"));
+  summary.setAttribute("aria-label", t("figures.of", number));
+  figures.open = open;
+  figures.append(summary, table(parts, measured));
+  section.append(figures);
   return section;
 }
 
@@ -118,6 +134,7 @@ export function showPlan(state, language) {
     return pair;
   }));
   const cards = plan.vram.map((parts, number) =>
-    card(parts, number, (state.memory ?? []).filter((row) => row.gpu === number)));
+    card(parts, number, (state.memory ?? []).filter((row) => row.gpu === number), plan.vram.length === 1));
+  byId("legend").replaceChildren(...legend(plan.vram));
   byId("vram").replaceChildren(...(cards.length ? cards : [make("p", "note", t("cpu"))]));
 }

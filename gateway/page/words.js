@@ -26,7 +26,11 @@ export const TEXT = {
     "unreachable": "The server cannot be reached.", "wait": "Try again in {0}.", "status": "Status {0}",
     "speed": "{0} tokens/s", "context": "Context: {0} of {1} tokens", "context.only": "Context: {0} tokens",
     "use": "Call it", "use.note": "The key comes from the environment:", "copy": "Copy", "copied": "Copied",
-    "prompt": "What is your name?",
+    "prompt": "What is your name?", "first": "first token after {0} s", "again.answer": "Answer again",
+    "model.choice": "Model", "ideas": "To begin with:", "idea.name": "What is your name?",
+    "idea.explain": "Explain in three sentences how a model that is larger than the GPU's memory can run.",
+    "idea.write": "Write a Python function that tells whether a word is a palindrome.",
+    "figures": "In figures", "figures.of": "GPU {0} in figures",
     "plan": "The plan", "plan.context": "Context", "plan.requests": "Requests at once", "plan.weights": "Weights",
     "plan.kv": "KV cache, all requests", "plan.host": "Host memory", "plan.offloaded": "of it, offloaded weights",
     "plan.speed": "Expected speed", "plan.disk": "Model's files", "tokens": "{0} tokens",
@@ -64,7 +68,11 @@ export const TEXT = {
     "unreachable": "无法连接服务器。", "wait": "请在 {0}后重试。", "status": "状态码 {0}",
     "speed": "{0} token/秒", "context": "上下文：{0} / {1} token", "context.only": "上下文：{0} token",
     "use": "调用方法", "use.note": "密钥取自环境变量：", "copy": "复制", "copied": "已复制",
-    "prompt": "你叫啥?",
+    "prompt": "你叫啥?", "first": "首个 token 用时 {0} 秒", "again.answer": "重新回答",
+    "model.choice": "模型", "ideas": "可以从这里开始：", "idea.name": "你叫啥?",
+    "idea.explain": "用三句话说明：比显存还大的模型是怎么运行的？",
+    "idea.write": "写一个 Python 函数，判断一个单词是不是回文。",
+    "figures": "明细", "figures.of": "GPU {0} 明细",
     "plan": "方案", "plan.context": "上下文长度", "plan.requests": "并发请求数", "plan.weights": "权重",
     "plan.kv": "KV 缓存（所有请求合计）", "plan.host": "主机内存", "plan.offloaded": "其中卸载的权重",
     "plan.speed": "预期速度", "plan.disk": "模型文件", "tokens": "{0} token",
@@ -147,4 +155,5 @@ export function make(tag, className = "", text = "") {
 // Words that stand in the document by their keys.
 export function translate(root) {
   for (const element of root.querySelectorAll("[data-text]")) element.textContent = t(element.dataset.text);
+  for (const element of root.querySelectorAll("[data-placeholder]")) element.placeholder = t(element.dataset.placeholder);
 }

@@ -34,6 +34,12 @@ from shoehorn.units import GIB
 OFFLOAD_STEP_BYTES = GIB // 10
 """UVA offload is counted in these, as a person would write it."""
 
+GUESSED = 8
+"""Tokens that n-gram look-up guesses at a time."""
+
+_CHECKED = 128
+"""Tokens of all requests together that are checked in a pass, at most: a small card hides so many behind the link."""
+
 BUFFERS = 2
 """Layers that the card holds of those in host memory: one is worked with while the next one arrives."""
 
@@ -83,7 +89,7 @@ def search(shape: ModelShape, start: Choices, left_open: frozenset[str], host_me
     Args:
         start: what is given; of a field that is left open only its bound counts.
         left_open: fields of `Choices` that may be chosen: `quantization`, `offload_bytes`, `eager`, `max_model_len`,
-            `max_num_seqs`, `max_num_batched_tokens`.
+            `max_num_seqs`, `max_num_batched_tokens`, `speculative_tokens`.
         host_memory_bytes: 0 where unknown, then it does not bound anything.
         may_quantize: the model can be quantized while it is loaded.
     """
@@ -122,14 +128,26 @@ def _candidates(shape: ModelShape, start: Choices, left_open: frozenset[str], ma
                 yield Found(_offloading(shape, tight, left_open, requests, uva), 4, requests)
 
 
-def _offloading(shape: ModelShape, choices: Choices, left_open: frozenset[str], requests: int,
+def _offloading(shape: ModelShape, start: Choices, left_open: frozenset[str], requests: int,
                 uva: bool = False) -> Choices:
-    """With the least offload, and without CUDA graphs where most of a pass is waiting for the link."""
-    found = least_offload(shape, choices, requests, uva) if "offload_bytes" in left_open else choices
-    if "eager" not in left_open or 2 * offloaded_bytes(shape, found) <= layer_bytes(shape, choices)[0]:
-        return found
-    eager = replace(choices, eager=True)
-    return least_offload(shape, eager, requests, uva) if "offload_bytes" in left_open else eager
+    """With the least offload, without CUDA graphs where most of a pass is waiting for the link, and with guesses."""
+
+    def least(choices: Choices) -> Choices:
+        return least_offload(shape, choices, requests, uva) if "offload_bytes" in left_open else choices
+
+    def mostly_waits(choices: Choices) -> bool:
+        return 2 * offloaded_bytes(shape, choices) > layer_bytes(shape, start)[0]
+
+    guessing = start
+    if "speculative_tokens" in left_open and not uva and not shape.experts:
+        guessing = replace(start, speculative_tokens=max(0, min(GUESSED, _CHECKED // start.max_num_seqs - 1)))
+        if "capture_limit" in left_open:  # graphs as without guesses, so that these cost no memory
+            guessing = replace(guessing, capture_limit=2 * start.max_num_seqs)
+    found = least(guessing)
+    if "eager" in left_open and mostly_waits(found):
+        return least(replace(guessing, eager=True))
+    checks_for_free = mostly_waits(found) or (found.quantization != "bitsandbytes" and offloaded_bytes(shape, found))
+    return found if checks_for_free else least(start)
 
 
 def at_level(choices: Choices, level: Level, left_open: frozenset[str]) -> Choices:
@@ -145,10 +163,6 @@ def at_level(choices: Choices, level: Level, left_open: frozenset[str]) -> Choic
         most = min(level.tokens, choices.max_num_batched_tokens, sequences * length)
         changes["max_num_batched_tokens"] = max(most, sequences)
     return replace(choices, **changes)  # type: ignore[arg-type]  # mypy takes the dictionary for every field's value
-
-
-def _eager(choices: Choices, left_open: frozenset[str]) -> Choices:
-    return replace(choices, eager=True) if "eager" in left_open else choices
 
 
 def missing_bytes(shape: ModelShape, choices: Choices, requests: int = 1) -> int:

@@ -20,6 +20,7 @@ COMMANDS = {
     "models": "list the models of the volume, and remove them",
     "keys": "add, list, rotate and revoke API keys",
     "drain": "refuse new requests, let running ones finish, and wait until it can be stopped",
+    "bench": "measure the running appliance's speed, beside what its plan expected",
     "doctor": "check the machine, the volume and the programs that serving needs",
 }
 

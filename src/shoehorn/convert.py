@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from shoehorn import converted, int4_layout, int4_shards, inventory, manifest, volume
+from shoehorn import converted, int4_layout, int4_shards, inventory, manifest, store, volume
 from shoehorn.converted import Journal
 from shoehorn.errors import ModelUnavailableError
 from shoehorn.files import sync_directory, write_atomic
@@ -67,7 +67,7 @@ def convert(settings: Settings, wish: Wish, report: Report) -> Path:
 
 
 def _convert(settings: Settings, wish: Wish, report: Report) -> Path:
-    source = converted.source(settings)
+    source = store.pull(settings, report) if settings.model_source == "local" else converted.source(settings)
     directory = converted.folder(settings)
     journal = converted.read_journal(directory)
     if journal and source and _is_wanted(journal, settings, wish):

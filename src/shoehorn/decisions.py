@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass, replace
 
-from shoehorn import auto, engine_options
+from shoehorn import auto, engine_options, number_format, speculation
 from shoehorn.checkpoint import ModelShape
 from shoehorn.errors import SettingsError
 from shoehorn.estimate import CONTEXT_BYTES, MARGIN_BYTES, Choices, estimate, offloaded_bytes
@@ -21,12 +22,8 @@ from shoehorn.hardware import Gpu, Hardware
 from shoehorn.options import Options, Reason
 from shoehorn.profiles import Profile, require_gpus
 from shoehorn.settings import Settings
+from shoehorn.speculation import Draft
 from shoehorn.units import GIB, format_size
-
-NGRAM = {"method": "ngram", "num_speculative_tokens": 8, "prompt_lookup_max": 4, "prompt_lookup_min": 2}
-
-BF16_CAPABILITY = (8, 0)
-"""The least compute capability with bf16 arithmetic."""
 
 _UNMODELLED = ("data-parallel-size", "enable-lora", "compilation-config", "spec-model", "kv-offloading-size",
                "attention-backend")
@@ -34,8 +31,11 @@ _ENTRY_BYTES = {"fp8": 1, "fp8_e4m3": 1, "fp8_e5m2": 1, "int8_per_token_head": 1
                 "int4_per_token_head": 0.5, "nvfp4": 0.5}
 _FIELDS = {"quantization": "quantization", "cpu-offload-gb": "offload_bytes", "enforce-eager": "eager",
            "max-model-len": "max_model_len", "max-num-seqs": "max_num_seqs",
-           "max-num-batched-tokens": "max_num_batched_tokens"}
+           "max-num-batched-tokens": "max_num_batched_tokens", "speculative-config": "speculative_tokens",
+           "max-cudagraph-capture-size": "capture_limit"}
 _CPU_KV_CACHE_BYTES = GIB
+_WHOLE_SHARE = 0.97
+"""Of a card, where the usual 0.92 would mean offload: what the CUDA context and the plan's margin leave of 20 GiB."""
 _UNBOUNDED = 1 << 40
 
 
@@ -51,11 +51,12 @@ class Decisions:
 
 
 def decide(settings: Settings, hardware: Hardware, profile: Profile, shape: ModelShape,
-           stepped: Mapping[str, object]) -> Decisions:
+           stepped: Mapping[str, object], draft: Draft | None = None) -> Decisions:
     """Every decision; that it fits is another question.
 
     Args:
-        stepped: options that an earlier start had to step down to.
+        stepped: options that an earlier start had to step down to; None leaves one out.
+        draft: what guesses tokens, where SPECULATIVE names a model.
 
     Raises:
         SettingsError: settings that contradict each other, the profile, the model or the machine.
@@ -73,11 +74,17 @@ def decide(settings: Settings, hardware: Hardware, profile: Profile, shape: Mode
         options.fix(option, value, "VLLM_EXTRA_ARGS")
     by_user = frozenset(options.fixed)
     for option, value in stepped.items():
-        if option not in by_user:
+        if option in by_user:
+            continue
+        if value is None:
+            options.drop(option, "step-down", "the engine did not start with it here")
+        else:
             options.set(option, value, "step-down", "what the engine needed to start here")
-            options.fixed.add(option)
+        options.fixed.add(option)
     _quantization(options, settings, shape)
     _context(options, shape)
+    if draft:
+        speculation.apply_draft(options, draft)
     for option in _UNMODELLED:
         if options.values.get(option) not in (None, False, 1):
             options.note(option, "its memory is not estimated")
@@ -93,14 +100,23 @@ def decide(settings: Settings, hardware: Hardware, profile: Profile, shape: Mode
         options.set("kv-cache-memory-bytes", _CPU_KV_CACHE_BYTES, "machine", "left open")
     gpus = () if on_cpu else _gpus(options, hardware, profile, shape)
     if gpus:
-        _number_format(options, gpus, shape)
+        number_format.apply(options, gpus, shape)
+    whole = deepcopy(options)
     limit = hardware.host_memory_bytes if on_cpu else _limit(options, settings, gpus)
-    choices = _fill(options, settings, hardware, shape, limit, bool(gpus))
+    choices = _fill(options, hardware, shape, limit, bool(gpus), draft)
+    if gpus and offloaded_bytes(shape, choices) and "gpu-memory-utilization" not in whole.values:
+        whole.set("gpu-memory-utilization", _WHOLE_SHARE, "machine", "with less, weights would lie in host memory")
+        resident = _fill(whole, hardware, shape, _limit(whole, settings, gpus), True, draft)
+        if not offloaded_bytes(shape, resident) and auto.missing_bytes(shape, resident) <= 0:
+            options, choices = whole, resident
     if gpus:
         _cache(options, shape, choices, by_user)
-    if choices.max_num_batched_tokens < choices.max_num_seqs:
-        choices = replace(choices, max_num_batched_tokens=choices.max_num_seqs)
-        options.set("max-num-batched-tokens", choices.max_num_seqs, "machine", "at least one token a sequence")
+    if draft and not draft.shape.quantization and choices.quantization == "bitsandbytes":
+        speculation.load_as_nf4(options, draft)
+    least = choices.max_num_seqs * (2 if draft else 1)  # a draft takes a place of its own
+    if choices.max_num_batched_tokens < least:
+        choices = replace(choices, max_num_batched_tokens=least)
+        options.set("max-num-batched-tokens", least, "machine", "at least one token a sequence")
     return Decisions(options.values, tuple(options.reasons.values()), choices, gpus, by_user)
 
 
@@ -109,8 +125,7 @@ def _apply_settings(options: Options, settings: Settings) -> None:
         value = getattr(settings, setting.lower())
         if value is not None:
             options.fix(option, value, setting)
-    if settings.speculative == "ngram":
-        options.fix("speculative-config", dict(NGRAM), "SPECULATIVE=ngram")
+    speculation.apply(options, settings)
     if settings.trust_remote_code:
         options.fix("trust-remote-code", True, "TRUST_REMOTE_CODE")
 
@@ -197,23 +212,6 @@ def _spread(options: Options, gpus: tuple[Gpu, ...], shape: ModelShape) -> tuple
     return count, 1
 
 
-def _number_format(options: Options, gpus: tuple[Gpu, ...], shape: ModelShape) -> None:
-    """float16 where the card has no bf16."""
-    capability = min(gpu.compute_capability for gpu in gpus)
-    if not (0, 0) < capability < BF16_CAPABILITY:
-        return
-    wanted = str(options.values.get("dtype", shape.dtype))
-    if "dtype" in options.fixed and wanted == "bfloat16":
-        raise SettingsError(f"{gpus[0].name} has no bfloat16 (compute capability {capability[0]}.{capability[1]}).",
-                            "Set VLLM_EXTRA_ARGS='--dtype float16', or use a card of the Ampere generation or newer.")
-    if wanted == "bfloat16" and shape.architecture.startswith(("Gemma2", "Gemma3")):
-        raise SettingsError(f"{shape.architecture} is unstable in float16, so the engine refuses that, and "
-                            f"{gpus[0].name} has no bfloat16.",
-                            "Use a card of the Ampere generation or newer (RTX 30, A10), or another model.")
-    if wanted == "bfloat16":
-        options.set("dtype", "float16", "machine", f"{gpus[0].name} has no bfloat16")
-
-
 def _limit(options: Options, settings: Settings, gpus: tuple[Gpu, ...]) -> int:
     """What may be used of each card, as NVML counts; sets gpu-memory-utilization to it where that asks for more.
 
@@ -239,8 +237,8 @@ def _limit(options: Options, settings: Settings, gpus: tuple[Gpu, ...]) -> int:
     return min(cap, wanted)
 
 
-def _fill(options: Options, settings: Settings, hardware: Hardware, shape: ModelShape, limit_bytes: int,
-          on_gpu: bool) -> Choices:
+def _fill(options: Options, hardware: Hardware, shape: ModelShape, limit_bytes: int, on_gpu: bool,
+          draft: Draft | None) -> Choices:
     """The choices, with everything that was left open filled in and written into the options."""
     left_open = frozenset(field for option, field in _FIELDS.items()
                           if option not in options.values and option not in options.fixed)
@@ -250,9 +248,11 @@ def _fill(options: Options, settings: Settings, hardware: Hardware, shape: Model
         bounds -= {"offload_bytes"}
     if "max-model-len" in options.values and options.reasons["max-model-len"].source == "profile":
         bounds |= {"max_model_len"}
-    start = _choices(options, settings, shape, limit_bytes, left_open)
+    if not speculation.possible(options, shape):
+        bounds -= {"speculative_tokens"}
+    start = _choices(options, shape, limit_bytes, left_open, draft)
     if not on_gpu:
-        bounds -= {"quantization", "offload_bytes", "eager"}
+        bounds -= {"quantization", "offload_bytes", "eager", "speculative_tokens"}
         start = replace(start, offload_bytes=0)
     found = auto.search(shape, start, frozenset(bounds), hardware.host_memory_bytes if on_gpu else 0,
                         may_quantize=on_gpu and shape.understood and not shape.quantization) if on_gpu else None
@@ -269,6 +269,8 @@ def _fill(options: Options, settings: Settings, hardware: Hardware, shape: Model
             continue
         text = _why(option, shape, choices, found)
         options.set(option, written[option], "machine", text + (f"; the profile has {before}" if before else ""))
+    if "speculative_tokens" in bounds and choices.speculative_tokens:
+        speculation.look_up(options, choices, "capture_limit" in bounds)
     if "offload_bytes" in bounds:
         _offload(options, shape, choices, found)
     if "block-size" not in options.values:
@@ -348,8 +350,8 @@ def _smallest(shape: ModelShape, start: Choices, left_open: frozenset[str], on_g
     return auto.least_offload(shape, choices, 1) if "offload_bytes" in left_open else choices
 
 
-def _choices(options: Options, settings: Settings, shape: ModelShape, limit_bytes: int,
-             left_open: frozenset[str]) -> Choices:
+def _choices(options: Options, shape: ModelShape, limit_bytes: int, left_open: frozenset[str],
+             draft: Draft | None) -> Choices:
     """The choices that the options make; what is left open has its bound."""
     width = 4 if options.values.get("dtype") in ("float32", "float") else 2
     kv_dtype = str(options.values.get("kv-cache-dtype", "auto"))
@@ -370,7 +372,9 @@ def _choices(options: Options, settings: Settings, shape: ModelShape, limit_byte
         embedding_on_host=_on_host(options.values.get("additional-config")),
         dtype_bytes=width, kv_dtype_bytes=_ENTRY_BYTES.get(kv_dtype, width),
         block_size=options.whole("block-size", 16), eager=bool(options.values.get("enforce-eager")),
-        kv_cache_bytes=options.whole("kv-cache-memory-bytes") or None)
+        kv_cache_bytes=options.whole("kv-cache-memory-bytes") or None,
+        draft=draft.shape if draft else None, speculative_tokens=speculation.guessed(options),
+        capture_limit=options.whole("max-cudagraph-capture-size") or None)
 
 
 def _on_host(additional: object) -> bool:

@@ -58,7 +58,8 @@ _ROWS = (
     _Row("gpu_in_use", re.compile(r"Free memory on device .* is less than desired GPU memory utilization"),
          "Less GPU memory is free than the plan uses: another process holds the card.",
          "End the other process (`nvidia-smi` names it), or set VRAM_LIMIT to what is free.", memory=True),
-    _Row("gpu_out_of_memory", re.compile(r"CUDA out of memory|torch\.OutOfMemoryError|not enough GPU memory"),
+    _Row("gpu_out_of_memory", re.compile(r"CUDA out of memory|torch\.OutOfMemoryError|not enough GPU memory|"
+                                           r"\"aten::empty\".*API call failed"),  # how a kernel of its own says it
          "The GPU ran out of memory while the engine started.",
          "Lower MAX_MODEL_LEN or MAX_NUM_SEQS, or offload more: VLLM_EXTRA_ARGS='--cpu-offload-gb N'.", memory=True),
     _Row("host_out_of_memory", re.compile(r"DefaultCPUAllocator: can.t allocate memory|MemoryError\b"),

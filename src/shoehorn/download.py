@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -41,21 +41,36 @@ def download(settings: Settings, hub: HubFiles, directory: Path, needed: Sequenc
     listing = [{"Path": file.path, "Type": "blob", "Size": file.size_bytes, "Sha256": file.sha256} for file in needed]
     try:
         api.download_repo(hub.model, "model", revision=hub.commit or hub.revision, local_dir=directory,
-                          file_list=listing, progress_callbacks=[_paced(library, Pace(settings.pull_rate_limit))])
+                          file_list=listing, progress_callbacks=[_told(library, arrivals(settings, directory, needed))])
     except (library.HubError, OSError) as error:  # the errors of `requests` are OSErrors too
         raise _in_words(library, error, settings) from error
 
 
-def _paced(library: ModuleType, pace: Pace) -> type:
-    """What the library is to call after each piece of a file that arrived, one object for each file."""
+def arrivals(settings: Settings, directory: Path, needed: Sequence[ModelFile]) -> Callable[[int], None]:
+    """What is to be called with the bytes that arrived, by any thread: holds them to the limit, and watches the volume.
+
+    It raises OSError (ENOSPC) where the volume would be full before the end.
+    """
+    pace, total = Pace(settings.pull_rate_limit), sum(file.size_bytes for file in needed)
+    watch = volume.Watch(directory, lambda: total - bytes_there(directory, needed))
+
+    def arrived(count_bytes: int) -> None:
+        pace.take(count_bytes)
+        watch.look()
+
+    return arrived
+
+
+def _told(library: ModuleType, arrived: Callable[[int], None]) -> type:
+    """What the library is to call after each piece of a file, one object for each file."""
     base: type = library.ProgressCallback
 
-    class Paced(base):  # type: ignore[misc]  # the library is loaded late
+    class Told(base):  # type: ignore[misc]  # the library is loaded late
         def update(self, size: int) -> None:
             if 0 < size <= _CHUNK_BYTES:  # more at once is what an earlier try left
-                pace.take(size)
+                arrived(size)
 
-    return Paced
+    return Told
 
 
 def bytes_there(directory: Path, files: Sequence[ModelFile]) -> int:
@@ -96,6 +111,7 @@ def _library(settings: Settings) -> ModuleType:
         "MODELSCOPE_API_TOKEN": settings.modelscope_api_token or "",  # also when empty: else it looks for a login
         "MODELSCOPE_DOWNLOAD_INTRA_CLOUD": "false", "MODELSCOPE_DOWNLOAD_TOTAL_TIMEOUT": str(_FILE_SECONDS),
         "MODELSCOPE_DOWNLOAD_FILE_LOCK": "false",  # `volume.only_writer` is the lock; theirs can outlive a crash
+        "MODELSCOPE_DOWNLOAD_PARALLEL_WORKERS": "1",  # for one file: its parts nobody would count or clear away
         "MODELSCOPE_DOWNLOAD_CHUNK_SIZE_MB": str(_CHUNK_BYTES >> 20), "MODELSCOPE_LOG_LEVEL": "WARNING",
         "TQDM_DISABLE": "1"})
     os.environ.setdefault("HOME", str(home))

@@ -9,19 +9,20 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import signal
 import sys
 import threading
 import time
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
 
-from shoehorn import converted, engine_memory, inventory, planning, proof, render, shown_plan
+from shoehorn import converted, drafts, engine_memory, inventory, planning, proof, render, room, shown_plan, step_down
 from shoehorn import log as logs
 from shoehorn import settings as settings_module
-from shoehorn.errors import EXIT_DONE, ModelUnavailableError, ShoehornError
+from shoehorn.errors import EXIT_DONE, DoesNotFitError, ModelUnavailableError, SettingsError, ShoehornError
 from shoehorn.files import write_atomic
 from shoehorn.plan import Plan
 from shoehorn.planning import Planner
@@ -33,6 +34,11 @@ from shoehorn.state import Phase, StateFile
 from shoehorn.units import format_size
 
 log = logging.getLogger("engine")
+
+_AGAIN = 1
+"""An exit code that is none of Shoehorn's own: supervisord starts the program again."""
+
+_LOGGED = re.compile(r"([\w.]+) (INFO|WARNING|ERROR) (.*)")
 
 
 class Stopped(BaseException):
@@ -46,6 +52,20 @@ def main() -> int:
     states = StateFile(settings.run_dir)
     _stop_on_sigterm(states)
     _end_with_owner()
+    try:
+        return _run(settings, states)
+    except OSError as error:
+        if error.errno not in room.FULL:
+            raise
+        try:
+            room.wait_for(settings.run_dir, settings.models_dir)
+        except Stopped:
+            return EXIT_DONE
+        (settings.run_dir / "engine.alive").unlink(missing_ok=True)  # it was no failure of the engine
+        return _AGAIN
+
+
+def _run(settings: Settings, states: StateFile) -> int:
     try:
         _serve(settings, os.environ, states)
     except Stopped:
@@ -72,8 +92,13 @@ def _serve(settings: Settings, environment: Mapping[str, str], states: StateFile
             planner = Planner(settings, directory)
             plan = planner.plan()
             states.update(plan=shown_plan.of(plan))
-    model = converted.target(settings) if settings.quantization == "int4" else settings
-    with inventory.used(model.models_dir, model.model_id) if model.model_source != "local" else nullcontext():
+    if plan.draft and converted.served(plan.draft.settings) is None:
+        _fetch(plan.draft.settings, drafts.environment(environment, plan.draft), states)
+    with ExitStack() as stack:
+        for each in (settings, *([plan.draft.settings] if plan.draft else [])):
+            model = converted.target(each) if each.quantization == "int4" else each
+            if model.model_source != "local":
+                stack.enter_context(inventory.used(model.models_dir, model.model_id))
         while True:
             try:
                 _start(settings, environment, states, restarts, planner, plan, directory)
@@ -102,13 +127,22 @@ def _start(settings: Settings, environment: Mapping[str, str], states: StateFile
             welcome.unlink()
             print(text, flush=True)
 
-    variables = {**plan.engine_environment, **engine_memory.prepare(settings.run_dir),
+    variables = {**_address(environment, plan), **plan.engine_environment, **engine_memory.prepare(settings.run_dir),
                  "SHOEHORN_MOST_REQUESTS": str(render.most_requests(settings, plan.engine_args))}
     Server(config, engine_environment(environment, variables, settings.run_dir), render.engine_socket(settings), states,
            restarts, announce, settings.run_dir / "engine.log" if settings.engine_log == "file" else None,
            settings.drain_timeout,
            lambda transport: proof.prove(transport, plan.engine_args, settings.served_model_name),
-           settings.served_model_name).serve()
+           settings.served_model_name, step_down.speculates(plan.engine_args, plan.fixed)).serve()
+
+
+def _address(environment: Mapping[str, str], plan: Plan) -> dict[str, str]:
+    """Where the parts of an engine on one machine find each other.
+
+    Else vLLM looks for an address of its own by a socket to a public name server, which OFFLINE must not see.
+    """
+    several = "nnodes" in plan.engine_args or plan.engine_args.get("distributed-executor-backend") == "ray"
+    return {} if several or "VLLM_HOST_IP" in environment else {"VLLM_HOST_IP": "127.0.0.1"}
 
 
 def _take_over(settings: Settings, states: StateFile) -> Restarts:
@@ -122,7 +156,7 @@ def _take_over(settings: Settings, states: StateFile) -> Restarts:
         states.update(restarts=states.read().restarts + 1)
     alive.touch()
     states.update(phase=Phase.STARTING, progress=None, detail="planning", model=settings.served_model_name,
-                  cause="", remedy="")
+                  cause="", remedy="", engine_down=False)
     return restarts
 
 
@@ -148,14 +182,17 @@ def _work(command: str, settings: Settings, environment: Mapping[str, str], stat
         try:
             message = json.loads(text)
         except ValueError:
-            complaints.append(text)
+            if logged := _LOGGED.fullmatch(text):
+                logging.getLogger(logged[1]).log(logging.getLevelNamesMapping()[logged[2]], "%s", logged[3])
+            else:
+                complaints.append(text)
             return
         if message["phase"] == "done":
             outcome["directory"] = message["directory"]
             return
         done, total, rate = message["bytes_done"], message["bytes_total"], message["rate_bytes_per_second"]
-        states.update(phase=Phase(message["phase"]), progress=done / total if total else None,
-                      bytes_done=done, bytes_total=total, rate_bytes_per_second=float(rate or 0))
+        states.tell(phase=Phase(message["phase"]), progress=done / total if total else None,
+                    bytes_done=done, bytes_total=total, rate_bytes_per_second=float(rate or 0))
         if time.monotonic() - said["at"] >= 5:
             said["at"] = time.monotonic()
             left = f", {(total - done) / rate:.0f} s left" if rate else ""
@@ -170,14 +207,26 @@ def _work(command: str, settings: Settings, environment: Mapping[str, str], stat
     finally:
         child.stop(5.0)
     if status or "directory" not in outcome:
-        raise ModelUnavailableError("\n".join(complaints[-10:]) or f"`shoehorn {command}` ended with status {status}")
+        raise _failed(command, status, complaints)
     return Path(outcome["directory"])
+
+
+def _failed(command: str, status: int, complaints: list[str]) -> ShoehornError:
+    """What ended a `shoehorn pull` or `convert`, as it told itself."""
+    if status < 0:
+        memory = ", most often because memory ran out" if status == -signal.SIGKILL else ""
+        return ModelUnavailableError(f"`shoehorn {command}` was ended by signal {-status}{memory}.",
+                                     "Start again: what is done is kept and gone on with.")
+    text = "\n".join(["", *complaints[-10:]])
+    cause, _, remedy = text.rpartition("\nshoehorn: ")[2].strip().partition("\n  -> ")
+    kind = next((kind for kind in (SettingsError, DoesNotFitError) if kind.exit_code == status), ModelUnavailableError)
+    return kind(cause or f"`shoehorn {command}` ended with status {status}.", remedy)
 
 
 def _stop_on_sigterm(states: StateFile) -> None:
     def stop(_signal: int, _frame: FrameType | None) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # one is enough; a second must not interrupt the clearing up
-        states.update(phase=Phase.STOPPING, progress=None, detail="stopping")
+        states.tell(phase=Phase.STOPPING, progress=None, detail="stopping")
         raise Stopped
 
     signal.signal(signal.SIGTERM, stop)

@@ -1,8 +1,9 @@
 """What the engine says of its memory, beside what was expected: read after the load, compared, and put into words.
 
-Rules: the engine's figures come from the handler in `shoehorn_vllm.memory_log`; the total is what NVML shows; the
-framework's part is what the others leave of it, so that the parts add up to the total. Activations are a reserve,
-resident only under load, and stand outside of the total's parts until then.
+Rules: the engine's figures come from the handler in `shoehorn_vllm.memory_log`; bitsandbytes' state stands apart from
+the weights where the engine said it, and else is part of them; the total is what NVML shows; the framework's part is
+what the others leave of it, so that the parts add up to the total. Activations are a reserve, resident only under load,
+and stand outside of the total's parts until then.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shoehorn.estimate import VramParts
 from shoehorn.files import write_atomic
 from shoehorn.units import MIB, format_size
+from shoehorn.vram_parts import VramParts
 
 TOLERANCE = 0.10
 """A part that differs by more is a warning, unless it is small."""
@@ -95,12 +96,19 @@ def compare(expected: Sequence[VramParts], figures: Mapping[int, Mapping[str, An
     rows = []
     for gpu, parts in enumerate(expected):
         said, total = figures.get(gpu, {}), used[gpu] if gpu < len(used) else None
-        held = parts.weights_bytes + parts.quant_state_bytes + parts.embeddings_bytes + parts.offload_buffer_bytes
-        measured = {"weights": said.get("weights_bytes"), "kv_cache": said.get("kv_cache_bytes"),
+        held = parts.weights_bytes + parts.embeddings_bytes + parts.offload_buffer_bytes
+        expected_by_part = {"weights": held, "quant_state": parts.quant_state_bytes,
+                            "kv_cache": parts.kv_cache_bytes, "cuda_graphs": parts.cuda_graphs_bytes}
+        measured = {"weights": said.get("weights_bytes"), "quant_state": said.get("quant_state_bytes"),
+                    "kv_cache": said.get("kv_cache_bytes"),
                     "cuda_graphs": said.get("cuda_graphs_bytes", 0 if "weights_bytes" in said else None)}
+        if measured["weights"] is None or measured["quant_state"] is None:
+            expected_by_part["weights"] += expected_by_part.pop("quant_state")
+            del measured["quant_state"]
+        else:
+            measured["weights"] -= measured["quant_state"]  # the engine counts both as one
         known = None if None in measured.values() or total is None else max(
             0, total - sum(size for size in measured.values() if size))
-        expected_by_part = {"weights": held, "kv_cache": parts.kv_cache_bytes, "cuda_graphs": parts.cuda_graphs_bytes}
         rows += [Row(gpu, part, size, measured[part]) for part, size in expected_by_part.items()]
         rows.append(Row(gpu, "framework", parts.framework_bytes, known))
         rows.append(Row(gpu, "activations", parts.activations_bytes, None))

@@ -6,11 +6,12 @@ and not measured it errs upwards. docs/estimator.md gives every formula's source
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 from shoehorn import kv_cache
 from shoehorn.checkpoint import ModelShape
 from shoehorn.units import GIB, MIB
+from shoehorn.vram_parts import VramParts
 
 NF4_BLOCK = 64
 """Weights that share one absmax in bitsandbytes' NF4."""
@@ -23,7 +24,7 @@ MARGIN_BYTES = 64 * MIB
 
 _LIBRARIES_BYTES = 296 * MIB  # workspaces (cuBLAS, attention) and compiled kernels
 _NF4_LIBRARIES_BYTES = 104 * MIB  # bitsandbytes' kernels
-_COLLECTIVES_BYTES = 300 * MIB  # NCCL, with more than one GPU
+_COLLECTIVES_BYTES = 720 * MIB  # the engine's two NCCL communicators; over NVLink, where they have most channels
 _COUNT_BYTES = 4  # the sampler counts every token of the vocabulary for every sequence
 _RESIDUAL_WIDTHS = 9  # activations of a layer's width that live at once, besides the MLP's three
 _GRAPH_BYTES_PER_LAYER = 192 << 10
@@ -49,7 +50,9 @@ class Choices:
         prefetch: (group size, layers offloaded in a group, steps ahead); all 0 without prefetch offload.
         embedding_on_host: the embedding lies in host memory, and the card reads the rows it needs.
         kv_cache_bytes: the KV cache per GPU where it is fixed; else None, and it takes what is left.
-        draft: the draft model of speculative decoding, held whole on every GPU as its checkpoint is.
+        draft: the draft model of speculative decoding, none of it in host memory.
+        speculative_tokens: that are guessed, by a draft or otherwise, and then checked in one pass.
+        capture_limit: tokens of the largest batch that has a CUDA graph; None leaves it to the engine.
     """
 
     limit_bytes: int
@@ -68,42 +71,13 @@ class Choices:
     eager: bool = False
     kv_cache_bytes: int | None = None
     draft: ModelShape | None = None
+    speculative_tokens: int = 0
+    capture_limit: int | None = None
 
     @property
     def gpus(self) -> int:
         """How many GPUs the model is divided over."""
         return self.tensor_parallel * self.pipeline_parallel
-
-
-@dataclass(frozen=True)
-class VramParts:
-    """Expected bytes of one GPU, by part; they add up to what NVML shows.
-
-    Attributes:
-        weights_bytes: layers held on the card, norms, and the rotary table.
-        quant_state_bytes: bitsandbytes' absmax, which stays on the card also when the weights do not.
-        limit_bytes: what the plan may use of the card.
-    """
-
-    weights_bytes: int
-    quant_state_bytes: int
-    embeddings_bytes: int
-    offload_buffer_bytes: int
-    kv_cache_bytes: int
-    activations_bytes: int
-    cuda_graphs_bytes: int
-    framework_bytes: int
-    limit_bytes: int
-
-    @property
-    def total_bytes(self) -> int:
-        """All parts together."""
-        return (self.weights_bytes + self.quant_state_bytes + self.embeddings_bytes + self.offload_buffer_bytes
-                + self.kv_cache_bytes + self.activations_bytes + self.cuda_graphs_bytes + self.framework_bytes)
-
-    def to_json(self) -> dict[str, int]:
-        """All parts, total and limit."""
-        return {**asdict(self), "total_bytes": self.total_bytes}
 
 
 def estimate(shape: ModelShape, choices: Choices) -> tuple[VramParts, ...]:
@@ -144,6 +118,16 @@ def _without_cache(shape: ModelShape, choices: Choices, stage: int) -> VramParts
         limit_bytes=choices.limit_bytes)
 
 
+def drafting(choices: Choices) -> Choices:
+    """The choices as they are for the draft alone: on the card, without CUDA graphs, in NF4 if the model is.
+
+    Source: vllm/v1/worker/gpu/spec_decode/standalone_ar/speculator.py; the loader of NF4 loads both.
+    """
+    nf4 = choices.draft and not choices.draft.quantization and choices.quantization == "bitsandbytes"
+    return replace(choices, draft=None, speculative_tokens=0, offload_bytes=0, prefetch=(0, 0, 0), eager=True,
+                   pipeline_parallel=1, embedding_on_host=False, quantization="bitsandbytes" if nf4 else None)
+
+
 def framework_bytes(shape: ModelShape, choices: Choices) -> int:
     """What a process of the engine holds besides the model: context, libraries, sampler state, collectives."""
     nf4 = "bitsandbytes" in (choices.quantization, shape.quantization)
@@ -169,7 +153,8 @@ def loading_bytes(shape: ModelShape, choices: Choices) -> int:
     if nf4 and not shape.quantization:
         largest = max(largest, shape.hidden * shape.intermediate * choices.dtype_bytes // choices.tensor_parallel)
     absmax = offloaded_bytes(shape, choices) // 32 if nf4 and choices.prefetch[0] else 0  # it moves last, all at once
-    return largest + embedding_bytes(shape, choices) * choices.embedding_on_host + absmax
+    draft = loading_bytes(choices.draft, drafting(choices)) if choices.draft else 0  # it comes after the model
+    return max(largest + embedding_bytes(shape, choices) * choices.embedding_on_host + absmax, draft)
 
 
 def stage_share(shape: ModelShape, choices: Choices, stage: int) -> float:
@@ -258,7 +243,7 @@ def host_bytes(shape: ModelShape, choices: Choices, on_cpu: bool = False) -> int
     """Host memory that all processes need together; `on_cpu` when the model itself runs there."""
     if on_cpu:
         return (_HOST_CPU_BYTES + sum(layer_bytes(shape, choices)) + _other_bytes(shape, choices)
-                + _embeddings_bytes(shape, choices) + activations_bytes(shape, choices)
+                + _embeddings_bytes(shape, choices) + _draft_bytes(choices) + activations_bytes(shape, choices)
                 + (choices.kv_cache_bytes or 0))
     return _HOST_BYTES + _HOST_WORKER_BYTES * (choices.gpus - 1) + pinned_bytes(shape, choices)
 
@@ -301,7 +286,8 @@ def activations_bytes(shape: ModelShape, choices: Choices, stage: int = 0) -> in
         layer += (tokens + shape.hidden) * inner * width
         layer += unpacked_bytes(shape, choices) // shape.layers
     last = stage == choices.pipeline_parallel - 1
-    logits = min(choices.max_num_seqs, tokens) * shape.vocab * _LOGITS_BYTES_PER_ENTRY if last else 0
+    sampled = min(choices.max_num_seqs * (1 + choices.speculative_tokens), tokens)
+    logits = sampled * shape.vocab * _LOGITS_BYTES_PER_ENTRY if last else 0
     return round(max(residual + layer, logits) * (1 if shape.understood else _STRANGER))
 
 
@@ -365,10 +351,12 @@ def _other_bytes(shape: ModelShape, choices: Choices) -> int:
 
 
 def _draft_bytes(choices: Choices) -> int:
-    """The draft model's weights on one GPU."""
+    """All that the draft's weights take on one GPU."""
     if choices.draft is None:
         return 0
-    return -(-(choices.draft.weights_bytes - choices.draft.tensor_bytes.unused.bytes) // choices.tensor_parallel)
+    own = drafting(choices)
+    parts = _without_cache(choices.draft, own, 0)
+    return parts.weights_bytes + parts.quant_state_bytes + parts.embeddings_bytes
 
 
 def _graphs_bytes(shape: ModelShape, choices: Choices) -> int:
@@ -381,5 +369,5 @@ def _graphs_bytes(shape: ModelShape, choices: Choices) -> int:
 
 def captured_sizes(choices: Choices) -> list[int]:
     """The batch sizes that vLLM captures graphs for (vllm/config/vllm.py, _set_cudagraph_sizes)."""
-    most = min(2 * choices.max_num_seqs, 512)
+    most = choices.capture_limit or min(2 * choices.max_num_seqs * (1 + choices.speculative_tokens), 512)
     return [size for size in (1, 2, 4, *range(8, 256, 8), *range(256, 513, 16)) if size <= most]

@@ -60,6 +60,8 @@ def state_samples(state: State) -> _Values:
     if state.bytes_total:
         values["shoehorn_download_bytes"] = [((), state.bytes_done)]
         values["shoehorn_download_expected_bytes"] = [((), state.bytes_total)]
+    if state.rate_bytes_per_second and state.phase is Phase.PULLING:
+        values["shoehorn_download_bytes_per_second"] = [((), state.rate_bytes_per_second)]
     return values
 
 
@@ -104,8 +106,6 @@ def gpu_samples(reading: GpuReading) -> _Values:
         values.setdefault("shoehorn_gpu_info", []).append(((*labels, gpu.name, reading.driver_version), 1))
         for reason in gpu.throttled:
             values.setdefault("shoehorn_gpu_throttled", []).append(((*labels, reason), 1))
-        for kind, count in gpu.xid_errors.items():
-            values.setdefault("shoehorn_gpu_xid_errors_total", []).append(((*labels, kind), count))
         for name, value in _figures(gpu).items():
             if value is not None:
                 values.setdefault(f"shoehorn_gpu_{name}", []).append((labels, value))
@@ -113,6 +113,12 @@ def gpu_samples(reading: GpuReading) -> _Values:
             if process.memory_bytes is not None:
                 values.setdefault("shoehorn_gpu_process_memory_bytes", []).append(
                     ((*labels, str(process.pid), process.name), process.memory_bytes))
+    for card in reading.xid_errors:
+        labels = (str(card.index), card.uuid)
+        for kind, count in card.counts.items():
+            values.setdefault("shoehorn_gpu_xid_errors_total", []).append(((*labels, kind), count))
+        if card.last is not None:
+            values.setdefault("shoehorn_gpu_last_xid", []).append((labels, card.last))
     return values
 
 
@@ -120,7 +126,7 @@ def _figures(gpu: Gpu) -> dict[str, float | None]:
     return {"memory_total_bytes": gpu.memory_total_bytes, "memory_used_bytes": gpu.memory_used_bytes,
             "memory_free_bytes": gpu.memory_free_bytes, "memory_reserved_bytes": gpu.memory_reserved_bytes,
             "utilization_ratio": gpu.utilization_ratio, "power_watts": gpu.power_watts,
-            "temperature_celsius": gpu.temperature_celsius, "last_xid": gpu.last_xid}
+            "temperature_celsius": gpu.temperature_celsius}
 
 
 class Exporter:

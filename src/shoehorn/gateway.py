@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +28,11 @@ RETRY_AFTER_SECONDS = 5
 """Small: OpenAI's client waits that long, and not at all when told to wait above two minutes."""
 READ_SECONDS = 6 * 3600
 """The longest pause between two reads from the engine: a whole answer without streaming, at 0.4 tokens a second."""
+MOST_CONNECTIONS = 8192
+"""Of each of nginx's two workers; an answer takes three at most. Who sends a header slowly holds one for 10 s."""
+_OTHER_FILES = 64
 PAGE_FILES = ("page.css", "chat.css", "page.js", "words.js", "format.js", "status.js", "vram.js", "stream.js",
-              "chat.js", "message.js", "snippets.js", "icon.svg")
+              "chat.js", "message.js", "markdown.js", "marked.esm.js", "snippets.js", "icon.svg")
 
 SOCKET = "engine.sock"
 _SOCKET_PATH_BYTES = 107
@@ -119,8 +123,10 @@ def render(settings: Settings, run_dir: Path, user: str | None) -> str:
     environment = Environment(loader=FileSystemLoader(GATEWAY), undefined=StrictUndefined, finalize=quote,
                               autoescape=False, trim_blocks=True, keep_trailing_newline=True)  # noqa: S701  # see above
     model = settings.served_model_name
+    files = _open_files()
     return environment.get_template("nginx.conf.j2").render(
         run_dir=directory, socket=directory / SOCKET, user=user, port=settings.port, page=GATEWAY / "page",
+        open_files=files, connections=files - _OTHER_FILES,
         page_files=PAGE_FILES, log_format=settings.log_format, drain_seconds=max(1, settings.drain_timeout),
         read_seconds=READ_SECONDS, retry_after_seconds=RETRY_AFTER_SECONDS, body_limit=BODY_LIMIT, routes=ROUTES,
         keys_socket=directory / key_sources.SOCKET, cors_origins=settings.cors_allowed_origins,
@@ -135,6 +141,12 @@ def render(settings: Settings, run_dir: Path, user: str | None) -> str:
                                 404)["openai"].rstrip(),
         model=model, model_body=json.dumps({"id": model, "object": "model", "created": int(time.time()),
                                             "owned_by": "shoehorn"}) + "\n")
+
+
+def _open_files() -> int:
+    """How many files a worker may open: enough for `MOST_CONNECTIONS`, or what the system lets it."""
+    wanted, most = MOST_CONNECTIONS + _OTHER_FILES, resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    return wanted if most == resource.RLIM_INFINITY else min(wanted, most)
 
 
 def _check_run_dir(directory: Path) -> None:

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from shoehorn.gpu_events import XidEvents
+from shoehorn.gpu_events import XidErrors, XidEvents
 
 NO_ANSWER = -1
 """The return code where NVML gave none of its own: no answer in time, no GPU, or one fewer than before."""
@@ -51,8 +51,6 @@ class Gpu:
         memory_used_bytes: without what the driver reserves, unless `memory_reserved_bytes` is None: then with it.
         utilization_ratio: share of the last sample period in which a kernel ran, 0..1.
         throttled: why its clocks are held down just now, of THROTTLING.
-        xid_errors: since this program began, by kind (`gpu_events.KINDS`); empty where the card cannot tell.
-        last_xid: the code of the last one.
     """
 
     index: int
@@ -67,18 +65,21 @@ class Gpu:
     temperature_celsius: float | None
     processes: tuple[GpuProcess, ...]
     throttled: tuple[str, ...] = ()
-    xid_errors: Mapping[str, int] = field(default_factory=dict)
-    last_xid: int | None = None
 
 
 @dataclass(frozen=True)
 class GpuReading:
-    """All cards that answered; `return_code` is NVML's (0 is success) or NO_ANSWER, `problem` the same in words."""
+    """All cards that answered; `return_code` is NVML's (0 is success) or NO_ANSWER, `problem` the same in words.
+
+    Attributes:
+        xid_errors: also of cards that no longer answer.
+    """
 
     gpus: tuple[Gpu, ...] = ()
     driver_version: str = ""
     return_code: int = 0
     problem: str = ""
+    xid_errors: tuple[XidErrors, ...] = ()
 
 
 class NvmlReader:
@@ -91,15 +92,16 @@ class NvmlReader:
     def __init__(self, nvml: Any, proc: Path = Path("/proc")) -> None:
         self._nvml = nvml
         self._proc = proc
-        self._initialised = False
+        self._initialised = self._failed = False
         self._most = 0
         self._events = XidEvents(nvml)
 
     def read(self) -> GpuReading:
         """One reading; a failure is part of it, never an exception."""
+        if self._failed:
+            self._close()  # not earlier: until now NVML kept what happened to the cards that are well
         reading = self._read()
-        if reading.return_code:
-            self._close()
+        self._failed = reading.return_code != 0
         return reading
 
     def _read(self) -> GpuReading:
@@ -111,7 +113,7 @@ class NvmlReader:
             driver_version = nvml.nvmlSystemGetDriverVersion()
             count = nvml.nvmlDeviceGetCount()
         except nvml.NVMLError as error:
-            return GpuReading(return_code=error.value, problem=str(error))
+            return GpuReading(return_code=error.value, problem=str(error), xid_errors=self._events.found())
         self._most = max(self._most, count)
         gpus, code, problem = [], 0, ""
         self._events.read(count)
@@ -122,7 +124,7 @@ class NvmlReader:
                 gpus.append(self._gpu(index))
             except nvml.NVMLError as error:
                 code, problem = error.value, f"GPU {index}: {error}"
-        return GpuReading(tuple(gpus), driver_version, code, problem)
+        return GpuReading(tuple(gpus), driver_version, code, problem, self._events.found())
 
     def _gpu(self, index: int) -> Gpu:
         nvml = self._nvml
@@ -145,7 +147,6 @@ class NvmlReader:
             temperature_celsius=None if temperature is None else float(temperature),
             throttled=tuple(word for bit, word in THROTTLING.items() if bit & int(
                 self._ask(nvml.nvmlDeviceGetCurrentClocksEventReasons, handle) or 0)),
-            xid_errors=self._events.counts(index), last_xid=self._events.last(index),
             processes=self._processes(self._ask(nvml.nvmlDeviceGetComputeRunningProcesses, handle) or ()))
 
     def _processes(self, entries: Sequence[Any]) -> tuple[GpuProcess, ...]:

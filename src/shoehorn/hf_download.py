@@ -18,19 +18,18 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from shoehorn import volume
-from shoehorn.download import gone, not_let, partial_path, private_home, stopped, wrong_size
+from shoehorn.download import arrivals, gone, not_let, partial_path, private_home, stopped, wrong_size
 from shoehorn.errors import ModelUnavailableError
 from shoehorn.hf_hub import HuggingFaceHub
 from shoehorn.hub_http import HubFiles
 from shoehorn.manifest import ModelFile
-from shoehorn.pace import Pace
 from shoehorn.settings import Settings
 
 log = logging.getLogger("store")
@@ -47,13 +46,13 @@ def download(settings: Settings, hub: HubFiles, directory: Path, needed: Sequenc
     Raises:
         ModelUnavailableError: some file could not be had; the others and partial ones are kept.
     """
-    library, pace = _library(settings, hub), Pace(settings.pull_rate_limit)
+    library, arrived = _library(settings, hub), arrivals(settings, directory, needed)
     headers = library.build_hf_headers(token=settings.hf_token or False) | {"Accept-Encoding": "identity"}
 
     def fetch(file: ModelFile) -> Exception | None:
         try:
             url = library.hf_hub_url(hub.model, file.path, revision=hub.commit, endpoint=hub.endpoint)
-            _fetch(library, url, headers, directory / file.path, file.size_bytes, pace)
+            _fetch(library, url, headers, directory / file.path, file.size_bytes, arrived)
         except (library.httpx2.HTTPError, OSError, ValueError) as error:
             return error
         return None
@@ -65,15 +64,15 @@ def download(settings: Settings, hub: HubFiles, directory: Path, needed: Sequenc
         raise _in_words(failed, settings) from next(iter(failed.values()))
 
 
-def _fetch(library: ModuleType, url: str, headers: dict[str, str], path: Path, size_bytes: int, pace: Pace,
-           ) -> None:
+def _fetch(library: ModuleType, url: str, headers: dict[str, str], path: Path, size_bytes: int,
+           arrived: Callable[[int], None]) -> None:
     """One file, from where an earlier try ended."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial, tries = partial_path(path), 0
     while True:
         before = _size(partial)
         try:
-            _go_on(library, url, headers, partial, size_bytes, pace)
+            _go_on(library, url, headers, partial, size_bytes, arrived)
             break
         except library.httpx2.HTTPError as error:
             status = _status(error)
@@ -93,9 +92,9 @@ def _fetch(library: ModuleType, url: str, headers: dict[str, str], path: Path, s
     partial.replace(path)
 
 
-def _go_on(library: ModuleType, url: str, headers: dict[str, str], partial: Path, size_bytes: int, pace: Pace,
-           ) -> None:
-    with _PacedFile(partial, pace) as opened:
+def _go_on(library: ModuleType, url: str, headers: dict[str, str], partial: Path, size_bytes: int,
+           arrived: Callable[[int], None]) -> None:
+    with _ToldFile(partial, arrived) as opened:
         while (there := opened.seek(0, os.SEEK_END)) < size_bytes:
             start = there - there % _PIECE_BYTES
             end = min(start + _PIECE_BYTES, size_bytes)
@@ -105,16 +104,16 @@ def _go_on(library: ModuleType, url: str, headers: dict[str, str], partial: Path
             opened.flush()
 
 
-class _PacedFile(io.BufferedWriter):
-    """A file that is appended to, no faster than a limit."""
+class _ToldFile(io.BufferedWriter):
+    """A file that is appended to, and tells what arrives before it is written."""
 
-    def __init__(self, path: Path, pace: Pace) -> None:
+    def __init__(self, path: Path, arrived: Callable[[int], None]) -> None:
         super().__init__(io.FileIO(path, "ab"))
-        self._pace = pace
+        self._arrived = arrived
 
     def write(self, content: Any) -> int:
         """Append bytes."""
-        self._pace.take(len(content))
+        self._arrived(len(content))
         return super().write(content)
 
 

@@ -43,18 +43,20 @@ TABLE: tuple[Metric, ...] = (
            absent="while nothing can be measured"),
     Metric("shoehorn_download_bytes", "Bytes of the model that are on disk.", absent="when nothing is pulled"),
     Metric("shoehorn_download_expected_bytes", "Bytes that the whole model has.", absent="when nothing is pulled"),
+    Metric("shoehorn_download_bytes_per_second", "How fast they arrive.", absent="when nothing is pulled"),
     Metric("shoehorn_engine_restarts_total", "Engine restarts since the container started.", kind="counter"),
     Metric("shoehorn_engine_step_downs_total", "Starts with a smaller plan after one that failed, since the container "
            "started.", kind="counter"),
     Metric("shoehorn_engine_failures_total", "Engine failures since the container started, by diagnosis.",
            ("diagnosis",), absent="before the first failure", kind="counter"),
-    Metric("shoehorn_vram_bytes", "Where the GPU's memory is now; the parts add up to the card. weights, kv_cache and "
-           "cuda_graphs as the engine said after its load; framework: CUDA's context and workspaces as they were then; "
-           "activations: what was taken of their reserve since; unattributed: all of these before the engine is ready; "
-           "other_processes; driver; free.",
+    Metric("shoehorn_vram_bytes", "Where the GPU's memory is now; the parts add up to the card. weights, quant_state "
+           "(bitsandbytes' absmax), kv_cache and cuda_graphs as the engine said after its load; framework: CUDA's "
+           "context and workspaces as they were then; activations: what was taken of their reserve since; "
+           "unattributed: all of these before the engine is ready; other_processes; driver; free.",
            ("gpu", "part"), absent="where NVML does not say what is in use"),
-    Metric("shoehorn_vram_expected_bytes", "What the plan expected of weights, kv_cache, cuda_graphs and framework "
-           "after the load, and of activations under load.", ("gpu", "part"), absent="before the first load"),
+    Metric("shoehorn_vram_expected_bytes", "What the plan expected of weights, quant_state, kv_cache, cuda_graphs and "
+           "framework after the load, and of activations under load.", ("gpu", "part"),
+           absent="before the first load"),
     Metric("shoehorn_kv_cache_tokens", "Tokens that the KV cache holds.", absent="before the first load"),
     Metric("shoehorn_offloaded_bytes", "Weights that the engine put into host memory.", absent="before the first load"),
     Metric("shoehorn_models_volume_bytes", "Size of the volume with the models.", absent="when it does not answer"),
@@ -78,9 +80,11 @@ TABLE: tuple[Metric, ...] = (
     Metric("shoehorn_gpu_throttled", "1 for each reason why the clocks are held down: power_cap, thermal, "
            "hardware_slowdown, hardware_thermal, power_brake.", (*_GPU, "reason"), absent="when they are not"),
     Metric("shoehorn_gpu_xid_errors_total", "Xid errors since the exporter started, by `kind`: application (the "
-           "program's fault as a rule: 13, 31, 32, 43, 45, 68, 69) or hardware (all others).", (*_GPU, "kind"),
+           "program's fault as a rule: 13, 31, 32, 43, 45, 68, 69), corrected (63, 92: the card has dealt with a "
+           "memory error) or hardware (all others). Also of a GPU that no longer answers.", (*_GPU, "kind"),
            absent="where the driver does not tell", kind="counter"),
-    Metric("shoehorn_gpu_last_xid", "The code of the last Xid error.", _GPU, absent="before the first"),
+    Metric("shoehorn_gpu_last_xid", "The code of the last Xid error, also of a GPU that no longer answers.", _GPU,
+           absent="before the first"),
     Metric("shoehorn_gpu_collect_success", "1 when every GPU answered. 0 without NVML, with no GPU, with fewer than "
            "there were, and when NVML hangs."),
     Metric("shoehorn_gpu_collect_last_success_timestamp_seconds", "Unix time of the last scrape at which every GPU "
@@ -157,7 +161,7 @@ is absent, never 0, and no figure is repeated from an earlier scrape: `shoehorn_
 
 ## The appliance's own
 
-GPU series exist for each GPU that answered, as far as its driver supports them.
+GPU series exist for each GPU that answered, as far as its driver supports them; its Xid errors outlast it.
 
 | metric | type | labels | meaning |
 |---|---|---|---|

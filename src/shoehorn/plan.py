@@ -19,7 +19,6 @@ from shoehorn.estimate import (
     CONTEXT_BYTES,
     MARGIN_BYTES,
     Choices,
-    VramParts,
     estimate,
     host_bytes,
     kv_bytes,
@@ -32,7 +31,9 @@ from shoehorn.hardware import Hardware
 from shoehorn.options import Reason
 from shoehorn.profiles import Profile
 from shoehorn.settings import Settings
+from shoehorn.speculation import Draft
 from shoehorn.units import GIB, format_size
+from shoehorn.vram_parts import VramParts
 
 _LEAST_CONTEXT = 256
 
@@ -51,8 +52,9 @@ class Plan:
             offloaded_bytes: the weights that lie there.
         kv_cache_tokens: of all requests together.
         expected_tokens_per_second: `batch_1` and `batch_8`; None where nothing is known.
-        disk_bytes: the model's files.
+        disk_bytes: the model's files, and the draft's.
         choices: what the estimate was made of; fixed: the options that the user gave.
+        draft: the model that guesses tokens, if one does.
     """
 
     engine_args: Mapping[str, object]
@@ -68,6 +70,7 @@ class Plan:
     disk_bytes: int
     choices: Choices = field(repr=False)
     fixed: frozenset[str] = field(repr=False)
+    draft: Draft | None = field(repr=False, default=None)
 
     def to_json(self) -> dict[str, Any]:
         """JSON-ready; `fits` is true."""
@@ -111,18 +114,20 @@ class Refusal:
 
 
 def make_plan(settings: Settings, hardware: Hardware, profile: Profile, shape: ModelShape,
-              disk_free_bytes: int | None, stepped: Mapping[str, object] | None = None) -> Plan | Refusal:
+              disk_free_bytes: int | None, stepped: Mapping[str, object] | None = None,
+              draft: Draft | None = None) -> Plan | Refusal:
     """Plan a start.
 
     Args:
         stepped: options that an earlier start had to step down to; only what the user fixed wins over them.
+        draft: the model that is to guess tokens.
         hardware: host memory of 0 bytes counts as unknown, and is not checked.
         disk_free_bytes: where the model will be stored; None when it is there already.
 
     Raises:
         SettingsError: settings that contradict each other, the profile, the model or the machine.
     """
-    decisions = decide(settings, hardware, profile, shape, stepped or {})
+    decisions = decide(settings, hardware, profile, shape, stepped or {}, draft)
     choices, on_cpu = decisions.choices, not decisions.gpus
     vram = () if on_cpu else estimate(shape, choices)
     host = host_bytes(shape, choices, on_cpu)
@@ -163,8 +168,9 @@ def make_plan(settings: Settings, hardware: Hardware, profile: Profile, shape: M
         ) * choices.tensor_parallel,
         kv_cache_tokens=kv_tokens(shape, choices, cache),
         expected_tokens_per_second={"batch_1": None, "batch_8": None} if on_cpu else
-        speed.expected(shape, choices, decisions.gpus[0]), disk_bytes=shape.disk_bytes,
-        choices=choices, fixed=decisions.fixed)
+        speed.expected(shape, choices, decisions.gpus[0]),
+        disk_bytes=shape.disk_bytes + (draft.shape.disk_bytes if draft else 0),
+        choices=choices, fixed=decisions.fixed, draft=draft)
 
 
 def _allocator(decisions: Decisions) -> dict[str, str]:

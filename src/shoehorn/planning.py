@@ -11,12 +11,13 @@ import logging
 from dataclasses import asdict
 from pathlib import Path
 
-from shoehorn import converted, engine_memory, hardware, link_probe, profiles, quantization, step_down, worked
+from shoehorn import converted, drafts, engine_memory, hardware, link_probe, profiles, quantization, step_down, worked
 from shoehorn.diagnosis import Diagnosis
 from shoehorn.files import write_atomic
 from shoehorn.hardware import Hardware
 from shoehorn.plan import Plan, Refusal, make_plan
 from shoehorn.settings import Settings
+from shoehorn.speculation import Draft
 from shoehorn.state import StateFile
 from shoehorn.units import format_size
 
@@ -48,7 +49,10 @@ class Planner:
         self._machine = link_probe.probed(hardware.detect(), settings.models_dir)
         self._profile = profiles.select(settings, self._machine)
         self._shape = converted.shape(settings, directory)
-        self._disk_free = converted.room(settings) if directory is None else None
+        fetched = settings.model_source != "local" or settings.quantization == "int4"
+        self._disk_free = converted.room(settings) if directory is None and fetched else None
+        self._beside = hardware.disk_free(settings.models_dir) if self._disk_free is None else \
+            self._disk_free - self._shape.disk_bytes
         self._memory = worked.location(settings, self._machine, self._profile, self._shape)
         self._stepped = dict(worked.recall(self._memory))
         self._steps: list[str] = []
@@ -60,7 +64,8 @@ class Planner:
             DoesNotFitError: nothing fits.
             SettingsError: the settings contradict each other, the model or the machine.
         """
-        plan = make_plan(self._settings, self._machine, self._profile, self._shape, self._disk_free, self._stepped)
+        without = "speculative-config" in self._stepped and self._stepped["speculative-config"] is None
+        plan = self._made(None) if without else drafts.considered(self._settings, self._shape, self._beside, self._made)
         if isinstance(plan, Refusal) and self._stepped and not self._steps:
             log.warning("what worked before does not fit any more, and is forgotten")
             self._stepped = {}
@@ -73,6 +78,10 @@ class Planner:
             log.info("plan: %s = %s (%s): %s", reason.option, reason.value, reason.source, reason.text)
         return plan
 
+    def _made(self, draft: Draft | None) -> Plan | Refusal:
+        return make_plan(self._settings, self._machine, self._profile, self._shape, self._disk_free, self._stepped,
+                         draft)
+
     def step_down(self, plan: Plan, diagnosis: Diagnosis) -> Plan | None:
         """A smaller plan after a start that failed; None when there is none, or after the last try."""
         card = min((gpu.total_bytes for gpu in self._machine.gpus), default=0)
@@ -82,6 +91,8 @@ class Planner:
             return None
         kept = {option: plan.engine_args[option] for option in step_down.LADDER
                 if option in plan.engine_args and option not in plan.fixed}
+        if plan.draft:
+            kept.pop("speculative-config", None)  # whether it is worth its memory is asked anew
         self._stepped |= {**kept, **step.options}  # else what one option frees, the next plan would spend on another
         self._steps.append(f"{diagnosis.name}: {step.text}")
         log.warning("step down %d of %d after %s: %s", len(self._steps), step_down.TRIES, diagnosis.name, step.text)

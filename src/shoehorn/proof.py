@@ -27,18 +27,21 @@ TOKEN = 10
 """Any token: every vocabulary has it."""
 
 _SHORT = 4
+_GUESSED = 4
 
 
 def rounds(options: Mapping[str, object], model: str) -> list[list[dict[str, Any]]]:
     """The bodies of the proving completions, those of a round to be sent together.
 
     A prompt that fills a batch, then one token for every sequence, in requests of as many prompts as one may have.
+    Where tokens are guessed it is a few tokens, so that guesses are made, of which a prompt of equal tokens has many.
     """
+    answer = _GUESSED if options.get("speculative-config") else 1
     length, tokens = int(str(options["max-model-len"])), int(str(options["max-num-batched-tokens"]))
     sequences = int(str(options["max-num-seqs"]))
-    common = {"model": model, "max_tokens": 1, "temperature": 0}
-    found = [[{**common, "prompt": [TOKEN] * max(1, min(length - 1, tokens))}]]
-    if sequences > 1 and length > _SHORT:
+    common = {"model": model, "max_tokens": answer, "temperature": 0}
+    found = [[{**common, "prompt": [TOKEN] * max(1, min(length - answer, tokens))}]]
+    if sequences > 1 and length >= _SHORT + answer:
         found.append([{**common, "prompt": [[TOKEN] * _SHORT] * min(MOST_PROMPTS, sequences - begun)}
                       for begun in range(0, sequences, MOST_PROMPTS)])
     return found

@@ -6,6 +6,7 @@ Rules:
 - vLLM exits 0 when its engine core dies, so every end that nobody asked for is a failure;
 - before the end of a ready engine, requests that run are finished or properly aborted (`drain`): SIGTERM with a stream
   open hangs vLLM;
+- a start in which one of several workers fails, and the others wait for it, is ended;
 - a failure that the same start would repeat (`Diagnosis.final`) is not tried again; one for want of memory is left to
   the caller, who may start with less.
 """
@@ -13,11 +14,13 @@ Rules:
 from __future__ import annotations
 
 import logging
+import logging.handlers
 import re
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -30,6 +33,7 @@ from shoehorn.process import Child
 from shoehorn.render import ENGINE_STOP_SECONDS
 from shoehorn.restarts import Restarts
 from shoehorn.state import Phase, StateFile
+from shoehorn.units import MIB
 from shoehorn.watchdog import Watchdog
 
 log = logging.getLogger("engine")
@@ -44,6 +48,10 @@ _STAGES = (
     (re.compile(r"Capturing CUDA graphs|Compiling a graph|torch\.compile took"), "compiling and capturing graphs"),
     (re.compile(r"Starting vLLM server"), "opening the API"),
 )
+_WORKER_FAILED = re.compile(r"WorkerProc hit an exception")
+_GRACE_SECONDS = 20.0
+"""For an engine to end by itself after one of its workers failed; else the others wait for that one for ever."""
+
 _SHARDS = re.compile(r"Loading safetensors checkpoint shards:\s+(\d+)% Completed")
 
 
@@ -57,6 +65,7 @@ def engine_environment(environment: Mapping[str, str], plan_environment: Mapping
         **withheld.for_engine(environment, run_dir),
         "VLLM_USE_FLASHINFER_SAMPLER": "0",  # its kernels are compiled at run time and need nvcc
         "VLLM_ENGINE_READY_TIMEOUT_S": "7200",
+        "GLOO_SOCKET_IFNAME": "lo",  # it listens where the host's name leads otherwise: in a container, on its network
         **{name: value for name, value in plan_environment.items()
            if name != ALLOCATOR or not {ALLOCATOR, "PYTORCH_CUDA_ALLOC_CONF"} & set(environment)},
         "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "PYTHONUNBUFFERED": "1",
@@ -65,11 +74,35 @@ def engine_environment(environment: Mapping[str, str], plan_environment: Mapping
 
 
 class StartFailedError(EngineFailedError):
-    """The engine did not start, for want of memory or for a number format: a smaller plan could help."""
+    """The engine did not start for a reason that another plan could mend: memory, a number format, guessed tokens."""
 
     def __init__(self, diagnosis: Diagnosis) -> None:
         super().__init__(diagnosis.cause, diagnosis.remedy)
         self.diagnosis = diagnosis
+
+
+class EngineLog(logging.handlers.RotatingFileHandler):
+    """The engine's own lines in a file, of which one predecessor is kept, so that they never fill RUN_DIR."""
+
+    def __init__(self, path: Path, most_bytes: int = 8 * MIB) -> None:
+        super().__init__(path, maxBytes=most_bytes, backupCount=1, encoding="utf-8", delay=True)
+        self.path = path
+
+    def write(self, line: str) -> None:
+        """Append a line.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        self.handle(logging.makeLogRecord({"msg": line}))
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Let go of the file, and let the caller have the error."""
+        stream, self.stream = self.stream, None
+        with suppress(OSError):
+            if stream:
+                stream.close()
+        raise
 
 
 class Server:
@@ -84,22 +117,26 @@ class Server:
         drain_seconds: how long running requests get to finish when serving ends.
         prove: asks the engine, through the given transport, for what the plan promises; False when it failed.
         model: the name that it serves.
+        guesses: its plan has guessed tokens, without which it may start where it does not with them.
     """
 
     def __init__(self, config: Path, environment: Mapping[str, str], socket: Path, states: StateFile,
                  restarts: Restarts, on_ready: Callable[[float], None], engine_log: Path | None,
-                 drain_seconds: int, prove: Callable[[httpx.BaseTransport], bool], model: str) -> None:
+                 drain_seconds: int, prove: Callable[[httpx.BaseTransport], bool], model: str,
+                 guesses: bool = False) -> None:
         self._command = [sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry", "--config", str(config)]
         self._environment = environment
         self._socket = socket
         self._states = states
         self._restarts = restarts
         self._on_ready = on_ready
-        self._engine_log = engine_log
+        self._engine_log = EngineLog(engine_log) if engine_log else None
         self._drain_seconds = drain_seconds
         self._prove = prove
         self._model = model
-        self._tail: deque[str] = deque(maxlen=200)
+        self._guesses = guesses
+        self._tail: deque[str] = deque(maxlen=400)
+        self._worker_failed_at: float | None = None
 
     def serve(self) -> None:
         """Serve until an exception ends it, most often the caller's own on SIGTERM.
@@ -115,7 +152,8 @@ class Server:
             diagnosis, was_ready = self._once()
             failed = self._states.read().failures
             self._states.update(failures={**failed, diagnosis.name: failed.get(diagnosis.name, 0) + 1})
-            if not was_ready and (diagnosis.memory or diagnosis.name == "unsupported_dtype"):
+            if not was_ready and (diagnosis.memory or diagnosis.name == "unsupported_dtype" or (
+                    self._guesses and diagnosis.name != "killed")):
                 raise StartFailedError(diagnosis)
             failures = self._restarts.record()
             if diagnosis.final or self._restarts.exhausted:
@@ -124,13 +162,15 @@ class Server:
             delay = self._restarts.delay_seconds(failures)
             log.warning("%s It is started again in %.0f s (failure %d).", diagnosis.cause, delay, failures)
             self._states.update(phase=Phase.LOADING, progress=None, detail="starting the engine again",
-                                restarts=self._states.read().restarts + 1)
+                                restarts=self._states.read().restarts + 1, engine_down=True)
             time.sleep(delay)
+            self._states.update(engine_down=False)
 
     def _once(self) -> tuple[Diagnosis, bool]:
         """One life of the engine; returns why it ended, and whether it was ready before."""
         self._socket.unlink(missing_ok=True)  # vLLM leaves it behind and does not start over it
         self._tail.clear()
+        self._worker_failed_at = None
         started = time.monotonic()
         ready = drained = False
         watchdog: Watchdog | None = None
@@ -148,12 +188,18 @@ class Server:
                         if not drain.requested(self._states.run_dir):
                             self._states.update(phase=Phase.READY, progress=None, detail="serving")
                             self._on_ready(time.monotonic() - started)
+                    failed_at = self._worker_failed_at
+                    if not ready and failed_at and time.monotonic() - failed_at > _GRACE_SECONDS:
+                        log.error("a worker of the engine failed, and the others wait for it: the start is ended")
+                        child.stop(0.0)
+                        return diagnose(self._tail, 1), False
                     if ready and not drained and drain.requested(self._states.run_dir):
                         self._drain_on_request()
                         drained = True
                     if ready and not drained and watchdog and watchdog.hung():
                         log.error("%s", HUNG.cause)
-                        self._states.update(phase=Phase.LOADING, progress=None, detail="the engine hangs")
+                        self._states.update(phase=Phase.LOADING, progress=None, detail="the engine hangs",
+                                            engine_down=True)
                         drain.engine(self._socket, 0)  # its API server still tells those who wait, as a rule
                         child.stop(0.0)
                         return HUNG, True
@@ -172,12 +218,13 @@ class Server:
     def _line(self, line: str) -> None:
         """One line of the engine's output, from the reading thread."""
         self._tail.append(line)
+        if _WORKER_FAILED.search(line) and self._worker_failed_at is None:
+            self._worker_failed_at = time.monotonic()
         if self._engine_log:
             try:
-                with self._engine_log.open("a", encoding="utf-8") as file:
-                    file.write(line + "\n")
+                self._engine_log.write(line)
             except OSError as error:  # a full disk must not stop the reading, or the engine would wait for it for ever
-                log.warning("cannot write %s: %s; the engine's lines come here instead", self._engine_log,
+                log.warning("cannot write %s: %s; the engine's lines come here instead", self._engine_log.path,
                             error.strerror)
                 self._engine_log = None
         if not self._engine_log:
@@ -185,11 +232,11 @@ class Server:
         if self._states.read().phase is not Phase.LOADING:
             return
         if match := _SHARDS.search(line):
-            self._states.update(detail="loading the weights", progress=int(match[1]) / 100)
+            self._states.tell(detail="loading the weights", progress=int(match[1]) / 100)
             return
         for pattern, detail in _STAGES:
             if pattern.search(line) and self._states.read().detail != detail:
-                self._states.update(detail=detail, progress=None)
+                self._states.tell(detail=detail, progress=None)
                 log.info("%s", detail)
 
     def _show_tail(self) -> None:

@@ -22,6 +22,9 @@ from shoehorn.errors import SettingsError
 from shoehorn.units import parse_size
 
 _MODEL_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+GUESSES = ("auto", "off", "ngram")
+"""What SPECULATIVE can say besides the name of a draft model."""
+
 _KEY = re.compile(r"[A-Za-z0-9._~+/=-]{8,512}")
 _ORIGIN = re.compile(r"https?://(?:[a-z0-9](?:[a-z0-9.-]*[a-z0-9])?|\[[0-9a-f:.]+\])(?::[0-9]{1,5})?")
 
@@ -77,6 +80,12 @@ def _model_id(text: str) -> str:
     if not _MODEL_ID.fullmatch(text) and not text.startswith(("/", "./", "../")):
         raise ValueError(f"{text!r} is neither OWNER/NAME nor a path (write ./NAME for a folder beside you)")
     return text
+
+
+def _speculative(text: str) -> str:
+    if text not in GUESSES and "/" not in text:
+        raise ValueError(f"{text!r} is none of {', '.join(GUESSES)}, and no model; write OWNER/NAME")
+    return text if text in GUESSES else _model_id(text)
 
 
 def _revision(text: str) -> str:
@@ -161,8 +170,11 @@ TABLE: tuple[Setting, ...] = (
             _integer(1, 4096)),
     Setting("MAX_QUEUED_REQUESTS", "", "Most requests that wait for a place; more are refused with 429. Four for each "
             "that can run when not set.", _integer(0, 100_000)),
-    Setting("SPECULATIVE", "auto", "`ngram` guesses tokens from the prompt (good for code edits and summaries); "
-            "`auto` and `off` do not.", _one_of("auto", "off", "ngram")),
+    Setting("SPECULATIVE", "auto", "Tokens are guessed, and checked together in one pass: `ngram` guesses from the "
+            "text so far; OWNER/NAME is a small model with the same vocabulary that guesses, like "
+            "deepseek-ai/DeepSeek-R1-Distill-Llama-8B for the 70B (a path with MODEL_SOURCE=local), used where it fits "
+            "and helps; `auto` is `ngram` where layers lie in host memory; `off` does without. Requests with min_p or "
+            "logit_bias are refused where tokens are guessed.", _speculative),
     Setting("API_KEY", "", "The key that clients send. When neither this nor API_KEYS_FILE is set, the first start "
             "makes one, shows it in its log, that once, and keeps its hash in MODELS_DIR.", parse_key, secret=True),
     Setting("API_KEYS_FILE", "", "A mounted file with more keys, one a line: `NAME KEY`, then what limits it has: "
@@ -312,10 +324,11 @@ def _contradictions(values: Mapping[str, Any]) -> list[str]:
         mistakes.append("TLS_CERT_FILE and TLS_KEY_FILE belong together; set both or neither")
     if values["model_source"] == "local" and not values["keep_original"]:
         mistakes.append("KEEP_ORIGINAL=no would remove files of your own folder, since MODEL_SOURCE=local; unset it")
-    is_path = not _MODEL_ID.fullmatch(values["model_id"])
-    if values["model_source"] != "local" and is_path:
-        mistakes.append(f"MODEL_ID={values['model_id']} is a path, but MODEL_SOURCE={values['model_source']}; "
-                        "set MODEL_SOURCE=local")
+    for name in ("MODEL_ID", "SPECULATIVE"):
+        is_path = values[name.lower()] not in GUESSES and not _MODEL_ID.fullmatch(values[name.lower()])
+        if values["model_source"] != "local" and is_path:
+            mistakes.append(f"{name}={values[name.lower()]} is a path, but MODEL_SOURCE={values['model_source']}; "
+                            "set MODEL_SOURCE=local")
     return mistakes
 
 

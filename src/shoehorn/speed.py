@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from shoehorn.checkpoint import ModelShape
-from shoehorn.estimate import Choices, moved_bytes, offloaded_layers, unpacked_bytes
+from shoehorn.estimate import Choices, drafting, moved_bytes, offloaded_layers, unpacked_bytes
 from shoehorn.hardware import Gpu
 
 GB = 10**9
@@ -30,6 +30,9 @@ _DEVICE_GB_PER_SECOND = {
 """By a part of the card's name, the more particular first: datasheets, the H200 as measured."""
 
 _SLOWEST_BYTES_PER_SECOND = 224e9
+
+ACCEPTED = 3.0
+"""Tokens that a pass is taken to yield where a draft guesses: it depends on the text, and most pairs do better."""
 
 _USUAL_LINK = {r"H[12]00|50[789]0": (5, 16), r"5060": (5, 8), r"4060": (4, 8), r"T4": (3, 16),
                r"[34]0[5-9]0|A100|A10|A4500|A6000|L40?|[46]000 Ada": (4, 16)}
@@ -101,12 +104,24 @@ def expected(shape: ModelShape, choices: Choices, gpu: Gpu) -> Mapping[str, floa
     if device is None and not streamed:
         return {"batch_1": None, "batch_8": None}
     found = {}
-    for requests in (1, 8):
-        seconds = _pass_seconds(shape, choices, device or _SLOWEST_BYTES_PER_SECOND, link_bytes_per_second(gpu)[0],
-                                min(requests, choices.max_num_seqs))
-        found[f"batch_{requests}"] = round(min(requests, choices.max_num_seqs) / seconds, 2)
+    for most in (1, 8):
+        requests = min(most, choices.max_num_seqs)
+        found[f"batch_{most}"] = round(requests / _token_seconds(
+            shape, choices, device or _SLOWEST_BYTES_PER_SECOND, link_bytes_per_second(gpu)[0], requests), 2)
     found["batch_8"] = max(found.values())  # where eight together would be slower, they can be served in turn
     return found
+
+
+def _token_seconds(shape: ModelShape, choices: Choices, device: float, link: float, requests: int) -> float:
+    """The time in which each of so many requests gets a token: a pass, or its part of one where a draft guesses.
+
+    What is guessed from the text so far is not counted on.
+    """
+    guesses = choices.speculative_tokens
+    checking = _pass_seconds(shape, choices, device, link, requests * (1 + guesses))
+    if choices.draft is None:
+        return checking
+    return (checking + guesses * _pass_seconds(choices.draft, drafting(choices), device, link, requests)) / ACCEPTED
 
 
 def _pass_seconds(shape: ModelShape, choices: Choices, device: float, link: float, requests: int) -> float:

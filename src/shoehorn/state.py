@@ -3,12 +3,14 @@
 Rules: the document is replaced atomically and never holds a secret. Beside it lie what the gateway serves without
 asking anybody: `unavailable.json`, the OpenAI-style error that `/v1/*` answers while not ready
 (`unavailable.anthropic.json` in Anthropic's style, for its routes), and the empty files
-`ready` and `failed`, which exist exactly while the phase says so.
+`ready`, which exists exactly in this phase, and `not-live`, which exists when it has failed and while an engine that
+hangs or has died is not yet followed by the next one.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import threading
 import time
 from collections.abc import Mapping
@@ -18,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from shoehorn.files import write_atomic
+
+log = logging.getLogger("engine")
 
 STATE_VERSION = 1
 
@@ -51,6 +55,7 @@ class State:
         kv_cache_tokens, offloaded_bytes: after the load, as the engine said.
         failures: of the engine since the container started, by diagnosis.
         plan: what is started, as `shown_plan` tells it; empty before the first plan.
+        engine_down: the engine hangs or has ended by itself, and the next one is not started yet.
     """
 
     phase: Phase = Phase.STARTING
@@ -70,6 +75,7 @@ class State:
     failures: Mapping[str, int] = field(default_factory=dict)
     rate_bytes_per_second: float = 0.0
     plan: Mapping[str, Any] = field(default_factory=dict)
+    engine_down: bool = False
     version: int = STATE_VERSION
 
 
@@ -119,7 +125,7 @@ class StateFile:
         body = unavailable_body(state)
         write_atomic(self.run_dir / "unavailable.json", body)
         write_atomic(self.run_dir / "unavailable.anthropic.json", anthropic_body(body))
-        self._mark("failed", state.phase is Phase.FAILED)
+        self._mark("not-live", state.phase is Phase.FAILED or state.engine_down)
         self._mark("ready", state.phase is Phase.READY)
 
     def update(self, **changes: object) -> State:
@@ -133,6 +139,13 @@ class StateFile:
                     new = replace(new, rate_bytes_per_second=0.0)
             self.write(new)
             return new
+
+    def tell(self, **changes: object) -> None:
+        """Like `update`, for how far a phase is: where the disk is full that stays untold, and the work goes on."""
+        try:
+            self.update(**changes)
+        except OSError as error:
+            log.warning("cannot publish how far it is: %s", error.strerror)
 
     def _mark(self, name: str, on: bool) -> None:
         path = self.run_dir / name

@@ -1,8 +1,9 @@
-"""The engine did not start for want of memory -> the smallest change that should do, from a stated ladder.
+"""The engine did not start, most often for want of memory -> the smallest change that should do, from a stated ladder.
 
 The ladder: a smaller KV cache, as long as one request has room in it; then fewer tokens in a batch, fewer sequences,
 a shorter context, no CUDA graphs, more offload. The first rung that is enough alone is taken; where none is, all of
-them from the top until it is enough. What the user fixed is never touched.
+them from the top until it is enough. What the user fixed is never touched. A failure that is not about memory is
+answered by another number format where the card lacks one, else by no guessed tokens where the plan had some.
 Rules: pure; at most `TRIES` steps a start; each is logged with before and after.
 """
 
@@ -23,7 +24,8 @@ TRIES = 5
 _OFFLOAD = ("cpu-offload-gb", "offload-backend", "offload-group-size", "offload-num-in-group", "offload-prefetch-step",
             "additional-config")
 
-LADDER = ("quantization", "max-num-batched-tokens", "max-num-seqs", "max-model-len", "enforce-eager", *_OFFLOAD)
+LADDER = ("quantization", "speculative-config", "max-num-batched-tokens", "max-num-seqs", "max-model-len",
+          "enforce-eager", *_OFFLOAD)
 """The options that a step holds fast, but for those that it changes."""
 
 _LEAST_BYTES = 128 * MIB
@@ -56,7 +58,7 @@ def next_step(shape: ModelShape, choices: Choices, fixed: frozenset[str], option
     if diagnosis.name == "unsupported_dtype" and "dtype" not in fixed and options.get("dtype") != "float16":
         return Step({"dtype": "float16"}, f"dtype {options.get('dtype', 'of the checkpoint')} -> float16")
     if not diagnosis.memory:
-        return None
+        return Step({"speculative-config": None}, "guessed tokens -> none") if speculates(options, fixed) else None
     goal = max(diagnosis.missing_bytes + _LEAST_BYTES // 2, _LEAST_BYTES << tries)
     before = _needed(shape, choices)
     gathered = choices
@@ -76,6 +78,11 @@ def next_step(shape: ModelShape, choices: Choices, fixed: frozenset[str], option
         if before - _needed(shape, rung) >= goal:
             return _step(shape, choices, rung, card_bytes)
     return None
+
+
+def speculates(options: Mapping[str, object], fixed: frozenset[str]) -> bool:
+    """Whether tokens are guessed without the engine's having been told so: not every model allows it."""
+    return bool(options.get("speculative-config")) and "speculative-config" not in fixed
 
 
 def _needed(shape: ModelShape, choices: Choices) -> int:

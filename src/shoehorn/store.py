@@ -6,7 +6,9 @@ Rules:
   differ (a copied volume) the content decides, without the hub;
 - a hub's own library fetches, and what it leaves is checked here: it can return success without a file;
 - safetensors, configuration and tokenizer only; Python files only with TRUST_REMOTE_CODE, pickled weights never;
-- one writer for each model.
+- one writer for each model;
+- a folder of the user's own (MODEL_SOURCE=local) is taken as it is, unless a pull has filled it: then its manifest,
+  carried along, decides as in the volume, and nothing is fetched.
 Layout: MODELS_DIR/OWNER/NAME holds the files, MODELS_DIR/.shoehorn the manifests and locks.
 """
 
@@ -46,10 +48,10 @@ def locate(settings: Settings) -> Path | None:
     """The complete local folder of the model, or None. Asks no hub.
 
     Raises:
-        ModelUnavailableError: MODEL_SOURCE=local and the folder holds no model.
+        ModelUnavailableError: MODEL_SOURCE=local and the folder holds no model, or not what its manifest says.
     """
     if settings.model_source == "local":
-        return _local(Path(settings.model_id))
+        return _local(settings, None)
     directory, found = _directory(settings), _completed(settings)
     if found is None:
         return None
@@ -62,7 +64,7 @@ def locate(settings: Settings) -> Path | None:
 
 def hub_files(settings: Settings) -> Files:
     """The model's files, for a look at them: local ones when all are there, else on the hub, read by ranges."""
-    directory = locate(settings)
+    directory = Path(settings.model_id).resolve() if settings.model_source == "local" else locate(settings)
     if directory is None and (known := _completed(settings)):  # `pull` settles these without the hub, most likely
         here = _directory(settings)
         directory = here if all(_size(here, file) == file.size_bytes for file in known.files) else None
@@ -77,9 +79,9 @@ def pull(settings: Settings, report: Report) -> Path:
     Raises:
         ModelUnavailableError: hub, volume, or a file that fails its check twice.
     """
-    if settings.model_source == "local":
-        return _local(Path(settings.model_id))
     try:
+        if settings.model_source == "local":
+            return _local(settings, report) or _folder_of(settings)
         if found := locate(settings):  # needs no lock, and so no volume that can be written
             return found
         with volume.only_writer(settings):
@@ -97,6 +99,8 @@ def verify(settings: Settings, report: Report) -> Path:
     Raises:
         ModelUnavailableError: the model is not complete, or a file is not what it was; it is marked for the next pull.
     """
+    if settings.model_source == "local":
+        return _verified_local(settings, report)
     directory, known = _directory(settings), _completed(settings)
     if known is None:
         raise ModelUnavailableError(f"{settings.model_id} is not complete in {settings.models_dir}.",
@@ -146,7 +150,9 @@ def _fits(path: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(PurePosixPath(path).name, pattern) for pattern in patterns)
 
 
-def _local(directory: Path) -> Path:
+def _folder_of(settings: Settings) -> Path:
+    """The folder that MODEL_SOURCE=local names, when it holds a model."""
+    directory = Path(settings.model_id)
     try:
         names = {path.name for path in directory.iterdir()}
         if "config.json" in names and any(name.endswith(".safetensors") for name in names):
@@ -156,6 +162,58 @@ def _local(directory: Path) -> Path:
         reason = error.strerror or "it cannot be read"
     raise ModelUnavailableError(f"MODEL_ID={directory} holds no model: {reason}.",
                                 "Set MODEL_ID to the model's folder as it is called inside the container.")
+
+
+def _carried(settings: Settings) -> Settings | None:
+    """For a local folder that lies as a pull left it, DIR/OWNER/NAME: the settings by which its manifest is found."""
+    directory = Path(settings.model_id).resolve()
+    if settings.model_source != "local" or len(directory.parts) < 4:
+        return None
+    stored = replace(settings, models_dir=directory.parent.parent, model_id="/".join(directory.parts[-2:]))
+    return stored if manifest.location(stored).exists() else None
+
+
+def _verified_local(settings: Settings, report: Report) -> Path:
+    if _carried(settings) is None:
+        raise ModelUnavailableError(f"Nothing tells what {settings.model_id} should hold: no pull has filled it.",
+                                    "Copy a model with its manifest: shoehorn pull OWNER/NAME --to DIR, then all of "
+                                    "DIR.")
+    return _local(settings, report, every_byte=True) or _folder_of(settings)
+
+
+def _local(settings: Settings, report: Report | None, *, every_byte: bool = False) -> Path | None:
+    """The local folder, held to its manifest where it has one; None when it has to be read first, with a `report`.
+
+    Raises:
+        ModelUnavailableError: there is no model, or it is not what was pulled.
+    """
+    directory, stored = _folder_of(settings), _carried(settings)
+    if stored is None:
+        return directory
+    again = "Copy it again, with its .shoehorn folder; where it comes from: shoehorn pull --verify."
+    known = manifest.read(stored)
+    if known is None or not known.complete:
+        raise ModelUnavailableError(f"{directory} is no complete model: {manifest.location(stored)} says that its pull "
+                                    "did not end.", again)
+    if strangers := _strangers(directory, known.files):
+        raise _foreign(directory, strangers)
+    if not every_byte and all(manifest.unchanged(directory, file) for file in known.files):
+        return directory
+    wrong = [file for file in known.files if _size(directory, file) != file.size_bytes]
+    if not wrong and report is None:
+        return None
+    if not wrong and report:
+        checked = _check(directory, known.files, () if every_byte else known.files, report)
+        wrong = _wrong(known.files, checked)
+    if wrong:
+        raise ModelUnavailableError(f"Not what was pulled, by size or SHA-256: "
+                                    f"{', '.join(str(directory / file.path) for file in wrong)}.", again)
+    try:
+        manifest.write(stored, replace(known, files=_marked(known.files, checked)))
+    except OSError as error:
+        log.info("%s cannot be written (%s), so the model is read again at every start", manifest.location(stored),
+                 error.strerror)
+    return directory
 
 
 def _completed(settings: Settings) -> Manifest | None:
@@ -282,8 +340,7 @@ def _complete(settings: Settings, directory: Path, begun: Manifest, files: Itera
               checked: Mapping[str, ModelFile]) -> Path:
     files = tuple(checked[file.path] for file in files)
     if strangers := _strangers(directory, files):
-        raise ModelUnavailableError(f"{directory} holds weights that are not the model's: {', '.join(strangers)}.",
-                                    "Remove them: the engine could load them instead.")
+        raise _foreign(directory, strangers)
     for folder in {parent for file in files for parent in (directory / file.path).parents
                    if parent.is_relative_to(settings.models_dir)}:
         sync_directory(folder)
@@ -295,6 +352,11 @@ def _strangers(directory: Path, files: Iterable[ModelFile]) -> list[str]:
     """Weights in the folder that are none of `files`."""
     known = {file.path for file in files}
     return sorted(path.name for path in directory.glob("*.safetensors") if path.name not in known)
+
+
+def _foreign(directory: Path, strangers: Sequence[str]) -> ModelUnavailableError:
+    return ModelUnavailableError(f"{directory} holds weights that are not the model's: {', '.join(strangers)}.",
+                                 "Remove them: the engine could load them instead.")
 
 
 def _remove(directory: Path, files: Iterable[ModelFile], *, partial: bool = False) -> None:

@@ -1,10 +1,10 @@
 """Where the memory of a card went, at one moment: parts that add up to the card.
 
-Rules: weights (with their quantization state, which the engine does not tell apart), KV cache and CUDA graphs are what
-the engine said after its load, and hold only while it is ready; `framework` is what the appliance held besides when it
-became ready (CUDA's context, workspaces), `activations` what it has taken of their reserve since; before that all of it
-is `unattributed`. The appliance's processes are those that NVML shows by name; where it shows
-none, as in most containers, the appliance holds what it held when it became ready, and the rest is other processes'.
+Rules: weights, quantization state (bitsandbytes'; that of other kinds is part of the weights), KV cache and CUDA graphs
+are what the engine said after its load, and hold only while it is ready; `framework` is what the appliance held besides
+when it became ready (CUDA's context, workspaces), `activations` what it has taken of their reserve since; before that
+all of it is `unattributed`. The appliance's processes are those that NVML shows by name; where it shows none, as in
+most containers, the appliance holds what it held when it became ready, and the rest is other processes'.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from typing import Any
 
 from shoehorn.gpu_metrics import Gpu
 
-PARTS = ("weights", "kv_cache", "cuda_graphs", "framework", "activations", "unattributed", "other_processes", "driver",
-         "free")
-_ENGINES = ("weights", "kv_cache", "cuda_graphs")
+PARTS = ("weights", "quant_state", "kv_cache", "cuda_graphs", "framework", "activations", "unattributed",
+         "other_processes", "driver", "free")
+_ENGINES = ("weights", "quant_state", "kv_cache", "cuda_graphs")
+_ALWAYS = frozenset(_ENGINES) - {"quant_state"}
 
 
 def breakdown(rows: Sequence[Mapping[str, Any]], gpu: Gpu, *, ready: bool) -> Mapping[str, int]:
@@ -34,7 +35,7 @@ def breakdown(rows: Sequence[Mapping[str, Any]], gpu: Gpu, *, ready: bool) -> Ma
     used = gpu.memory_used_bytes
     own = min(used, sum(named) if named else measured.get("total", used) if ready else used)
     parts = {part: measured[part] for part in _ENGINES if part in measured} if ready else {}
-    if len(parts) == len(_ENGINES) and sum(parts.values()) <= own:
+    if parts.keys() >= _ALWAYS and sum(parts.values()) <= own:
         rest = own - sum(parts.values())
         parts["framework"] = min(rest, measured.get("framework", rest))
         parts["activations"] = rest - parts["framework"]

@@ -4,7 +4,9 @@ Rules:
 - an engine whose counters move is left alone: nothing is asked of it;
 - when nothing has moved for a while it gets one token to write; only if that does not come, and still nothing has
   moved, it is hung: a long queue or a long prompt is none;
-- any answer proves life, also a refusal.
+- any answer proves life, also a refusal; the token is asked for past the bound on the queue, whose refusals come from
+  the API server alone;
+- what the API server counts by itself, such as clients that leave, is no sign of life.
 """
 
 from __future__ import annotations
@@ -23,8 +25,8 @@ QUIET_SECONDS = 20.0
 """How long nothing may move before a token is asked for."""
 
 LEAST_PATIENCE_SECONDS = 20.0
-_COUNTERS = ("vllm:prompt_tokens_total", "vllm:generation_tokens_total", "vllm:iteration_tokens_total_count",
-             "vllm:request_success_total")
+_COUNTERS = ("vllm:prompt_tokens_total", "vllm:generation_tokens_total", "vllm:iteration_tokens_total_count")
+_PROBE = "http://engine/-/probe"  # shoehorn_vllm.middleware.PROBE_PATH
 
 
 class Watchdog:
@@ -73,7 +75,7 @@ class Watchdog:
     def _answers(self) -> bool:
         body = {"model": self._model, "prompt": [TOKEN], "max_tokens": 1, "temperature": 0}
         try:
-            self._client.post("http://engine/v1/completions", json=body, timeout=self._patience)
+            self._client.post(_PROBE, json=body, timeout=self._patience)
         except httpx.TimeoutException:
             return False
         except httpx.TransportError:

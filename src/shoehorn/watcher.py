@@ -4,7 +4,8 @@ Rules:
 - the engine's exit with one of its own codes is final, as is any program that supervisord gave up (FATAL): supervisord
   gets SIGTERM, and `supervise` returns the code that stands in `exit_code`;
 - the process group of a program that died otherwise is ended, so that nginx's workers do not hold the port against
-  their successor.
+  their successor;
+- when supervisord was killed nginx is ended too: unlike the other programs it does not look after its parent.
 Protocol: http://supervisord.org/events.html (a line of headers, then `len` bytes, answered by RESULT).
 """
 
@@ -41,12 +42,13 @@ def handle(headers: Mapping[str, str], body: Mapping[str, str], run_dir: Path) -
 
 
 def run(source: TextIO, sink: TextIO, run_dir: Path, supervisor: int) -> None:
-    """Answer events until `source` ends; `supervisor` is supervisord's process id."""
+    """Answer events until `source` ends, as it does when supervisord was killed; `supervisor` is its process id."""
     while True:
         sink.write("READY\n")
         sink.flush()
         line = source.readline()
         if not line:
+            _end_gateway(run_dir)
             return
         headers = _pairs(line)
         body = _pairs(source.read(int(headers.get("len", "0"))))
@@ -56,6 +58,14 @@ def run(source: TextIO, sink: TextIO, run_dir: Path, supervisor: int) -> None:
         sink.flush()
 
 
+def _end_gateway(run_dir: Path) -> None:
+    try:
+        group = int((run_dir / "nginx.pid").read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # it did not start
+        return
+    end_group(group)
+
+
 def _pairs(text: str) -> dict[str, str]:
     return dict(word.split(":", 1) for word in text.split() if ":" in word)
 
@@ -63,7 +73,10 @@ def _pairs(text: str) -> dict[str, str]:
 def _default_code(run_dir: Path, code: int) -> None:
     path = run_dir / "exit_code"
     if not path.exists():
-        path.write_text(f"{code}\n", encoding="utf-8")
+        try:
+            path.write_text(f"{code}\n", encoding="utf-8")
+        except OSError as error:  # the container ends all the same, and an empty file means that it failed
+            _say(f"cannot write {path}: {error.strerror}")
 
 
 def _say(message: str) -> None:

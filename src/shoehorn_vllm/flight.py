@@ -66,10 +66,12 @@ class Flight:
     """One admitted request.
 
     Args:
-        body: the whole body, when it was read already; else None.
+        body: the whole body, which was read already.
+        answers: how many requests it is to the engine.
     """
 
-    def __init__(self, path: str, receive: Receive, send: Send, body: bytes | None) -> None:
+    def __init__(self, path: str, receive: Receive, send: Send, body: bytes, answers: int) -> None:
+        self.answers = answers
         self.task = asyncio.current_task()
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._path = path
@@ -116,14 +118,9 @@ class Flight:
     async def receive(self) -> Message:
         """For the application: the body, then nothing until the client leaves or `abort` is called."""
         if not self._read:
-            if self._body is not None:
-                self._read = True
-                body, self._body = self._body, b""
-                return {"type": "http.request", "body": body, "more_body": False}
-            message = await self._receive()
-            self._read = not message.get("more_body", False)
-            self._left = message["type"] == "http.disconnect"
-            return message
+            self._read = True
+            body, self._body = self._body, b""
+            return {"type": "http.request", "body": body, "more_body": False}
         waiting = asyncio.ensure_future(self._receive())
         either: set[asyncio.Future[Any]] = {waiting, self._abort}
         try:

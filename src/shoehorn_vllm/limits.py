@@ -5,8 +5,8 @@ Rules:
   is an error, never "no limit";
 - requests per minute are counted exactly: no more than N admitted in any 60 s (a sliding window); refused ones do not
   count;
-- the cap on `max_tokens` holds for a whole request: choices (`n`) times prompts times tokens, so that asking for many
-  answers does not get around it;
+- one request may become many inside the engine, choices (`n`) times prompts: that product is bounded, and the cap on
+  `max_tokens` holds for all of them together;
 - no clock, no I/O: the time is an argument.
 """
 
@@ -23,6 +23,10 @@ WINDOW_SECONDS = 60.0
 COMPLETIONS_DEFAULT_TOKENS = 16
 """What /v1/completions writes when asked for no number (OpenAI's API and vLLM alike)."""
 
+MOST_INPUTS = 2048
+"""Texts to embed, rank or score in one request, as many as OpenAI's API takes."""
+
+_OF_MANY_INPUTS = ("/v1/embeddings", "/v1/rerank", "/v1/score")
 _TOKEN_FIELDS = {
     "/v1/chat/completions": ("max_completion_tokens", "max_tokens"),
     "/v1/completions": ("max_tokens",),
@@ -57,33 +61,61 @@ class Limits:
 
 
 class TooMuchError(ValueError):
-    """A request asks for more than its key may have. `field` names the culprit."""
+    """A request asks for more than it may have. `culprit` names the field, `code` the limit."""
 
-    def __init__(self, message: str, culprit: str) -> None:
+    def __init__(self, message: str, culprit: str, code: str = "max_tokens_exceeded") -> None:
         super().__init__(message)
         self.culprit = culprit
+        self.code = code
 
 
-def capped(path: str, body: bytes, cap: int) -> bytes:
-    """The body with the cap in force: unchanged when within it, with the cap set when it names no number.
+def document_of(body: bytes) -> dict[str, Any] | None:
+    """The JSON object of a body, read as the engine's framework does; None for anything else, which is its to refuse.
 
-    A body that is no JSON object is left for the engine to refuse.
+    Raises:
+        TooMuchError: it is nested too deeply.
+    """
+    try:
+        document = json.loads(body)
+    except RecursionError:
+        raise TooMuchError("The body is nested too deeply.", "body", "invalid_request") from None
+    except ValueError:
+        return None
+    return document if isinstance(document, dict) else None
+
+
+def answers_of(path: str, document: Mapping[str, Any], most: int) -> int:
+    """How many requests one request is to the engine: its choices times its prompts, or its texts.
+
+    Args:
+        most: the bound on choices times prompts; texts are bounded by `MOST_INPUTS`.
+
+    Raises:
+        TooMuchError: more than that, or a number that is none.
+    """
+    if path in _OF_MANY_INPUTS:
+        wanted, most, culprit = max(map(_length, document.values()), default=1), MOST_INPUTS, "input"
+    else:
+        wanted = max((_whole(name, document[name]) for name in ("n", "best_of") if document.get(name) is not None),
+                     default=1)
+        prompts = _length(document.get("prompt")) if path == "/v1/completions" else 1
+        culprit = "n" if wanted >= prompts else "prompt"
+        wanted = max(1, wanted) * prompts
+    if wanted > most:
+        raise TooMuchError(f"{wanted} answers in one request; there may be {most} at most.", culprit,
+                           "too_many_answers")
+    return wanted
+
+
+def capped(path: str, document: Mapping[str, Any], answers: int, cap: int) -> dict[str, Any] | None:
+    """The document with the cap set, when it names no number; None when it may stay as it is.
 
     Raises:
         TooMuchError: it asks for more, or for something that is not a whole number.
     """
     fields = _TOKEN_FIELDS.get(path)
     if not fields:
-        return body
-    try:
-        document = json.loads(body)
-    except RecursionError:
-        raise TooMuchError("The body is nested too deeply.", "body") from None
-    except ValueError:
-        return body
-    if not isinstance(document, dict):
-        return body
-    answers = _answers(path, document)
+        return None
     named = {name: document[name] for name in fields if document.get(name) is not None}
     for name, value in named.items():
         tokens = _whole(name, value)
@@ -92,23 +124,18 @@ def capped(path: str, body: bytes, cap: int) -> bytes:
             raise TooMuchError(f"{name} is {tokens}{times}, but this key may have {cap} tokens a request at most.",
                                name)
     if named:
-        return body
+        return None
     share = cap // answers
     if share < 1:
         raise TooMuchError(f"{answers} answers, but this key may have {cap} tokens a request at most.", "n")
     if path == "/v1/completions":
         share = min(share, COMPLETIONS_DEFAULT_TOKENS)
-    return json.dumps({**document, fields[0]: share}).encode()
+    return {**document, fields[0]: share}
 
 
-def _answers(path: str, document: Mapping[str, Any]) -> int:
-    """How many answers the engine will compute for one request."""
-    wanted = max((_whole(name, document[name]) for name in ("n", "best_of") if document.get(name) is not None),
-                 default=1)
-    prompt = document.get("prompt")
-    prompts = len(prompt) if path == "/v1/completions" and isinstance(prompt, list) and prompt and not isinstance(
-        prompt[0], int) else 1
-    return max(1, wanted) * prompts
+def _length(value: object) -> int:
+    """Of a list of texts or of lists of tokens; 1 for a text, and for one list of tokens."""
+    return len(value) if isinstance(value, list) and value and not isinstance(value[0], int) else 1
 
 
 def _whole(name: str, value: object) -> int:

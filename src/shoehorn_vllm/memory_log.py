@@ -4,7 +4,7 @@ Rules: it reads the records' templates and arguments, not the printed text; one 
 atomically, in the folder that `SHOEHORN_MEMORY_DIR` names; it never raises into the engine.
 
 Source of the templates: vLLM 0.32.0, v1/worker/gpu_worker.py, v1/worker/gpu/model_runner.py, v1/core/kv_cache_utils.py,
-model_executor/offloader/.
+model_executor/offloader/; and `quant_state` beside this file.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import os
 import re
 from pathlib import Path
 from typing import Any
+
+from shoehorn_vllm import quant_state
 
 DIRECTORY = "SHOEHORN_MEMORY_DIR"
 _GIB = 1 << 30
@@ -28,6 +30,8 @@ def figures(template: str, arguments: tuple[Any, ...]) -> dict[str, Any]:
     """What a record says, by name; empty for most records. Sizes in bytes."""
     if template.startswith("Model loading took"):
         return {"weights_bytes": _bytes(arguments[0])}
+    if template == quant_state.TEMPLATE:
+        return {"quant_state_bytes": int(arguments[0])}
     if template.startswith("Available KV cache memory"):
         return {"kv_cache_bytes": _bytes(arguments[0])}
     if template.startswith("Graph capturing finished"):  # said twice; the later one is the real capture

@@ -5,6 +5,7 @@ Rules:
   the engine listens on a Unix socket that only the appliance's own user reaches;
 - every POST under /v1/ counts; without the header there are no limits but the bound on the queue;
 - a refusal costs the engine nothing: it is made before the application sees the request;
+- the engine never holds too many answers (choices times prompts) either, however few requests they come in;
 - `POST /-/drain?seconds=N` refuses what is new, waits up to N s for what runs, ends the rest with an error of its own,
   and answers {"finished": N, "aborted": N}. The gateway has no route to it.
 """
@@ -23,18 +24,30 @@ from shoehorn_vllm import answers
 from shoehorn_vllm.answers import Failure
 from shoehorn_vllm.counts import NO_KEY, Counts
 from shoehorn_vllm.flight import BodyTooLongError, Flight, Receive, Send, read_body, refuse
-from shoehorn_vllm.limits import Book, Limits, TooMuchError, capped
+from shoehorn_vllm.limits import Book, Limits, TooMuchError, answers_of, capped, document_of
 
 MOST_REQUESTS = "SHOEHORN_MOST_REQUESTS"
 """The variable that bounds how many requests the engine holds, running and queued; not set means no bound."""
+
+MOST_ANSWERS = ("VLLM_MAX_N_SEQUENCES", "VLLM_MAX_COMPLETION_PROMPTS")
+"""The engine's own bounds on choices and on prompts; the greater one bounds their product, which it does not."""
+_DEFAULT_MOST_ANSWERS = 128
+
+MOST_HELD = 4096
+"""Answers that the engine holds, running and queued, before more requests are refused; the last one may go over."""
 
 DRAIN_PATH = "/-/drain"
 ABORT_SECONDS = 2.0
 """How long the application gets to obey an abort before its task is cancelled, and again after that."""
 
+PROBE_PATH = "/-/probe"
+"""`POST`, a text completion for the watchdog: it reaches the engine also when the queue is full, because an engine that
+hangs behind one would never be found otherwise. Like the drain, the gateway has no route to it."""
+
 Scope = MutableMapping[str, Any]
 Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 
+_COMPLETIONS = "/v1/completions"
 _BUSY = Failure(429, "queue_full", "The server's queue is full. Try again in a moment.", 5)
 
 
@@ -51,6 +64,7 @@ class Gate:
         self._counts = counts or Counts()
         text = os.environ.get(MOST_REQUESTS, "")
         self._most_requests = most_requests if most_requests is not None else int(text) if text else None
+        self._most_answers = max(int(os.environ.get(name) or _DEFAULT_MOST_ANSWERS) for name in MOST_ANSWERS)
         self._books: defaultdict[str, Book] = defaultdict(Book)
         self._flights: set[Flight] = set()
         self._stopping = False
@@ -62,6 +76,8 @@ class Gate:
             await self._app(scope, receive, send)
         elif path == DRAIN_PATH:
             await self._answer_drain(scope, send)
+        elif path == PROBE_PATH:
+            await self._app({**scope, "path": _COMPLETIONS, "raw_path": _COMPLETIONS.encode()}, receive, send)
         elif not path.startswith("/v1/"):
             await self._app(scope, receive, send)
         elif self._stopping:
@@ -105,35 +121,41 @@ class Gate:
         if wait is not None:
             return Failure(429, "rate_limit_exceeded", f"This key may send {limits.requests_per_minute} requests a "
                            f"minute. Try again in {wait} s.", wait)
-        if self._most_requests is not None and len(self._flights) >= self._most_requests:
+        if self._full():
             return _BUSY
         if limits.body_bytes is not None and length.isdigit() and int(length) > limits.body_bytes:
             return _too_long(limits.body_bytes)
         return None
 
+    def _full(self) -> bool:
+        """Whether nothing more may wait."""
+        queued = self._most_requests is not None and len(self._flights) >= self._most_requests
+        return queued or sum(flight.answers for flight in self._flights) >= MOST_HELD
+
     async def _fly(self, scope: Scope, receive: Receive, send: Send, key: str, limits: Limits) -> None:
         path = scope["path"]
-        body: bytes | None = None
-        if limits.body_bytes is not None or limits.max_tokens is not None:
-            try:
-                body = await read_body(receive, limits.body_bytes)
-                if body is None:
-                    self._counts.request(key, "left")
-                    return
-                if limits.max_tokens is not None:
-                    body = capped(path, body, limits.max_tokens)
+        weight = 1
+        try:
+            body = await read_body(receive, limits.body_bytes)
+            if body is None:
+                self._counts.request(key, "left")
+                return
+            if (document := document_of(body)) is not None:
+                weight = answers_of(path, document, self._most_answers)
+                if limits.max_tokens is not None and (
+                        changed := capped(path, document, weight, limits.max_tokens)) is not None:
+                    body = json.dumps(changed).encode()
                     scope = {**scope, "headers": _with_length(scope["headers"], len(body))}
-            except BodyTooLongError:
-                await self._refuse(send, path, key, _too_long(limits.body_bytes or 0))
-                return
-            except TooMuchError as error:
-                await self._refuse(send, path, key, Failure(400, "max_tokens_exceeded", str(error),
-                                                            param=error.culprit))
-                return
-        if self._stopping:  # the drain began while the body came in
-            await self._refuse(send, path, key, answers.STOPPING)
+        except BodyTooLongError:
+            await self._refuse(send, path, key, _too_long(limits.body_bytes or 0))
             return
-        flight = Flight(path, receive, send, body)
+        except TooMuchError as error:
+            await self._refuse(send, path, key, Failure(400, error.code, str(error), param=error.culprit))
+            return
+        if self._stopping or self._full():  # since then: the body took its time
+            await self._refuse(send, path, key, answers.STOPPING if self._stopping else _BUSY)
+            return
+        flight = Flight(path, receive, send, body, weight)
         self._flights.add(flight)
         try:
             await self._app(scope, flight.receive, flight.send)

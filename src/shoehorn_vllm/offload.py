@@ -29,6 +29,8 @@ from vllm_bnb_plugin.bitsandbytes_loader import (  # type: ignore[import-untyped
     BitsAndBytesModelLoader,
 )
 
+from shoehorn_vllm import quant_state
+
 _moved_out: Callable[..., None] = _CpuParamOffloader._offload_to_cpu_internal
 _updated: Callable[..., None] = _CpuParamOffloader._update_cpu_storage_from_param
 _ended: Callable[..., None] = PrefetchOffloader.post_init
@@ -88,6 +90,7 @@ def _load(loader: Any, vllm_config: Any, model_config: Any, prefix: str = "") ->
             if isinstance(module, VocabParallelEmbedding) and not isinstance(module, ParallelLMHead):
                 _to_host(module)
         torch.accelerator.empty_cache()
+    quant_state.say(model)
     return model
 
 

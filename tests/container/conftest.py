@@ -10,13 +10,21 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from tracked import COMPOSE, IMAGE, Container, clean_environment, docker
+from tracked import BUILD_CANARY, COMPOSE, IMAGE, Container, clean_environment, docker
+
+from shoehorn.paths import HOME
 
 
 @pytest.fixture(scope="session")
 def image() -> str:
-    """The CPU flavour, built as compose builds it."""
-    docker(*COMPOSE, "build", timeout=900, environment=clean_environment())
+    """The CPU flavour, built as compose builds it, with a secret wherever a build might pick one up."""
+    planted = HOME / "secrets" / f"canary-{os.getpid()}"
+    planted.write_text(BUILD_CANARY)
+    try:
+        docker(*COMPOSE, "build", timeout=900, environment=clean_environment(
+            API_KEY=BUILD_CANARY, HF_TOKEN=BUILD_CANARY, MODELSCOPE_API_TOKEN=BUILD_CANARY))
+    finally:
+        planted.unlink()
     return IMAGE
 
 

@@ -57,6 +57,14 @@ def test_every_part_runs_and_none_as_root(appliance: Container) -> None:
     assert [part for part in parts if not any(part in line for line in lines)] == []
 
 
+def test_only_gateway_and_exporter_listen_beyond_loopback(appliance: Container) -> None:
+    table = appliance.execute("sh", "-c", "cat /proc/net/tcp /proc/net/tcp6")
+    listening = re.findall(r"^ *[0-9]+: ([0-9A-F]+):([0-9A-F]{4}) [0-9A-F:]+ 0A ", table, re.MULTILINE)
+    assert len(listening) > 2  # the engine's parts talk to each other over loopback
+    loopback = re.compile("(0{16}0000FFFF0000)?[0-9A-F]{6}7F|0{24}01000000")
+    assert {int(port, 16) for address, port in listening if not loopback.fullmatch(address)} == {6333, 6334}
+
+
 def test_the_key_is_shown_once_and_lies_nowhere_else(appliance: Container, key: str) -> None:
     assert len(key) >= 20
     assert appliance.logs.count(key) == 2  # when it was made, and in the welcome
@@ -79,7 +87,7 @@ def test_the_process_has_no_privilege_and_can_write_only_where_it_must(appliance
     every = appliance.execute("sh", "-c", "cat /proc/[0-9]*/status /proc/[0-9]*/limits 2>/dev/null; true")
     assert set(re.findall(r"^(?:CapEff|CapPrm|CapBnd|CapInh|CapAmb):\s+(\S+)", every, re.MULTILINE)) == {"0" * 16}
     assert set(re.findall(r"^NoNewPrivs:\s+(\S+)", every, re.MULTILINE)) == {"1"}
-    assert set(re.findall(r"^Max core file size\s+(\S+)\s+(\S+)", every, re.MULTILINE)) == {("0", "0")}
+    assert set(re.findall(r"^Max core file size\s+(\S+)\s+(\S+)", every, re.MULTILINE)) == {("1", "1")}
     host = appliance.inspect()["HostConfig"]
     assert host["ReadonlyRootfs"] is True
     assert (host["CapDrop"], host["CapAdd"], host["Privileged"]) == (["ALL"], None, False)

@@ -21,6 +21,7 @@ from shoehorn.paths import HOME
 from shoehorn.settings import TABLE
 
 IMAGE = "shoehorn:cpu"
+BUILD_CANARY = "sk-canary-of-the-build-7c41d5"
 COMPOSE = ("compose", "--env-file", os.devnull, "-f", str(HOME / "docker-compose.yml"),
            "-f", str(HOME / "docker-compose.cpu.yml"))
 

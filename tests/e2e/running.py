@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import psutil
@@ -41,10 +41,39 @@ def wait_until(condition: Callable[[], object], seconds: float, what: str | Call
         time.sleep(0.1)
 
 
-class Appliance:
-    """One start of the appliance, with the demo model unless settings say otherwise."""
+class Filling(threading.Thread):
+    """Takes all the room on a disk, and whatever becomes free again."""
 
-    def __init__(self, home: Path, **settings: str) -> None:
+    def __init__(self, path: Path) -> None:
+        super().__init__(daemon=True)
+        self.full, self._ended, self._path = threading.Event(), threading.Event(), path
+        self.start()
+
+    def run(self) -> None:
+        """Write until nothing goes any more, over and over."""
+        with self._path.open("wb", buffering=0) as file:
+            while not self._ended.wait(0.0005):
+                try:
+                    while True:
+                        file.write(bytes(4096))
+                except OSError:
+                    self.full.set()
+
+    def end(self) -> None:
+        """Give the room back."""
+        self._ended.set()
+        self.join()
+        self._path.unlink()
+
+
+class Appliance:
+    """One start of the appliance, with the demo model unless settings say otherwise.
+
+    Args:
+        within: a command that starts it, such as one that gives it a network of its own.
+    """
+
+    def __init__(self, home: Path, within: Sequence[str] = (), **settings: str) -> None:
         self.port, self.metrics_port = free_port(), free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.run_dir, self.models_dir = home / "run", home / "models"
@@ -56,7 +85,7 @@ class Appliance:
             "PORT": str(self.port), "METRICS_PORT": str(self.metrics_port), "DRAIN_TIMEOUT": "3",
             "API_KEY": TEST_KEY, **settings}
         self._given_key = environment["API_KEY"]
-        self.process = subprocess.Popen([sys.executable, str(HOME / "entrypoint.py")], env=environment,
+        self.process = subprocess.Popen([*within, sys.executable, str(HOME / "entrypoint.py")], env=environment,
                                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                                         start_new_session=True)
         self.lines: list[str] = []
@@ -122,6 +151,12 @@ class Appliance:
         self.descendants()
         self.process.send_signal(number)
         return self.wait(seconds)
+
+    def kill(self) -> None:
+        """SIGKILL for every process at once, as by `docker kill` or a power cut."""
+        for process in [*self.descendants(), psutil.Process(self.process.pid)]:
+            process.kill()
+        self.process.wait(10)
 
     def wait(self, seconds: float) -> int:
         """Wait for the end; returns the exit code. Fails when a process outlives it."""

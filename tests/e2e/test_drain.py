@@ -74,6 +74,11 @@ def test_the_real_engine_is_held_to_the_limits(engine: httpx.Client, appliance: 
     assert 1 <= int(limited.headers["retry-after"]) <= 60
     long = engine.post("/v1/messages", content=b" " * 2000, headers=_as("short", "body_bytes=1000"))
     assert (long.status_code, long.json()["error"]["type"]) == (413, "request_too_large")
+    for prompts, status in ((64, 200), (65, 400)):  # the engine itself bounds either, and not their product
+        many = engine.post("/v1/completions", json={"model": "shoehorn-demo", "prompt": ["a"] * prompts, "n": 2,
+                                                    "max_tokens": 1}, headers=_as("many", ""))
+        assert many.status_code == status
+    assert many.json()["error"]["code"] == "too_many_answers"
     for outcome in ("ok", "max_tokens_exceeded", "rate_limit_exceeded"):
         assert _sample(appliance, f'shoehorn_requests_total{{key="twice",outcome="{outcome}"}}') == 1
     assert _sample(appliance, 'shoehorn_tokens_total{key="twice",kind="completion"}') == 3

@@ -23,7 +23,8 @@ pytestmark = pytest.mark.e2e
 NUMBER = 10_000
 TARGETS = (
     "/invocations", "/tokenize", "/detokenize", "/metrics", "/health", "/version", "/docs", "/openapi.json", "/pooling",
-    "/inference/v1/generate", "/scale_elastic_ep", "/-/drain?seconds=0", "/", "/livez", "/status", "*", "/v1", "/v1/",
+    "/inference/v1/generate", "/scale_elastic_ep", "/-/drain?seconds=0", "/-/probe", "/", "/livez", "/status", "*",
+    "/v1", "/v1/",
     "/v1/models/x", "/v1/chat/completions/render", "/.shoehorn/error", *(route.path for route in ROUTES),
 )
 METHODS = ("GET", "POST", "HEAD", "PUT", "DELETE", "OPTIONS", "PATCH", "TRACE", "CONNECT", "PRI", "get", "P\x00ST", "")

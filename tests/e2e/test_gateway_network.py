@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import shutil
 import socket
 import ssl
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
@@ -71,6 +73,20 @@ def test_http_2_brings_no_second_way_to_give_a_key(secure: Gateway, headers: lis
          "%{http_version} %{http_code}", f"https://127.0.0.1:{secure.port}/v1/models"],
         capture_output=True, text=True, timeout=20, check=True)
     assert answer.stdout in ("2 401", "2 400")
+
+
+@pytest.mark.parametrize("target", [
+    "/invocations", "/tokenize", "/metrics", "//invocations", "//v1/models", "/v1/../invocations", "/v1/%2e%2e/load",
+    "/v1/models/../../load", "/v1/models%2f..%2f..%2fload", "/V1/models", "/v1/models/", "/v1/models;x",
+    "/v1/models%00", "/%69nvocations", "/v1/chat/completions/render", "/.shoehorn/key"])
+def test_http_2_brings_no_other_spelling_past_the_list(secure: Gateway, target: str) -> None:
+    command = ["curl", "-sS", "--http2", "--path-as-is", "--cacert", str(secure.settings.tls_cert_file), "-H",
+               f"X-Api-Key: {KEY}", "-H", "X-Original-URL: /v1/models", "-w", "%{http_version} %{http_code}"]
+    for method in ("GET", "POST"):
+        answer = subprocess.run([*command, "-X", method, f"https://127.0.0.1:{secure.port}{target}"],
+                                capture_output=True, text=True, timeout=20, check=True).stdout
+        assert re.search("2 (400|404)$", answer), answer
+        assert '"engine"' not in answer
 
 
 def test_plain_http_is_refused_in_words(secure: Gateway) -> None:
@@ -271,6 +287,26 @@ def test_a_body_that_does_not_come_ends_the_connection(tmp_path: Path) -> None:
         assert gate.send(late) == b""
         wait_until(lambda: " 408, " in gate.log.read_text(), 5, "it is in the log")
         assert gate.client.get("/v1/models", headers=BEARER).status_code == 200
+
+
+@pytest.mark.fault("Thousands of connections from one client, each with half a request",
+                   "The others are served; each of these is closed after 10 s.")
+def test_thousands_of_half_requests_keep_nobody_out(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    try:
+        with Gateway(tmp_path) as gate, gate.engine(), ExitStack() as held:
+            for _ in range(3000):
+                connection = held.enter_context(socket.create_connection(("127.0.0.1", gate.port), timeout=5))
+                connection.sendall(b"GET /v1/models HTTP/1.1\r\nHost: x\r\nX-Half")
+            for _ in range(10):
+                with httpx.Client(trust_env=False) as fresh:
+                    assert fresh.get(f"{gate.url}/v1/models", headers=BEARER).status_code == 200
+            connection.settimeout(15)
+            with pytest.raises(ConnectionResetError):
+                connection.recv(100)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_errors_of_nginx_on_anthropics_routes_have_their_form(tmp_path: Path) -> None:

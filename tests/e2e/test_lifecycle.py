@@ -5,18 +5,21 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
-import psutil
 import pytest
 from clients import ERROR_ENDS, Asking
 from running import DEMO_MODEL, Appliance, wait_until
 
 from fakes import certificates
 from fakes.hub import Hub
+from shoehorn import checkpoint
 from shoehorn.state import Phase, StateFile
+from shoehorn.tensor_files import LocalFiles
 
 pytestmark = pytest.mark.e2e
 
@@ -26,12 +29,6 @@ Start = Callable[..., Appliance]
 def _chat(appliance: Appliance, **more: object) -> httpx.Response:
     body = {"model": "shoehorn-demo", "messages": [{"role": "user", "content": "你叫啥?"}], **more}
     return httpx.post(f"{appliance.url}/v1/chat/completions", json=body, headers=appliance.headers(), timeout=60)
-
-
-def _kill_all(appliance: Appliance) -> None:
-    for process in [*appliance.descendants(), psutil.Process(appliance.process.pid)]:
-        process.kill()
-    appliance.process.wait(10)
 
 
 @pytest.mark.fault("Stop while the engine loads", "Exit code 0; no orphan.")
@@ -47,7 +44,8 @@ def test_while_loading_it_says_so_and_a_stop_is_obeyed(start: Start) -> None:
 
 
 @pytest.mark.parametrize("victim", ["VLLM::EngineCor", "api_server.entry"])
-@pytest.mark.fault("`kill -9` of the engine core or the API server", "503 meanwhile, ready again by itself, no orphan.")
+@pytest.mark.fault("`kill -9` of the engine core or the API server while the model is served",
+                   "503 meanwhile, ready again by itself, no orphan.")
 def test_a_killed_engine_comes_back_by_itself(appliance: Appliance, victim: str) -> None:
     before = StateFile(appliance.run_dir).read().restarts
     core = appliance.find("VLLM::EngineCor")
@@ -71,25 +69,59 @@ def test_a_killed_engine_comes_back_by_itself(appliance: Appliance, victim: str)
     assert StateFile(appliance.run_dir).read().restarts == before + 1
 
 
-@pytest.mark.fault("SIGSTOP of the engine core",
+@pytest.mark.fault("SIGSTOP of the engine core while the model is served",
                    "Not live within 90 s, started again by itself; streams end with an error event.")
 def test_an_engine_that_hangs_is_found_out_and_started_again(appliance: Appliance) -> None:
+    def live() -> bool:
+        return httpx.get(f"{appliance.url}/livez", timeout=5).status_code == 200
+
     core = appliance.find("VLLM::EngineCor")
     core.suspend()
     waiting = [Asking(appliance, path) for path in ERROR_ENDS]
     assert httpx.get(f"{appliance.url}/readyz", timeout=5).status_code == 200, "vLLM's own health sees nothing"
-    wait_until(lambda: appliance.phase is not Phase.READY, 90, "the hang is found")
+    assert live()
+    wait_until(lambda: not live(), 90, "the hang is found")
+    assert appliance.phase is not Phase.READY
     for asking in waiting:
         asking.finish()
         assert asking.last.startswith(ERROR_ENDS[asking.path]), (asking.path, asking.text[-500:])
     wait_until(lambda: not core.is_running(), 10, "the hung engine core is gone")
+    wait_until(live, 30, "the next engine is started")
     appliance.wait_for(Phase.READY)
     assert "Shoehorn" in _chat(appliance).json()["choices"][0]["message"]["content"]
     assert "The engine hangs" in appliance.output
 
 
+@pytest.mark.fault("SIGSTOP of the engine core with its queue full and clients that come and go", "The same.")
+def test_an_engine_that_hangs_behind_a_full_queue_is_found_too(appliance: Appliance) -> None:
+    core = appliance.find("VLLM::EngineCor")
+    core.suspend()
+    crowd = [Asking(appliance) for _ in range(60)]
+    wait_until(lambda: 429 in {asking.status for asking in crowd}, 20, "the queue is full")
+    found = threading.Event()
+
+    def come_and_go() -> None:
+        while not found.is_set():
+            with suppress(httpx.TransportError):
+                httpx.post(f"{appliance.url}/v1/completions", json={"model": "shoehorn-demo", "prompt": "hello"},
+                           headers=appliance.headers(), timeout=1)
+
+    visitor = threading.Thread(target=come_and_go)
+    visitor.start()
+    try:
+        wait_until(lambda: httpx.get(f"{appliance.url}/livez", timeout=5).status_code == 503, 90, "the hang is found")
+    finally:
+        found.set()
+        visitor.join()
+    for asking in crowd:
+        asking.finish()
+        assert asking.status == 429 or asking.last.startswith(ERROR_ENDS[asking.path]), asking.text[-500:]
+    appliance.wait_for(Phase.READY)
+    assert "Shoehorn" in _chat(appliance).json()["choices"][0]["message"]["content"]
+
+
 @pytest.mark.parametrize("victim", ["shoehorn.exporter", "nginx: master", "shoehorn.watcher", "shoehorn.key_service"])
-@pytest.mark.fault("`kill -9` of exporter, gateway, key service or watcher",
+@pytest.mark.fault("`kill -9` of exporter, gateway, key service or watcher while the model is served",
                    "It comes back; requests are served again.")
 def test_a_killed_helper_comes_back_and_serving_goes_on(appliance: Appliance, victim: str) -> None:
     old = appliance.find(victim)
@@ -108,7 +140,8 @@ def test_a_killed_helper_comes_back_and_serving_goes_on(appliance: Appliance, vi
     wait_until(answers, 20, "chat and metrics answer")
 
 
-@pytest.mark.fault("`kill -9` of the engine program", "The next one ends what was left and serves.")
+@pytest.mark.fault("`kill -9` of the engine program while the model is served",
+                   "The next one ends what was left and serves.")
 def test_a_killed_engine_program_takes_over_from_itself(appliance: Appliance) -> None:
     core = appliance.find("VLLM::EngineCor")
     appliance.find("shoehorn.engine").send_signal(signal.SIGKILL)
@@ -135,12 +168,12 @@ def test_after_everything_died_at_once_the_next_start_serves(start: Start) -> No
     loading = start(API_KEY="")
     loading.wait_for(Phase.LOADING)
     key = loading.key
-    _kill_all(loading)
+    loading.kill()
     serving = start(API_KEY="")
     wait_until(lambda: "ready after" in serving.output, 120, "ready")
     stream = Asking(serving, n=64, key=key)
     wait_until(lambda: stream.text, 30, "a stream has begun")
-    _kill_all(serving)
+    serving.kill()
     last = start(API_KEY="")
     wait_until(lambda: "ready after" in last.output, 120, "ready, not by a mark of the last life")
     answer = httpx.post(f"{last.url}/v1/chat/completions", headers={"Authorization": f"Bearer {key}"}, timeout=60,
@@ -187,6 +220,7 @@ def test_no_gpu_is_said_in_words(start: Start, profile: str) -> None:
     assert "GPU" in appliance.output
 
 
+@pytest.mark.fault("Stop while pulling, and a start after it", "Exit code 0; it goes on, and is served.")
 def test_pulled_once_quantized_while_loading_and_served(start: Start, tmp_path: Path) -> None:
     """From the hub, stopped in the middle, resumed, served in NF4; a second start asks the hub nothing."""
     with Hub({"shoehorn/demo": DEMO_MODEL}, bytes_per_second=2_000_000) as hub:
@@ -205,6 +239,10 @@ def test_pulled_once_quantized_while_loading_and_served(start: Start, tmp_path: 
                             headers={"Authorization": "Bearer sk-test-pulled-key"})
         assert "Shoehorn" in answer.json()["choices"][0]["message"]["content"]
         assert "bitsandbytes" in (second.run_dir / "vllm.yaml").read_text()
+        [said] = [report["quant_state_bytes"] for path in (second.run_dir / "engine-memory").glob("*.json")
+                  if "quant_state_bytes" in (report := json.loads(path.read_text()))]
+        linears = checkpoint.read(LocalFiles(DEMO_MODEL)).tensor_bytes.linears
+        assert said == linears.parameters // 64 * 4, "one absmax of 4 bytes for 64 weights"
         assert "sk-test-pulled-key" not in second.output
         assert second.end() == 0
         asked = len(hub.requests)

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -37,16 +38,17 @@ card = nvml.capture["gpus"][0]  # recorded idle: now it holds what the engine is
 card["nvmlDeviceGetCurrentClocksEventReasons"] = 0x4
 card["nvmlDeviceGetMemoryInfo_v2"]["used"] += 490 << 20
 card["nvmlDeviceGetMemoryInfo_v2"]["free"] -= 490 << 20
+card["nvmlDeviceGetComputeRunningProcesses"] = [{"pid": os.getpid(), "usedGpuMemory": 490 << 20}]
 sys.exit(exporter.main(os.environ, nvml))
 """
 MEMORY = tuple({"gpu": 0, "part": part, "expected_bytes": size, "measured_bytes": size} for part, size in (
     ("weights", 100 << 20), ("kv_cache", 80 << 20), ("cuda_graphs", 10 << 20), ("framework", 300 << 20),
     ("total", 490 << 20)))
-EMPTY = {
-    "By process": "the recorded card had no process",
-    "Download": "the model is a local folder: nothing is downloaded",
-}
-"""Panels that rightly show nothing here, and why."""
+CROWDS = (1, 3, 6, 8)
+"""So many requests at a time, one after another: the CPU profile computes eight at a time."""
+
+EMPTY = re.compile(r" by concurrency: (16 to 31|32 to 63|64 or more)$")
+"""Queries that rightly find nothing here: more requests at a time than there were."""
 
 
 class Prometheus:
@@ -56,7 +58,6 @@ class Prometheus:
         self.port = free_port()
         config = yaml.safe_load((HOME / "monitoring" / "prometheus" / "prometheus.yml").read_text())
         config["global"] |= {"scrape_interval": "1s", "scrape_timeout": "1s", "evaluation_interval": "1s"}
-        config["global"]["scrape_timeout"] = "1s"
         config["scrape_configs"][0]["static_configs"][0]["targets"] = [f"127.0.0.1:{target}"]
         config["rule_files"] = [str(HOME / "monitoring" / "prometheus" / "rules.yml")]
         (home / "prometheus.yml").write_text(yaml.safe_dump(config))
@@ -85,43 +86,68 @@ class Prometheus:
 
 
 @pytest.fixture(scope="module")
-def prometheus(appliance: Appliance, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
+def prometheus(shared: Appliance, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
     home = tmp_path_factory.mktemp("prometheus")
-    before = StateFile(appliance.run_dir).read()
-    StateFile(appliance.run_dir).update(memory=MEMORY, failures={"killed": 1})
+    before = StateFile(shared.run_dir).read()
+    StateFile(shared.run_dir).update(memory=MEMORY, failures={"killed": 1}, bytes_done=7, bytes_total=7, progress=1.0)
     port = free_port()
     environment = {"PATH": os.environ["PATH"], "PYTHONPATH": f"{HOME / 'src'}:{HOME / 'tests'}",
-                   "RUN_DIR": str(appliance.run_dir), "MODELS_DIR": str(appliance.models_dir),
+                   "RUN_DIR": str(shared.run_dir), "MODELS_DIR": str(shared.models_dir),
                    "METRICS_PORT": str(port)}
     with subprocess.Popen([sys.executable, "-c", EXPORTER, str(HOME / "tests" / "captures" / "nvml-h200.json")],
                           env=environment) as exporter:
         running = Prometheus(home, port)
         try:
             wait_until(running.up, 30, "Prometheus has scraped")
-            for _ in range(4):
-                for stream in (True, False):
-                    httpx.post(f"{appliance.url}/v1/chat/completions", headers=appliance.headers(), timeout=60, json={
-                        "model": "shoehorn-demo", "max_tokens": 16, "stream": stream,
-                        "messages": [{"role": "user", "content": "hello, and once more hello " * 4}]})
-                time.sleep(1)
+            for crowd in CROWDS:
+                with ThreadPoolExecutor(crowd) as pool:
+                    for _ in range(crowd):
+                        pool.submit(ask_for_seconds, shared, 5.0)
             wait_until(lambda: running.values("sum(increase(vllm:request_success_total[1m])) > 0"), 30, "it counts")
             yield running
         finally:
             running.process.terminate()
             running.process.wait(20)
             exporter.terminate()
-            StateFile(appliance.run_dir).update(memory=before.memory, failures=before.failures)
+            StateFile(shared.run_dir).update(memory=before.memory, failures=before.failures, progress=before.progress,
+                                             bytes_done=before.bytes_done, bytes_total=before.bytes_total)
+
+
+def ask_for_seconds(appliance: Appliance, seconds: float) -> None:
+    """One request after another, for so long; every answer is whole."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        answer = httpx.post(f"{appliance.url}/v1/chat/completions", headers=appliance.headers(), timeout=60, json={
+            "model": "shoehorn-demo", "max_tokens": 200, "ignore_eos": True,
+            "messages": [{"role": "user", "content": "hello, and once more hello " * 4}]})
+        assert answer.status_code == 200, answer.text
 
 
 @pytest.mark.parametrize("path", DASHBOARDS, ids=lambda path: path.stem)
 def test_every_panel_finds_data(prometheus: Prometheus, path: Path) -> None:
-    empty = set()
+    empty, expected = set(), set()
     for panel in json.loads(path.read_text())["panels"]:
         for target in panel["targets"]:
-            query = target["expr"].replace("$__rate_interval", "1m").replace("$instance", ".+").replace("$gpu", "0")
+            query, name = target["expr"], f"{panel['title']}: {target['legendFormat']}"
+            for variable, value in (("$__rate_interval", "10s"), ("$__range", "5m"), ("$__interval", "1s"),
+                                    ("$instance", ".+"), ("$gpu", "0")):
+                query = query.replace(variable, value)
+            expected |= {name} if EMPTY.search(name) else set()
             if not prometheus.values(query):
-                empty.add(panel["title"])
-    assert empty == {panel["title"] for panel in json.loads(path.read_text())["panels"] if panel["title"] in EMPTY}
+                empty.add(name)
+    assert empty == expected
+
+
+def test_more_requests_at_a_time_bring_more_tokens(prometheus: Prometheus) -> None:
+    """The bars by concurrency say what they are meant to."""
+    panels = json.loads((HOME / "monitoring" / "grafana" / "dashboards" / "capacity.json").read_text())["panels"]
+    [bars] = [panel for panel in panels if panel["title"] == "Tokens a second by concurrency"]
+    found = {}
+    for target in bars["targets"]:
+        query = target["expr"].replace("$__rate_interval", "5s").replace("$__range", "5m")
+        found[target["legendFormat"]] = prometheus.values(
+            query.replace("$__interval", "1s").replace("$instance", ".+"))
+    assert found["8 to 15"][0] > found["1"][0] > 0
 
 
 def test_every_metric_of_a_rule_is_there(prometheus: Prometheus) -> None:
@@ -129,12 +155,13 @@ def test_every_metric_of_a_rule_is_there(prometheus: Prometheus) -> None:
     rules = yaml.safe_load((HOME / "monitoring" / "prometheus" / "rules.yml").read_text())
     used = {name for group in rules["groups"] for rule in group["rules"]
             for name in re.findall(r"\b(?:shoehorn_|vllm:|up\b)[a-z_]*", rule["expr"])}
-    assert used - names == {"shoehorn_download_bytes"}, "nothing is downloaded here"
+    assert used - names == set()
 
 
 def test_the_rules_are_loaded_and_only_those_fire_that_should(prometheus: Prometheus) -> None:
     rules = [rule for group in prometheus.ask("rules")["groups"] for rule in group["rules"]]
-    assert len(rules) == 18
+    assert {rule["name"] for rule in rules} == {rule["alert"] for group in yaml.safe_load(
+        (HOME / "monitoring" / "prometheus" / "rules.yml").read_text())["groups"] for rule in group["rules"]}
     assert [rule["name"] for rule in rules if rule["health"] != "ok"] == []
     assert [rule["name"] for rule in rules if rule["state"] == "firing"] == []
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -92,6 +92,8 @@ def test_a_start_shows_phase_progress_rate_time_left_and_the_plan(gate: Gateway,
     assert seen.page.get_by_role("listitem").nth(1).get_attribute("aria-current") == "step"
     facts = seen.text("#plan-facts")
     assert "70" not in facts.split("Model's files")[0]
+    assert seen.page.locator("#legend li").all_inner_texts() == [
+        "Weights", "Embeddings and head", "Offload buffers", "KV cache", "CUDA graphs", "Framework", "Activations"]
     for words in ("quantized to NF4", "8,192 tokens", "offloaded weights", "tokens/s for one request"):
         assert words in facts, facts
     gate.states.update(phase=Phase.LOADING, progress=None, detail="loading the weights")
@@ -122,8 +124,26 @@ def test_the_picture_of_each_card_is_to_scale_expected_beside_measured(gate: Gat
     assert sum(measured.values()) == pytest.approx(17 * GIB / whole, abs=0.005)
     picture = card.get_by_role("img").last.get_attribute("aria-label") or ""
     assert picture.startswith("Measured: Weights ")
+    card.get_by_label("GPU 0 in figures").click()
     rows = card.locator("tr").all_inner_texts()
     assert any(row.startswith("Total") and row.endswith("17.00 GiB") for row in rows), rows
+
+
+def test_quantization_state_stands_apart_where_it_was_measured(gate: Gateway, visit: Visits) -> None:
+    cards = [replace(parts, quant_state_bytes=2 * GIB) for parts in plan_of_the_70b().vram]
+    rows = engine_memory.compare(cards, {0: {"weights_bytes": 12 * GIB, "quant_state_bytes": GIB,
+                                             "kv_cache_bytes": GIB}}, [17 * GIB])
+    pull(gate, 1)
+    gate.states.update(plan={**gate.states.read().plan, "vram": [parts.to_json() for parts in cards]},
+                       memory=tuple(asdict(row) for row in rows))
+    seen = visit(gate.url)
+    card = seen.page.locator(".gpu").first
+    card.get_by_label("GPU 0 in figures").click()
+    found = {row.split("\t")[0].strip(): row.split("\t")[1:] for row in card.locator("tr").all_inner_texts()}
+    assert found["Quantization state"] == ["2.00 GiB", "1.00 GiB"]
+    assert found["Weights"][1] == "11.00 GiB"
+    drawn = card.locator(".stack").last.locator("span").evaluate_all("found => found.map(each => each.dataset.part)")
+    assert drawn == ["weights", "quant_state", "kv_cache", "framework"]
 
 
 def test_a_plan_for_the_cpu_says_so(gate: Gateway, visit: Visits) -> None:
@@ -166,6 +186,7 @@ def test_reasoning_stands_apart_and_code_in_blocks(gate: Gateway, visit: Visits)
         assert reasoning.get_attribute("open") is None, "closed when the answer begins"
         assert reasoning.locator("div").text_content() == "I think <b>so</b>.Older."
         assert answer.locator("pre").inner_text() == "<script>alert(1)</script>"
+        assert answer.locator("script, img").count() == 0
         assert answer.locator("p").last.inner_text() == "<img src=x onerror=alert(1)>"
         assert seen.text("#context") == "Context: 42 of 4,096 tokens"
         engine.script = ["[DONE]"]
@@ -177,6 +198,84 @@ def test_reasoning_stands_apart_and_code_in_blocks(gate: Gateway, visit: Visits)
         assert "I think" not in sent[1]["content"]
         seen.page.get_by_role("button", name="New conversation").click()
         expect(seen.page.locator("#log")).to_be_hidden()
+
+
+MARKDOWN = r"""# Ways
+1. **Quantize**: `NF4`
+2. 卸载：**放不下的部分。**用到时再取
+   - nested
+
+| part | size |
+|---|---|
+| weights | **12** |
+
+> quoted
+
+Speed is \(v = b_1 * w_2 * x\), see [the page](https://example.com/a). <b>raw</b>
+
+```python
+if a < b: pass
+```"""
+
+
+def test_markdown_becomes_elements_and_nothing_else(gate: Gateway, visit: Visits) -> None:
+    with gate.engine() as engine:
+        seen = chatting(gate, engine, visit)
+        seen.context.grant_permissions(["clipboard-read", "clipboard-write"])
+        engine.script = [*say(*(MARKDOWN[place:place + 3] for place in range(0, len(MARKDOWN), 3))), "[DONE]"]
+        engine.allow(500)
+        seen.ask("# Not a heading, as I typed it")
+        seen.wait_for("#activity", "complete")
+        answer = seen.page.locator(".assistant .text")
+        assert answer.locator("h4").all_inner_texts() == ["Ways"]
+        assert answer.locator("strong").all_inner_texts() == ["Quantize", "放不下的部分。", "12"]
+        assert answer.locator("ol > li").count() == 2
+        assert answer.locator("ol ul li").all_inner_texts() == ["nested"]
+        assert answer.locator("td").all_inner_texts() == ["weights", "12"]
+        assert answer.locator("blockquote").inner_text() == "quoted"
+        text = answer.locator("p", has_text="Speed").inner_text()
+        assert text == r"Speed is \(v = b_1 * w_2 * x\), see the page (https://example.com/a). <b>raw</b>"
+        assert answer.locator("a, b, em").count() == 0
+        answer.locator(".code button").click()
+        assert seen.page.evaluate("navigator.clipboard.readText()") == "if a < b: pass"
+        seen.page.locator(".assistant > .bar button").click()
+        assert seen.page.evaluate("navigator.clipboard.readText()") == MARKDOWN
+        assert seen.text(".user .text") == "# Not a heading, as I typed it"
+
+
+def test_an_answer_is_given_again_and_an_idea_begins(gate: Gateway, visit: Visits) -> None:
+    with gate.engine() as engine:
+        seen = chatting(gate, engine, visit)
+        engine.allow(500)
+        engine.script = [*say("One."), "[DONE]"]
+        seen.page.locator("#ideas button").first.click()
+        expect(seen.page.locator(".assistant .text")).to_have_text("One.")
+        expect(seen.page.locator("#ideas")).to_be_hidden()
+        engine.script = [*say("Two."), usage(3, 2), "[DONE]"]
+        seen.page.get_by_role("button", name="Answer again").click()
+        expect(seen.page.locator(".assistant .text")).to_have_text("Two.")
+        expect(seen.page.locator(".user")).to_have_count(1)
+        assert "first token after" in seen.text("#first")
+        sent = json.loads(engine.requests[-1].body)["messages"]
+        assert sent == [{"role": "user", "content": "What is your name?"}]
+
+
+def test_of_several_models_one_is_chosen_and_kept_for_the_tab(gate: Gateway, visit: Visits) -> None:
+    with gate.engine() as engine:
+        seen = chatting(gate, engine, visit)
+        expect(seen.page.locator("#models")).to_be_hidden()
+        engine.answers["/v1/models"] = Answer(200, {"object": "list", "data": [
+            {"id": MODEL, "object": "model", "max_model_len": 4096},
+            {"id": "adapter", "object": "model", "max_model_len": 2048}]})
+        seen.page.reload()
+        seen.page.get_by_label("Model").select_option("adapter")
+        seen.page.reload()
+        expect(seen.page.get_by_label("Model")).to_have_value("adapter")
+        engine.script = [*say("Yes."), usage(3, 2), "[DONE]"]
+        engine.allow(500)
+        seen.ask("Hello")
+        expect(seen.page.locator("#context")).to_have_text("Context: 5 of 2,048 tokens")
+        assert json.loads(engine.requests[-1].body)["model"] == "adapter"
 
 
 @pytest.mark.parametrize(("answer", "words"), [
@@ -272,7 +371,7 @@ def test_everything_is_reached_by_keyboard_in_the_order_in_which_it_stands(gate:
         while "/readyz" not in reached and len(reached) < 30:
             seen.page.keyboard.press("Tab")
             reached.append(seen.page.evaluate("document.activeElement.id || document.activeElement.textContent.trim()"))
-        wanted = ["language", "clear", "forget", "log", "message", "send", "curl", "Python, openai", "/status",
+        wanted = ["language", "again", "clear", "log", "message", "send", "forget", "curl", "Python, openai", "/status",
                   "/readyz"]
         assert [name for name in reached if name in wanted] == wanted, reached
         seen.page.get_by_label("Your message").focus()

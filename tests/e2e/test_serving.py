@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import httpx
+import psutil
 import pytest
 from langchain_openai import ChatOpenAI
 from openai import AuthenticationError, OpenAI
@@ -113,6 +114,10 @@ def test_the_key_stands_in_no_arguments_or_environment(appliance: Appliance) -> 
     for process in appliance.descendants():
         assert appliance.key not in " ".join(process.cmdline()), process
         assert appliance.key not in str(process.environ()), process
+
+
+def test_no_process_dumps_its_memory(appliance: Appliance) -> None:
+    assert {process.rlimit(psutil.RLIMIT_CORE) for process in appliance.descendants()} == {(1, 1)}
 
 
 def test_one_scrape_holds_appliance_and_engine(appliance: Appliance, client: httpx.Client) -> None:

@@ -92,7 +92,8 @@ def test_it_steps_down_until_it_serves_and_starts_so_at_once_next_time(engines, 
     log = first.log.read_text()
     assert (state.phase, state.step_downs) == (Phase.READY, 1), log
     assert "step down 1 of 5 after no_kv_cache_memory: max-num-batched-tokens 2048 -> 1024" in log
-    assert {(row["part"], row["measured_bytes"]) for row in state.memory} >= {("weights", 15 << 30)}
+    wait_until(lambda: first.states.read().memory, 30, "what was measured")
+    assert {(row["part"], row["measured_bytes"]) for row in first.states.read().memory} >= {("weights", 15 << 30)}
     assert first.end() == 0
     [remembered] = (tmp_path / "models" / ".shoehorn" / "worked").glob("*.json")
     assert json.loads(remembered.read_text())["options"] == {
@@ -119,10 +120,36 @@ def test_an_engine_that_dies_over_its_first_full_batch_was_never_ready(engines) 
     assert "ready after" not in log[:log.index("step down 1 of 5")]
 
 
+@pytest.mark.fault("One of several workers runs out of memory at the start, and the others wait for it",
+                   "The start is ended; a smaller plan.")
+def test_a_start_that_waits_for_a_failed_worker_is_ended(engines) -> None:  # type: ignore[no-untyped-def]
+    engine = engines("worker", {"load": 1 << 20, "worker": 8_200_000_000})
+    state = engine.settled()
+    log = engine.log.read_text()
+    assert (state.phase, state.failures) == (Phase.READY, {"gpu_out_of_memory": 1}), log
+    assert "a worker of the engine failed" in log
+    assert int(str(engine.options["kv-cache-memory-bytes"])) <= 8_200_000_000
+
+
 def test_a_number_format_that_the_card_lacks_becomes_float16(engines) -> None:  # type: ignore[no-untyped-def]
     engine = engines("format", {"load": 1 << 20, "no_bf16": True})
     assert engine.settled().phase is Phase.READY
     assert engine.options["dtype"] == "float16"
+
+
+@pytest.mark.fault("The engine does not start with guessed tokens", "It starts without them, and does so next time.")
+def test_guessed_tokens_are_given_up_where_the_engine_cannot_start_with_them(engines) -> None:  # type: ignore[no-untyped-def]
+    small = {"VRAM_LIMIT": "5GiB", "QUANTIZATION": "bitsandbytes"}
+    first = engines("guessing", {"load": 1 << 20, "guesses": True}, **small)
+    assert first.settled().phase is Phase.READY
+    assert "step down 1 of 5 after unknown: guessed tokens -> none" in first.log.read_text()
+    assert "speculative-config" not in first.options
+    assert first.end() == 0
+    again = engines("again", {"load": 1 << 20, "guesses": True}, **small)
+    assert (again.settled().phase, again.states.read().step_downs) == (Phase.READY, 0)
+    again.end()
+    told = engines("told", {"load": 1 << 20, "guesses": True}, SPECULATIVE="ngram", **small)
+    assert told.process.wait(120) == 5, "what the user asked for is not given up"
 
 
 @pytest.mark.fault("A failure that no smaller plan mends", "Exit code 5 with cause and remedy.")

@@ -60,8 +60,8 @@ class FakeNvml:
         self.calls: Counter[str] = Counter()
         self.initialised = 0
         self._lost: set[int] = set()
-        self._watched: set[int] = set()
-        self._events: list[tuple[int, int]] = []
+        self.event_sets: dict[int, list[int]] = {}
+        self._watching: dict[int, int] = {}
 
     def lose(self, index: int) -> None:
         """From now on every question about this card is answered with GPU_IS_LOST."""
@@ -69,37 +69,39 @@ class FakeNvml:
 
     def xid(self, index: int, code: int) -> None:
         """From now on an event of this card waits for who watches it."""
-        if index in self._watched:
-            self._events.append((index, code))
+        if index in self._watching:
+            self.event_sets[self._watching[index]].append(code)
 
-    def nvmlEventSetCreate(self) -> object:
-        """As pynvml's; there is one set."""
+    def nvmlEventSetCreate(self) -> int:
+        """As pynvml's; here a number."""
         self._begin("nvmlEventSetCreate")
         self._need_init()
-        return "events"
+        made = self.calls["nvmlEventSetCreate"]
+        self.event_sets[made] = []
+        return made
 
-    def nvmlDeviceRegisterEvents(self, handle: int, events: int, _set: object) -> None:
+    def nvmlEventSetFree(self, eventSet: int) -> None:
+        """As pynvml's."""
+        self._begin("nvmlEventSetFree")
+        del self.event_sets[eventSet]
+
+    def nvmlDeviceRegisterEvents(self, handle: int, events: int, event_set: int) -> None:
         """As pynvml's; only Xid errors happen here."""
         self._begin("nvmlDeviceRegisterEvents")
         assert events == pynvml.nvmlEventTypeXidCriticalError
         answer = self.capture["gpus"][handle].get("nvmlDeviceRegisterEvents")
         if answer:
             raise pynvml.NVMLError(answer["error"])
-        self._watched.add(handle)
+        self._watching[handle] = event_set
 
-    def nvmlEventSetWait_v2(self, _set: object, _milliseconds: int) -> Any:
-        """The next event, or pynvml's error TIMEOUT."""
+    def nvmlEventSetWait_v2(self, event_set: int, _milliseconds: int) -> Any:
+        """The next event, or pynvml's error TIMEOUT. Whose it is cannot be asked of a card that is lost."""
         self._begin("nvmlEventSetWait_v2")
         self._need_init()
-        if not self._events:
+        if not self.event_sets[event_set]:
             raise pynvml.NVMLError(pynvml.NVML_ERROR_TIMEOUT)
-        index, code = self._events.pop(0)
-        return SimpleNamespace(device=index, eventType=pynvml.nvmlEventTypeXidCriticalError, eventData=code)
-
-    def nvmlDeviceGetIndex(self, handle: int) -> int:
-        """The index of a card; here the handle itself."""
-        self._begin("nvmlDeviceGetIndex")
-        return handle
+        return SimpleNamespace(eventType=pynvml.nvmlEventTypeXidCriticalError,
+                               eventData=self.event_sets[event_set].pop(0))
 
     def nvmlInit(self) -> None:
         """As pynvml's: counted."""
@@ -111,7 +113,8 @@ class FakeNvml:
         self._begin("nvmlShutdown")
         self._need_init()
         self.initialised -= 1
-        self._watched.clear()
+        self.event_sets.clear()
+        self._watching.clear()
 
     def nvmlDeviceGetCount(self) -> int:
         """The number of recorded cards."""

@@ -102,6 +102,27 @@ def test_what_passes_is_got_over(mount: Mount, model: Path, fault: str) -> None:
     assert volume.complete()
 
 
+@pytest.mark.fault("The hub ignores Range when a pull goes on with a file",
+                   "Fetched from the start; the result is the same.")
+@BOTH
+def test_a_hub_that_ignores_ranges_costs_bytes_only(mount: Mount, model: Path, kind: type[Hub]) -> None:
+    with kind({MODEL: model}, token=TOKEN) as hub:
+        volume = mount(hub)
+        hub.hold_at_bytes = 2 << 20
+        partial = volume.folder / f"{WEIGHTS}.incomplete"
+        with volume.start("--json") as process:
+            wait_for(lambda: partial.exists() and partial.stat().st_size >= 1 << 20)
+            process.kill()
+        nothing_is_served(volume)
+        hub.hold_at_bytes = 0
+        hub.faults.add("norange")
+        code, _, err = volume.pull()
+        assert code == 0, err
+        assert hub.downloads(WEIGHTS)[-1].startswith("bytes="), "it was asked for what is missing"
+    assert (volume.folder / WEIGHTS).read_bytes() == (model / WEIGHTS).read_bytes()
+    assert volume.complete()
+
+
 @pytest.mark.fault("The hub falls silent in the middle of a file", "Given up after its time limit, and gone on with.")
 @BOTH
 def test_a_hub_that_falls_silent_is_left_and_asked_again(mount: Mount, model: Path, kind: type[Hub]) -> None:
@@ -214,7 +235,7 @@ def test_a_disk_that_fills_is_told_and_gone_on_with(mount: Mount, tmp_path: Path
 
 
 @pytest.mark.fault("The volume is mounted read-only",
-                   "A complete model is served from it; for another, exit code 4 and what to type.")
+                   "A pull finds a complete model in it; for another, exit code 4 and what to type.")
 def test_a_volume_that_is_read_only_is_told_in_words(mount: Mount, model: Path) -> None:
     with Hub({MODEL: model}) as hub:
         volume = mount(hub)

@@ -3,7 +3,8 @@
 It imports everything first and then waits for a line on standard input, so that the next case can be made ready while
 this one is measured.
 usage: engine_report.py CASE.json OUT.json      with vLLM on the path
-CASE.json: {"model": DIR, "args": {vLLM's option names: values}, "tokens": of each request, "batches": [1, 8]}
+CASE.json: {"model": DIR, "args": {vLLM's option names: values}, "tokens": of each request, "batches": [1, 8],
+"profile": tokens of one request while kernels are counted}
 Lines beginning with `STAGE ` on standard output tell the caller where it is.
 """
 
@@ -43,6 +44,20 @@ class Reporter:
             "free_bytes": free, "total_bytes": total,
             "pinned_bytes": int(torch.cuda.host_memory_stats().get("allocated_bytes.current", 0))
             if torch.cuda.is_available() else 0}
+
+
+def _kernels(engine: Any, tokens: int) -> list[dict[str, Any]]:
+    """The kernels that one request's tokens take, the longest first: name, calls and microseconds for each token."""
+    import torch  # only inside the engine
+    from vllm import SamplingParams  # slow
+
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        engine.generate([{"prompt_token_ids": list(range(10, 26))}],
+                        SamplingParams(max_tokens=tokens, ignore_eos=True, temperature=0), use_tqdm=False)
+        torch.cuda.synchronize()
+    found = sorted(profile.key_averages(), key=lambda entry: -entry.self_device_time_total)
+    return [{"name": entry.key[:100], "calls": round(entry.count / tokens, 2),
+             "microseconds": round(entry.self_device_time_total / tokens, 1)} for entry in found[:20]]
 
 
 def main() -> None:
@@ -85,6 +100,8 @@ def main() -> None:
                         use_tqdm=False)
         spent = time.monotonic() - begin
         report["speed"][str(batch)] = round(batch * (min(tokens, length - 20) - 1) / (spent - first), 3)
+    if case.get("profile"):
+        report["kernels"] = _kernels(engine, case["profile"])
     if case.get("fill", True):  # the whole batch once, as a long prompt gives it: what the reserve was for
         wide = min(int(case["args"].get("max-num-batched-tokens", 512)), length - 8)
         long = [{"prompt_token_ids": [place % 200 + 10 for place in range(wide)]}]

@@ -5,8 +5,9 @@ For each case it writes the checkpoint of a captured model (sparse: true shapes,
 card by a ballast process, starts the engine once and records NVML's figures every 20 ms.
 usage: measure_plans.py CASES.json OUT_DIR [WORK_DIR]      with vLLM, src/ and the plugin's entry point reachable
 CASES.json: [{"name", "model": captured, "settings": {...}, "gpus": 1, "ballast": ...}]; instead of settings, without a
-plan: "args": {...}, "environment": {...}, "room_bytes": what the ballast leaves; "with": other captured models, in args
-as "{WORK}/NAME"
+plan: "args": {...}, "room_bytes": what the ballast leaves. With either: "environment": {...}; "with": other captured
+models, in args and settings as "{WORK}/NAME"; "speculation": what is added to the plan's speculative-config; "profile":
+tokens to generate while kernels are counted.
 """
 
 from __future__ import annotations
@@ -85,16 +86,17 @@ class Runner:
     def __init__(self, case: dict[str, Any], gpus: list[int], out: Path, work: Path) -> None:
         self.case, self.gpus, self.out = case, gpus, out
         self.directory = checkpoint_of(case, work)
-        self.plan = None if "args" in case else plan_case(case, gpus, self.directory)
-        self.arguments = json.loads(json.dumps(case.get("args", {})).replace("{WORK}", str(work)))
         for name in case.get("with", []):
             checkpoint_of({"model": name}, work)
+        self.plan = None if "args" in case else plan_case(case, gpus, self.directory)
+        self.arguments = json.loads(json.dumps(case.get("args", {})).replace("{WORK}", str(work)))
         path = f"{HERE}:{os.environ.get('PYTHONPATH', '')}"
         self.environment = {
             **os.environ, "CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus)), "PYTHONPATH": path,
             "VLLM_CACHE_ROOT": str(work / "cache"), "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "DEBUG"}
         self.ballast_environment = dict(self.environment)
-        self.environment |= self.plan.engine_environment if isinstance(self.plan, Plan) else case.get("environment", {})
+        self.environment |= self.plan.engine_environment if isinstance(self.plan, Plan) else {}
+        self.environment |= case.get("environment", {})
         if len(gpus) == 1:
             self.environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # one process: nothing is imported twice
         self.task, self.answer = out / f"{case['name']}.case.json", out / f"{case['name']}.report.json"
@@ -114,14 +116,17 @@ class Runner:
                 self.child.kill()
                 self.child.wait()
                 return record
-        arguments = self.arguments if plan is None else record["plan"]["engine_args"]
+        arguments = self.arguments if plan is None else dict(record["plan"]["engine_args"])
+        if "speculation" in case:
+            arguments["speculative-config"] = {**arguments.get("speculative-config", {}), **case["speculation"]}
         cards = [Card(gpu) for gpu in self.gpus]
         room = record["plan"]["vram"][0]["limit_bytes"] if plan else case.get("room_bytes")
         ballasts = self._ballasts(room) if case.get("ballast") else []
         time.sleep(0.3)
         before = [card.used() for card in cards]
         self.task.write_text(json.dumps({"model": str(self.directory), "args": arguments,
-                                         "tokens": case.get("tokens", 64), "batches": case.get("batches", [1, 8])}))
+                                         "tokens": case.get("tokens", 64), "batches": case.get("batches", [1, 8]),
+                                         "profile": case.get("profile", 0)}))
         begin, stages = time.monotonic(), self._follow(case.get("limit_seconds", 240))
         end = time.monotonic()
         ready, measured = stages.get("ready", end), stages.get("measured", end)

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from shoehorn import checkpoint, hardware, link_probe, profiles, settings
+from shoehorn import checkpoint, drafts, hardware, link_probe, profiles, settings
 from shoehorn.plan import Plan, Refusal, make_plan
 from shoehorn.tensor_files import LocalFiles
 
@@ -16,5 +16,8 @@ def plan_case(case: dict[str, Any], gpus: list[int], directory: Path) -> Plan | 
     machine = link_probe.probed(hardware.detect(), directory.parent)
     machine = replace(machine, gpus=tuple(replace(gpu, free_bytes=gpu.total_bytes) for gpu in machine.gpus
                                           if gpu.index in gpus))
-    loaded = settings.load({"MODEL_ID": str(directory), "MODEL_SOURCE": "local", **case.get("settings", {})})
-    return make_plan(loaded, machine, profiles.select(loaded, machine), checkpoint.read(LocalFiles(directory)), None)
+    wanted = {name: value.replace("{WORK}", str(directory.parent)) for name, value in case.get("settings", {}).items()}
+    loaded = settings.load({"MODEL_ID": str(directory), "MODEL_SOURCE": "local", **wanted})
+    shape = checkpoint.read(LocalFiles(directory))
+    return drafts.considered(loaded, shape, None, lambda draft: make_plan(
+        loaded, machine, profiles.select(loaded, machine), shape, None, draft=draft))

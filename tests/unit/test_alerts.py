@@ -26,6 +26,7 @@ FIRING: dict[str, tuple[dict[str, str], dict[str, str]]] = {
                              f"shoehorn_download_bytes{{{A}}}": "5x60"},
                             {"job": "shoehorn", "phase": "pulling"}),
     "ShoehornLoadStalled": ({f'shoehorn_phase{{{A},phase="loading"}}': "1x60"}, {}),
+    "ShoehornNotReady": ({f'shoehorn_phase{{{A},phase="ready"}}': "1x30 0x30"}, {"job": "shoehorn", "phase": "ready"}),
     "ShoehornEngineHung": ({f"vllm:num_requests_running{{{E}}}": "3x60",
                             f"vllm:iteration_tokens_total_count{{{E}}}": "100x60"}, {}),
     "ShoehornRestarting": ({f"shoehorn_engine_restarts_total{{{A}}}": "0+1x60"}, {"job": "shoehorn"}),
@@ -62,8 +63,9 @@ QUIET: dict[str, dict[str, str]] = {
     "ShoehornFailed": {f'shoehorn_phase{{{A},phase="failed"}}': "0x60", f'shoehorn_phase{{{A},phase="ready"}}': "1x60"},
     "ShoehornPullStalled": {f'shoehorn_phase{{{A},phase="pulling"}}': "1x60",
                             f"shoehorn_download_bytes{{{A}}}": "0+1000x60"},
-    "ShoehornLoadStalled": {f'shoehorn_phase{{{A},phase="loading"}}': "1x20 0x40",
-                            f'shoehorn_phase{{{A},phase="ready"}}': "0x20 1x40"},
+    "ShoehornLoadStalled": {f'shoehorn_phase{{{A},phase="converting"}}': "1x60",  # slow, but it moves
+                            f"shoehorn_phase_progress_ratio{{{A}}}": "0+0.01x60"},
+    "ShoehornNotReady": {f'shoehorn_phase{{{A},phase="ready"}}': "0x60"},  # it still loads for the first time
     "ShoehornEngineHung": {f"vllm:num_requests_running{{{E}}}": "3x60",
                            f"vllm:iteration_tokens_total_count{{{E}}}": "100+5x60"},
     "ShoehornRestarting": {f"shoehorn_engine_restarts_total{{{A}}}": "0x30 1x30"},
@@ -82,11 +84,31 @@ QUIET: dict[str, dict[str, str]] = {
                            f"shoehorn_models_volume_bytes{{{A}}}": "100x60"},
     "ShoehornGpuMissing": {f"shoehorn_gpu_collect_success{{{A}}}": "0x60"},  # a machine that never had one
     "ShoehornXid": {f'shoehorn_gpu_xid_errors_total{{{A},gpu="0",uuid="u",kind="hardware"}}': "1x60",  # long ago
+                    f'shoehorn_gpu_xid_errors_total{{{A},gpu="0",uuid="u",kind="corrected"}}': "0+1x60",
                     f'shoehorn_gpu_xid_errors_total{{{A},gpu="0",uuid="u",kind="application"}}': "0+1x60"},
     "ShoehornVramHeadroom": {f'shoehorn_vram_bytes{{{A},gpu="0",part="free"}}': "100000000x60"},
     "ShoehornForeignProcess": {f'shoehorn_vram_bytes{{{A},gpu="0",part="other_processes"}}': "1000x60"},
     "ShoehornGpuHot": {f'shoehorn_gpu_throttled{{{A},gpu="0",uuid="u",reason="power_cap"}}': "1x60"},
 }
+
+
+MORE: tuple[tuple[str, dict[str, str], bool], ...] = (
+    ("ShoehornPullStalled", {f'shoehorn_phase{{{A},phase="pulling"}}': "1x60"}, True),  # the hub never answered
+    ("ShoehornPullStalled", {f'shoehorn_phase{{{A},phase="pulling"}}': "0x60", f"shoehorn_download_bytes{{{A}}}":
+                             "5x60"}, False),
+    ("ShoehornLoadStalled", {f'shoehorn_phase{{{A},phase="loading"}}': "1x20 0x40",
+                             f'shoehorn_phase{{{A},phase="ready"}}': "0x20 1x40"}, False),
+    ("ShoehornLoadStalled", {f'shoehorn_phase{{{A},phase="verifying"}}': "1x60",
+                             f"shoehorn_phase_progress_ratio{{{A}}}": "0.4x60"}, True),
+    ("ShoehornLoadStalled", {f'shoehorn_phase{{{A},phase="loading"}}': "1x25 0x35",  # from one to the other and back
+                             f'shoehorn_phase{{{A},phase="stepping_down"}}': "0x25 1x35"}, True),
+    ("ShoehornEngineHung", {f"vllm:num_requests_running{{{E}}}": "0x60",  # idle
+                            f"vllm:iteration_tokens_total_count{{{E}}}": "100x60"}, False),
+    ("ShoehornNotReady", {f'shoehorn_phase{{{A},phase="ready"}}': "1x44 0x2 1x20"}, False),  # a quick restart
+    ("ShoehornDown", {f"up{{{A}}}": "1x48 0x1 1x20"}, False),  # a scrape that was lost
+    ("ShoehornErrors", {f'shoehorn_requests_total{{{A},key="k",outcome="aborted"}}': "0+10x60"}, True),
+)
+"""(alert, series, whether it fires): what the two above leave open."""
 
 
 def promtool(*arguments: str) -> str:
@@ -120,6 +142,10 @@ def test_promtool_finds_nothing() -> None:
     promtool("check", "rules", "--lint=all", "--lint-fatal", str(RULES))
 
 
+def test_promtool_takes_prometheus_configuration() -> None:
+    promtool("check", "config", "--lint=all", "--lint-fatal", str(RULES.with_name("prometheus.yml")))
+
+
 def test_each_alert_fires_when_it_should(tmp_path: Path) -> None:
     cases = {alert: (series, fired(alert)) for alert, (series, _) in FIRING.items()}
     promtool("test", "rules", str(rules_test(tmp_path / "firing.yml", cases)))
@@ -128,6 +154,11 @@ def test_each_alert_fires_when_it_should(tmp_path: Path) -> None:
 def test_each_alert_is_quiet_when_it_should(tmp_path: Path) -> None:
     cases: dict[str, Any] = {alert: (series, []) for alert, series in QUIET.items()}
     promtool("test", "rules", str(rules_test(tmp_path / "quiet.yml", cases)))
+
+
+@pytest.mark.parametrize(("alert", "series", "fires"), MORE)
+def test_the_hard_cases(tmp_path: Path, alert: str, series: dict[str, str], fires: bool) -> None:
+    promtool("test", "rules", str(rules_test(tmp_path / "t.yml", {alert: (series, fired(alert) if fires else [])})))
 
 
 def test_a_broken_rule_would_be_found(tmp_path: Path) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
+from shoehorn import drain
+from shoehorn.restarts import LIMIT, Restarts
 from shoehorn.settings import TABLE
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -73,6 +75,19 @@ def test_there_is_time_to_drain_and_to_pull(gpu: dict[str, Any]) -> None:
     assert "test" not in gpu["healthcheck"]  # the image says how to check
 
 
+def test_the_probes_for_kubernetes_wait_for_a_pull_and_outlast_the_appliances_own_restart_of_its_engine() -> None:
+    document = (ROOT / "docs" / "monitoring.md").read_text(encoding="utf-8")
+    block = re.search(r"For Kubernetes:\n\n((?:    .*\n)+)", document)
+    assert block
+    probes = yaml.safe_load(block[1])
+    assert [probes[name]["httpGet"]["path"] for name in ("startupProbe", "livenessProbe", "readinessProbe")] == [
+        "/livez", "/livez", "/readyz"]  # live while it pulls, for hours
+    assert {probes[name]["httpGet"]["port"] for name in probes if name.endswith("Probe")} == {int(DEFAULTS["PORT"])}
+    patience = probes["livenessProbe"]["periodSeconds"] * probes["livenessProbe"]["failureThreshold"]
+    assert patience > drain.MARGIN_SECONDS + Restarts.delay_seconds(LIMIT - 1) + 10
+    assert probes["terminationGracePeriodSeconds"] >= int(DEFAULTS["DRAIN_TIMEOUT"]) + 30
+
+
 def test_big_models_get_the_memory_they_need(gpu: dict[str, Any]) -> None:
     assert gpu["ulimits"]["memlock"] == -1
     assert gpu["ulimits"]["nofile"] >= 65536
@@ -90,7 +105,7 @@ def test_nothing_is_writable_but_what_has_to_be(gpu: dict[str, Any]) -> None:
 def test_no_privilege_is_kept(gpu: dict[str, Any], cpu: dict[str, Any]) -> None:
     assert gpu["cap_drop"] == ["ALL"]
     assert gpu["security_opt"] == ["no-new-privileges:true"]
-    assert gpu["ulimits"]["core"] == 0
+    assert gpu["ulimits"]["core"] == 1
     for service in (gpu, cpu):
         assert service.keys().isdisjoint({"privileged", "cap_add", "ipc", "pid", "network_mode", "user", "env_file"})
 
@@ -102,7 +117,7 @@ def test_a_refusal_is_not_repeated_for_ever(gpu: dict[str, Any]) -> None:
 def test_the_cpu_file_changes_only_what_it_must(cpu: dict[str, Any]) -> None:
     assert set(cpu) == {"image", "build", "environment", "deploy", "ulimits"}
     assert cpu["environment"] == ["VRAM_PROFILE=${VRAM_PROFILE:-cpu}"]
-    assert cpu["ulimits"] == {"core": 0}
+    assert cpu["ulimits"] == {"core": 1}
 
 
 def test_the_comment_names_every_variable_of_this_file() -> None:

@@ -11,6 +11,9 @@ from typing import Any
 import promql_parser
 import pytest
 import yaml
+from grafana_foundation_sdk.cog.encoder import JSONEncoder
+from grafana_foundation_sdk.cog.plugins import register_default_plugins
+from grafana_foundation_sdk.models.dashboard import Dashboard
 
 from shoehorn import metric_table
 from shoehorn.paths import HOME
@@ -18,6 +21,9 @@ from shoehorn.paths import HOME
 FOLDER = HOME / "monitoring" / "grafana"
 DASHBOARDS = {path.stem: json.loads(path.read_text()) for path in sorted((FOLDER / "dashboards").glob("*.json"))}
 PANELS = [(name, panel) for name, document in DASHBOARDS.items() for panel in document["panels"]]
+UNITS = {"none", "short", "s", "bytes", "percentunit", "reqps", "celsius", "watt"}
+"""Of Grafana's units (@grafana/data, valueFormats/categories.ts): another one would be shown as plain text."""
+
 DUMP = (HOME / "tests" / "captures" / "vllm-0.32.0-cpu-metrics.txt").read_text(encoding="utf-8")
 
 
@@ -33,7 +39,10 @@ def generator() -> ModuleType:
 
 def plain(query: str) -> str:
     """A query as Prometheus would get it."""
-    return query.replace("$__rate_interval", "1m").replace("$instance", ".+").replace("$gpu", "0")
+    for name, value in (("$__rate_interval", "1m"), ("$__range", "1h"), ("$__interval", "15s"), ("$instance", ".+"),
+                        ("$gpu", "0")):
+        query = query.replace(name, value)
+    return query
 
 
 def test_the_files_are_what_the_generator_makes() -> None:
@@ -47,23 +56,46 @@ def test_the_files_are_what_the_generator_makes() -> None:
 def test_a_panel_says_what_it_shows(name: str, panel: dict[str, Any]) -> None:
     assert panel["title"]
     assert panel["description"].endswith((".", "error."))
-    assert panel["fieldConfig"]["defaults"]["unit"]
+    units = [panel["fieldConfig"]["defaults"]["unit"]]
+    units += [property["value"] for override in panel["fieldConfig"]["overrides"] for property in override["properties"]
+              if property["id"] == "unit"]
+    assert set(units) <= UNITS
     assert panel["datasource"]["uid"] == "${datasource}"
     assert panel["targets"]
+    assert len({target["refId"] for target in panel["targets"]}) == len(panel["targets"])
+    assert len({target["legendFormat"] for target in panel["targets"]}) == len(panel["targets"])
+    for override in panel["fieldConfig"]["overrides"]:
+        assert override["matcher"]["options"] in {target["legendFormat"] for target in panel["targets"]}
+    of_the_moment = panel["type"] in ("stat", "bargauge")
+    assert of_the_moment or panel["type"] == "timeseries"
+    known_names = panel["options"].get("textMode") == "name"
+    assert known_names == (panel["type"] == "stat" and "{{" in panel["targets"][0]["legendFormat"])
     known = {metric.name for metric in metric_table.TABLE} | {metric for metric, _ in metric_table.PER_KEY}
     known |= set(re.findall(r"^([a-z_:]+)[{ ]", DUMP, re.MULTILINE))
     for target in panel["targets"]:
         assert target["legendFormat"]
+        assert (target["instant"], target["range"]) == (of_the_moment, not of_the_moment), "what is over would be shown"
         query = target["expr"]
         promql_parser.parse(plain(query))
-        used = set(re.findall(r"\b(?:shoehorn_|vllm:)[a-z_]*", query))
+        used = set(re.findall(r"\b(?:shoehorn_|vllm:|up\b|ALERTS\b)[a-z_]*", query))
         assert used, query
-        assert used <= known, used - known
+        assert used <= known | {"up", "ALERTS"}, used - known
         assert query.count('instance=~"$instance"') >= len(used)
         for counter in re.findall(r"(\w+ )?\(?((?:shoehorn_|vllm:)[a-z_]*_total)\{", query):
             assert "rate(" in query or "shoehorn_engine_" in counter[1], "a counter's value says little"
         for bound in re.findall(r"\[([^]]+)\]", query):
-            assert bound == "$__rate_interval"
+            assert bound in ("$__rate_interval", "$__range", "$__range:$__interval")
+
+
+@pytest.mark.parametrize("name", DASHBOARDS)
+def test_a_dashboard_is_what_grafanas_own_types_know(name: str) -> None:
+    """Read into the SDK's types and written again, nothing is lost or changed: a field they do not know would be."""
+    register_default_plugins()
+    again = json.loads(JSONEncoder(sort_keys=True).encode(Dashboard.from_json(DASHBOARDS[name])))
+    assert again == DASHBOARDS[name]
+    broken = json.loads(json.dumps(DASHBOARDS[name]))
+    broken["panels"][0]["options"]["reduceOption"] = broken["panels"][0]["gridPosition"] = {}
+    assert json.loads(JSONEncoder(sort_keys=True).encode(Dashboard.from_json(broken))) == DASHBOARDS[name]
 
 
 @pytest.mark.parametrize("name", DASHBOARDS)

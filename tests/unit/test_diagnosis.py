@@ -17,6 +17,8 @@ _PREFIX = "(EngineCore pid=33) ERROR 11-23 08:00:00 [core.py:1510] "
     ("gpu_in_use", "ValueError: Free memory on device cuda:0 (3.1/23.6 GiB) on startup is less than desired GPU memory "
      "utilization (0.9, 21.2 GiB)."),
     ("gpu_out_of_memory", "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 448.00 MiB."),
+    ("gpu_out_of_memory", 'RuntimeError: torch_call_dispatcher( "aten::empty", "memory_format", stack.data(), ( ((0ULL '
+     "+ 2) << 56) | ((0ULL + 13) << 48))) API call failed at torch/csrc/stable/ops.h, line 631"),
     ("host_out_of_memory", "RuntimeError: [enforce fail at alloc_cpu.cpp:127] data. DefaultCPUAllocator: can't "
      "allocate memory: you tried to allocate 1 bytes."),
     ("unsupported_model", "ValueError: Model architectures ['FooForCausalLM'] are not supported for now."),

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from shoehorn import engine_memory
-from shoehorn.estimate import VramParts
-from shoehorn_vllm import memory_log
+from shoehorn.vram_parts import VramParts
+from shoehorn_vllm import memory_log, quant_state
 
 GIB, MIB = 1 << 30, 1 << 20
 PARTS = VramParts(weights_bytes=10 * GIB, quant_state_bytes=GIB, embeddings_bytes=GIB, offload_buffer_bytes=0,
@@ -23,6 +24,7 @@ PARTS = VramParts(weights_bytes=10 * GIB, quant_state_bytes=GIB, embeddings_byte
 
 @pytest.mark.parametrize(("template", "arguments", "found"), [
     ("Model loading took %s GiB memory and %.6f seconds", ("14.99", 12.5), {"weights_bytes": round(14.99 * GIB)}),
+    (quant_state.TEMPLATE, (1 << 30,), {"quant_state_bytes": GIB}),
     ("Available KV cache memory: %s GiB", ("-0.5",), {"kv_cache_bytes": -GIB // 2}),
     ("Graph capturing finished in %.0f secs, took %.2f GiB", (5.0, 0.123456), {"cuda_graphs_bytes": 132_559_871}),
     ("%s KV cache size: %s tokens, Maximum concurrency for %s tokens per request: %.2fx",
@@ -110,6 +112,42 @@ def test_the_framework_is_what_the_others_leave_of_the_total() -> None:
         "total": 18 * GIB}
     assert rows["weights"].expected_bytes == 12 * GIB
     assert not any(row.differs for row in rows.values())
+
+
+def test_quantization_state_stands_apart_where_the_engine_said_it() -> None:
+    said = {0: {"weights_bytes": 12 * GIB, "quant_state_bytes": GIB + GIB // 2, "kv_cache_bytes": 4 * GIB,
+                "cuda_graphs_bytes": GIB}}
+    rows = {row.part: row for row in engine_memory.compare([PARTS], said, [18 * GIB])}
+    assert (rows["weights"].expected_bytes, rows["weights"].measured_bytes) == (11 * GIB, 10 * GIB + GIB // 2)
+    assert (rows["quant_state"].expected_bytes, rows["quant_state"].measured_bytes) == (GIB, GIB + GIB // 2)
+    assert rows["framework"].measured_bytes == GIB, "nothing is counted twice"
+    without = {row.part for row in engine_memory.compare([PARTS], {0: {"quant_state_bytes": GIB}}, [18 * GIB])}
+    assert "quant_state" not in without
+
+
+def test_only_state_in_32_bits_is_counted_and_shared_state_once(monkeypatch: pytest.MonkeyPatch,
+                                                                caplog: pytest.LogCaptureFixture) -> None:
+    class State:
+        def __init__(self, absmax: torch.Tensor, nested: bool = False) -> None:
+            self.absmax, self.nested = absmax, nested
+
+    def weight(*states: State) -> torch.nn.Parameter:
+        parameter = torch.nn.Parameter(torch.zeros(1), requires_grad=False)
+        if states:
+            parameter.bnb_quant_state = dict(enumerate(states)) if len(states) > 1 else states[0]
+        return parameter
+
+    monkeypatch.setattr(quant_state, "_found", {})
+    caplog.set_level(logging.INFO)
+    model, shared = torch.nn.Module(), State(torch.zeros(100))
+    quant_state.say(model)
+    assert caplog.records == [], "an unquantized model has none"
+    for name, parameter in {"a": weight(shared, State(torch.zeros(10))), "b": weight(shared), "c": weight(),
+                            "d": weight(State(torch.zeros(50, dtype=torch.uint8), nested=True))}.items():
+        model.register_parameter(name, parameter)
+    quant_state.say(model)
+    [record] = caplog.records
+    assert memory_log.figures(str(record.msg), record.args) == {"quant_state_bytes": 4 * 110}  # type: ignore[arg-type]
 
 
 def test_a_part_that_differs_by_more_than_a_tenth_is_marked() -> None:

@@ -304,7 +304,10 @@ def test_a_compressed_cache_is_small_and_its_projections_are_held_twice() -> Non
 def test_a_draft_model_takes_its_weights_and_its_cache(shape_70b: ModelShape, shape_8b: ModelShape) -> None:
     plain, drafted = choices(quantization="bitsandbytes"), choices(quantization="bitsandbytes", draft=shape_8b)
     [without], [with_draft] = estimate(shape_70b, plain), estimate(shape_70b, drafted)
-    assert with_draft.weights_bytes - without.weights_bytes == shape_8b.weights_bytes
+    own = choices(quantization="bitsandbytes", eager=True)
+    [alone] = estimate(shape_8b, own)
+    assert with_draft.weights_bytes - without.weights_bytes == \
+        alone.weights_bytes + alone.quant_state_bytes + alone.embeddings_bytes, "in NF4, as the model is"
     assert kv_bytes(shape_70b, drafted) - kv_bytes(shape_70b, plain) == kv_bytes(shape_8b, plain)
 
 

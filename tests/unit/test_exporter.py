@@ -160,6 +160,19 @@ def test_each_scrape_shows_the_moment(start: Callable[..., Running], tmp_path: P
     assert _names(series, "shoehorn_engine_scrape") == {"shoehorn_engine_scrape_success"}
 
 
+def test_promtool_finds_nothing_in_the_appliances_own_metrics(start: Callable[..., Running], tmp_path: Path) -> None:
+    StateFile(tmp_path).update(phase=Phase.PULLING, progress=0.9, bytes_done=90, bytes_total=100, failures={"hung": 1},
+                               rate_bytes_per_second=3.0)
+    running = start(TWO_GPUS).wait()
+    text = running.get().text
+    assert _value(_series(text), "shoehorn_download_bytes_per_second") == 3
+    assert _value(_series(text), "shoehorn_gpu_xid_errors_total", gpu="1", kind="hardware") == 0
+    for broken in ("", "# TYPE shoehorn_loads_total gauge\nshoehorn_loads_total 1\n"):
+        done = subprocess.run(["promtool", "check", "metrics"], input=text + broken, capture_output=True, text=True,
+                              timeout=20)
+        assert (done.returncode != 0) == bool(broken), done.stdout + done.stderr
+
+
 def test_without_an_nvidia_driver_the_rest_is_there(start: Callable[..., Running]) -> None:
     running = start("from fakes.nvml import *; nvml = FakeNvml(); nvml.fail['nvmlInit'] = 12").wait()
     for _ in range(3):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import resource
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,15 @@ def test_settings_reach_the_configuration(tmp_path: Path) -> None:
     assert "user" not in re.findall(r"^\w+", text, re.M)
     assert _words(_render(tmp_path, user="root"), "user") == ["root"]
     assert _words(_render(tmp_path, DRAIN_TIMEOUT="0"), "worker_shutdown_timeout") == ["1s"]
+
+
+@pytest.mark.parametrize(("most", "files", "connections"), [
+    (resource.RLIM_INFINITY, "8256", "8192"), (65536, "8256", "8192"), (1024, "1024", "960")])
+def test_as_many_connections_as_the_system_allows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int,
+                                                  files: str, connections: str) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (1024, most))
+    text = _render(tmp_path)
+    assert (_words(text, "worker_rlimit_nofile"), _words(text, "worker_connections")) == ([files], [connections])
 
 
 def test_the_engine_is_reached_by_the_listed_routes_and_health_only(tmp_path: Path) -> None:

@@ -19,6 +19,8 @@ GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 
 GOLDEN_MODELS = ("deepseek-r1-distill-llama-70b", "llama-3.1-8b-instruct", "qwen3-30b-a3b")
 OTHERS = {
+    "70b-int4": ("deepseek-r1-distill-llama-70b@int4",
+                 ("rtx4060-8-ram64", "rtx3080-20-ram64", "2xrtx3080-20-ram64", "rtx4090-24-ram32", "a100-40-ram85")),
     "70b-w4a16": ("llama-3.3-70b-instruct-w4a16@unordered",
                   ("rtx4060-8-ram64", "rtx4090-24-ram128", "2xrtx3080-20-ram64")),
     "gemma-3-12b": ("gemma-3-12b-it", ("rtx4070ti-12-ram32", "l4-24-ram64")),
@@ -33,7 +35,8 @@ PAIRS = [*((model, model, machine) for model in GOLDEN_MODELS for machine in cap
 
 
 def golden(model: str, machine: str) -> str:
-    shape = checkpoints.read(captured_models.files(model))
+    name, converted = model.removesuffix("@int4"), model.endswith("@int4")
+    shape = checkpoints.read(captured_models.converted(name) if converted else captured_models.files(name))
     return json.dumps(plan_for(captured_models.machine(machine), shape).to_json(), indent=1) + "\n"
 
 

@@ -12,6 +12,7 @@ import pynvml
 import pytest
 
 from fakes.nvml import GIB, FakeNvml, example, example_gpu
+from shoehorn.exporter import gpu_samples, vram_samples
 from shoehorn.gpu_metrics import (
     NO_ANSWER,
     RECORDED_GPU_CALLS,
@@ -21,6 +22,7 @@ from shoehorn.gpu_metrics import (
     record,
 )
 from shoehorn.paths import HOME
+from shoehorn.state import Phase, State
 
 CAPTURES = sorted((HOME / "tests" / "captures").glob("nvml-*.json"))
 TWO = example(example_gpu(0), example_gpu(1, "Made-up 8G"))
@@ -113,6 +115,21 @@ def test_memory_that_is_not_shown_is_none_and_instances_of_a_process_are_added(t
     assert [(process.pid, process.memory_bytes) for process in processes] == [(1, None), (2, 11), (3, 0)]
 
 
+def test_a_card_in_mig_mode_shows_what_it_may_and_nothing_made_up(tmp_path: Path) -> None:
+    sliced = {**example_gpu(), "nvmlDeviceGetMigMode": [1, 1],
+              "nvmlDeviceGetUtilizationRates": {"error": pynvml.NVML_ERROR_NOT_SUPPORTED},
+              "nvmlDeviceGetMemoryInfo": {"error": pynvml.NVML_ERROR_NO_PERMISSION},
+              "nvmlDeviceGetMemoryInfo_v2": {"error": pynvml.NVML_ERROR_NO_PERMISSION}}
+    reading = NvmlReader(FakeNvml(example(sliced, example_gpu(1))), tmp_path).read()
+    assert reading.return_code == 0
+    samples = gpu_samples(reading)
+    for name in ("memory_total_bytes", "memory_used_bytes", "memory_free_bytes", "utilization_ratio"):
+        assert [labels[0] for labels, _ in samples[f"shoehorn_gpu_{name}"]] == ["1"], name
+    assert {labels[0] for labels, _ in samples["shoehorn_gpu_temperature_celsius"]} == {"0", "1"}
+    parts = vram_samples(State(phase=Phase.READY), reading.gpus)["shoehorn_vram_bytes"]
+    assert {labels[0] for labels, _ in parts} == {"1"}
+
+
 def test_a_driver_too_old_for_the_process_list_costs_only_that(tmp_path: Path) -> None:
     class Old(FakeNvml):
         def nvmlDeviceGetComputeRunningProcesses(self, handle: int) -> Any:
@@ -150,7 +167,9 @@ def test_nvml_is_initialised_once_while_all_is_well_and_again_after_a_failure(tm
     assert nvml.calls["nvmlInit"] == 1
     nvml.fail["nvmlDeviceGetCount"] = pynvml.NVML_ERROR_UNKNOWN
     assert reader.read().return_code == 999
-    assert nvml.initialised == 0
+    nvml.fail["nvmlInit"] = pynvml.NVML_ERROR_DRIVER_NOT_LOADED
+    assert reader.read().return_code == 9
+    assert nvml.initialised == 0, "what failed was shut down"
     nvml.fail = {"nvmlShutdown": pynvml.NVML_ERROR_UNKNOWN, "nvmlSystemGetDriverVersion": 999}
     assert reader.read().return_code == 999  # a shutdown that fails as well changes nothing
     nvml.fail.clear()
@@ -197,23 +216,47 @@ def test_a_card_that_is_no_longer_counted_is_missed(tmp_path: Path) -> None:
     assert reader.read().return_code == 0
 
 
+def xids(reader: NvmlReader) -> list[tuple[dict[str, int], int | None]]:
+    """Counts that are not zero and the last code, by card."""
+    return [({kind: count for kind, count in card.counts.items() if count}, card.last)
+            for card in reader.read().xid_errors]
+
+
 def test_xid_errors_are_counted_by_kind_from_the_first_reading_on_and_through_failures(tmp_path: Path) -> None:
     nvml = FakeNvml(TWO)
     reader = NvmlReader(nvml, tmp_path)
-    first = reader.read().gpus[0]
-    assert (first.xid_errors, first.last_xid) == ({"application": 0, "hardware": 0}, None)
-    for code in (31, 79, 48):
+    first = reader.read().xid_errors
+    assert [(card.index, card.uuid, set(card.counts.values()), card.last) for card in first] == [
+        (index, example_gpu(index)["nvmlDeviceGetUUID"], {0}, None) for index in (0, 1)]
+    for code in (31, 79, 48, 63):
         nvml.xid(0, code)
     nvml.xid(1, 13)
-    gpus = reader.read().gpus
-    assert [(dict(gpu.xid_errors), gpu.last_xid) for gpu in gpus] == [
-        ({"application": 1, "hardware": 2}, 48), ({"application": 1, "hardware": 0}, 13)]
+    assert xids(reader) == [({"application": 1, "hardware": 2, "corrected": 1}, 63), ({"application": 1}, 13)]
     nvml.fail["nvmlDeviceGetCount"] = pynvml.NVML_ERROR_UNKNOWN
-    reader.read()
+    assert xids(reader)[1] == ({"application": 1}, 13)
     nvml.fail.clear()
     reader.read()
     nvml.xid(0, 79)
-    assert reader.read().gpus[0].xid_errors == {"application": 1, "hardware": 3}
+    assert xids(reader)[0] == ({"application": 1, "hardware": 3, "corrected": 1}, 79)
+
+
+def test_a_card_that_falls_off_the_bus_leaves_the_error_that_says_so(tmp_path: Path) -> None:
+    nvml = FakeNvml(TWO)
+    reader = NvmlReader(nvml, tmp_path)
+    reader.read()
+    nvml.xid(0, 79)
+    nvml.lose(0)
+    for _ in range(2):
+        reading = reader.read()
+        assert [gpu.index for gpu in reading.gpus] == [1]
+        assert (reading.xid_errors[0].counts["hardware"], reading.xid_errors[0].last) == (1, 79)
+    samples = gpu_samples(reading)
+    assert ((("0", reading.xid_errors[0].uuid), 79.0)) in samples["shoehorn_gpu_last_xid"]
+    del nvml.capture["gpus"][0]  # a driver that was reloaded counts anew: card 1 is now 0
+    nvml._lost.clear()
+    reader.read()
+    nvml.xid(0, 31)
+    assert xids(reader) == [({"hardware": 1}, 79), ({"application": 1}, 31)]
 
 
 def test_a_storm_of_xid_errors_cannot_hold_a_reading_up(tmp_path: Path) -> None:
@@ -222,16 +265,19 @@ def test_a_storm_of_xid_errors_cannot_hold_a_reading_up(tmp_path: Path) -> None:
     reader.read()
     for _ in range(1500):
         nvml.xid(0, 79)
-    assert reader.read().gpus[0].xid_errors["hardware"] == 1000
-    assert reader.read().gpus[0].xid_errors["hardware"] == 1500
+    assert xids(reader) == [({"hardware": 1000}, 79)]
+    assert xids(reader) == [({"hardware": 1500}, 79)]
 
 
 @pytest.mark.parametrize("call", ["nvmlEventSetCreate", "nvmlDeviceRegisterEvents"])
 def test_where_the_driver_tells_no_xid_errors_there_is_no_count(call: str, tmp_path: Path) -> None:
     nvml = FakeNvml()
     nvml.fail[call] = pynvml.NVML_ERROR_NOT_SUPPORTED
-    reading = NvmlReader(nvml, tmp_path).read()
-    assert (reading.return_code, reading.gpus[0].xid_errors) == (0, {})
+    reader = NvmlReader(nvml, tmp_path)
+    for _ in range(3):
+        reading = reader.read()
+        assert (reading.return_code, reading.xid_errors) == (0, ())
+    assert nvml.event_sets == {}, "none is left over at each scrape"
 
 
 def test_a_recording_of_a_replay_is_the_recording() -> None:
@@ -272,7 +318,7 @@ def test_pynvmls_own_structs_become_plain() -> None:
 def test_the_stand_in_takes_the_arguments_that_pynvml_takes() -> None:
     nvml = FakeNvml()
     for name in ("nvmlInit", "nvmlShutdown", "nvmlDeviceGetCount", "nvmlDeviceGetHandleByIndex",
-                 "nvmlDeviceGetMemoryInfo", "nvmlDeviceGetTemperature", "nvmlEventSetCreate", "nvmlDeviceGetIndex"):
+                 "nvmlDeviceGetMemoryInfo", "nvmlDeviceGetTemperature", "nvmlEventSetCreate", "nvmlEventSetFree"):
         stand_in, real = (inspect.signature(getattr(module, name)).parameters.values() for module in (nvml, pynvml))
         assert [(each.name, each.default) for each in stand_in] == [(each.name, each.default) for each in real], name
     for name in {*RECORDED_GPU_CALLS, *RECORDED_SYSTEM_CALLS, "nvmlDeviceRegisterEvents", "nvmlEventSetWait_v2"}:

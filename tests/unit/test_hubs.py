@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -13,6 +15,8 @@ from fakes.hf_hub import HuggingFaceHub
 from fakes.hub import Hub, commit_of
 from pulling import MODEL, WEIGHTS, WEIGHTS_BYTES, Volume, stop_when_arrived, write_model, write_weights
 from shoehorn import hub as modelscope
+from shoehorn import store
+from shoehorn import volume as volumes
 from shoehorn.errors import ModelUnavailableError
 from shoehorn.hf_hub import HuggingFaceHub as Client
 from shoehorn.hub_http import HubFailedError
@@ -101,6 +105,46 @@ def test_a_pull_keeps_to_its_limit(tmp_path: Path, model: Path, kind: type[Hub])
         assert volume.pull()[0] == 0
         assert time.monotonic() - begun > WEIGHTS_BYTES / 2_000_000
     assert volume.complete()
+
+
+@pytest.mark.parametrize("kind", [Hub, HuggingFaceHub])
+@pytest.mark.fault("Others fill the volume while a model is pulled, and what is to come has no room any more",
+                   "It stops then, not when the volume is full; exit code 4, and what arrived is gone on with.")
+def test_a_pull_stops_once_the_rest_has_no_room(tmp_path: Path, model: Path, kind: type[Hub],
+                                                monkeypatch: pytest.MonkeyPatch,
+                                                caplog: pytest.LogCaptureFixture) -> None:
+    def arrived() -> int:
+        return sum(path.stat().st_size for path in pulled.folder.rglob(f"{WEIGHTS}*"))
+
+    def statvfs(path: object) -> os.statvfs_result:
+        blocks = 10 if arrived() else 1 << 20
+        return os.statvfs_result((4096, 4096, blocks, blocks, blocks, 9, 9, 9, 0, 255))
+
+    with kind({MODEL: model}) as running, mock.patch.dict(os.environ):
+        pulled = Volume(tmp_path, running)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "statvfs", statvfs)
+            patch.setattr(volumes, "_LOOK_SECONDS", 0.0)
+            with pytest.raises(ModelUnavailableError, match="is full"):
+                store.pull(pulled.settings, lambda _: None)
+        assert "it stops now instead of filling the volume" in caplog.text
+        assert 0 < arrived() < WEIGHTS_BYTES
+        assert pulled.pull()[0] == 0
+        assert [span for span in running.downloads(WEIGHTS) if span], "it went on"
+    assert pulled.complete()
+
+
+def test_the_room_is_looked_at_every_few_seconds_only(tmp_path: Path) -> None:
+    now, asked = [0.0], []
+
+    def left() -> int:
+        asked.append(now[0])
+        return 1
+
+    watch = volumes.Watch(tmp_path, left, lambda: now[0])
+    for now[0] in (1.0, 4.9, 5.0, 9.9, 10.0):
+        watch.look()
+    assert asked == [5.0, 10.0]
 
 
 def interrupted(home: Path, model: Path) -> Volume:

@@ -4,134 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable
-from typing import Any
 
 import pytest
+from gate_calls import CHAT, MESSAGES, RESPONSES, USAGE, Call, Engine, error, run
 from prometheus_client import CollectorRegistry
 
-from shoehorn_vllm import answers
+from shoehorn_vllm import answers, middleware
 from shoehorn_vllm import flight as flight_module
 from shoehorn_vllm.counts import Counts
-from shoehorn_vllm.flight import Message, Receive, Send
+from shoehorn_vllm.flight import Receive, Send
 from shoehorn_vllm.middleware import Gate, Scope
-
-CHAT, MESSAGES, RESPONSES = "/v1/chat/completions", "/v1/messages", "/v1/responses"
-USAGE = b'{"usage": {"prompt_tokens": 3, "total_tokens": 8, "completion_tokens": 5}}'
-
-
-class Call:
-    """One request to the middleware, and all that came back."""
-
-    def __init__(self, gate: Gate, path: str = CHAT, body: bytes = b"{}", limits: str = "", key: str = "phone",
-                 method: str = "POST", query: str = "", declare: bool = True) -> None:
-        headers = [(b"x-shoehorn-key", key.encode()), (b"x-shoehorn-limits", limits.encode())]
-        if declare:
-            headers.append((b"content-length", str(len(body)).encode()))
-        self.scope: Scope = {"type": "http", "path": path, "method": method, "query_string": query.encode(),
-                             "headers": headers}
-        self.body, self.left, self.sent = body, asyncio.Event(), list[Message]()
-        self._read = False
-        self.task = asyncio.create_task(gate(self.scope, self._receive, self._send))
-
-    async def _receive(self) -> Message:
-        if not self._read:
-            self._read = True
-            return {"type": "http.request", "body": self.body, "more_body": False}
-        await self.left.wait()
-        return {"type": "http.disconnect"}
-
-    async def _send(self, message: Message) -> None:
-        self.sent.append(message)
-
-    async def answer(self) -> tuple[int, dict[bytes, bytes], bytes]:
-        """Status, headers and the whole body; checks that it was completed properly."""
-        await asyncio.wait_for(self.task, 10)
-        start, *pieces = self.sent
-        assert [piece.get("more_body", False) for piece in pieces] == [True] * (len(pieces) - 1) + [False]
-        return start["status"], dict(start["headers"]), self.data
-
-    @property
-    def data(self) -> bytes:
-        """What came of the body so far."""
-        return b"".join(piece["body"] for piece in self.sent[1:])
-
-    async def until(self, text: bytes) -> None:
-        """Wait until the body holds a text."""
-        async with asyncio.timeout(10):
-            while text not in self.data:
-                await asyncio.sleep(0.001)
-
-
-class Engine:
-    """An application like vLLM's: streams where told so, ends when its client leaves, and can be told to fail."""
-
-    def __init__(self, **settings: Any) -> None:
-        self.registry = CollectorRegistry()
-        self.gate = Gate(self, Counts(self.registry), **settings)
-        self.go, self.fail, self.stubborn, self.half = asyncio.Event(), False, False, False
-        self.bodies: list[bytes] = []
-        self.running = 0
-
-    def call(self, *arguments: Any, **more: Any) -> Call:
-        """Send a request."""
-        return Call(self.gate, *arguments, **more)
-
-    def count(self, outcome: str, key: str = "phone") -> float:
-        """Requests counted with an outcome."""
-        return self.registry.get_sample_value("shoehorn_requests_total", {"key": key, "outcome": outcome}) or 0
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        body = (await receive())["body"]
-        self.bodies.append(body)
-        self.running += 1
-        try:
-            if b'"stream"' in body:
-                await send({"type": "http.response.start", "status": 200,
-                            "headers": [(b"content-type", b"text/event-stream; charset=utf-8")]})
-                await send({"type": "http.response.body", "body": b"data: 1\n\n", "more_body": True})
-            await self._work(receive)
-            if b'"stream"' in body:
-                await send({"type": "http.response.body", "body": b"data: " + USAGE + b"\n\n", "more_body": True})
-                if not self.half:
-                    await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": True})
-                await send({"type": "http.response.body", "body": b"", "more_body": False})
-            else:
-                await send({"type": "http.response.start", "status": 200, "headers": []})
-                await send({"type": "http.response.body", "body": USAGE})
-        except EOFError:
-            return
-        finally:
-            self.running -= 1
-
-    async def _work(self, receive: Receive) -> None:
-        if self.fail:
-            raise RuntimeError("the engine core died")
-        if self.stubborn:
-            await self.go.wait()
-            return
-        leaving = asyncio.ensure_future(receive())
-        going = asyncio.ensure_future(self.go.wait())
-        await asyncio.wait({leaving, going}, return_when=asyncio.FIRST_COMPLETED)
-        going.cancel()
-        if leaving.done():
-            raise EOFError
-        leaving.cancel()
-
-
-def run(test: Callable[[Engine], Awaitable[None]], **settings: Any) -> None:
-    """Run a test with an engine in an event loop of its own."""
-    async def main() -> None:
-        await test(Engine(**settings))
-
-    asyncio.run(main())
-
-
-def error(body: bytes) -> dict[str, Any]:
-    """The error of an answer in OpenAI's form."""
-    found: dict[str, Any] = json.loads(body)["error"]
-    assert set(found) == {"message", "type", "param", "code"}
-    return found
 
 
 def test_without_limits_everything_passes_untouched_and_is_counted() -> None:
@@ -201,6 +83,52 @@ def test_the_queue_is_bounded_over_all_keys() -> None:
         assert (await engine.call(key="late").answer())[0] == 200
 
     run(test, most_requests=3)
+
+
+def test_few_requests_with_many_answers_fill_the_engine_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(middleware, "MOST_HELD", 6)
+
+    async def test(engine: Engine) -> None:
+        calls = [engine.call(body=b'{"n": 5}'), engine.call("/v1/completions", body=b'{"prompt": ["a", "b"], "n": 2}')]
+        await asyncio.sleep(0.01)  # the first leaves room; the second goes over
+        status, _, body = await engine.call(key="late").answer()
+        assert (status, error(body)["code"]) == (429, "queue_full")
+        engine.go.set()
+        assert [(await call.answer())[0] for call in calls] == [200, 200]
+        assert (await engine.call(key="late").answer())[0] == 200
+
+    run(test)
+
+
+def test_the_product_of_choices_and_prompts_has_the_engines_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    body = json.dumps({"prompt": ["a"] * 100, "n": 2}).encode()
+
+    async def refuse(engine: Engine) -> None:
+        status, _, answer = await engine.call("/v1/completions", body=body).answer()
+        assert (status, error(answer)["code"], error(answer)["param"]) == (400, "too_many_answers", "prompt")
+        assert engine.bodies == []
+
+    async def take(engine: Engine) -> None:
+        engine.go.set()
+        assert (await engine.call("/v1/completions", body=body).answer())[0] == 200
+
+    run(refuse)
+    monkeypatch.setenv("VLLM_MAX_N_SEQUENCES", "200")
+    run(take)
+
+
+def test_bodies_that_come_slowly_do_not_get_past_the_bound() -> None:
+    async def test(engine: Engine) -> None:
+        late = engine.call(body=None)
+        first = engine.call()
+        await asyncio.sleep(0.01)
+        late.arrive(b"{}")
+        status, _, body = await late.answer()
+        assert (status, error(body)["code"]) == (429, "queue_full")
+        engine.go.set()
+        assert (await first.answer())[0] == 200
+
+    run(test, most_requests=1)
 
 
 @pytest.mark.parametrize("declare", [True, False])

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from shoehorn_vllm.limits import Book, Limits, TooMuchError, capped
+from shoehorn_vllm.limits import MOST_INPUTS, Book, Limits, TooMuchError, answers_of, capped, document_of
 
+EMBEDDINGS, RERANK, SCORE = "/v1/embeddings", "/v1/rerank", "/v1/score"
 CHAT, COMPLETIONS, RESPONSES, MESSAGES = "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"
 
 
@@ -49,27 +50,32 @@ def test_the_wait_is_as_long_as_it_takes_and_no_longer() -> None:
     assert not book.admitted
 
 
+def _capped(path: str, body: dict[str, Any], cap: int) -> dict[str, Any] | None:
+    """As the middleware does it, from the bytes on."""
+    document = document_of(json.dumps(body).encode())
+    assert document is not None
+    return capped(path, document, answers_of(path, document, 1000), cap)
+
+
 @pytest.mark.parametrize(("path", "field"), [(CHAT, "max_completion_tokens"), (RESPONSES, "max_output_tokens"),
                                              (MESSAGES, "max_tokens")])
 def test_a_request_that_names_no_number_gets_the_cap(path: str, field: str) -> None:
     body = {"model": "m", "messages": [{"role": "user", "content": "鞋 \ud83d"}], field: None}
-    assert json.loads(capped(path, json.dumps(body).encode(), 512)) == {**body, field: 512}
-    assert json.loads(capped(path, json.dumps({**body, "n": 4}).encode(), 512))[field] == 128
+    assert _capped(path, body, 512) == {**body, field: 512}
+    assert _capped(path, {**body, "n": 4}, 512) == {**body, "n": 4, field: 128}
 
 
 def test_completions_keep_their_own_default() -> None:
-    assert json.loads(capped(COMPLETIONS, b'{"prompt": "a"}', 512))["max_tokens"] == 16
-    assert json.loads(capped(COMPLETIONS, b'{"prompt": ["a", "b"]}', 20))["max_tokens"] == 10
-    assert json.loads(capped(COMPLETIONS, b'{"prompt": [1, 2, 3]}', 12))["max_tokens"] == 12
+    for prompt, cap, tokens in (("a", 512, 16), (["a", "b"], 20, 10), ([1, 2, 3], 12, 12)):
+        assert _capped(COMPLETIONS, {"prompt": prompt}, cap) == {"prompt": prompt, "max_tokens": tokens}
 
 
 @pytest.mark.parametrize(("path", "body"), [
     (CHAT, {"max_tokens": 512}), (CHAT, {"max_completion_tokens": 128, "n": 4}), (RESPONSES, {"max_output_tokens": 1}),
     (COMPLETIONS, {"max_tokens": 256, "prompt": ["a", "b"]}), (COMPLETIONS, {"max_tokens": 512, "prompt": [1, 2]}),
-    ("/v1/embeddings", {"max_tokens": 9999}), ("/v1/messages/count_tokens", {"messages": []})])
+    (EMBEDDINGS, {"max_tokens": 9999}), ("/v1/messages/count_tokens", {"messages": []})])
 def test_within_the_cap_the_body_is_left_as_it_is(path: str, body: dict[str, Any]) -> None:
-    raw = b" " + json.dumps(body).encode()
-    assert capped(path, raw, 512) is raw
+    assert _capped(path, body, 512) is None
 
 
 @pytest.mark.parametrize(("path", "body", "culprit"), [
@@ -84,20 +90,42 @@ def test_within_the_cap_the_body_is_left_as_it_is(path: str, body: dict[str, Any
     (CHAT, {"max_tokens": True}, "max_tokens"), (CHAT, {"max_tokens": 100, "n": "9"}, "n")])
 def test_above_the_cap_is_refused_by_name(path: str, body: dict[str, Any], culprit: str) -> None:
     with pytest.raises(TooMuchError) as caught:
-        capped(path, json.dumps(body).encode(), 512)
+        _capped(path, body, 512)
     assert caught.value.culprit == culprit
+
+
+@pytest.mark.parametrize(("path", "body", "answers"), [
+    (CHAT, {}, 1), (CHAT, {"n": 7}, 7), (CHAT, {"n": 0}, 1), (CHAT, {"n": None}, 1), (CHAT, {"prompt": ["a"] * 9}, 1),
+    (COMPLETIONS, {"prompt": ["a"] * 16, "n": 8}, 128), (COMPLETIONS, {"prompt": [[1, 2]] * 4, "best_of": 3}, 12),
+    (COMPLETIONS, {"prompt": [1] * 500}, 1), (COMPLETIONS, {"prompt": []}, 1), (MESSAGES, {}, 1),
+    (EMBEDDINGS, {"input": "a", "model": "m"}, 1), (EMBEDDINGS, {"input": ["a"] * MOST_INPUTS}, MOST_INPUTS),
+    (EMBEDDINGS, {"input": [1] * 9999}, 1), (EMBEDDINGS, {}, 1),
+    (RERANK, {"query": "a", "documents": ["b"] * 300}, 300), (SCORE, {"text_1": "a", "text_2": ["b"] * 3}, 3)])
+def test_a_request_counts_as_many_as_the_engine_makes_of_it(path: str, body: dict[str, Any], answers: int) -> None:
+    assert answers_of(path, body, 128) == answers
+
+
+@pytest.mark.parametrize(("path", "body", "culprit"), [
+    (CHAT, {"n": 129}, "n"), (COMPLETIONS, {"prompt": ["a"] * 65, "n": 2}, "prompt"),
+    (COMPLETIONS, {"prompt": ["a"] * 2, "n": 65}, "n"), (COMPLETIONS, {"prompt": ["a"] * 128, "n": 128}, "n"),
+    (EMBEDDINGS, {"input": ["a"] * 2049}, "input"), (RERANK, {"documents": ["a"] * 2049}, "input")])
+def test_more_answers_than_a_request_may_have_are_refused(path: str, body: dict[str, Any], culprit: str) -> None:
+    with pytest.raises(TooMuchError, match="answers in one request") as caught:
+        answers_of(path, body, 128)
+    assert (caught.value.culprit, caught.value.code) == (culprit, "too_many_answers")
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b"7", b"\xff\xfe", b'"text"'])
 def test_what_is_no_object_is_left_to_the_engine(body: bytes) -> None:
-    assert capped(CHAT, body, 1) is body
+    assert document_of(body) is None
 
 
-def test_the_engine_reads_the_last_of_two_fields_of_one_name_and_so_does_the_cap() -> None:
-    with pytest.raises(TooMuchError):
-        capped(CHAT, b'{"max_tokens": 1, "max_tokens": 600}', 512)
+@pytest.mark.parametrize("body", [b'{"n": 1, "n": 600}', '{"n": 600}'.encode("utf-16"), b'\xef\xbb\xbf{"n": 600}',
+                                  b'{"\\u006e": 600}'])
+def test_a_body_is_read_as_the_engine_reads_it(body: bytes) -> None:
+    assert document_of(body) == json.loads(body) == {"n": 600}
 
 
 def test_a_body_nested_beyond_reading_is_refused() -> None:
     with pytest.raises(TooMuchError, match="deeply"):
-        capped(CHAT, b"[" * 200_000 + b"]" * 200_000, 512)
+        document_of(b"[" * 200_000 + b"]" * 200_000)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from fakes.hub import Hub
 from pulling import MODEL, WEIGHTS, WEIGHTS_BYTES, Volume, write_model, write_weights
-from shoehorn import cli, inventory
+from shoehorn import cli, inventory, manifest, store
 from shoehorn.errors import ModelUnavailableError
+from shoehorn.tensor_files import LocalFiles
 
 
 @pytest.fixture(scope="module")
@@ -132,8 +136,6 @@ def test_offline_asks_nobody_and_serves_what_was_carried_over(volume: Volume, tm
 
 
 def test_planning_offline_for_a_model_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    from shoehorn import store
-
     with pytest.raises(ModelUnavailableError, match="OFFLINE=yes"):
         store.hub_files(Volume(tmp_path, OFFLINE="yes").settings)
 
@@ -143,3 +145,77 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     code, _, err = Volume(tmp_path).pull("--to", str(tmp_path / "file" / "x"))
     assert code == 4
     assert str(tmp_path / "file") in err
+
+
+@pytest.fixture
+def carried(volume: Volume, tmp_path: Path) -> Volume:
+    """The user of a folder that was pulled elsewhere and copied here."""
+    stick = tmp_path / "stick"
+    assert volume.pull("--to", str(stick))[0] == 0
+    shutil.copytree(stick, tmp_path / "here" / "models")
+    away = Volume(tmp_path / "here", OFFLINE="yes", MODEL_SOURCE="local",
+                  MODEL_ID=str(tmp_path / "here" / "models" / MODEL))
+    assert store.locate(away.settings) == away.folder
+    return away
+
+
+@pytest.mark.fault("A model that was carried to another machine is not what was pulled",
+                   "Exit code 4 and the file's name; a pull that did not end counts as none.")
+@pytest.mark.parametrize("damage", ["flipped", "short", "absent", "stranger", "half", "no manifest"])
+def test_a_carried_model_is_held_to_its_manifest(carried: Volume, damage: str) -> None:
+    weights, words = carried.folder / WEIGHTS, WEIGHTS
+    if damage == "flipped":
+        weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
+    elif damage == "short":
+        weights.write_bytes(weights.read_bytes()[:-1])
+    elif damage == "absent":
+        (carried.folder / "tokenizer.json").unlink()
+        words = "tokenizer.json"
+    elif damage == "stranger":
+        write_weights(carried.folder / "other.safetensors")
+        words = "not the model's: other.safetensors"
+    else:
+        begun = json.loads(carried.manifest.read_text()) | {"complete": False}
+        carried.manifest.write_text(json.dumps(begun) if damage == "half" else "half a")
+        words = "did not end"
+    code, out, err = carried.pull()
+    assert code == 4
+    assert words in err
+    assert "Traceback" not in out + err
+    with suppress(ModelUnavailableError):  # or it has to be read first
+        assert store.locate(carried.settings) is None
+
+
+def test_a_carried_model_with_other_times_is_read_once(carried: Volume) -> None:
+    for path in carried.folder.iterdir():
+        os.utime(path, ns=(1, 1))
+    assert store.locate(carried.settings) is None, "its content decides"
+    assert isinstance(store.hub_files(carried.settings), LocalFiles), "to plan, before that"
+    code, out, _ = carried.pull()
+    assert code == 0
+    assert "verifying" in out
+    assert store.locate(carried.settings) == carried.folder
+    assert carried.pull("--verify")[0] == 0
+    times = (carried.folder / WEIGHTS).stat().st_mtime_ns
+    (carried.folder / WEIGHTS).write_bytes(bytes(len((carried.folder / WEIGHTS).read_bytes())))
+    os.utime(carried.folder / WEIGHTS, ns=(times, times))
+    code, _, err = carried.pull("--verify")
+    assert code == 4
+    assert f"{carried.folder / WEIGHTS}" in err
+    carried.manifest.unlink()
+    code, _, err = carried.pull("--verify")
+    assert code == 4
+    assert "no pull has filled it" in err
+    assert carried.pull()[0] == 0, "a folder of one's own"
+
+
+def test_a_carried_model_that_cannot_be_noted_as_read_is_read_each_time(carried: Volume,
+                                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(*_arguments: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    os.utime(carried.folder / WEIGHTS, ns=(1, 1))
+    monkeypatch.setattr(manifest, "write", write)
+    for _ in range(2):
+        assert store.locate(carried.settings) is None
+        assert carried.pull_here()[-1].phase == "verifying"

@@ -100,6 +100,17 @@ def test_a_profiles_environment_reaches_the_engine(tmp_path: Path) -> None:
     assert reason(plan, "kv-cache-memory-bytes")[:2] == (GIB, "machine")
 
 
+def test_more_of_the_card_is_used_where_that_keeps_all_weights_on_it() -> None:
+    shape = checkpoints.read(captured_models.converted("deepseek-r1-distill-llama-70b"))
+    plan = planned(machine(TWENTY, TWENTY), shape)
+    assert reason(plan, "gpu-memory-utilization") == (0.97, "machine", "with less, weights would lie in host memory")
+    assert (plan.offloaded_bytes, plan.choices.max_model_len) == (0, 4096)
+    assert all(parts.total_bytes <= parts.limit_bytes < 19.7 * GIB for parts in plan.vram)
+    told = planned(machine(TWENTY, TWENTY), shape, VLLM_EXTRA_ARGS="--gpu-memory-utilization 0.92")
+    assert told.offloaded_bytes
+    assert planned(machine(TWENTY), shape).engine_args["gpu-memory-utilization"] == 0.92, "it would not be enough"
+
+
 # Quantization.
 
 

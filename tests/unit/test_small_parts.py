@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from shoehorn import log
+from shoehorn import log, room
 from shoehorn.files import write_atomic
 from shoehorn.restarts import LIMIT, WINDOW_SECONDS, Restarts
+from shoehorn.serving import EngineLog
 from shoehorn.units import GIB, format_size, parse_size
 
 
@@ -85,3 +86,33 @@ def test_json_logging_is_one_object_a_line(capsys: pytest.CaptureFixture[str]) -
     record = json.loads(capsys.readouterr().out)
     assert (record["program"], record["level"], record["message"]) == ("engine", "INFO", "loading a\nb 鞋")
     logging.getLogger().handlers.clear()
+
+
+def test_a_full_disk_is_waited_for_and_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                 caplog: pytest.LogCaptureFixture) -> None:
+    free, looked = tmp_path / "free", list[Path]()
+    free.mkdir()
+
+    def write(path: Path, text: str) -> None:
+        looked.append(path.parent)
+        if path.parent == tmp_path and looked.count(tmp_path) < 4:
+            raise OSError(28, "No space left on device")
+        write_atomic(path, text)
+
+    monkeypatch.setattr(room, "write_atomic", write)
+    monkeypatch.setattr(time, "sleep", lambda _seconds: None)
+    room.wait_for(tmp_path, free, tmp_path / "absent")
+    assert looked.count(tmp_path) == 4
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{tmp_path} is full, so nothing can be served. It goes on by itself once there is room."]
+    assert list(tmp_path.iterdir()) == [free]
+
+
+def test_the_engines_log_keeps_to_its_size(tmp_path: Path) -> None:
+    written = EngineLog(tmp_path / "engine.log", most_bytes=1000)
+    for number in range(200):
+        written.write(f"line {number:03} 鞋")
+    written.close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["engine.log", "engine.log.1"]
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= 2000
+    assert (tmp_path / "engine.log").read_text().endswith("line 199 鞋\n")

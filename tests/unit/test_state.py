@@ -29,7 +29,11 @@ def test_the_marks_follow_the_phase(tmp_path: Path) -> None:
     for phase in Phase:
         states.update(phase=phase)
         assert (tmp_path / "ready").exists() == (phase is Phase.READY)
-        assert (tmp_path / "failed").exists() == (phase is Phase.FAILED)
+        assert (tmp_path / "not-live").exists() == (phase is Phase.FAILED)
+    states.update(phase=Phase.LOADING, engine_down=True)
+    assert (tmp_path / "not-live").exists()
+    states.update(engine_down=False)
+    assert not (tmp_path / "not-live").exists()
 
 
 def test_since_follows_a_change_of_phase_only(tmp_path: Path) -> None:
@@ -79,3 +83,21 @@ def test_concurrent_updates_lose_nothing(tmp_path: Path) -> None:
         thread.join()
     assert states.read().restarts == 100
     assert states.read().phase is Phase.LOADING
+
+
+@pytest.mark.fault("Disk full while the progress of a pull or a start is published",
+                   "It stays untold; the work goes on.")
+def test_progress_that_cannot_be_published_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                         caplog: pytest.LogCaptureFixture) -> None:
+    def full(_descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    states = StateFile(tmp_path)
+    states.update(phase=Phase.PULLING, progress=0.1)
+    monkeypatch.setattr("os.fsync", full)
+    states.tell(progress=0.2)
+    assert states.read().progress == 0.1
+    assert [record.getMessage() for record in caplog.records] == [
+        "cannot publish how far it is: No space left on device"]
+    with pytest.raises(OSError, match="No space"):
+        states.update(phase=Phase.FAILED)

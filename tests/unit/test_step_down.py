@@ -67,6 +67,15 @@ def test_a_failure_that_has_nothing_to_do_with_memory_is_no_step() -> None:
     assert step(diagnose(["something else"], 1)) is None
 
 
+def test_guessed_tokens_are_given_up_after_a_failure_that_is_not_about_memory() -> None:
+    unknown, options = diagnose(["something else"], 1), {"speculative-config": {"method": "ngram"}}
+    found = next_step(LLAMA_8B, START, frozenset(), options, 24 * GIB, 0, unknown, 0)
+    assert found == Step({"speculative-config": None}, "guessed tokens -> none")
+    assert next_step(LLAMA_8B, START, frozenset({"speculative-config"}), options, 24 * GIB, 0, unknown, 0) is None
+    memory = next_step(LLAMA_8B, START, frozenset(), options, 24 * GIB, 0, failure(), 0)
+    assert memory is None or "speculative-config" not in memory.options, "they take next to no memory"
+
+
 def test_the_first_rung_that_is_enough_alone_is_taken() -> None:
     assert step(failure(missing=0)) == Step({"max-num-batched-tokens": 2048}, "max-num-batched-tokens 4096 -> 2048")
     without_tokens = step(failure(), fixed=frozenset({"max-num-batched-tokens"}))

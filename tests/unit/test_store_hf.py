@@ -19,7 +19,6 @@ from shoehorn import hf_download, inventory, manifest, store
 from shoehorn.commands import serve
 from shoehorn.errors import ModelUnavailableError
 from shoehorn.hf_hub import HuggingFaceHub as Client
-from shoehorn.pace import Pace
 from shoehorn.tensor_files import LocalFiles
 
 TOKEN = "hf_canary-123456789"  # a canary, looked for in everything that is written
@@ -198,7 +197,7 @@ def test_a_file_larger_than_one_answer_comes_in_pieces(tmp_path: Path, model: Pa
         library = hf_download._library(settings, client)
         url = library.hf_hub_url(MODEL, WEIGHTS, revision=client.commit, endpoint=client.endpoint)
         (tmp_path / f"{WEIGHTS}.incomplete").write_bytes((model / WEIGHTS).read_bytes()[:piece + 7])
-        hf_download._fetch(library, url, {}, tmp_path / WEIGHTS, size, Pace(None))
+        hf_download._fetch(library, url, {}, tmp_path / WEIGHTS, size, lambda _: None)
         assert hub.downloads(WEIGHTS) == [f"bytes={piece + 7}-{2 * piece - 1}", f"bytes={2 * piece}-{3 * piece - 1}",
                                           f"bytes={3 * piece}-{4 * piece - 1}", f"bytes={4 * piece}-{size - 1}"]
     assert (tmp_path / WEIGHTS).read_bytes() == (model / WEIGHTS).read_bytes()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pulling import MODEL, Volume
-from shoehorn import store, volume
+from shoehorn import mounts, store, volume
 from shoehorn.download import bytes_there, partial_path
 from shoehorn.errors import ModelUnavailableError
 from shoehorn.manifest import ModelFile
@@ -99,6 +99,28 @@ def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(fcntl, "flock", flock)
     with pytest.raises(ModelUnavailableError, match="has no locks"):
         Volume(tmp_path).pull_here()
+
+
+@pytest.mark.parametrize(("kind", "options", "named"), [
+    ("nfs", "rw,vers=3,nolock,local_lock=all", "nolock"), ("nfs4", "rw,vers=4.1,local_lock=flock", "local_lock=flock"),
+    ("cifs", "rw,nobrl", "nobrl"), ("nfs4", "rw,vers=4.2,local_lock=none", ""), ("ext4", "rw", "")])
+@pytest.mark.fault("Volume on NFS or CIFS whose locks hold on one machine only", "Refused by name.")
+def test_a_network_volume_without_true_locks_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str,
+                                                        options: str, named: str) -> None:
+    user, table = Volume(tmp_path), tmp_path / "mountinfo"
+    table.write_text("22 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw\n"
+                     f"40 22 0:50 /export {str(user.models).replace('-', chr(92) + '055')} rw,relatime - {kind} "
+                     f"server:/export {options}\n")
+    found = mounts.of(user.models, table)
+    assert found
+    assert found.local_locks == named
+    monkeypatch.setattr(mounts, "of", lambda _folder: found)
+    if not named:
+        with volume.only_writer(user.settings):
+            return
+    with pytest.raises(ModelUnavailableError, match=f"{kind} volume mounted with {named}"), \
+            volume.only_writer(user.settings):
+        pass
 
 
 def test_a_disk_error_while_checking_is_told_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -118,6 +118,14 @@ def test_debians_packages_become_purls(sbom: Any) -> None:
         "pkg:deb/debian/g%2B%2B@4%3A12.2.0-3?arch=amd64"]
 
 
+def test_the_pages_library_is_as_it_was_published_and_has_its_licence(sbom: Any) -> None:
+    [part] = sbom.page_components(HOME / "gateway" / "page")
+    assert part["purl"] == "pkg:npm/marked@18.2.1"
+    assert part["hashes"] == [{"alg": "SHA-256", "content":
+                               "5371fea86fd0656b4fc7bea7c94c663109d82789b69433eeee78d42895aa44de"}]
+    assert "MarkedJS" in (HOME / "gateway" / "marked.LICENSE").read_text(encoding="utf-8")
+
+
 def test_both_parts_make_one_document_in_a_fixed_order(sbom: Any) -> None:
     python = {"specVersion": "1.6", "components": [{"bom-ref": "vllm==1"}], "metadata": {"tools": {}},
               "dependencies": [{"ref": "root-component"}, {"ref": "vllm==1"}]}

@@ -41,6 +41,13 @@ def test_the_parts_of_a_card_add_up_to_it(processes: list[tuple[str, int | None]
     assert set(parts) <= set(vram.PARTS)
 
 
+def test_quantization_state_is_a_part_of_its_own_where_it_is_known() -> None:
+    rows = (*ROWS, {"gpu": 0, "part": "quant_state", "expected_bytes": 1, "measured_bytes": GIB // 4})
+    parts = vram.breakdown(rows, card(("VLLM::EngineCor", 6 * GIB)), ready=True)
+    assert (parts["quant_state"], parts["framework"], parts["activations"]) == (GIB // 4, GIB, GIB // 2)
+    assert sum(parts.values()) == 24 * GIB
+
+
 def test_a_card_that_does_not_say_what_is_in_use_has_no_parts() -> None:
     silent = dataclasses.replace(card(), memory_used_bytes=None)
     assert vram.breakdown(ROWS, silent, ready=True) == {}

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+from typing import Any
+
 import httpx
 import pytest
+from prometheus_client import CollectorRegistry
 
-from shoehorn import proof
+from shoehorn import proof, watchdog
 from shoehorn.watchdog import LOOK_SECONDS, QUIET_SECONDS, Watchdog
+from shoehorn_vllm import middleware
+from shoehorn_vllm.counts import Counts
 
 
 class Engine:
@@ -90,6 +96,47 @@ def test_an_engine_that_is_gone_is_not_called_hung() -> None:
     assert not engine.after(120)
 
 
+def test_clients_that_leave_a_hung_engine_are_no_sign_of_its_life() -> None:
+    engine = Engine()
+    engine.probe, left = httpx.ReadTimeout("nothing came"), 0
+    usual = engine.answer
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        nonlocal left
+        left += 1
+        more = f'vllm:request_success_total{{finished_reason="abort"}} {left}\n'
+        return httpx.Response(200, text=usual(request).text + more)
+
+    engine.client._transport = httpx.MockTransport(answer)
+    assert engine.after(3 * QUIET_SECONDS)
+
+
+def test_the_probe_reaches_the_engine_although_the_queue_is_full() -> None:
+    reached = []
+
+    async def application(scope: dict[str, Any], receive: Any, send: Any) -> None:
+        reached.append(scope["path"])
+        if len(reached) == 1:
+            await asyncio.Event().wait()  # the engine hangs
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    async def ask() -> list[int]:
+        gate = middleware.Gate(application, Counts(CollectorRegistry()), most_requests=1)
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(gate), base_url="http://engine") as client:
+            first = asyncio.create_task(client.post("/v1/completions", json={"prompt": "x"}))
+            while not reached:
+                await asyncio.sleep(0)
+            answers = [await client.post(path, json={"prompt": "x"}) for path in (
+                "/v1/completions", httpx.URL(watchdog._PROBE).path)]
+            first.cancel()
+            return [answer.status_code for answer in answers]
+
+    assert asyncio.run(ask()) == [429, 200]
+    assert reached == ["/v1/completions"] * 2
+    assert httpx.URL(watchdog._PROBE).path == middleware.PROBE_PATH
+
+
 def prove(*statuses: int, options: dict[str, object] | None = None) -> tuple[bool, list[dict[str, object]]]:
     seen: list[dict[str, object]] = []
 
@@ -108,6 +155,9 @@ def test_the_proof_fills_a_batch_and_every_sequence() -> None:
     proven, bodies = prove(200, 200)
     assert proven
     assert [len(body["prompt"]) for body in bodies] == [2048, 8]  # type: ignore[arg-type]  # lists
+    guessing = proof.rounds({"max-model-len": 2048, "max-num-batched-tokens": 4096, "max-num-seqs": 2,
+                             "speculative-config": {"method": "ngram"}}, "model")
+    assert [(body["max_tokens"], len(body["prompt"])) for bodies in guessing for body in bodies] == [(4, 2044), (4, 2)]
     many = proof.rounds({"max-model-len": 4096, "max-num-batched-tokens": 2048, "max-num-seqs": 300}, "model")
     assert [[len(body["prompt"]) for body in bodies] for bodies in many] == [[2048], [128, 128, 44]]
     short = prove(200, options={"max-model-len": 512, "max-num-batched-tokens": 2048, "max-num-seqs": 1})

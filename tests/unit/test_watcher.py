@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from shoehorn import watcher
+from shoehorn import supervise, watcher
 from shoehorn.process import end_group, members
 
 
@@ -76,3 +76,33 @@ def test_what_a_dead_program_left_is_ended(tmp_path: Path) -> None:
     body = {"processname": "gateway", "expected": "0", "pid": str(leader.pid)}
     assert not watcher.handle({"eventname": "PROCESS_STATE_EXITED"}, body, tmp_path)
     assert members(leader.pid) == []
+
+
+def sleeper() -> subprocess.Popen[bytes]:
+    """A process that leads a group of its own."""
+    return subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+
+
+def test_nginx_ends_with_supervisord(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with sleeper() as nginx:
+        (tmp_path / "nginx.pid").write_text(f"{nginx.pid}\n")
+        _run("", tmp_path, monkeypatch)
+        assert nginx.wait(10) == -signal.SIGKILL
+    (tmp_path / "nginx.pid").write_text("")
+    _run("", tmp_path, monkeypatch)
+
+
+def test_a_full_disk_does_not_keep_the_container_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "exit_code").symlink_to("/dev/full")
+    monkeypatch.setattr(Path, "exists", lambda _path: False)
+    _, killed = _run(_event("PROCESS_STATE_FATAL", "processname:gateway"), tmp_path, monkeypatch)
+    assert killed == [(4242, signal.SIGTERM)]
+
+
+@pytest.mark.parametrize(("written", "code"), [("", 1), ("4\n", 4), (None, 0)])
+def test_the_containers_exit_code_is_the_one_that_was_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                           written: str | None, code: int) -> None:
+    if written is not None:
+        (tmp_path / "exit_code").write_text(written)
+    monkeypatch.setattr(supervise.supervisord, "main", lambda _arguments: None)
+    assert supervise.main(tmp_path) == code

@@ -50,6 +50,11 @@ def test_the_engine_gets_neither_secrets_nor_switches(tmp_path: Path) -> None:
     assert environment.items() >= {**good, **withheld.BOUNDS}.items()
 
 
+def test_the_workers_talk_to_each_other_over_loopback(tmp_path: Path) -> None:
+    """Gloo, which PyTorch also starts for a single worker, would listen on the container's network."""
+    assert engine_environment({"GLOO_SOCKET_IFNAME": "eth0"}, {}, tmp_path)["GLOO_SOCKET_IFNAME"] == "lo"
+
+
 def test_an_operator_may_set_other_bounds(tmp_path: Path) -> None:
     assert engine_environment({"VLLM_MAX_N_SEQUENCES": "9"}, {}, tmp_path)["VLLM_MAX_N_SEQUENCES"] == "9"
 

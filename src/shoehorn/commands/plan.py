@@ -11,12 +11,13 @@ from shoehorn import checkpoint, hardware, profiles, speed
 from shoehorn import settings as settings_module
 from shoehorn.checkpoint import ModelShape
 from shoehorn.errors import EXIT_DOES_NOT_FIT, EXIT_DONE, SettingsError
-from shoehorn.estimate import VramParts
 from shoehorn.hardware import Gpu, Hardware
 from shoehorn.plan import Plan, Refusal, make_plan
 from shoehorn.settings import Settings
+from shoehorn.speculation import Draft
 from shoehorn.tensor_files import LocalFiles
 from shoehorn.units import GIB, format_size, parse_size
+from shoehorn.vram_parts import VramParts
 
 _PARTS = (("weights", "weights_bytes"), ("quantization state", "quant_state_bytes"),
           ("embeddings", "embeddings_bytes"), ("offload buffers", "offload_buffer_bytes"),
@@ -54,7 +55,18 @@ def run(arguments: argparse.Namespace, environment: Mapping[str, str]) -> int:
         from shoehorn import quantization  # slow to import, as below
 
         settings = quantization.settled(settings, machine, profile, disk=not arguments.gpu)
-    plan = make_plan(settings, machine, profile, shape_of(settings), free)
+    shape = shape_of(settings)
+
+    def made(draft: Draft | None) -> Plan | Refusal:
+        return make_plan(settings, machine, profile, shape, free, draft=draft)
+
+    if settings.speculative in settings_module.GUESSES:
+        plan = made(None)
+    else:
+        from shoehorn import drafts  # slow to import, as below
+
+        beside = hardware.disk_free(settings.models_dir) if free is None else free - shape.disk_bytes
+        plan = drafts.considered(settings, shape, None if arguments.gpu else beside, made)
     if arguments.json:
         print(json.dumps(plan.to_json(), indent=1, ensure_ascii=False))
     else:

@@ -7,10 +7,12 @@ any other program begins; the run directory starts clean and is entered by its o
 from __future__ import annotations
 
 import argparse
+import errno
 import fcntl
 import json
 import os
 import pwd
+import resource
 import shlex
 import shutil
 import socket
@@ -18,7 +20,19 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from shoehorn import __version__, gateway, hardware, key_sources, machine_checks, profiles, render, tls, withheld
+from shoehorn import (
+    __version__,
+    gateway,
+    hardware,
+    key_sources,
+    machine_checks,
+    mounts,
+    profiles,
+    render,
+    room,
+    tls,
+    withheld,
+)
 from shoehorn import settings as settings_module
 from shoehorn.errors import SettingsError
 from shoehorn.files import write_atomic
@@ -56,9 +70,20 @@ def run(arguments: argparse.Namespace, environment: Mapping[str, str]) -> int:
     StateFile(settings.run_dir).update(phase=Phase.STARTING, detail="starting", model=settings.served_model_name)
     print(f"shoehorn {__version__}: profile {profile.name}, gateway on port {settings.port}, "
           f"metrics on port {settings.metrics_port}", flush=True)
+    no_core_dumps()
     os.set_inheritable(lock, True)  # held until supervisord ends
     os.execve(sys.executable, [sys.executable, "-m", "shoehorn.supervise", str(settings.run_dir)],
               _without_secrets(settings, environment))
+
+
+def no_core_dumps() -> None:
+    """Let no program dump its memory, with keys and prompts, to a disk: from here on, and for all that is started.
+
+    A limit of 0 keeps Linux from writing a file, not from piping the dump to a program of the host's; one of 1 byte
+    keeps it from both (Linux, fs/coredump.c).
+    """
+    limit = 0 if resource.getrlimit(resource.RLIMIT_CORE)[1] == 0 else 1  # nobody but root raises a limit
+    resource.setrlimit(resource.RLIMIT_CORE, (limit, limit))
 
 
 def welcome(settings: Settings, made: NewKey | None) -> str:
@@ -119,9 +144,20 @@ def _require_volume(models_dir: Path) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
+        if error.errno == errno.EROFS:
+            raise SettingsError(f"MODELS_DIR={models_dir} is mounted read-only, and the keys are kept there.",
+                                "Mount it writable (without :ro). Models that nobody may change can lie elsewhere: "
+                                "MODEL_SOURCE=local, and MODEL_ID their folder.") from error
+        if error.errno in room.FULL:
+            raise SettingsError(f"The volume MODELS_DIR={models_dir} is full.",
+                                "Free space there (shoehorn models), or mount a larger volume.") from error
         raise SettingsError(
             f"MODELS_DIR={models_dir} cannot be written by user {os.geteuid()}: {error.strerror}.",
             f"Mount a volume there, or on the host: sudo chown -R {os.geteuid()} THE_MOUNTED_FOLDER") from error
+    mount = mounts.of(models_dir)
+    if mount and mount.is_anonymous:
+        print(f"shoehorn: no volume is mounted at MODELS_DIR={models_dir}: what is pulled goes with the container\n"
+              f"  -> Type: docker run -v models:{models_dir} ..., or use docker compose", flush=True)
 
 
 def _require_port(port: int, name: str) -> None:

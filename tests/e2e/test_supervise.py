@@ -1,0 +1,77 @@
+"""supervisord as the appliance runs it: a stop reaches the programs at once, and the exit code is the engine's."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from running import wait_until
+
+from shoehorn.process import end_group
+from shoehorn.render import write_supervisord_config
+from shoehorn.settings import load
+
+pytestmark = pytest.mark.e2e
+
+_PROGRAM = """
+import pathlib, signal, sys, time
+def stop(*_):
+    pathlib.Path(sys.argv[1], "stopped").write_text(str(time.time()))
+    sys.exit(0)
+signal.signal(signal.SIGTERM, stop)
+pathlib.Path(sys.argv[1], "runs").touch()
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def running(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """The appliance's own configuration, with one program in the place of all."""
+    file = write_supervisord_config(load({"RUN_DIR": str(tmp_path)}), "root")
+    head = file.read_text().split("\n\n", 1)[0]
+    (tmp_path / "program.py").write_text(_PROGRAM)
+    file.write_text(f"{head}\n\n[program:one]\ncommand={sys.executable} {tmp_path}/program.py {tmp_path}\n")
+    process = subprocess.Popen([sys.executable, "-m", "shoehorn.supervise", str(tmp_path)], stderr=subprocess.DEVNULL,
+                               start_new_session=True)
+    try:
+        wait_until((tmp_path / "runs").exists, 10, "the program runs")
+        yield process
+    finally:
+        end_group(process.pid)
+        process.wait()
+
+
+@pytest.mark.parametrize("wait_seconds", [0.0, 0.25, 0.5, 0.75])
+def test_a_stop_reaches_the_programs_at_once(running: subprocess.Popen[bytes], tmp_path: Path,
+                                             wait_seconds: float) -> None:
+    time.sleep(1 + wait_seconds)  # wherever supervisord is in its second of waiting
+    sent = time.time()
+    running.terminate()
+    assert running.wait(10) == 0
+    assert float((tmp_path / "stopped").read_text()) - sent < 0.2
+
+
+def test_the_exit_code_is_what_the_engine_left(running: subprocess.Popen[bytes], tmp_path: Path) -> None:
+    (tmp_path / "exit_code").write_text("5")
+    running.terminate()
+    assert running.wait(10) == 5
+
+
+def test_it_rests_while_nothing_happens(running: subprocess.Popen[bytes]) -> None:
+    """The pipe that a signal writes to is emptied, or the polling would spin."""
+    running.send_signal(signal.SIGUSR2)  # supervisord opens its log again
+    time.sleep(1)
+    before = _cpu_seconds(running.pid)
+    time.sleep(2)
+    assert _cpu_seconds(running.pid) - before < 0.5
+
+
+def _cpu_seconds(pid: int) -> float:
+    ticks = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[11:13]
+    return sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
