@@ -87,7 +87,8 @@ def test_the_real_engine_is_held_to_the_limits(engine: httpx.Client, appliance: 
 def test_concurrent_requests_of_one_key_leave_the_others_alone(engine: httpx.Client, appliance: Appliance) -> None:
     one = _as("one", "concurrent=1")
     core = appliance.find("VLLM::EngineCor")
-    with engine.stream("POST", "/v1/chat/completions", json={**MUCH, "stream": True}, headers=one) as stream:
+    few = {**MUCH, "n": 8, "stream": True}  # the other key's request waits for these, and not for what waits as well
+    with engine.stream("POST", "/v1/chat/completions", json=few, headers=one) as stream:
         lines = stream.iter_lines()  # kept: httpx closes the connection of an iterator that nobody holds
         next(lines)
         core.suspend()
