@@ -93,12 +93,13 @@ HUNG = Diagnosis("hung", "The engine hangs: nothing moves, and it does not write
 """What the watchdog found, not the log."""
 
 
-def diagnose(lines: Iterable[str], status: int) -> Diagnosis:
+def diagnose(lines: Iterable[str], status: int, memory_kill: bool = False) -> Diagnosis:
     """The cause of an exit.
 
     Args:
         lines: the engine's last lines, oldest first.
         status: its exit status; negative for a signal.
+        memory_kill: the kernel killed some process for memory meanwhile: an engine whose core dies ends by itself.
     """
     kept = list(lines)
     for line in kept:
@@ -106,7 +107,7 @@ def diagnose(lines: Iterable[str], status: int) -> Diagnosis:
             if row.pattern.search(line):
                 return Diagnosis(row.name, row.cause, row.remedy, row.final, row.memory, _missing_bytes(row.name, kept),
                                  any("KV cache size:" in each for each in kept))
-    if status == -9 or any(_KILLED.search(line) for line in kept):
+    if status == -9 or memory_kill or any(_KILLED.search(line) for line in kept):
         return Diagnosis("killed", "The engine was killed (SIGKILL), most often because memory ran out.",
                          "See `dmesg` on the host for an out-of-memory kill; give the container more memory.", False)
     last = " | ".join(kept[-3:]) or "it printed nothing"

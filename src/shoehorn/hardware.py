@@ -85,6 +85,13 @@ def detect(nvml: ModuleType | None = None, root: Path = Path("/")) -> Hardware:
     return Hardware(gpus, driver, total, available, _cpus(root, notes), tuple(notes))
 
 
+def memory_kills(root: Path = Path("/")) -> int:
+    """How many processes of this one's control group the kernel has killed for memory; 0 where that cannot be read."""
+    counts = [_fields(group / name).get("oom_kill", 0)
+              for group in _groups(root, "memory") for name in ("memory.events", "memory.oom_control")]
+    return max(counts, default=0)
+
+
 def disk_free(path: Path) -> int:
     """Free bytes on the file system of `path`, or of its nearest parent that exists."""
     while not path.exists():

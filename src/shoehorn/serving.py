@@ -25,7 +25,7 @@ from pathlib import Path
 
 import httpx
 
-from shoehorn import drain, withheld
+from shoehorn import drain, hardware, withheld
 from shoehorn.diagnosis import HUNG, Diagnosis, diagnose
 from shoehorn.errors import EngineFailedError
 from shoehorn.plan import ALLOCATOR
@@ -172,6 +172,7 @@ class Server:
         self._tail.clear()
         self._worker_failed_at = None
         started = time.monotonic()
+        kills = hardware.memory_kills()
         ready = drained = False
         watchdog: Watchdog | None = None
         child = Child(self._command, self._environment, self._line, self._states.run_dir / "engine.group")
@@ -207,7 +208,7 @@ class Server:
             if ready and not drained and child.poll() is None:
                 drain.engine(self._socket, self._drain_seconds)
             child.stop(ENGINE_STOP_SECONDS)
-        return diagnose(self._tail, status), ready
+        return diagnose(self._tail, status, hardware.memory_kills() > kills), ready
 
     def _drain_on_request(self) -> None:
         self._states.update(phase=Phase.STOPPING, progress=None, detail="draining")

@@ -168,23 +168,29 @@ def test_whoever_waits_for_a_pull_goes_on_with_it(lives: Lives, tmp_path: Path) 
                    "It says so and waits; once there is room it goes on by itself.")
 def test_a_full_run_directory_is_waited_for(lives: Lives) -> None:
     run_dir = lives.home / "run"
+    said = f"{run_dir} is full, so nothing can be served"
     run_dir.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", run_dir], check=True)
     try:
         lives.hub.hold_at_bytes = 4 << 20
-        appliance = lives.start()
-        wait_until(lambda: StateFile(run_dir).read().bytes_done >= 3 << 20, 30, "bytes arrive")
-        filling = Filling(run_dir / "filling")
-        wait_until(filling.full.is_set, 10, "the disk is full")
-        appliance.find(WORKERS[Phase.PULLING]).kill()
-        wait_until(lambda: f"{run_dir} is full, so nothing can be served" in appliance.output, 30,
-                   lambda: f"it says so\n{appliance.output[-3000:]}")
+        for _ in range(5):
+            appliance = lives.start()
+            wait_until(lambda: StateFile(run_dir).read().bytes_done >= 3 << 20, 30, "bytes arrive")
+            filling = Filling(run_dir / "filling")
+            wait_until(filling.full.is_set, 10, "the disk is full")
+            appliance.find(WORKERS[Phase.PULLING]).kill()
+            wait_until(lambda own=appliance: said in own.output or own.process.poll() is not None, 30,
+                       lambda own=appliance: f"it says so\n{own.output[-3000:]}")
+            if said in appliance.output:
+                break
+            assert appliance.wait(20) == 4, "a page that became free in time was enough to end in words"
+            filling.end()
         assert httpx.get(f"{appliance.url}/v1/models", headers=appliance.headers(), timeout=5).status_code == 503
         lives.hub.hold_at_bytes = 0
         filling.end()
         wait_until(lambda: appliance.phase is Phase.CONVERTING, 30, lambda: f"it goes on\n{appliance.output[-3000:]}")
         assert appliance.output.count("is full, so nothing can be served") == 1
-        assert [span[:6] for span in lives.fetched] == ["", "bytes="]
+        assert {span[:6] for span in lives.fetched[1:]} == {"bytes="}, "what had arrived is not fetched again"
         assert appliance.end() == 0
     finally:
         subprocess.run(["umount", "--lazy", run_dir], check=True)

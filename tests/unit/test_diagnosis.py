@@ -38,6 +38,13 @@ def test_a_known_failure_is_named_and_final(name: str, line: str) -> None:
     assert found.remedy
 
 
+def test_an_engine_whose_core_the_kernel_killed_is_told_as_such() -> None:
+    lines = ["Engine core proc EngineCore died unexpectedly, shutting down client."]
+    assert diagnose(lines, 0, memory_kill=True).name == "killed"
+    assert diagnose(lines, 0).name == "unknown"
+    assert diagnose(["torch.OutOfMemoryError: CUDA out of memory."], 1, memory_kill=True).name == "gpu_out_of_memory"
+
+
 def test_the_first_cause_counts_and_not_its_echo() -> None:
     lines = ["ValueError: No available memory for the cache blocks.", "torch.OutOfMemoryError: CUDA out of memory."]
     assert diagnose(lines, 1).name == "no_kv_cache_memory"

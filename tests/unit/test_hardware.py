@@ -112,6 +112,19 @@ def test_the_hosts_path_inside_a_container_leads_to_the_top(tmp_path: Path) -> N
     assert found.host_memory_bytes == 8 * GIB
 
 
+@pytest.mark.parametrize(("cgroup", "folder", "name"), [
+    ("0::/", "", "memory.events"), ("4:memory:/", "memory", "memory.oom_control")])
+def test_processes_that_the_kernel_killed_for_memory_are_counted(tmp_path: Path, cgroup: str, folder: str,
+                                                                 name: str) -> None:
+    assert hardware.memory_kills(tmp_path) == 0
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text(f"{cgroup}\n")
+    group = tmp_path / "sys/fs/cgroup" / folder
+    group.mkdir(parents=True)
+    (group / name).write_text("oom 3\noom_kill 2\n")
+    assert hardware.memory_kills(tmp_path) == 2
+
+
 def test_cgroup_1_limits_memory_and_processors(tmp_path: Path) -> None:
     found = hardware.detect(FakeNvml(), machine(tmp_path, {
         "sys/fs/cgroup/memory/box/memory.limit_in_bytes": f"{12 * GIB}\n",
