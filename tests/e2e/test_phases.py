@@ -174,6 +174,7 @@ def test_a_full_run_directory_is_waited_for(lives: Lives) -> None:
     try:
         lives.hub.hold_at_bytes = 4 << 20
         for _ in range(5):
+            (run_dir / "state.json").unlink(missing_ok=True)  # of the life before
             appliance = lives.start()
             wait_until(lambda: StateFile(run_dir).read().bytes_done >= 3 << 20, 30, "bytes arrive")
             filling = Filling(run_dir / "filling")
