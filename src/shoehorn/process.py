@@ -5,7 +5,8 @@ Rules:
   API server otherwise, and keeps its memory;
 - SIGTERM is sent again until the child is gone, because the engine loses one that comes while it loads; when the time
   is up the whole group gets SIGKILL;
-- the group is recorded in a file, so that a successor can end what a killed owner left.
+- the group is recorded in a file, so that a successor can end what a killed owner left; a SIGTERM that comes between
+  the child's birth and its record is heard after it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -38,11 +40,12 @@ class Child:
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str], on_line: Callable[[str], None],
                  record: Path) -> None:
-        self._process = subprocess.Popen(command, env=dict(environment), stdin=subprocess.DEVNULL,
-                                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-                                         text=True, encoding="utf-8", errors="replace")
         self._record = record
-        write_atomic(record, json.dumps({"group": self._process.pid}))
+        with _held(signal.SIGTERM):
+            self._process = subprocess.Popen(command, env=dict(environment), stdin=subprocess.DEVNULL,
+                                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+                                             text=True, encoding="utf-8", errors="replace")
+            write_atomic(record, json.dumps({"group": self._process.pid}))
         self._reader = threading.Thread(target=self._read, args=(on_line,), name="child-output", daemon=True)
         self._reader.start()
 
@@ -89,6 +92,22 @@ class Child:
         for line in self._process.stdout:
             if stripped := line.rstrip():
                 on_line(stripped)
+
+
+@contextmanager
+def _held(number: signal.Signals) -> Iterator[None]:
+    """Keep a signal until the end of the block; not by its mask, which a child would inherit."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Python runs handlers in the main thread only
+        return
+    came: list[int] = []
+    before = signal.signal(number, lambda number, _: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
+        if came:
+            signal.raise_signal(number)
 
 
 def end_group(group: int, wait_seconds: float = 10.0) -> None:

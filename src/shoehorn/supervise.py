@@ -1,7 +1,7 @@
 """supervisord in this very process, with an exit code that tells the truth, and a stop that begins at once.
 
 supervisord exits 0 whatever happened to its programs; this returns the code that the engine or the watcher left in the
-run directory, and makes sure that no engine outlives it. And supervisord looks at its signals once a second only, since
+run directory, and makes sure that nothing outlives it. And supervisord looks at its signals once a second only, since
 Python repeats a `poll` that a signal interrupted; until then new requests would still be let in.
 """
 
@@ -57,7 +57,8 @@ def main(run_dir: Path) -> int:
     """Run supervisord with `run_dir`/supervisord.conf until it is told to end; returns the container's exit code."""
     supervisord.ServerOptions = _Options
     supervisord.main(["-c", str(run_dir / "supervisord.conf")])
-    end_recorded_group(run_dir / "engine.group")
+    for group in ("engine.group", "pull.group"):
+        end_recorded_group(run_dir / group)
     try:
         return int((run_dir / "exit_code").read_text(encoding="utf-8") or 1)
     except FileNotFoundError:

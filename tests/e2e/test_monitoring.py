@@ -78,11 +78,12 @@ class Prometheus:
         return [value for value in found if value == value]
 
     def up(self) -> bool:
-        """Whether it answers."""
+        """Whether it answers, which it does from a moment after it listens, and has scraped."""
         try:
-            return bool(self.values('up{job="shoehorn"} == 1'))
+            ready = httpx.get(f"http://127.0.0.1:{self.port}/-/ready", timeout=10).status_code == 200
         except httpx.TransportError:
             return False
+        return ready and bool(self.values('up{job="shoehorn"} == 1'))
 
 
 @pytest.fixture(scope="module")

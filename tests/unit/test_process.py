@@ -96,3 +96,34 @@ def test_a_record_that_names_nothing_ends_nothing(tmp_path: Path, content: str |
     if content is not None:
         (tmp_path / "group").write_text(content)
     assert end_recorded_group(tmp_path / "group") == []
+
+
+def test_a_sigterm_while_a_child_is_born_is_heard_once_it_is_recorded(tmp_path: Path,
+                                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stopped(BaseException):
+        pass
+
+    def stop(*_: object) -> None:
+        raise Stopped
+
+    born: list[Late] = []
+
+    class Late(subprocess.Popen):  # type: ignore[type-arg]
+        def __init__(self, *arguments: object, **options: object) -> None:
+            super().__init__(*arguments, **options)  # type: ignore[call-overload]
+            born.append(self)
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)
+
+    monkeypatch.setattr(subprocess, "Popen", Late)
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        with pytest.raises(Stopped):
+            _start("import time; time.sleep(600)", tmp_path)
+        assert signal.getsignal(signal.SIGTERM) is stop
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    ended = end_recorded_group(tmp_path / "group")
+    with born[0]:
+        born[0].kill()
+    assert ended == [born[0].pid]
