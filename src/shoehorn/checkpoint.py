@@ -9,6 +9,7 @@ Sources: config classes of transformers, and the models and kv_cache_interface.p
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -34,6 +35,9 @@ LM_HEAD = re.compile(r"(?:language_model\.)?lm_head\.\w+")
 _BNB_STATE = re.compile(r".*\.weight\.(absmax|nested_absmax|quant_map|nested_quant_map|quant_state\..*)|.*\.SCB")
 _PACKED = re.compile(r".*\.(qweight|qzeros|scales|g_idx|weight_g_idx|weight_packed|weight_shape|weight_scale(_inv)?|"
                      r"weight_zero_point|input_scale)")
+COLUMNS = r"(?:o_proj|down_proj|w2)"
+"""What several GPUs divide by its columns; other matrices are divided by their rows."""
+_COLUMN_SCALES = re.compile(rf".*\.{COLUMNS}\.(scales|weight_scale(?:_inv)?)")
 _EXPERTS = re.compile(r".*\.experts\..*")
 
 
@@ -110,6 +114,7 @@ class ModelShape:
         notes: what was not understood, in words.
         unreadable: why the engine would refuse this checkpoint; empty where it does not.
         packed_embedding: the embedding is quantized, which the engine reads on a GPU only.
+        column_groups: a number of GPUs divides the quantized matrices where it divides this; 0: any does.
     """
 
     architecture: str
@@ -134,6 +139,7 @@ class ModelShape:
     notes: tuple[str, ...] = ()
     unreadable: str = ""
     packed_embedding: bool = False
+    column_groups: int = 0
 
     @property
     def understood(self) -> bool:
@@ -197,7 +203,20 @@ def shape_of(config: Mapping[str, Any], tensors: Iterable[Tensor], disk_bytes: i
         absorbed_parameters=layers * latent * heads * (_count(text, "qk_nope_head_dim", 128)
                                                        + _count(text, "v_head_dim", 128)) if latent else 0,
         notes=tuple(notes), unreadable=_unreadable(quantized),
-        packed_embedding=any(EMBEDDING_PACKED.fullmatch(tensor.name) for tensor in tensors))
+        packed_embedding=any(EMBEDDING_PACKED.fullmatch(tensor.name) for tensor in tensors),
+        column_groups=_column_groups(tensors))
+
+
+def _column_groups(tensors: list[Tensor]) -> int:
+    """The greatest common divisor of the numbers of groups in matrices that several GPUs divide by their columns.
+
+    A group of weights shares a scale, and the engine refuses to divide one; rows may have one scale each, which
+    nobody divides. Source: vllm/model_executor/kernels/linear/mixed_precision/marlin.py, can_implement.
+    """
+    scales = [(tensor.shape, found[1]) for tensor in tensors
+              if len(tensor.shape) == 2 and (found := _COLUMN_SCALES.fullmatch(tensor.name))]
+    return math.gcd(*(groups for groups in (shape[0 if kind == "scales" else 1] for shape, kind in scales)
+                      if groups > 1))
 
 
 def _unreadable(quantized: Mapping[str, Any]) -> str:

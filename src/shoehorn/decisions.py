@@ -14,13 +14,13 @@ from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
 
-from shoehorn import auto, engine_options, number_format, speculation
+from shoehorn import auto, engine_options, number_format, parallelism, speculation
 from shoehorn.checkpoint import ModelShape
 from shoehorn.errors import SettingsError
 from shoehorn.estimate import CONTEXT_BYTES, MARGIN_BYTES, Choices, estimate, offloaded_bytes
 from shoehorn.hardware import Gpu, Hardware
 from shoehorn.options import Options, Reason
-from shoehorn.profiles import Profile, require_gpus
+from shoehorn.profiles import Profile
 from shoehorn.settings import Settings
 from shoehorn.speculation import Draft
 from shoehorn.units import GIB, format_size
@@ -96,9 +96,12 @@ def decide(settings: Settings, hardware: Hardware, profile: Profile, shape: Mode
         raise SettingsError("The checkpoint's embedding is quantized, and on a CPU the engine fails at the first "
                             "request to such a model.", "Choose another checkpoint; for one that was converted "
                             "here, type `shoehorn models rm NAME.int4`, and start again.")
+    if on_cpu and shape.experts and shape.quantization not in (None, "bitsandbytes") and not hardware.amx:
+        raise SettingsError("The model's experts are quantized, and for those the engine needs AMX, which this "
+                            "processor lacks.", "Set QUANTIZATION=none, or choose the model's unquantized checkpoint.")
     if on_cpu and "kv-cache-memory-bytes" not in options.values:
         options.set("kv-cache-memory-bytes", _CPU_KV_CACHE_BYTES, "machine", "left open")
-    gpus = () if on_cpu else _gpus(options, hardware, profile, shape)
+    gpus = () if on_cpu else parallelism.gpus(options, hardware, profile, shape)
     if gpus:
         number_format.apply(options, gpus, shape)
     whole = deepcopy(options)
@@ -164,52 +167,6 @@ def _context(options: Options, shape: ModelShape) -> None:
         return
     raise SettingsError(f"{reason.text.split(' ')[0]} asks for a context of {wanted} tokens, but the model's limit is "
                         f"{longest}.", f"Set MAX_MODEL_LEN to {longest} or less.")
-
-
-def _gpus(options: Options, hardware: Hardware, profile: Profile, shape: ModelShape) -> tuple[Gpu, ...]:
-    """The GPUs that the options use, checked against machine and model; all equal ones where that is left open."""
-    if {"tensor-parallel-size", "pipeline-parallel-size"} & options.values.keys() or not profile.is_auto:
-        tensor, pipeline = options.whole("tensor-parallel-size", 1), options.whole("pipeline-parallel-size", 1)
-    else:
-        tensor, pipeline = _spread(options, require_gpus(hardware, profile.name), shape)
-    if tensor < 1 or pipeline < 1:
-        raise SettingsError("The number of GPUs to divide the model over is less than one.",
-                            "Correct tensor-parallel-size or pipeline-parallel-size.")
-    found = require_gpus(hardware, profile.name, tensor * pipeline)
-    gpus = tuple(sorted(found, key=lambda gpu: (-gpu.total_bytes, gpu.index))[:tensor * pipeline])
-    if any(gpu.mig for gpu in gpus):
-        raise SettingsError("The GPU is divided by MIG, and the size of a slice is not understood.",
-                            "Pass a whole GPU in, or switch MIG off on the host: nvidia-smi -mig 0")
-    if tensor > 1 and shape.heads % tensor:
-        raise SettingsError(f"The model's {shape.heads} attention heads cannot be divided over {tensor} GPUs.",
-                            "Set VRAM_PROFILE or --tensor-parallel-size in VLLM_EXTRA_ARGS to a number that divides "
-                            "them.")
-    if tensor > 1 and shape.quantization == "bitsandbytes":
-        raise SettingsError(
-            f"The checkpoint is quantized by bitsandbytes, and such a one cannot be divided over {tensor} GPUs.",
-            "Choose the model's unquantized checkpoint, or set VLLM_EXTRA_ARGS='--tensor-parallel-size 1 "
-            f"--pipeline-parallel-size {tensor}'.")
-    return gpus
-
-
-def _spread(options: Options, gpus: tuple[Gpu, ...], shape: ModelShape) -> tuple[int, int]:
-    """(tensor, pipeline) parallelism over the largest set of equal cards."""
-    sizes = [round(gpu.total_bytes / GIB) for gpu in gpus]
-    equal = max((sizes.count(size) * size, sizes.count(size)) for size in sizes)[1]
-    if equal < len(gpus):
-        options.set("gpus", equal, "machine", f"the {len(gpus)} cards are not equal; only equal ones work together")
-    if equal == 1:
-        return 1, 1
-    if shape.quantization == "bitsandbytes":
-        options.set("pipeline-parallel-size", equal, "machine",
-                    f"{equal} equal cards; a checkpoint of bitsandbytes can be divided by layers only")
-        return 1, equal
-    count = next(count for count in range(equal, 0, -1)
-                 if not shape.heads % count and (not shape.kv_heads % count or not count % shape.kv_heads))
-    if count > 1:
-        options.set("tensor-parallel-size", count, "machine", f"{equal} equal cards, and {shape.heads} attention heads")
-        options.set("disable-custom-all-reduce", True, "machine", "works without peer access between the cards")
-    return count, 1
 
 
 def _limit(options: Options, settings: Settings, gpus: tuple[Gpu, ...]) -> int:

@@ -15,7 +15,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from shoehorn import converted, engine_options, hardware, store
+from shoehorn import converted, engine_options, hardware, parallelism, store
 from shoehorn import settings as settings_module
 from shoehorn.checkpoint import ModelShape
 from shoehorn.errors import ModelUnavailableError, SettingsError
@@ -147,6 +147,8 @@ def _against(plan: Plan, drafted: Plan | Refusal, draft: Draft) -> str | None:
     """What speaks against the draft; None when nothing does."""
     if plan.choices.pipeline_parallel > 1:
         return "the engine knows no drafts where layers are divided over GPUs"
+    if not parallelism.divides(draft.shape, plan.choices.tensor_parallel):
+        return f"it cannot be divided over {plan.choices.tensor_parallel} GPUs"
     if draft.lacking_bytes:
         return f"the volume lacks {format_size(draft.lacking_bytes)} for it"
     if isinstance(drafted, Refusal):

@@ -55,6 +55,7 @@ class Hardware:
         host_memory_bytes: the smallest of the control groups' limits and the machine's memory.
         host_available_bytes: of these, what can be had now, file caches given up.
         cpus: processors' worth of time: the smaller of affinity and quota.
+        amx: the processor has Intel's matrix instructions.
         notes: what could not be read, in words.
     """
 
@@ -64,6 +65,7 @@ class Hardware:
     host_available_bytes: int
     cpus: float
     notes: tuple[str, ...] = ()
+    amx: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready copy, for captures."""
@@ -82,7 +84,9 @@ def detect(nvml: ModuleType | None = None, root: Path = Path("/")) -> Hardware:
     notes: list[str] = []
     gpus, driver = _gpus(nvml or importlib.import_module("pynvml"), notes)
     total, available = _memory(root, notes)
-    return Hardware(gpus, driver, total, available, _cpus(root, notes), tuple(notes))
+    cpus = _cpus(root, notes)
+    return Hardware(gpus, driver, total, available, cpus, tuple(notes),
+                    "amx_tile" in _text(root / "proc/cpuinfo").split())
 
 
 def memory_kills(root: Path = Path("/")) -> int:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from shoehorn.checkpoint import EMBEDDING, IN_LAYER, KNOWN, LM_HEAD
+from shoehorn.checkpoint import COLUMNS, EMBEDDING, IN_LAYER, KNOWN, LM_HEAD
 from shoehorn.errors import SettingsError
 from shoehorn.tensor_files import DTYPE_BITS, Files, Tensor, header, read_json, shards
 
@@ -34,8 +34,7 @@ _BLOCK = 4096
 """Tensors of whole blocks come first and begin with one, so that they are written block by block; the others follow by
 the size of their numbers, so that each stays aligned."""
 
-_SHARED_COLUMNS = re.compile(r".*\.(?:o_proj|down_proj|w2)\.weight")
-"""What is divided over GPUs by its columns; the others are by their rows."""
+_SHARED_COLUMNS = re.compile(rf".*\.{COLUMNS}\.weight")
 
 
 @dataclass(frozen=True)

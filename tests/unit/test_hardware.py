@@ -38,6 +38,12 @@ def test_a_card_has_what_cuda_reports_and_the_link_its_best_not_its_idle_speed(t
     assert nvml.initialised == 0
 
 
+@pytest.mark.parametrize(("flags", "amx"), [("fpu amx_bf16 amx_tile amx_int8", True), ("fpu avx512f amx_tiles", False)])
+def test_the_matrix_instructions_of_a_processor_are_seen(tmp_path: Path, flags: str, amx: bool) -> None:
+    assert not hardware.detect(FakeNvml(), machine(tmp_path)).amx
+    assert hardware.detect(FakeNvml(), machine(tmp_path, {"proc/cpuinfo": f"flags\t\t: {flags}\n"})).amx is amx
+
+
 def test_what_a_card_does_not_tell_is_noted_and_the_card_kept(tmp_path: Path) -> None:
     answers = example_gpu()
     for name in ("nvmlDeviceGetMaxPcieLinkGeneration", "nvmlDeviceGetCudaComputeCapability",

@@ -32,6 +32,7 @@ from shoehorn import auto, profiles, settings
 from shoehorn import checkpoint as checkpoints
 from shoehorn.errors import SettingsError
 from shoehorn.estimate import CONTEXT_BYTES, MARGIN_BYTES
+from shoehorn.int4_layout import Bits
 from shoehorn.plan import ALLOCATOR, Plan, make_plan
 from shoehorn.serving import engine_environment
 
@@ -155,6 +156,30 @@ def test_nf4_made_by_others_is_divided_by_layers_and_not_otherwise() -> None:
     assert "--pipeline-parallel-size 2" in caught.value.remedy
 
 
+def test_groups_of_quantized_weights_are_never_divided() -> None:
+    lite = checkpoints.read(captured_models.converted("deepseek-v2-lite-chat", captured_models.INT4))
+    two = planned(machine(TWENTY, TWENTY), lite)
+    assert (two.engine_args.get("tensor-parallel-size"), two.engine_args["pipeline-parallel-size"]) == (None, 2)
+    assert "only its layers" in reason(two, "pipeline-parallel-size")[2]
+    with pytest.raises(SettingsError, match="2 GPUs would have to divide one") as caught:
+        plan_for(machine(TWENTY, TWENTY), lite, VRAM_PROFILE="2x20gb")
+    by_layers = caught.value.remedy.partition("'")[2].rstrip("'.")
+    assert planned(machine(TWENTY, TWENTY), lite, VLLM_EXTRA_ARGS=by_layers).choices.pipeline_parallel == 2
+    awq = checkpoints.read(captured_models.files("qwen2.5-32b-instruct-awq"))
+    assert planned(machine(TWENTY, TWENTY), awq).choices.tensor_parallel == 2
+
+
+def test_quantized_experts_on_a_cpu_need_its_matrix_instructions() -> None:
+    lite = checkpoints.read(captured_models.converted("deepseek-v2-lite-chat", Bits(16, 16)))
+    without = machine(ram=64)
+    with pytest.raises(SettingsError, match="the engine needs AMX") as caught:
+        plan_for(without, lite, VRAM_PROFILE="cpu")
+    assert "QUANTIZATION=none" in caught.value.remedy
+    plain = checkpoints.read(captured_models.files("deepseek-v2-lite-chat"))
+    for hardware, shape in ((without, plain), (replace(without, amx=True), lite)):
+        assert isinstance(plan_for(hardware, shape, VRAM_PROFILE="cpu"), Plan)
+
+
 # The machine.
 
 
@@ -171,7 +196,7 @@ def test_one_card_is_too_few_for_two() -> None:
 
 
 def test_heads_that_cannot_be_divided_are_refused() -> None:
-    with pytest.raises(SettingsError, match="4 attention heads cannot be divided over 3 GPUs"):
+    with pytest.raises(SettingsError, match="4 attention heads, 2 of keys and values, cannot be divided over 3 GPUs"):
         plan_for(machine(LARGE, LARGE, LARGE), tiny(), VLLM_EXTRA_ARGS="--tensor-parallel-size 3")
     with pytest.raises(SettingsError, match="less than one"):
         plan_for(machine(LARGE), tiny(), VLLM_EXTRA_ARGS="--tensor-parallel-size 0")

@@ -104,7 +104,7 @@ def machine_of(arguments: argparse.Namespace, here: Hardware) -> Hardware:
     available = here.host_available_bytes
     if arguments.ram:
         memory = available = _size("--ram", arguments.ram)
-    return Hardware(gpus, here.driver_version, memory, available, here.cpus, notes)
+    return Hardware(gpus, here.driver_version, memory, available, here.cpus, notes, here.amx)
 
 
 def _gpu(index: int, word: str) -> Gpu:
