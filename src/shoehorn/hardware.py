@@ -55,7 +55,7 @@ class Hardware:
         host_memory_bytes: the smallest of the control groups' limits and the machine's memory.
         host_available_bytes: of these, what can be had now, file caches given up.
         cpus: processors' worth of time: the smaller of affinity and quota.
-        amx: the processor has Intel's matrix instructions.
+        amx: the processor is known to have Intel's matrix instructions.
         notes: what could not be read, in words.
     """
 

@@ -143,7 +143,7 @@ def test_a_disk_that_fills_is_told_and_gone_on_with(tmp_path: Path, model: Path,
         {sys.executable} -m shoehorn.cli {convert}
         cd {tmp_path}/models/local/little.int4 && sha256sum *
         """)
-    done = subprocess.run(["unshare", "--mount", "bash", "-c", script], capture_output=True, text=True, timeout=100,
+    done = subprocess.run(["unshare", "--mount", "bash", "-c", script], capture_output=True, text=True, timeout=300,
                           env={**environment, "PATH": os.environ["PATH"],
                                "PYTHONPATH": str(Path(store.__file__).parents[1])})
     told, rest = done.stdout.split("\n  -> ")
@@ -240,7 +240,7 @@ def test_a_volume_a_seventh_larger_than_the_original_suffices(tmp_path: Path, hu
         {sys.executable} -m shoehorn.cli convert --json 2> {tmp_path}/err
         ls {tmp_path}/small/{MODEL} {tmp_path}/small/{MODEL}.int4
         """)
-    done = subprocess.run(["unshare", "--mount", "bash", "-c", script], capture_output=True, text=True, timeout=100,
+    done = subprocess.run(["unshare", "--mount", "bash", "-c", script], capture_output=True, text=True, timeout=300,
                           env={**volume.environment, "MODELS_DIR": str(tmp_path / "small"), "PATH": os.environ["PATH"],
                                "PYTHONPATH": str(Path(store.__file__).parents[1])})
     assert done.returncode == 0, (tmp_path / "err").read_text()
