@@ -5,11 +5,14 @@ A Llama with random weights in bf16, of some shards (--gigabytes), and an embedd
 - `read`: the source read from the disk from beginning to end, plainly and as the conversion reads it (past the page
   cache, as many threads); the faster of the two counts;
 - `write`: 2 GiB written to the disk; for the record only;
+- `traffic`: what a conversion asks of the disk, without the arithmetic: the source read as many threads do it, a share
+  of each block written, and every file's share read back while the next is read;
 - `arithmetic`: a thread for each core, quantizing weights that are in memory already;
 - `conversion`: `shoehorn convert` of the same source; interpreter, libraries and compilation included.
-The medians count. `share` is the conversion's speed as a share of the lower one of the two limits. Memory is the peak
-of the sum over the conversion's processes of their proportional set size (shared pages counted once), read once a
-second, since reading it takes a core some time. Libraries are compiled to byte code first, as they are in the image.
+The medians count. `share` is the conversion's speed as a share of the lower one of reading and arithmetic, and
+`share_of_traffic` as one of the lower one of traffic and arithmetic. Memory is the peak of the sum over the
+conversion's processes of their proportional set size (shared pages counted once), read once a second, since reading it
+takes a core some time. Libraries are compiled to byte code first, as they are in the image.
 usage: bench/convert_speed.py [--gigabytes 16] [--times 3] [--dir DIR]
 """
 
@@ -24,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -45,6 +48,9 @@ HIDDEN, INNER, VOCAB = 8192, 28672, 128256
 ROWS = 1024
 BLOCK = 8 << 20
 WRITTEN = 1 << 31
+SHARE = (4 + 16 / 128) / 16
+"""Of a bf16 weight, what a code of 4 bits and its part of a scale take."""
+READERS = 4
 
 
 def write_source(folder: Path, gigabytes: float) -> int:
@@ -125,6 +131,36 @@ def write_directly(path: Path, size: int) -> float:
     return seconds
 
 
+def traffic(folder: Path, path: Path, threads: int) -> float:
+    """Seconds to read every shard, to write a share of it, and to read that back."""
+    drop_pages(folder)
+    data = memoryview(os.urandom(round(BLOCK * SHARE) // 4096 * 4096))
+    path.write_bytes(b"")
+    sizes = {shard: shard.stat().st_size for shard in sorted(folder.glob("*.safetensors"))}
+    begun, end = time.perf_counter(), 0
+    with DirectFile(path, writable=True) as out, ThreadPoolExecutor(threads) as pool, \
+            ThreadPoolExecutor(READERS) as readers:
+        out.reserve(sum(-(-size // BLOCK) for size in sizes.values()) * len(data))
+        back: list[Future[int]] = []
+        for shard, size in sizes.items():
+            first, blocks = end, range(0, size, BLOCK)
+            with DirectFile(shard) as file:
+                def move(number: int, file: DirectFile = file, size: int = size, first: int = first) -> None:
+                    file.read(number * BLOCK, min(BLOCK, size - number * BLOCK))
+                    out.write(data, first + number * len(data))
+
+                list(pool.map(move, range(len(blocks))))
+            end = first + len(blocks) * len(data)
+            wait(back)
+            back = [readers.submit(lambda start, many: len(out.read(start, many)), start, min(BLOCK, end - start))
+                    for start in range(first, end, BLOCK)]
+        wait(back)
+        out.sync()
+    seconds = time.perf_counter() - begun
+    path.unlink()
+    return seconds
+
+
 def arithmetic(threads: int, seconds: float) -> float:
     """Bytes of bf16 weights that so many threads quantize in a second."""
     weight = torch.randn(ROWS, HIDDEN // 2, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
@@ -199,11 +235,12 @@ def main() -> int:
         size = write_source(home / "source", arguments.gigabytes)
         for _ in range(arguments.times):
             plain, direct = read_plainly(home / "source"), read_directly(home / "source", threads)
+            moved = traffic(home / "source", home / "written", threads)
             written_in = write_directly(home / "written", WRITTEN)
             computed = arithmetic(cores, 5.0)
             seconds, cpu, peak, written = conversion(home / "source", home)
             runs.append({"plain_read": size / plain, "direct_read": size / direct,
-                         "write": WRITTEN / written_in, "arithmetic": computed,
+                         "write": WRITTEN / written_in, "traffic": size / moved, "arithmetic": computed,
                          "conversion": size / seconds, "seconds": seconds, "cpu_seconds": cpu, "peak": peak})
             print({name: f"{value:,.1f}" for name, value in runs[-1].items()}, flush=True)
     found = {name: median(run[name] for run in runs) for name in runs[0]}
@@ -225,7 +262,10 @@ def main() -> int:
         "conversion_seconds_most": round(max(run["seconds"] for run in runs), 1),
         "conversion_cpu_seconds": round(found["cpu_seconds"], 1),
         "conversion_bytes_per_second": round(found["conversion"]),
-        "share": round(found["conversion"] / limit, 3), "peak_memory_bytes": max(run["peak"] for run in runs)}
+        "traffic_bytes_per_second": round(found["traffic"]),
+        "share": round(found["conversion"] / limit, 3),
+        "share_of_traffic": round(found["conversion"] / min(found["traffic"], found["arithmetic"]), 3),
+        "peak_memory_bytes": max(run["peak"] for run in runs)}
     print(json.dumps(result, indent=1))
     RESULT.write_text(json.dumps(result, indent=1) + "\n")
     return 0

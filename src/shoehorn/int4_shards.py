@@ -12,7 +12,7 @@ import errno
 import hashlib
 import zlib
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, as_completed, wait
 from dataclasses import dataclass
 from math import gcd
@@ -31,7 +31,7 @@ _BASE_BYTES = 1 << 30
 _WORKER_BYTES = 64 << 20
 _WORKERS_ON_GPU = 8
 _WORKERS_A_CORE = 4
-_READERS = 2
+_READERS = 4
 
 
 @dataclass(frozen=True)
@@ -138,29 +138,45 @@ def verified(shard: Shard, made: Made, directory: Path) -> str:
     Raises:
         OSError: it is not.
     """
-    digest, end = hashlib.sha256(), 0
+    end = 0
+    for part in made.parts:
+        if part.place != end:
+            raise _other_than_written(shard, end)
+        end += part.length
+    if end != shard.size:
+        raise _other_than_written(shard, end)
+    digest = hashlib.sha256()
     ahead: deque[Future[bytes]] = deque()
     with DirectFile(directory / partial(shard)) as file, ThreadPoolExecutor(_READERS, "verify") as readers:
         file.sync()
-        for part in made.parts:
-            if part.place != end:
-                raise _other_than_written(shard, end)
-            ahead.append(readers.submit(_read_back, file, part, shard))
+        for parts in _runs(made.parts):
+            ahead.append(readers.submit(_read_back, file, parts, shard))
             if len(ahead) > 2 * _READERS:
                 digest.update(ahead.popleft().result())
-            end += part.length
         for read in ahead:
             digest.update(read.result())
-    if end != shard.size:
-        raise _other_than_written(shard, end)
     header(LocalFiles(directory), partial(shard), end)
     return digest.hexdigest()
 
 
-def _read_back(file: DirectFile, part: Part, shard: Shard) -> bytes:
-    data = file.read(part.place, part.length)
-    if zlib.crc32(data) != part.crc:
-        raise _other_than_written(shard, part.place)
+def _runs(parts: Iterable[Part]) -> Iterator[list[Part]]:
+    """Parts that are read at once: the disk has few large requests of the workers to serve, and as many of these."""
+    run: list[Part] = []
+    for part in parts:
+        if run and part.place + part.length - run[0].place > _COPY_BYTES:
+            yield run
+            run = []
+        run.append(part)
+    if run:
+        yield run
+
+
+def _read_back(file: DirectFile, parts: list[Part], shard: Shard) -> bytes:
+    begin = parts[0].place
+    data = file.read(begin, parts[-1].place + parts[-1].length - begin)
+    for part in parts:
+        if zlib.crc32(data[part.place - begin:part.place - begin + part.length]) != part.crc:
+            raise _other_than_written(shard, part.place)
     return bytes(data)
 
 

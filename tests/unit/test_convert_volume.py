@@ -120,6 +120,17 @@ def test_a_shard_that_reads_back_changed_does_not_count(tmp_path: Path, hub: Hub
     assert volume.originals() == []
 
 
+def test_a_shard_of_many_parts_is_compared_and_hashed_whole(tmp_path: Path, model: Path, whole: dict[str, str],
+                                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read back in many small requests; the names have the digests that one pass over each file finds."""
+    monkeypatch.setattr(int4_shards, "_COPY_BYTES", 4096)
+    folder = in_here(local(tmp_path, model), Wish(8))
+    assert content(folder) == whole
+    noted = json.loads((folder / "conversion.json").read_text())["shards"]
+    assert {name: entry["sha256"] for name, entry in noted.items()} == \
+        {name: digest for name, digest in whole.items() if name.endswith(".safetensors")}
+
+
 @pytest.mark.fault("The disk fills while a model is converted",
                    "Exit code 4 in words; goes on where it stopped once there is room.")
 def test_a_disk_that_fills_is_told_and_gone_on_with(tmp_path: Path, model: Path, whole: dict[str, str]) -> None:
