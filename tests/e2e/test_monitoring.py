@@ -11,6 +11,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -44,8 +45,8 @@ sys.exit(exporter.main(os.environ, nvml))
 MEMORY = tuple({"gpu": 0, "part": part, "expected_bytes": size, "measured_bytes": size} for part, size in (
     ("weights", 100 << 20), ("kv_cache", 80 << 20), ("cuda_graphs", 10 << 20), ("framework", 300 << 20),
     ("total", 490 << 20)))
-CROWDS = (1, 3, 6, 8)
-"""So many requests at a time, one after another: the CPU profile computes eight at a time."""
+CROWDS = {1: "1", 3: "2 to 3", 6: "4 to 7", 8: "8 to 15"}
+"""So many requests at a time, and the bars where they are seen: the CPU profile computes eight at a time."""
 
 EMPTY = re.compile(r" by concurrency: (16 to 31|32 to 63|64 or more)$")
 """Queries that rightly find nothing here: more requests at a time than there were."""
@@ -100,10 +101,17 @@ def prometheus(shared: Appliance, tmp_path_factory: pytest.TempPathFactory) -> I
         running = Prometheus(home, port)
         try:
             wait_until(running.up, 30, "Prometheus has scraped")
-            for crowd in CROWDS:
+            for crowd, bars in CROWDS.items():
+                seen, queries = threading.Event(), by_concurrency(bars)
                 with ThreadPoolExecutor(crowd) as pool:
-                    for _ in range(crowd):
-                        pool.submit(ask_for_seconds, shared, 5.0)
+                    asking = [pool.submit(ask_until, shared, seen) for _ in range(crowd)]
+                    try:
+                        time.sleep(5.0)  # so many samples, more where the machine is busy
+                        wait_until(lambda queries=queries: all(map(running.values, queries)), 60, f"{crowd} at a time")
+                    finally:
+                        seen.set()
+                for each in asking:
+                    each.result()
             wait_until(lambda: running.values("sum(increase(vllm:request_success_total[1m])) > 0"), 30, "it counts")
             yield running
         finally:
@@ -114,14 +122,30 @@ def prometheus(shared: Appliance, tmp_path_factory: pytest.TempPathFactory) -> I
                                              bytes_done=before.bytes_done, bytes_total=before.bytes_total)
 
 
-def ask_for_seconds(appliance: Appliance, seconds: float) -> None:
-    """One request after another, for so long; every answer is whole."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
+def ask_until(appliance: Appliance, seen: threading.Event) -> None:
+    """One request after another; every answer is whole."""
+    while not seen.is_set():
         answer = httpx.post(f"{appliance.url}/v1/chat/completions", headers=appliance.headers(), timeout=60, json={
             "model": "shoehorn-demo", "max_tokens": 200, "ignore_eos": True,
             "messages": [{"role": "user", "content": "hello, and once more hello " * 4}]})
         assert answer.status_code == 200, answer.text
+
+
+def filled(query: str, interval: str = "10s") -> str:
+    """A panel's query with Grafana's variables filled in."""
+    for variable, value in (("$__rate_interval", interval), ("$__range", "5m"), ("$__interval", "1s"),
+                            ("$instance", ".+"), ("$gpu", "0")):
+        query = query.replace(variable, value)
+    return query
+
+
+def by_concurrency(bars: str) -> list[str]:
+    """The queries of the bars with this name."""
+    panels = json.loads((HOME / "monitoring" / "grafana" / "dashboards" / "capacity.json").read_text())["panels"]
+    found = [filled(target["expr"]) for panel in panels if panel["title"].endswith(" by concurrency")
+             for target in panel["targets"] if target["legendFormat"] == bars]
+    assert len(found) == 3
+    return found
 
 
 @pytest.mark.parametrize("path", DASHBOARDS, ids=lambda path: path.stem)
@@ -129,12 +153,9 @@ def test_every_panel_finds_data(prometheus: Prometheus, path: Path) -> None:
     empty, expected = set(), set()
     for panel in json.loads(path.read_text())["panels"]:
         for target in panel["targets"]:
-            query, name = target["expr"], f"{panel['title']}: {target['legendFormat']}"
-            for variable, value in (("$__rate_interval", "10s"), ("$__range", "5m"), ("$__interval", "1s"),
-                                    ("$instance", ".+"), ("$gpu", "0")):
-                query = query.replace(variable, value)
+            name = f"{panel['title']}: {target['legendFormat']}"
             expected |= {name} if EMPTY.search(name) else set()
-            if not prometheus.values(query):
+            if not prometheus.values(filled(target["expr"])):
                 empty.add(name)
     assert empty == expected
 
@@ -145,9 +166,7 @@ def test_more_requests_at_a_time_bring_more_tokens(prometheus: Prometheus) -> No
     [bars] = [panel for panel in panels if panel["title"] == "Tokens a second by concurrency"]
     found = {}
     for target in bars["targets"]:
-        query = target["expr"].replace("$__rate_interval", "5s").replace("$__range", "5m")
-        found[target["legendFormat"]] = prometheus.values(
-            query.replace("$__interval", "1s").replace("$instance", ".+"))
+        found[target["legendFormat"]] = prometheus.values(filled(target["expr"], interval="5s"))
     assert found["8 to 15"][0] > found["1"][0] > 0
 
 
