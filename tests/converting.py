@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import textwrap
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -72,6 +73,26 @@ def in_here(environment: dict[str, str], wish: Wish = Wish()) -> Path:  # noqa: 
 def start(environment: dict[str, str], *arguments: str) -> subprocess.Popen[str]:
     source = str(Path(store.__file__).parents[1])
     return subprocess.Popen([sys.executable, "-m", "shoehorn.cli", "convert", "--json", *arguments], text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            env={**environment, "PATH": os.environ["PATH"], "PYTHONPATH": source})
+
+
+def start_held(environment: dict[str, str], most: int, *arguments: str) -> subprocess.Popen[str]:
+    """A conversion that comes no further than the note of a shard more than `most`, until it is killed."""
+    code = textwrap.dedent(f"""
+        import sys, time
+        from shoehorn import cli, convert
+        note = convert._note
+        def held(*arguments):
+            journal = note(*arguments)
+            if len(journal.shards) > {most}:
+                time.sleep(600)
+            return journal
+        convert._note = held
+        sys.exit(cli.main(sys.argv[1:]))
+        """)
+    source = str(Path(store.__file__).parents[1])
+    return subprocess.Popen([sys.executable, "-c", code, "convert", "--json", *arguments], text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                             env={**environment, "PATH": os.environ["PATH"], "PYTHONPATH": source})
 

@@ -19,7 +19,7 @@ import psutil
 import pytest
 from safetensors.torch import load_file, save_file
 
-from converting import LAYERS, MODEL, Pulled, content, in_here, journalled, local, start, write_model
+from converting import LAYERS, MODEL, Pulled, content, in_here, journalled, local, start, start_held, write_model
 from fakes import captured
 from fakes.hub import Hub
 from shoehorn import converted, int4_layout, int4_shards, settings, store
@@ -53,7 +53,7 @@ def test_a_killed_conversion_goes_on_to_the_same_bytes(tmp_path: Path, model: Pa
     folder = converted.folder(settings.load(environment))
     done: dict[str, int] = {}
     for most in (0, 2, 5):
-        with start(environment, "--embedding", "8") as process:
+        with start_held(environment, most, "--embedding", "8") as process:
             wait(lambda: process.poll() is not None or len(journalled(folder)) > most)  # noqa: B023  # at once
             workers = psutil.Process(process.pid).children() if process.poll() is None else []
             process.kill()
@@ -64,11 +64,11 @@ def test_a_killed_conversion_goes_on_to_the_same_bytes(tmp_path: Path, model: Pa
         assert done.items() <= times.items(), "a finished shard was made again"
         done = times
     with start(environment, "--embedding", "8") as process:
-        assert process.wait(100) == 0
+        assert process.wait(300) == 0
     assert content(folder) == whole
 
 
-def wait(condition: object, seconds: float = 60) -> None:
+def wait(condition: object, seconds: float = 300) -> None:
     end = time.monotonic() + seconds
     while not condition():  # type: ignore[operator]
         assert time.monotonic() < end
@@ -84,7 +84,7 @@ def test_a_stopped_conversion_leaves_no_process(tmp_path: Path, model: Path, num
         wait(lambda: process.poll() is not None or list(folder.glob("*.partial")))
         children = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(number)
-        process.communicate(timeout=20)
+        process.communicate(timeout=60)
         assert process.returncode == 128 + number
     assert not psutil.wait_procs(children, 10)[1]
 
@@ -218,8 +218,8 @@ def test_originals_make_way_and_a_killed_conversion_goes_on_without_the_hub(tmp_
     folder, original = converted.folder(volume.settings), store.locate(volume.settings)
     assert original is not None
     copies = shutil.copytree(original, tmp_path / "copies")
-    with start(volume.environment) as process:
-        wait(lambda: len(journalled(folder)) > 2)
+    with start_held(volume.environment, 2) as process:
+        wait(lambda: process.poll() is not None or len(journalled(folder)) > 2)
         process.kill()
         process.communicate()
     assert converted.served(volume.settings) is None
