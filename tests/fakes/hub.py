@@ -276,7 +276,7 @@ class _Handler(BaseHTTPRequestHandler):
                     return
                 piece = content[offset:offset + _PIECE_BYTES]
                 self.wfile.write(piece)
-                if bytes_per_second:
+                if bytes_per_second and self.owner.bytes_per_second:  # which a test may lift meanwhile
                     time.sleep(len(piece) / bytes_per_second)
         except OSError:
             self.close_connection = True  # the client left, as tests that kill it intend

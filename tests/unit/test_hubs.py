@@ -149,7 +149,8 @@ def test_the_room_is_looked_at_every_few_seconds_only(tmp_path: Path) -> None:
 
 def interrupted(home: Path, model: Path) -> Volume:
     """A volume with a pull from ModelScope that was killed."""
-    with Hub({MODEL: model}, bytes_per_second=1_000_000) as hub:
+    with Hub({MODEL: model}) as hub:
+        hub.hold_at_bytes = 2 << 20
         volume = Volume(home, hub)
         with volume.start("--json") as process:
             stop_when_arrived(process, 1 << 20)

@@ -154,12 +154,13 @@ def test_another_revision_replaces_what_differs_and_removes_what_is_gone(volume:
 
 @pytest.mark.fault("`kill -9` of a pull (ModelScope)", "Half a model is none; the next pull goes on where it stopped.")
 def test_a_killed_pull_goes_on_where_it_stopped(tmp_path: Path, model: Path) -> None:
-    with Hub({MODEL: model}, bytes_per_second=2_000_000) as hub:
+    with Hub({MODEL: model}) as hub:
+        hub.hold_at_bytes = 2 << 20
         volume = Volume(tmp_path, hub)
         with volume.start("--json") as process:
             stop_when_arrived(process, 1 << 20)
         assert store.locate(volume.settings) is None, "half a model is no model"
-        hub.bytes_per_second = 0
+        hub.hold_at_bytes = 0
         assert volume.pull()[0] == 0
         first, second = hub.downloads(WEIGHTS)
         assert first == ""
@@ -257,10 +258,16 @@ def test_a_path_that_leaves_the_folder_is_refused_before_anything_is_fetched(tmp
 @pytest.mark.fault("Two containers on one volume",
                    "One fetches; the other waits with a message and then finds it complete.")
 def test_two_pulls_at_once_fetch_the_weights_once(tmp_path: Path, model: Path) -> None:
-    with Hub({MODEL: model}, bytes_per_second=2_000_000) as hub:
+    with Hub({MODEL: model}, bytes_per_second=50_000) as hub:
         volume = Volume(tmp_path, hub)
-        with volume.start() as one, volume.start() as two:
-            out = one.communicate(timeout=60)[0] + two.communicate(timeout=60)[0]
+        with volume.start() as one:
+            assert one.stdout is not None
+            out = one.stdout.readline()  # it has the lock
+            with volume.start() as two:
+                assert two.stdout is not None
+                out += two.stdout.readline()
+                hub.bytes_per_second = 0
+                out += one.stdout.read() + two.stdout.read()
         assert (one.returncode, two.returncode) == (0, 0)
         assert hub.downloads(WEIGHTS).count("") == 1
     assert out.count("another process pulls") == 1

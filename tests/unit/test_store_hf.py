@@ -127,13 +127,14 @@ def test_planning_reads_ranges_only(tmp_path: Path, model: Path) -> None:
 @pytest.mark.fault("`kill -9` of a pull (Hugging Face)",
                    "Half a model is none; the next pull goes on where it stopped.")
 def test_a_killed_pull_goes_on_where_it_stopped(tmp_path: Path, model: Path) -> None:
-    with HuggingFaceHub({MODEL: model}, bytes_per_second=2_000_000) as hub:
+    with HuggingFaceHub({MODEL: model}) as hub:
+        hub.hold_at_bytes = 2 << 20
         volume = Volume(tmp_path, hub)
         with volume.start("--json") as process:
             stop_when_arrived(process, 1 << 20)
         assert store.locate(volume.settings) is None, "half a model is no model"
         arrived = (volume.folder / f"{WEIGHTS}.incomplete").stat().st_size
-        hub.bytes_per_second = 0
+        hub.hold_at_bytes = 0
         assert volume.pull()[0] == 0
         assert hub.downloads(WEIGHTS)[-1] == f"bytes={arrived}-", "no byte that is on the disk comes twice"
         assert arrived >= 1 << 20
