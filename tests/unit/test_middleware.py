@@ -6,7 +6,7 @@ import asyncio
 import json
 
 import pytest
-from gate_calls import CHAT, MESSAGES, RESPONSES, USAGE, Call, Engine, error, run
+from gate_calls import CHAT, MESSAGES, RESPONSES, USAGE, Call, Engine, error, run, settled
 from prometheus_client import CollectorRegistry
 
 from shoehorn_vllm import answers, middleware
@@ -75,7 +75,7 @@ def test_concurrent_requests_are_freed_however_they_end() -> None:
 def test_the_queue_is_bounded_over_all_keys() -> None:
     async def test(engine: Engine) -> None:
         calls = [engine.call(key=f"key{number}") for number in range(3)]
-        await asyncio.sleep(0.01)
+        await settled()
         status, headers, body = await engine.call(key="late").answer()
         assert (status, error(body)["code"], headers[b"retry-after"]) == (429, "queue_full", b"5")
         engine.go.set()
@@ -90,7 +90,7 @@ def test_few_requests_with_many_answers_fill_the_engine_too(monkeypatch: pytest.
 
     async def test(engine: Engine) -> None:
         calls = [engine.call(body=b'{"n": 5}'), engine.call("/v1/completions", body=b'{"prompt": ["a", "b"], "n": 2}')]
-        await asyncio.sleep(0.01)  # the first leaves room; the second goes over
+        await settled()  # the first leaves room; the second goes over
         status, _, body = await engine.call(key="late").answer()
         assert (status, error(body)["code"]) == (429, "queue_full")
         engine.go.set()
@@ -121,7 +121,7 @@ def test_bodies_that_come_slowly_do_not_get_past_the_bound() -> None:
     async def test(engine: Engine) -> None:
         late = engine.call(body=None)
         first = engine.call()
-        await asyncio.sleep(0.01)
+        await settled()
         late.arrive(b"{}")
         status, _, body = await late.answer()
         assert (status, error(body)["code"]) == (429, "queue_full")
@@ -181,9 +181,9 @@ def test_limits_that_cannot_be_read_let_nobody_in() -> None:
 def test_a_drain_lets_finish_what_can_and_refuses_what_is_new() -> None:
     async def test(engine: Engine) -> None:
         calls = [engine.call(body=b'{"stream": true}'), engine.call()]
-        await asyncio.sleep(0.01)
+        await settled()
         drain = engine.call("/-/drain", query="seconds=30")
-        await asyncio.sleep(0.01)
+        await settled()
         for method in ("POST", "GET"):
             status, headers, body = await engine.call(method=method).answer()
             assert (status, error(body)["code"]) == (503, "server_stopping")
@@ -203,7 +203,7 @@ def test_what_does_not_finish_gets_a_proper_end(stubborn: bool) -> None:
         engine.stubborn = stubborn
         streams = {path: engine.call(path, body=b'{"stream": true}') for path in (CHAT, MESSAGES, RESPONSES)}
         plain = {path: engine.call(path) for path in (CHAT, MESSAGES)}
-        await asyncio.sleep(0.01)
+        await settled()
         assert json.loads((await engine.call("/-/drain", query="seconds=0.05").answer())[2]) == {
             "finished": 0, "aborted": 5}
         assert all(call.task.done() for call in (*streams.values(), *plain.values()))
