@@ -5,7 +5,6 @@ from __future__ import annotations
 import socket
 import socketserver
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -30,7 +29,7 @@ class EngineSocket(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
         self.answer = answer
         self.piece, self.pause_seconds = len(answer) or 1, 0.0
         self.keep_alive = False
-        self.closed = threading.Event()
+        self.closed, self.over = threading.Event(), threading.Event()
         self.requests: list[str] = []
         super().__init__(str(path), _Handler)
 
@@ -44,7 +43,8 @@ class _Handler(socketserver.BaseRequestHandler):
         with suppress(BrokenPipeError, ConnectionResetError):  # the other side may give up
             for start in range(0, len(self.server.answer), self.server.piece):
                 self.request.sendall(self.server.answer[start:start + self.server.piece])
-                time.sleep(self.server.pause_seconds)
+                if self.server.over.wait(self.server.pause_seconds):
+                    return
             if self.server.keep_alive and self.request.recv(1) == b"":
                 self.server.closed.set()
 
@@ -58,6 +58,7 @@ def serving(path: Path, answer: bytes) -> Iterator[EngineSocket]:
         try:
             yield server
         finally:
+            server.over.set()
             server.shutdown()
             thread.join()
             path.unlink()
