@@ -22,7 +22,7 @@ def _start(code: str, tmp_path: Path, lines: list[str] | None = None) -> Child:
                  tmp_path / "group")
 
 
-def _wait_for(condition: object, seconds: float = 20.0) -> None:
+def _wait_for(condition: object, seconds: float = 60.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():  # type: ignore[operator]  # any callable without arguments
         assert time.monotonic() < deadline, "it did not happen in time"
@@ -33,13 +33,13 @@ def test_lines_of_both_streams_and_of_progress_bars_arrive(tmp_path: Path) -> No
     lines: list[str] = []
     child = _start("import sys; print('out'); print('err', file=sys.stderr); print('10%\\r20%\\r', end='')", tmp_path,
                    lines)
-    assert child.wait(20) == 0
+    assert child.wait(60) == 0
     assert sorted(lines) == ["10%", "20%", "err", "out"]
     assert not (tmp_path / "group").exists()
 
 
 def test_the_exit_status_is_passed_on(tmp_path: Path) -> None:
-    assert _start("raise SystemExit(3)", tmp_path).wait(20) == 3
+    assert _start("raise SystemExit(3)", tmp_path).wait(60) == 3
 
 
 def test_stop_ends_a_child_that_obeys(tmp_path: Path) -> None:
@@ -71,7 +71,7 @@ def test_what_a_child_started_ends_with_it(tmp_path: Path) -> None:
     child = _start(_ORPHAN + "print('up'); time.sleep(600)", tmp_path)
     _wait_for(lambda: len(members(child.pid)) == 2)
     os.kill(child.pid, signal.SIGKILL)
-    assert child.wait(20) == -signal.SIGKILL
+    assert child.wait(60) == -signal.SIGKILL
     assert members(child.pid) == []
 
 

@@ -45,11 +45,11 @@ def test_a_range_ends_where_the_file_ends(tmp_path: Path, model: Path) -> None:
 @pytest.mark.fault("The hub ignores Range", "Planning reads a header and leaves the rest.")
 def test_a_hub_that_ignores_ranges_is_understood_and_not_read_to_its_end(tmp_path: Path, model: Path) -> None:
     content = (model / WEIGHTS).read_bytes()
-    with (Hub({MODEL: model}, fault="norange", bytes_per_second=500_000) as hub,  # 8 s for the whole file
+    with (Hub({MODEL: model}, fault="norange", bytes_per_second=100_000) as hub,  # 40 s for the whole file
           Client(Volume(tmp_path, hub).settings) as client):
         begun = time.monotonic()
         assert client.read(WEIGHTS, 100_000, 1000) == content[100_000:101_000]
-        assert time.monotonic() - begun < 4
+        assert time.monotonic() - begun < 20
 
 
 @pytest.mark.fault("The hub redirects to another host", "The file comes from there; the token does not go there.")
