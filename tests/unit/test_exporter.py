@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import select
 import signal
 import socket
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -56,13 +58,20 @@ def _names(series: Series, start: str) -> set[str]:
     return {name for name, _ in series if name.startswith(start)}
 
 
+def free_port() -> int:
+    """A port below those that the kernel gives to connections and to port 0: no other test gets it meanwhile."""
+    while True:
+        port = 20_000 + secrets.randbelow(12_000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("0.0.0.0", port))
+            return port
+
+
 class Running:
     """An exporter process, on a port of its own."""
 
     def __init__(self, run_dir: Path, nvml: str, port: int | None = None, **settings: str) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = port or int(probe.getsockname()[1])
+        self.port = port or free_port()
         self.run_dir = run_dir
         code = f"import os, sys; {nvml}; from shoehorn import exporter; sys.exit(exporter.main(os.environ, nvml))"
         command = ["-m", "shoehorn.exporter"] if nvml == REAL else ["-c", code]
@@ -225,9 +234,7 @@ def test_a_signal_ends_it_at_once_also_during_a_scrape(start: Callable[..., Runn
 
 
 def test_it_ends_when_its_owner_was_killed(tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
+    port = free_port()
     code = "import subprocess, sys; subprocess.run([sys.executable, '-m', 'shoehorn.exporter'])"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={
             "PYTHONPATH": str(HOME / "src"), "RUN_DIR": str(tmp_path), "METRICS_PORT": str(port)}) as owner:

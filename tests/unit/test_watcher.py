@@ -87,7 +87,7 @@ def test_nginx_ends_with_supervisord(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with sleeper() as nginx:
         (tmp_path / "nginx.pid").write_text(f"{nginx.pid}\n")
         _run("", tmp_path, monkeypatch)
-        assert nginx.wait(10) == -signal.SIGKILL
+        assert nginx.wait(60) == -signal.SIGKILL
     (tmp_path / "nginx.pid").write_text("")
     _run("", tmp_path, monkeypatch)
 
