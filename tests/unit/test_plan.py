@@ -18,7 +18,6 @@ from plans import (
     llama_8b,
     llama_70b,
     machine,
-    nf4_checkpoint,
     plan_for,
     planned,
     quantized,
@@ -145,30 +144,6 @@ def test_another_kernel_for_the_same_checkpoint_may_be_asked_for() -> None:
     assert plan.engine_args["quantization"] == "awq_marlin"
 
 
-def test_nf4_made_by_others_is_divided_by_layers_and_not_otherwise() -> None:
-    assert "quantization" not in planned(machine(LARGE), nf4_checkpoint()).engine_args
-    two = planned(machine(TWENTY, TWENTY), nf4_checkpoint())
-    assert (two.engine_args.get("tensor-parallel-size"), two.engine_args["pipeline-parallel-size"]) == (None, 2)
-    assert two.vram[0].embeddings_bytes == two.vram[1].embeddings_bytes > 0  # the embedding here, the head there
-    assert len({parts.kv_cache_bytes for parts in two.vram}) == 1
-    with pytest.raises(SettingsError, match="cannot be divided over 2 GPUs") as caught:
-        plan_for(machine(TWENTY, TWENTY), nf4_checkpoint(), VRAM_PROFILE="2x20gb")
-    assert "--pipeline-parallel-size 2" in caught.value.remedy
-
-
-def test_groups_of_quantized_weights_are_never_divided() -> None:
-    lite = checkpoints.read(captured_models.converted("deepseek-v2-lite-chat", captured_models.INT4))
-    two = planned(machine(TWENTY, TWENTY), lite)
-    assert (two.engine_args.get("tensor-parallel-size"), two.engine_args["pipeline-parallel-size"]) == (None, 2)
-    assert "only its layers" in reason(two, "pipeline-parallel-size")[2]
-    with pytest.raises(SettingsError, match="2 GPUs would have to divide one") as caught:
-        plan_for(machine(TWENTY, TWENTY), lite, VRAM_PROFILE="2x20gb")
-    by_layers = caught.value.remedy.partition("'")[2].rstrip("'.")
-    assert planned(machine(TWENTY, TWENTY), lite, VLLM_EXTRA_ARGS=by_layers).choices.pipeline_parallel == 2
-    awq = checkpoints.read(captured_models.files("qwen2.5-32b-instruct-awq"))
-    assert planned(machine(TWENTY, TWENTY), awq).choices.tensor_parallel == 2
-
-
 def test_quantized_experts_on_a_cpu_need_its_matrix_instructions() -> None:
     lite = checkpoints.read(captured_models.converted("deepseek-v2-lite-chat", Bits(16, 16)))
     without = machine(ram=64)
@@ -193,13 +168,6 @@ def test_no_gpu_says_how_to_pass_one_in(profile: str) -> None:
 def test_one_card_is_too_few_for_two() -> None:
     with pytest.raises(SettingsError, match="needs 2 GPUs"):
         plan_for(machine(LARGE), llama_8b(), VRAM_PROFILE="2x20gb")
-
-
-def test_heads_that_cannot_be_divided_are_refused() -> None:
-    with pytest.raises(SettingsError, match="4 attention heads, 2 of keys and values, cannot be divided over 3 GPUs"):
-        plan_for(machine(LARGE, LARGE, LARGE), tiny(), VLLM_EXTRA_ARGS="--tensor-parallel-size 3")
-    with pytest.raises(SettingsError, match="less than one"):
-        plan_for(machine(LARGE), tiny(), VLLM_EXTRA_ARGS="--tensor-parallel-size 0")
 
 
 def test_a_card_without_bf16_gets_float16_and_is_refused_what_needs_more() -> None:
