@@ -20,6 +20,8 @@ import pytest
 from shoehorn.paths import HOME
 from shoehorn.settings import TABLE
 
+SLACK = 3
+"""Limits of time are there to find what hangs; they are for a machine at rest."""
 IMAGE = "shoehorn:cpu"
 BUILD_CANARY = "sk-canary-of-the-build-7c41d5"
 COMPOSE = ("compose", "--env-file", os.devnull, "-f", str(HOME / "docker-compose.yml"),
@@ -62,11 +64,11 @@ def docker(*arguments: str, timeout: float = 60, environment: Mapping[str, str] 
 
 
 def wait_until(condition: Callable[[], object], seconds: float, what: str) -> None:
-    """Wait for a condition; fails, naming it, when it does not come true."""
-    deadline = time.monotonic() + seconds
+    """Wait for a condition; fails, naming it, when it does not come true in `SLACK` times as long."""
+    deadline = time.monotonic() + SLACK * seconds
     while not condition():
         if time.monotonic() > deadline:
-            pytest.fail(f"not within {seconds} s: {what}")
+            pytest.fail(f"not within {SLACK * seconds} s: {what}")
         time.sleep(0.2)
 
 
@@ -110,7 +112,7 @@ class Container:
         """The phase that /status names; empty while nobody answers."""
         published = docker("port", self.id, "6333", accept=(0, 1)).split()  # 1: the container is not up
         try:
-            return str(httpx.get(f"http://{published[0]}/status", timeout=5).json()["phase"]) if published else ""
+            return str(httpx.get(f"http://{published[0]}/status", timeout=30).json()["phase"]) if published else ""
         except httpx.TransportError:
             return ""
 
@@ -126,7 +128,7 @@ class Container:
 
     def wait(self, seconds: float) -> int:
         """Wait for the end; returns the exit code."""
-        return int(docker("wait", self.id, timeout=seconds))
+        return int(docker("wait", self.id, timeout=SLACK * seconds))
 
     def stop(self) -> tuple[int, float]:
         """`docker stop` with the container's own grace period; returns the exit code and the seconds that it took."""

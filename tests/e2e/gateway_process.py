@@ -13,9 +13,10 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
-from running import free_port, wait_until
+from running import wait_until
 
 from fakes.engine import FakeEngine
+from fakes.ports import free_port
 from shoehorn import gateway, key_sources, tls
 from shoehorn.files import write_atomic
 from shoehorn.settings import load
@@ -127,7 +128,7 @@ class Gateway:
             if self._user:  # the key service runs as ourselves, since our Python may lie where only we may look
                 shutil.chown(self.run_dir / "keys.sock", self._user)
             self.client = undo.enter_context(httpx.Client(
-                base_url=f"{self.scheme}://127.0.0.1:{self.port}", timeout=10, trust_env=False, verify=self._trust()))
+                base_url=f"{self.scheme}://127.0.0.1:{self.port}", timeout=30, trust_env=False, verify=self._trust()))
             self._undo = undo.pop_all()
         return self
 
@@ -155,7 +156,7 @@ class Gateway:
         assert self.keys is not None
         self.keys.send_signal(number)
         try:
-            return self.keys.wait(10)
+            return self.keys.wait(30)
         except subprocess.TimeoutExpired:
             os.killpg(self.keys.pid, signal.SIGKILL)
             raise
@@ -165,7 +166,7 @@ class Gateway:
         assert self.process is not None
         self.process.send_signal(signal.SIGTERM)
         try:
-            self.process.wait(10)
+            self.process.wait(30)
         except subprocess.TimeoutExpired:
             os.killpg(self.process.pid, signal.SIGKILL)
             raise
@@ -177,7 +178,7 @@ class Gateway:
 
     def send(self, data: bytes) -> bytes:
         """All bytes that come back for these raw ones, until the gateway closes or nothing comes for a moment."""
-        with socket.create_connection(("127.0.0.1", self.port), timeout=3) as connection:
+        with socket.create_connection(("127.0.0.1", self.port), timeout=10) as connection:
             connection.sendall(data)
             answer = b""
             try:

@@ -5,40 +5,44 @@ from __future__ import annotations
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
 
+from fakes.ports import free_port
 from shoehorn.paths import HOME
 from shoehorn.state import Phase, StateFile
 
 DEMO_MODEL = HOME / "demo" / "model"
 TEST_KEY = "sk-test-key-of-the-appliance"
 _MADE = re.compile(r"which only this start shows: (\S+)")
+SLACK = 3
+"""Limits of time are there to find what hangs; they are for a machine at rest."""
 KEPT = ("PATH", "HOME", "LANG", "TMPDIR")
 
 
-def free_port() -> int:
-    """A port that nobody listens on just now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def wait_until(condition: Callable[[], object], seconds: float, what: str | Callable[[], str]) -> None:
-    """Wait for a condition; fails, naming it, when it does not come true."""
-    deadline = time.monotonic() + seconds
+    """Wait for a condition; fails, naming it, when it does not come true in `SLACK` times as long."""
+    deadline = time.monotonic() + SLACK * seconds
     while not condition():
         if time.monotonic() > deadline:
-            pytest.fail(f"not within {seconds} s: {what if isinstance(what, str) else what()}")
+            pytest.fail(f"not within {SLACK * seconds} s: {what if isinstance(what, str) else what()}")
         time.sleep(0.1)
+
+
+def gone(process: psutil.Process) -> bool:
+    """Whether it has ended; a zombie has."""
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 class Filling(threading.Thread):
@@ -124,18 +128,24 @@ class Appliance:
                 self._known.setdefault(process.pid, process)
         except psutil.NoSuchProcess:
             pass
-        return [process for process in self._known.values()
-                if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+        return [process for process in self._known.values() if not gone(process)]
 
     def find(self, word: str) -> psutil.Process:
         """The one descendant whose name or command line holds `word`."""
+        names = []
         for process in self.descendants():
-            try:
-                if word in " ".join(process.cmdline()) or word in process.name():
+            with suppress(psutil.NoSuchProcess):
+                names.append(process.name())
+                if word in " ".join(process.cmdline()) or word in names[-1]:
                     return process
-            except psutil.NoSuchProcess:
-                continue
-        raise AssertionError(f"no process {word!r} among {[p.name() for p in self.descendants()]}")
+        raise AssertionError(f"no process {word!r} among {names}")
+
+    def runs(self, word: str) -> bool:
+        """Whether there is a descendant that `find` finds."""
+        try:
+            return self.find(word) is not None
+        except AssertionError:
+            return False
 
     def wait_for(self, phase: Phase, seconds: float = 150) -> None:
         """Wait for a phase; fails at once when the appliance ends first."""
@@ -155,15 +165,16 @@ class Appliance:
     def kill(self) -> None:
         """SIGKILL for every process at once, as by `docker kill` or a power cut."""
         for process in [*self.descendants(), psutil.Process(self.process.pid)]:
-            process.kill()
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
         self.process.wait(10)
 
     def wait(self, seconds: float) -> int:
         """Wait for the end; returns the exit code. Fails when a process outlives it."""
         try:
-            self.process.wait(seconds)
+            self.process.wait(SLACK * seconds)
         except subprocess.TimeoutExpired:
-            pytest.fail(f"still running after {seconds} s:\n{self.output[-3000:]}")
+            pytest.fail(f"still running after {SLACK * seconds} s:\n{self.output[-3000:]}")
         wait_until(lambda: not self.descendants(), 5, f"no process left, but {self.descendants()}")
         self._reader.join(5)
         return self.process.returncode
@@ -179,7 +190,7 @@ class Appliance:
                 self.process.kill()
                 self.process.wait()
         for process in left:
-            if process.is_running():
+            with suppress(psutil.NoSuchProcess):
                 process.kill()
         self._reader.join(5)
         if self.process.stdout:

@@ -127,7 +127,7 @@ def test_a_client_that_leaves_ends_its_generation(appliance: Appliance, stream: 
 
 @pytest.mark.fault("Stop while streams cannot finish", "Each ends with an error event of its dialect.")
 def test_a_stop_ends_what_cannot_finish_with_an_error_of_its_own(start: Start) -> None:
-    appliance = start(DRAIN_TIMEOUT="2")
+    appliance = start(DRAIN_TIMEOUT="8")
     appliance.wait_for(Phase.READY)
     core = appliance.find("VLLM::EngineCor")
     begun = Asking(appliance, n=MUCH["n"])
@@ -178,7 +178,7 @@ def test_a_drain_lets_streams_end_and_leaves_the_appliance_to_be_stopped(start: 
     assert drain.returncode == 0
     assert output == "drained: 4 requests finished, 0 aborted; the appliance can be stopped\n"
     for asking in streams:
-        text = asking.finish(5)
+        text = asking.finish()
         assert '"error"' not in text
         assert "data: [DONE]" in text or "message_stop" in text or "response.completed" in text
     assert appliance.phase is Phase.STOPPING

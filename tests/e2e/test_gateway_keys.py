@@ -217,7 +217,7 @@ def test_no_answer_of_the_key_service_means_503_and_cuts_no_stream(tmp_path: Pat
             os.kill(gate.keys.pid, signal.SIGSTOP)
             started = time.monotonic()
             assert _status(gate, KEY) == 503
-            assert time.monotonic() - started < 5
+            assert time.monotonic() - started < 10
             os.kill(gate.keys.pid, signal.SIGCONT)
             wait_until(lambda: _status(gate, KEY) == 200, 5, "it answers again")
             engine.allow(3)

@@ -78,7 +78,7 @@ def test_ready_means_that_the_engine_says_so_in_time(tmp_path: Path) -> None:
         engine.health_status, engine.hung = 200, True
         started = time.monotonic()
         assert gate.client.get("/readyz").status_code == 503
-        assert time.monotonic() - started < 4
+        assert time.monotonic() - started < 8
         assert gate.client.get("/livez").status_code == 200
 
 

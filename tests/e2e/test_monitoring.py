@@ -21,8 +21,9 @@ from typing import Any
 import httpx
 import pytest
 import yaml
-from running import Appliance, free_port, wait_until
+from running import Appliance, wait_until
 
+from fakes.ports import free_port
 from shoehorn.paths import HOME
 from shoehorn.state import StateFile
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from fakes.ports import free_port
 from shoehorn.paths import HOME
 from shoehorn.restarts import Restarts
 from shoehorn.serving import Server
@@ -48,11 +48,4 @@ def test_a_helper_ends_when_its_parent_was_killed(tmp_path: Path, program: str) 
         assert child.is_running(), "it runs as long as its parent does"
         assert child.status() != psutil.STATUS_ZOMBIE
         parent.kill()
-    assert psutil.wait_procs([child], timeout=15)[1] == []
-
-
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    assert psutil.wait_procs([child], timeout=60)[1] == []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 import select
 import signal
 import socket
@@ -12,7 +11,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +21,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from fakes.engine_socket import http, serving
 from fakes.nvml import GIB
+from fakes.ports import free_port
 from shoehorn import __version__, exporter, metric_table
 from shoehorn.engine_metrics import EngineScrape
 from shoehorn.gpu_metrics import Gpu, GpuProcess, GpuReading
@@ -56,15 +55,6 @@ def _value(series: Series, family: str, **labels: str) -> float | None:
 
 def _names(series: Series, start: str) -> set[str]:
     return {name for name, _ in series if name.startswith(start)}
-
-
-def free_port() -> int:
-    """A port below those that the kernel gives to connections and to port 0: no other test gets it meanwhile."""
-    while True:
-        port = 20_000 + secrets.randbelow(12_000)
-        with socket.socket() as probe, suppress(OSError):
-            probe.bind(("0.0.0.0", port))
-            return port
 
 
 class Running:

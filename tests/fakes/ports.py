@@ -1,0 +1,16 @@
+"""Ports for servers under test."""
+
+from __future__ import annotations
+
+import secrets
+import socket
+from contextlib import suppress
+
+
+def free_port() -> int:
+    """A port that nobody listens on, below those that the kernel gives to connections and to port 0 meanwhile."""
+    while True:
+        port = 20_000 + secrets.randbelow(12_000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("0.0.0.0", port))
+            return port
