@@ -150,13 +150,13 @@ def _take_over(settings: Settings, states: StateFile) -> Restarts:
     restarts = Restarts(settings.run_dir / "restarts.json")
     alive = settings.run_dir / "engine.alive"
     left = end_recorded_group(settings.run_dir / "engine.group") + end_recorded_group(settings.run_dir / "pull.group")
-    if alive.exists():
+    killed = alive.exists()
+    if killed:
         failures = restarts.record()
         log.warning("the engine program was killed (failure %d); ended %d processes that it left", failures, len(left))
-        states.update(restarts=states.read().restarts + 1)
     alive.touch()
     states.update(phase=Phase.STARTING, progress=None, detail="planning", model=settings.served_model_name,
-                  cause="", remedy="", engine_down=False)
+                  cause="", remedy="", engine_down=False, restarts=states.read().restarts + killed)
     return restarts
 
 

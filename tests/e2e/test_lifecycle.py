@@ -142,9 +142,10 @@ def test_a_killed_helper_comes_back_and_serving_goes_on(appliance: Appliance, vi
 @pytest.mark.fault("`kill -9` of the engine program while the model is served",
                    "The next one ends what was left and serves.")
 def test_a_killed_engine_program_takes_over_from_itself(appliance: Appliance) -> None:
-    core = appliance.find("VLLM::EngineCor")
+    core, before = appliance.find("VLLM::EngineCor"), StateFile(appliance.run_dir).read().restarts
     appliance.find("shoehorn.engine").send_signal(signal.SIGKILL)
     wait_until(lambda: gone(core), 30, "the orphaned engine core is ended")
+    wait_until(lambda: StateFile(appliance.run_dir).read().restarts > before, 30, "and that is counted")
     appliance.wait_for(Phase.READY)
     assert _chat(appliance).status_code == 200
 

@@ -218,7 +218,7 @@ def test_a_disk_that_fills_is_told_and_gone_on_with(mount: Mount, tmp_path: Path
             {sys.executable} -m shoehorn.cli pull --json > {tmp_path}/out 2> {tmp_path}/err &
             pull=$!
             while ! grep -q '"bytes_done": [1-9]' {tmp_path}/out; do sleep 0.05; done
-            head -c $(($(stat -f -c '%a * %S' {volume.models}) - 65536)) /dev/zero > {volume.models}/filling
+            head -c $(($(stat -f -c '%a * %S' {volume.models}) - 65536)) /dev/zero > {volume.models}/filling || true
             code=0; wait $pull || code=$?
             echo "full: $code"
             rm {volume.models}/filling
@@ -229,7 +229,7 @@ def test_a_disk_that_fills_is_told_and_gone_on_with(mount: Mount, tmp_path: Path
         done = in_namespace("--mount", ["bash", "-c", script], volume)
         assert done.stdout.split("\n")[:2] == ["full: 4", "whole"], done.stdout + done.stderr
         err = (tmp_path / "err").read_text()
-        assert "is full" in err
+        assert "is full" in err or "is too small" in err, "by the write that failed, or by a look before it"
         assert TOKEN not in err
         assert [span for span in hub.downloads(WEIGHTS) if span], "it went on"
 
