@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from fakes.checkpoint_files import header
@@ -64,12 +65,12 @@ class Volume:
         """Whether the store says so."""
         return store.locate(self.settings) == self.folder
 
-    def start(self, *arguments: str) -> subprocess.Popen[str]:
-        """A running `shoehorn pull`."""
+    def start(self, *arguments: str, program: Sequence[str] = ("-m", "shoehorn.cli")) -> subprocess.Popen[str]:
+        """A running `shoehorn pull`; `program` is what Python runs for it."""
         source = Path(store.__file__).parents[1]
         environment = {**self.environment, "PATH": os.environ["PATH"], "HOME": str(self.models.parent),
                        "PYTHONPATH": str(source)}
-        return subprocess.Popen([sys.executable, "-m", "shoehorn.cli", "pull", *arguments], env=environment,
+        return subprocess.Popen([sys.executable, *program, "pull", *arguments], env=environment,
                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     def pull(self, *arguments: str) -> tuple[int, str, str]:
@@ -83,6 +84,16 @@ class Volume:
         seen: list[Progress] = []
         assert store.pull(self.settings, seen.append) == self.folder
         return seen
+
+
+HELD_AT_THE_CHECK = ("-c", """
+import hashlib, sys, time, types
+from shoehorn import cli, store
+hangs = types.SimpleNamespace(update=lambda _: time.sleep(600))
+store.hashlib = types.SimpleNamespace(sha256=lambda: hangs, sha1=hashlib.sha1)
+sys.exit(cli.main(sys.argv[1:]))
+""")
+"""A program for `Volume.start` that hangs where it hashes what arrived."""
 
 
 def stop_when_arrived(process: subprocess.Popen[str], least_bytes: int, number: int = signal.SIGKILL) -> None:

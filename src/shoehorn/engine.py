@@ -19,7 +19,19 @@ from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
 
-from shoehorn import converted, drafts, engine_memory, inventory, planning, proof, render, room, shown_plan, step_down
+from shoehorn import (
+    converted,
+    drafts,
+    engine_memory,
+    inventory,
+    owner,
+    planning,
+    proof,
+    render,
+    room,
+    shown_plan,
+    step_down,
+)
 from shoehorn import log as logs
 from shoehorn import settings as settings_module
 from shoehorn.errors import EXIT_DONE, DoesNotFitError, ModelUnavailableError, SettingsError, ShoehornError
@@ -50,27 +62,26 @@ def main() -> int:
     settings = settings_module.load(os.environ)
     logs.configure(settings.log_format)
     states = StateFile(settings.run_dir)
-    _stop_on_sigterm(states)
-    _end_with_owner()
+    code = EXIT_DONE
     try:
-        return _run(settings, states)
-    except OSError as error:
-        if error.errno not in room.FULL:
-            raise
+        _stop_on_sigterm(states)
+        _end_with_owner()
         try:
+            return _run(settings, states)
+        except OSError as error:
+            if error.errno not in room.FULL:
+                raise
             room.wait_for(settings.run_dir, settings.models_dir)
-        except Stopped:
-            return EXIT_DONE
-        (settings.run_dir / "engine.alive").unlink(missing_ok=True)  # it was no failure of the engine
-        return _AGAIN
+            code = _AGAIN
+    except Stopped:
+        pass
+    (settings.run_dir / "engine.alive").unlink(missing_ok=True)  # neither is a failure of the engine
+    return code
 
 
 def _run(settings: Settings, states: StateFile) -> int:
     try:
         _serve(settings, os.environ, states)
-    except Stopped:
-        (settings.run_dir / "engine.alive").unlink(missing_ok=True)
-        return EXIT_DONE
     except ShoehornError as error:
         states.update(phase=Phase.FAILED, progress=None, detail="", cause=error.cause, remedy=error.remedy)
         log.error("%s", error)
@@ -149,14 +160,14 @@ def _take_over(settings: Settings, states: StateFile) -> Restarts:
     """Settle what an earlier life of this program left: its engine, and its failure in the budget."""
     restarts = Restarts(settings.run_dir / "restarts.json")
     alive = settings.run_dir / "engine.alive"
-    left = end_recorded_group(settings.run_dir / "engine.group") + end_recorded_group(settings.run_dir / "pull.group")
     killed = alive.exists()
+    states.tell(phase=Phase.STARTING, progress=None, detail="planning", model=settings.served_model_name, cause="",
+                remedy="", engine_down=False, restarts=states.read().restarts + killed)
+    left = end_recorded_group(settings.run_dir / "engine.group") + end_recorded_group(settings.run_dir / "pull.group")
     if killed:
         failures = restarts.record()
         log.warning("the engine program was killed (failure %d); ended %d processes that it left", failures, len(left))
     alive.touch()
-    states.update(phase=Phase.STARTING, progress=None, detail="planning", model=settings.served_model_name,
-                  cause="", remedy="", engine_down=False, restarts=states.read().restarts + killed)
     return restarts
 
 
@@ -234,10 +245,10 @@ def _stop_on_sigterm(states: StateFile) -> None:
 
 def _end_with_owner() -> None:
     """End this program, as by SIGTERM, when supervisord was killed: nobody else would."""
-    owner = os.getppid()
+    supervisor = owner.owner()
 
     def watch() -> None:
-        while os.getppid() == owner:
+        while os.getppid() == supervisor:
             time.sleep(1.0)
         os.kill(os.getpid(), signal.SIGTERM)
 

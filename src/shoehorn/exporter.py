@@ -23,7 +23,7 @@ from typing import Any
 import pynvml
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
-from shoehorn import __version__, metric_table, render, vram
+from shoehorn import __version__, metric_table, owner, render, vram
 from shoehorn import log as logs
 from shoehorn import settings as settings_module
 from shoehorn.engine_metrics import EngineScrape, EngineSource
@@ -228,7 +228,7 @@ def main(environment: Mapping[str, str], nvml: Any) -> int:
     Args:
         nvml: a module like pynvml.
     """
-    owner = os.getppid()
+    supervisor = owner.owner()
     ending = {signal.SIGTERM, signal.SIGINT}
     signal.pthread_sigmask(signal.SIG_BLOCK, ending)  # before the first thread: only the wait below takes them
     try:
@@ -249,7 +249,7 @@ def main(environment: Mapping[str, str], nvml: Any) -> int:
         return 1
     threading.Thread(target=server.serve_forever, args=(0.1,), name="http", daemon=True).start()
     log.info("metrics on port %d", port)
-    while signal.sigtimedwait(ending, 1.0) is None and os.getppid() == owner:
+    while signal.sigtimedwait(ending, 1.0) is None and os.getppid() == supervisor:
         pass  # when supervisord was killed nobody else would end this
     server.shutdown()
     server.server_close()

@@ -24,8 +24,8 @@ from typing import Any
 
 import uvicorn
 
+from shoehorn import owner, tls
 from shoehorn import settings as settings_module
-from shoehorn import tls
 from shoehorn.errors import SettingsError
 from shoehorn.key_sources import SOCKET, KeySources
 from shoehorn.key_store import KeyStore
@@ -143,9 +143,9 @@ async def keep_tls(settings: Settings) -> None:
         await asyncio.to_thread(watch.look)
 
 
-async def end_with(owner: int, server: uvicorn.Server) -> None:
+async def end_with(supervisor: int, server: uvicorn.Server) -> None:
     """End when supervisord was killed, since nobody else would end this."""
-    while os.getppid() == owner:
+    while os.getppid() == supervisor:
         await asyncio.sleep(1.0)
     server.should_exit = True
 
@@ -179,7 +179,7 @@ async def serve(settings: Settings) -> None:
         timeout_keep_alive=KEEP_ALIVE_SECONDS, timeout_graceful_shutdown=1))
     async with asyncio.TaskGroup() as group:  # a task that fails ends the service, and supervisord starts it again
         tasks = [group.create_task(keep_used(service, KeyStore(settings.models_dir), names))]
-        tasks.append(group.create_task(end_with(os.getppid(), server)))
+        tasks.append(group.create_task(end_with(owner.owner(), server)))
         if settings.tls_cert_file:
             tasks.append(group.create_task(keep_tls(settings)))
         await server.serve(sockets=[listen(settings.run_dir / SOCKET)])

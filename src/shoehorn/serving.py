@@ -112,7 +112,7 @@ class Server:
         config: the path of `vllm.yaml`.
         environment: all of the engine's environment.
         socket: where it will listen.
-        on_ready: called at every readiness with the seconds that the start took.
+        on_ready: called before every readiness is published, with the seconds that the start took.
         engine_log: a file for the engine's own lines; None sends them to standard output.
         drain_seconds: how long running requests get to finish when serving ends.
         prove: asks the engine, through the given transport, for what the plan promises; False when it failed.
@@ -187,8 +187,8 @@ class Server:
                             continue
                         watchdog = Watchdog(client, self._model, _PATIENCE * (time.monotonic() - proving))
                         if not drain.requested(self._states.run_dir):
-                            self._states.update(phase=Phase.READY, progress=None, detail="serving")
                             self._on_ready(time.monotonic() - started)
+                            self._states.update(phase=Phase.READY, progress=None, detail="serving")
                     failed_at = self._worker_failed_at
                     if not ready and failed_at and time.monotonic() - failed_at > _GRACE_SECONDS:
                         log.error("a worker of the engine failed, and the others wait for it: the start is ended")

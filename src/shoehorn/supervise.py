@@ -17,6 +17,7 @@ from supervisor import supervisord
 from supervisor.medusa import asyncore_25
 from supervisor.options import ServerOptions
 
+from shoehorn import owner
 from shoehorn.process import end_recorded_group
 
 
@@ -55,6 +56,7 @@ class _Options(ServerOptions):  # type: ignore[misc]  # supervisor has no types
 
 def main(run_dir: Path) -> int:
     """Run supervisord with `run_dir`/supervisord.conf until it is told to end; returns the container's exit code."""
+    owner.own()
     supervisord.ServerOptions = _Options
     supervisord.main(["-c", str(run_dir / "supervisord.conf")])
     for group in ("engine.group", "pull.group"):

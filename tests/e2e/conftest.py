@@ -10,7 +10,7 @@ import httpx
 import pytest
 from browser import Visit, Visits, launched
 from playwright.sync_api import Browser
-from running import TEST_KEY, Appliance
+from running import TEST_KEY, Appliance, wait_until
 
 from shoehorn.state import Phase
 
@@ -21,6 +21,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Appliance]:
     running = Appliance(tmp_path_factory.mktemp("appliance"), API_KEY="")  # so it makes a key
     try:
         running.wait_for(Phase.READY)
+        wait_until(lambda: "\ncurl " in running.output, 20, "it tells how to ask")
         yield running
     finally:
         running.discard()

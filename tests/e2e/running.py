@@ -164,6 +164,7 @@ class Appliance:
 
     def kill(self) -> None:
         """SIGKILL for every process at once, as by `docker kill` or a power cut."""
+        self.process.send_signal(signal.SIGSTOP)  # else it could start one of them again meanwhile
         for process in [*self.descendants(), psutil.Process(self.process.pid)]:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
@@ -192,6 +193,7 @@ class Appliance:
         for process in left:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
+        psutil.wait_procs(left, timeout=30)
         self._reader.join(5)
         if self.process.stdout:
             self.process.stdout.close()

@@ -21,12 +21,12 @@ from shoehorn.settings import load
 pytestmark = pytest.mark.e2e
 
 _PROGRAM = """
-import pathlib, signal, sys, time
+import os, pathlib, signal, sys, time
 def stop(*_):
     pathlib.Path(sys.argv[1], "stopped").write_text(str(time.time()))
     sys.exit(0)
 signal.signal(signal.SIGTERM, stop)
-pathlib.Path(sys.argv[1], "runs").touch()
+pathlib.Path(sys.argv[1], "runs").write_text(os.environ["SHOEHORN_OWNER"])
 time.sleep(60)
 """
 
@@ -74,6 +74,11 @@ def test_the_exit_code_is_what_the_engine_left(running: subprocess.Popen[bytes],
     (tmp_path / "exit_code").write_text("5")
     running.terminate()
     assert running.wait(30) == 5
+
+
+def test_its_programs_know_whom_they_end_with(running: subprocess.Popen[bytes], tmp_path: Path) -> None:
+    wait_until(lambda: (tmp_path / "runs").read_text(), 10, "the program says so")
+    assert (tmp_path / "runs").read_text() == str(running.pid)
 
 
 def test_it_rests_while_nothing_happens(running: subprocess.Popen[bytes]) -> None:

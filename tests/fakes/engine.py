@@ -14,6 +14,7 @@ import select
 import socket
 import socketserver
 import threading
+from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -68,7 +69,8 @@ class FakeEngine:
                  trace: TracebackType | None) -> None:
         self.closing.set()
         for connection in list(self._connections):
-            connection.shutdown(socket.SHUT_RDWR)
+            with suppress(OSError):  # its handler has just closed it
+                connection.shutdown(socket.SHUT_RDWR)
         self._server.shutdown()
         self._server.server_close()  # joins the handlers' threads
         self._thread.join()

@@ -8,6 +8,7 @@ cookie. To add a fault, name it in `FAULTS` and let one place of `_Handler` ask 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import hashlib
 import json
 import os
@@ -15,6 +16,7 @@ import re
 import socket
 import struct
 import sys
+import termios
 import threading
 import time
 from collections.abc import Mapping
@@ -284,7 +286,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _reset(self, content: bytes) -> None:
         self.close_connection = True
         self.wfile.write(content[:len(content) // 2])
-        time.sleep(0.2)  # the client has that half, most likely, before what ends the connection overtakes it
+        while fcntl.ioctl(self.connection, termios.TIOCOUTQ, bytes(4)) != bytes(4):
+            time.sleep(0.01)  # until the client's side has that half, or what ends the connection would overtake it
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         os.close(self.connection.detach())
 

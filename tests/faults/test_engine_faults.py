@@ -33,14 +33,21 @@ def test_a_full_disk_does_not_stop_the_reading_of_the_engines_lines(tmp_path: Pa
                     "one", "two", "three"]
 
 
+HELPERS = pytest.mark.parametrize("program", ["shoehorn.key_service", "shoehorn.exporter"])
+
+
+def surroundings(tmp_path: Path) -> dict[str, str]:
+    """The environment of a helper."""
+    return {**os.environ, "RUN_DIR": str(tmp_path), "MODELS_DIR": str(tmp_path), "API_KEY": "a" * 32,
+            "METRICS_PORT": str(free_port()), "PYTHONPATH": str(HOME / "src")}
+
+
 @pytest.mark.fault("`kill -9` of whoever started key service or exporter", "They end by themselves: no orphan.")
-@pytest.mark.parametrize("program", ["shoehorn.key_service", "shoehorn.exporter"])
+@HELPERS
 def test_a_helper_ends_when_its_parent_was_killed(tmp_path: Path, program: str) -> None:
-    environment = {**os.environ, "RUN_DIR": str(tmp_path), "MODELS_DIR": str(tmp_path), "API_KEY": "a" * 32,
-                   "METRICS_PORT": str(free_port()), "PYTHONPATH": str(HOME / "src")}
     parent = subprocess.Popen([sys.executable, "-c", "import subprocess, sys, time\n"
                                f"print(subprocess.Popen([sys.executable, '-m', '{program}']).pid, flush=True)\n"
-                               "time.sleep(100)"], stdout=subprocess.PIPE, text=True, env=environment)
+                               "time.sleep(100)"], stdout=subprocess.PIPE, text=True, env=surroundings(tmp_path))
     with parent:
         assert parent.stdout
         child = psutil.Process(int(parent.stdout.readline()))
@@ -49,3 +56,14 @@ def test_a_helper_ends_when_its_parent_was_killed(tmp_path: Path, program: str) 
         assert child.status() != psutil.STATUS_ZOMBIE
         parent.kill()
     assert psutil.wait_procs([child], timeout=60)[1] == []
+
+
+@pytest.mark.fault("`kill -9` of supervisord while key service or exporter are still being loaded",
+                   "They end by themselves as well.")
+@HELPERS
+def test_a_helper_ends_whose_owner_was_dead_before_it_looked(tmp_path: Path, program: str) -> None:
+    with subprocess.Popen(["true"]) as dead:
+        pass
+    done = subprocess.run([sys.executable, "-m", program], timeout=60, capture_output=True, text=True,
+                          env={**surroundings(tmp_path), "SHOEHORN_OWNER": str(dead.pid)})
+    assert done.returncode == 0, done.stderr
