@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 HOME = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(HOME / "tests" / "e2e"))
+sys.path[:0] = [str(HOME / "tests" / "e2e"), str(HOME / "tests")]
 KEY = "sk-key-of-this-run-only"
 CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
 
