@@ -156,9 +156,10 @@ def ways(socket: Path, port: int, key: str) -> tuple[Way, Way]:
 def with_engine(home: Path, blocks: int, streams: int) -> dict[str, Any]:
     """The appliance with the demo model."""
     import httpx
-    from running import Appliance, wait_until
+    from running import Appliance
 
     from shoehorn.state import Phase
+    from waiting import wait_until
 
     key = "sk-bench-key-of-this-run-only"
     *most, last = every = sorted(os.sched_getaffinity(0))
@@ -184,9 +185,10 @@ def with_engine(home: Path, blocks: int, streams: int) -> dict[str, Any]:
 def with_stand_in(home: Path, blocks: int, streams: int, scraped: bool = False) -> dict[str, Any]:
     """The gateway alone, or with the exporter beside it, before a stand-in in a process of its own."""
     from gateway_process import KEY, Gateway
-    from running import free_port, wait_until
 
+    from fakes.ports import free_port
     from shoehorn.state import Phase
+    from waiting import wait_until
 
     with Gateway(home) as gate:
         sockets = {"with-middleware": gate.run_dir / "engine.sock", "bare": gate.run_dir / "bare.sock"}

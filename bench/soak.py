@@ -38,9 +38,10 @@ import psutil
 HOME = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(HOME / "src"), str(HOME / "tests" / "e2e"), str(HOME / "tests")]
 
-from running import Appliance, wait_until  # noqa: E402  # the path is set just above
+from running import Appliance  # noqa: E402  # the path is set just above
 
 from shoehorn.state import Phase  # noqa: E402  # likewise
+from waiting import wait_until  # noqa: E402  # likewise
 
 RESULT = HOME / "bench" / "results" / "soak.json"
 QUESTIONS = [f"{words} {number}?" for number in range(16)

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -70,9 +71,11 @@ def in_here(environment: dict[str, str], wish: Wish = Wish()) -> Path:  # noqa: 
         return convert.convert(settings.load(environment), wish, lambda _: None)
 
 
-def start(environment: dict[str, str], *arguments: str) -> subprocess.Popen[str]:
+def start(environment: dict[str, str], *arguments: str,
+          program: Sequence[str] = ("-m", "shoehorn.cli")) -> subprocess.Popen[str]:
+    """A running `shoehorn convert`; `program` is what Python runs for it."""
     source = str(Path(store.__file__).parents[1])
-    return subprocess.Popen([sys.executable, "-m", "shoehorn.cli", "convert", "--json", *arguments], text=True,
+    return subprocess.Popen([sys.executable, *program, "convert", "--json", *arguments], text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                             env={**environment, "PATH": os.environ["PATH"], "PYTHONPATH": source})
 
@@ -91,10 +94,7 @@ def start_held(environment: dict[str, str], most: int, *arguments: str) -> subpr
         convert._note = held
         sys.exit(cli.main(sys.argv[1:]))
         """)
-    source = str(Path(store.__file__).parents[1])
-    return subprocess.Popen([sys.executable, "-c", code, "convert", "--json", *arguments], text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            env={**environment, "PATH": os.environ["PATH"], "PYTHONPATH": source})
+    return start(environment, *arguments, program=("-c", code))
 
 
 def content(folder: Path) -> dict[str, str]:

@@ -10,7 +10,9 @@ from collections.abc import Callable
 
 import httpx
 import pytest
-from tracked import INTERRUPTED, Container, docker, wait_until
+from tracked import INTERRUPTED, Container, docker
+
+from waiting import wait_until
 
 pytestmark = pytest.mark.container
 

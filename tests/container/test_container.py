@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tracked import COMPOSE, ENDING, INTERRUPTED, Container, clean_environment, docker, wait_until
+from tracked import COMPOSE, ENDING, INTERRUPTED, Container, clean_environment, docker
 
 from fakes.hub import Hub
 from shoehorn.paths import HOME
+from waiting import wait_until
 
 pytestmark = pytest.mark.container
 

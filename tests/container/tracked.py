@@ -11,7 +11,7 @@ import os
 import re
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import httpx
@@ -19,9 +19,8 @@ import pytest
 
 from shoehorn.paths import HOME
 from shoehorn.settings import TABLE
+from waiting import SLACK, wait_until
 
-SLACK = 3
-"""Limits of time are there to find what hangs; they are for a machine at rest."""
 IMAGE = "shoehorn:cpu"
 BUILD_CANARY = "sk-canary-of-the-build-7c41d5"
 COMPOSE = ("compose", "--env-file", os.devnull, "-f", str(HOME / "docker-compose.yml"),
@@ -61,15 +60,6 @@ def docker(*arguments: str, timeout: float = 60, environment: Mapping[str, str] 
     if done.returncode not in accept:
         pytest.fail(f"docker {' '.join(arguments)}: exit code {done.returncode}\n{done.stdout}\n{done.stderr}")
     return done.stdout
-
-
-def wait_until(condition: Callable[[], object], seconds: float, what: str) -> None:
-    """Wait for a condition; fails, naming it, when it does not come true in `SLACK` times as long."""
-    deadline = time.monotonic() + SLACK * seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            pytest.fail(f"not within {SLACK * seconds} s: {what}")
-        time.sleep(0.2)
 
 
 class Container:

@@ -10,9 +10,10 @@ import httpx
 import pytest
 from browser import Visit, Visits, launched
 from playwright.sync_api import Browser
-from running import TEST_KEY, Appliance, wait_until
+from running import TEST_KEY, Appliance
 
 from shoehorn.state import Phase
+from waiting import wait_until
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,6 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
-from running import wait_until
 
 from fakes.engine import FakeEngine
 from fakes.ports import free_port
@@ -21,6 +20,7 @@ from shoehorn import gateway, key_sources, tls
 from shoehorn.files import write_atomic
 from shoehorn.settings import load
 from shoehorn.state import Phase, StateFile
+from waiting import wait_until
 
 KEY = "sk-Canary.Key+with/all~kinds_of-Characters="
 MODEL = "deepseek-ai/DeepSeek-R1"

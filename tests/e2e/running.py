@@ -8,8 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -19,22 +18,12 @@ import pytest
 from fakes.ports import free_port
 from shoehorn.paths import HOME
 from shoehorn.state import Phase, StateFile
+from waiting import SLACK, wait_until
 
 DEMO_MODEL = HOME / "demo" / "model"
 TEST_KEY = "sk-test-key-of-the-appliance"
 _MADE = re.compile(r"which only this start shows: (\S+)")
-SLACK = 3
-"""Limits of time are there to find what hangs; they are for a machine at rest."""
 KEPT = ("PATH", "HOME", "LANG", "TMPDIR")
-
-
-def wait_until(condition: Callable[[], object], seconds: float, what: str | Callable[[], str]) -> None:
-    """Wait for a condition; fails, naming it, when it does not come true in `SLACK` times as long."""
-    deadline = time.monotonic() + SLACK * seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            pytest.fail(f"not within {SLACK * seconds} s: {what if isinstance(what, str) else what()}")
-        time.sleep(0.1)
 
 
 def gone(process: psutil.Process) -> bool:

@@ -17,9 +17,10 @@ from collections.abc import Callable, Iterator
 import httpx
 import pytest
 from clients import ERROR_ENDS, HELLO, LONG, Asking
-from running import Appliance, wait_until
+from running import Appliance
 
 from shoehorn.state import Phase
+from waiting import wait_until
 
 pytestmark = pytest.mark.e2e
 

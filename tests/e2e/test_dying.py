@@ -13,9 +13,10 @@ import httpx
 import psutil
 import pytest
 from clients import ERROR_ENDS, HELLO, Asking
-from running import TEST_KEY, Appliance, Filling, wait_until
+from running import TEST_KEY, Appliance, Filling
 
 from shoehorn.state import Phase, StateFile
+from waiting import wait_until
 
 pytestmark = pytest.mark.e2e
 

@@ -14,10 +14,10 @@ from pathlib import Path
 import httpx
 import pytest
 from gateway_process import BEARER, KEY, Gateway, anthropic_error, authorization, openai_error, request
-from running import wait_until
 
 from fakes.engine import FakeEngine
 from shoehorn.commands import keys as command
+from waiting import wait_until
 
 pytestmark = pytest.mark.e2e
 

@@ -17,12 +17,12 @@ from pathlib import Path
 import httpx
 import pytest
 from gateway_process import BEARER, KEY, Gateway, authorization, error_of, openai_error, request
-from running import wait_until
 
 from fakes import certificates
 from shoehorn.errors import SettingsError
 from shoehorn.paths import HOME
 from shoehorn.state import Phase
+from waiting import wait_until
 
 pytestmark = pytest.mark.e2e
 

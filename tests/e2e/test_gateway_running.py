@@ -18,11 +18,11 @@ from pathlib import Path
 import httpx
 import pytest
 from gateway_process import BEARER, KEY, MODEL, Gateway, authorization, openai_error
-from running import wait_until
 
 from shoehorn import gateway
 from shoehorn.paths import GATEWAY
 from shoehorn.state import Phase
+from waiting import wait_until
 
 pytestmark = pytest.mark.e2e
 

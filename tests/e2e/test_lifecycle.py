@@ -13,13 +13,14 @@ from pathlib import Path
 import httpx
 import pytest
 from clients import ERROR_ENDS, Asking
-from running import DEMO_MODEL, Appliance, gone, wait_until
+from running import DEMO_MODEL, Appliance, gone
 
 from fakes import certificates
 from fakes.hub import Hub
 from shoehorn import checkpoint
 from shoehorn.state import Phase, StateFile
 from shoehorn.tensor_files import LocalFiles
+from waiting import wait_until
 
 pytestmark = pytest.mark.e2e
 

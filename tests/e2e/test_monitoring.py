@@ -21,11 +21,12 @@ from typing import Any
 import httpx
 import pytest
 import yaml
-from running import Appliance, wait_until
+from running import Appliance
 
 from fakes.ports import free_port
 from shoehorn.paths import HOME
 from shoehorn.state import StateFile
+from waiting import wait_until
 
 pytestmark = pytest.mark.e2e
 

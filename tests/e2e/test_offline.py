@@ -14,11 +14,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from running import DEMO_MODEL, TEST_KEY, Appliance, wait_until
+from running import DEMO_MODEL, TEST_KEY, Appliance
 
 from fakes.hub import Hub
 from pulling import Volume
 from shoehorn.state import Phase
+from waiting import wait_until
 
 pytestmark = pytest.mark.e2e
 

@@ -13,10 +13,11 @@ import httpx
 import pytest
 from browser import Visit, Visits
 from playwright.sync_api import Route, expect
-from running import DEMO_MODEL, Appliance, wait_until
+from running import DEMO_MODEL, Appliance
 
 from fakes.hub import Hub
 from shoehorn.state import StateFile
+from waiting import wait_until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.browser]
 

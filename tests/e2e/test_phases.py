@@ -14,11 +14,12 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
-from running import DEMO_MODEL, TEST_KEY, Appliance, Filling, gone, wait_until
+from running import DEMO_MODEL, TEST_KEY, Appliance, Filling, gone
 
 from fakes.hub import Hub
 from shoehorn import inventory
 from shoehorn.state import Phase, StateFile
+from waiting import wait_until
 
 pytestmark = pytest.mark.e2e
 

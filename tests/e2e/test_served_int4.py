@@ -12,10 +12,11 @@ from pathlib import Path
 
 import httpx
 import pytest
-from running import DEMO_MODEL, Appliance, wait_until
+from running import DEMO_MODEL, Appliance
 
 from fakes.hub import Hub
 from shoehorn.state import Phase, StateFile
+from waiting import wait_until
 
 pytestmark = pytest.mark.e2e
 

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from running import wait_until
 
 from fakes import captured
 from shoehorn.state import Phase, State, StateFile
+from waiting import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 MACHINE = ROOT / "tests" / "fakes" / "gpu_machine"

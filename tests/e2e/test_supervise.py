@@ -12,11 +12,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from running import wait_until
 
 from shoehorn.process import end_group
 from shoehorn.render import write_supervisord_config
 from shoehorn.settings import load
+from waiting import wait_until
 
 pytestmark = pytest.mark.e2e
 
