@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-SLACK = 3
+SLACK = 6
 """Limits of time are there to find what hangs; they are for a machine at rest."""
 
 

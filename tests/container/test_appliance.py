@@ -41,7 +41,7 @@ def test_it_serves_a_completion_with_the_key_and_none_without(appliance: Contain
 
 
 def test_one_scrape_has_the_appliance_and_the_engine(appliance: Container) -> None:
-    text = httpx.get(f"{appliance.url(6334)}/metrics", timeout=10).text
+    text = httpx.get(f"{appliance.url(6334)}/metrics", timeout=60).text
     assert re.search(r"^shoehorn_", text, re.MULTILINE)
     assert re.search(r"^vllm:", text, re.MULTILINE)
 
@@ -74,7 +74,7 @@ def test_the_key_is_shown_once_and_lies_nowhere_else(appliance: Container, key: 
     assert key not in "\n".join(arguments for _, arguments in appliance.processes())
     assert key not in appliance.execute("sh", "-c", "cat /proc/[0-9]*/environ")
     for place in (f"{appliance.url(6333)}/status", f"{appliance.url(6333)}/", f"{appliance.url(6334)}/metrics"):
-        assert key not in httpx.get(place, timeout=10).text
+        assert key not in httpx.get(place, timeout=60).text
     assert appliance.execute("stat", "-c", "%a %u", "/models/.shoehorn/keys.json").split() == ["600", "10001"]
 
 
@@ -154,7 +154,7 @@ def test_a_stop_while_a_stream_runs_ends_it_within_the_grace_period(appliance: C
     code, seconds = appliance.stop()
     assert code == 0
     assert seconds < 30
-    assert ended.wait(5)
+    assert ended.wait(60)
     thread.join()
 
 

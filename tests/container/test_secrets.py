@@ -82,7 +82,7 @@ def _nowhere(text: str) -> None:
 
 
 def test_the_key_works_so_that_the_search_means_something(container: Container) -> None:
-    answer = httpx.get(f"{container.url(6333)}/v1/models", headers={"Authorization": f"Bearer {KEY}"}, timeout=10)
+    answer = httpx.get(f"{container.url(6333)}/v1/models", headers={"Authorization": f"Bearer {KEY}"}, timeout=60)
     assert answer.status_code == 200
 
 
@@ -128,7 +128,7 @@ print(connection.getresponse().status)
 def test_what_anybody_may_read_has_neither(container: Container) -> None:
     public, metrics = container.url(6333), container.url(6334)
     for address in (f"{public}/", f"{public}/status", f"{public}/readyz", f"{public}/livez", f"{metrics}/metrics"):
-        answer = httpx.get(address, timeout=10)
+        answer = httpx.get(address, timeout=60)
         assert answer.status_code == 200
         _nowhere(answer.text + str(answer.headers))
 

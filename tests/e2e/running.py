@@ -157,7 +157,7 @@ class Appliance:
         for process in [*self.descendants(), psutil.Process(self.process.pid)]:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
-        self.process.wait(10)
+        self.process.wait(60)
 
     def wait(self, seconds: float) -> int:
         """Wait for the end; returns the exit code. Fails when a process outlives it."""
@@ -166,7 +166,7 @@ class Appliance:
         except subprocess.TimeoutExpired:
             pytest.fail(f"still running after {SLACK * seconds} s:\n{self.output[-3000:]}")
         wait_until(lambda: not self.descendants(), 5, f"no process left, but {self.descendants()}")
-        self._reader.join(5)
+        self._reader.join(60)
         return self.process.returncode
 
     def discard(self) -> None:
@@ -183,7 +183,7 @@ class Appliance:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
         psutil.wait_procs(left, timeout=30)
-        self._reader.join(5)
+        self._reader.join(60)
         if self.process.stdout:
             self.process.stdout.close()
 

@@ -99,7 +99,7 @@ def _without_key(dice: random.Random) -> bytes:
 def _exchange(port: int, data: bytes) -> bytes:
     """The first bytes of the answer; empty when none comes."""
     answer = b""
-    with socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
         try:
             connection.sendall(data)
             connection.settimeout(0.2)  # nginx still waits for the rest of some of them

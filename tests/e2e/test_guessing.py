@@ -26,7 +26,7 @@ Start = Callable[..., Appliance]
 
 def accepted(appliance: Appliance) -> float:
     """Guessed tokens that the engine has accepted since its start."""
-    text = httpx.get(f"http://127.0.0.1:{appliance.metrics_port}/metrics", timeout=20).text
+    text = httpx.get(f"http://127.0.0.1:{appliance.metrics_port}/metrics", timeout=60).text
     found = re.search(r"^vllm:spec_decode_num_accepted_tokens_total\{[^}]*\} (\S+)$", text, re.MULTILINE)
     assert found, text
     return float(found[1])
@@ -52,7 +52,7 @@ def test_a_draft_is_pulled_too_and_guesses(start: Start, appliance: Appliance, t
     assert options["speculative-config"]["model"] == str(tmp_path / "models" / "shoehorn" / "draft")
     assert answers(drafted) == answers(appliance)
     assert accepted(drafted) > 0, "the draft is the model itself, so it guesses well"
-    refused = httpx.post(f"{drafted.url}/v1/completions", headers=drafted.headers(), timeout=20,
+    refused = httpx.post(f"{drafted.url}/v1/completions", headers=drafted.headers(), timeout=60,
                          json={"model": "shoehorn-demo", "prompt": "a", "min_p": 0.5})
     assert (refused.status_code, "min_p" in refused.json()["error"]["message"]) == (400, True)
     assert drafted.end() == 0

@@ -71,7 +71,7 @@ class Prometheus:
 
     def ask(self, path: str, **parameters: str) -> Any:
         """`data` of an API answer."""
-        answer = httpx.get(f"http://127.0.0.1:{self.port}/api/v1/{path}", params=parameters, timeout=10)
+        answer = httpx.get(f"http://127.0.0.1:{self.port}/api/v1/{path}", params=parameters, timeout=60)
         assert answer.status_code == 200, answer.text
         return answer.json()["data"]
 
@@ -83,7 +83,7 @@ class Prometheus:
     def up(self) -> bool:
         """Whether it answers, which it does from a moment after it listens, and has scraped."""
         try:
-            ready = httpx.get(f"http://127.0.0.1:{self.port}/-/ready", timeout=10).status_code == 200
+            ready = httpx.get(f"http://127.0.0.1:{self.port}/-/ready", timeout=60).status_code == 200
         except httpx.TransportError:
             return False
         return ready and bool(self.values('up{job="shoehorn"} == 1'))
@@ -118,7 +118,7 @@ def prometheus(shared: Appliance, tmp_path_factory: pytest.TempPathFactory) -> I
             yield running
         finally:
             running.process.terminate()
-            running.process.wait(20)
+            running.process.wait(60)
             exporter.terminate()
             StateFile(shared.run_dir).update(memory=before.memory, failures=before.failures, progress=before.progress,
                                              bytes_done=before.bytes_done, bytes_total=before.bytes_total)

@@ -96,7 +96,7 @@ def test_a_key_with_limits_is_held_to_them_until_it_is_revoked(appliance: Applia
     def keys(*words: str) -> str:
         environment = {**os.environ, "MODELS_DIR": str(appliance.models_dir), "RUN_DIR": str(appliance.run_dir)}
         return subprocess.run([sys.executable, "-m", "shoehorn.cli", "keys", *words], capture_output=True, text=True,
-                              timeout=20, check=True, env=environment).stdout.strip()
+                              timeout=60, check=True, env=environment).stdout.strip()
 
     headers = {"X-Api-Key": keys("add", "limited", "--requests-per-minute", "1", "--max-tokens", "3")}
     body = {**_ask("hello"), "ignore_eos": True}
@@ -135,7 +135,7 @@ def test_one_scrape_holds_appliance_and_engine(appliance: Appliance, client: htt
 def test_the_health_check_says_yes(appliance: Appliance, question: str) -> None:
     check = [sys.executable, str(HOME / "healthcheck" / "healthcheck.py"), question]
     done = subprocess.run(check, env={**os.environ, "PORT": str(appliance.port)}, capture_output=True, text=True,
-                          timeout=20, check=False)
+                          timeout=60, check=False)
     assert done.returncode == 0, done.stdout
 
 

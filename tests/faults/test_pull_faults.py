@@ -299,7 +299,7 @@ def test_a_stopped_pull_leaves_no_process(mount: Mount, model: Path, number: sig
         volume = mount(hub)
         with volume.start("--json") as process:
             stop_when_arrived(process, 1, number)
-            _, err = process.communicate(timeout=20)
+            _, err = process.communicate(timeout=60)
         assert process.returncode == 128 + number
         assert TOKEN not in err
         assert left(volume) == []
