@@ -47,8 +47,9 @@ sys.exit(exporter.main(os.environ, nvml))
 MEMORY = tuple({"gpu": 0, "part": part, "expected_bytes": size, "measured_bytes": size} for part, size in (
     ("weights", 100 << 20), ("kv_cache", 80 << 20), ("cuda_graphs", 10 << 20), ("framework", 300 << 20),
     ("total", 490 << 20)))
-CROWDS = {1: "1", 3: "2 to 3", 6: "4 to 7", 8: "8 to 15"}
-"""So many requests at a time, and the bars where they are seen: the CPU profile computes eight at a time."""
+CROWDS = {1: "1", 3: "2 to 3", 6: "4 to 7", 12: "8 to 15"}
+"""So many requests at a time, and the bars where they are seen: the CPU profile computes eight at a time, and four
+wait here, so that there are always eight."""
 
 EMPTY = re.compile(r" by concurrency: (16 to 31|32 to 63|64 or more)$")
 """Queries that rightly find nothing here: more requests at a time than there were."""
