@@ -19,7 +19,7 @@ GROUPS = (
                                      "tests/e2e/test_gateway")),
     ("Starts, stops and kills, in every phase", ("tests/e2e/test_phases", "tests/e2e/test_dying",
                                                  "tests/e2e/test_lifecycle")),
-    ("Starting and serving", ("tests/faults/test_engine", "tests/e2e/test_")),
+    ("Starting and serving", ("tests/faults/test_engine", "tests/unit/test_exporter", "tests/e2e/test_")),
     ("In the container", ("tests/container/test_",)),
 )
 

@@ -222,6 +222,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """No line a scrape."""
 
 
+def _came(signals: set[signal.Signals], seconds: float) -> bool:
+    """Whether one of these blocked signals comes within so many seconds.
+
+    What Python's sigtimedwait returns when the process was stopped past its time (SIGSTOP) is noise.
+    """
+    came = signal.sigtimedwait(signals, seconds)
+    return came is not None and came.si_signo in signals
+
+
 def main(environment: Mapping[str, str], nvml: Any) -> int:
     """Serve until SIGTERM; returns the exit code.
 
@@ -249,7 +258,7 @@ def main(environment: Mapping[str, str], nvml: Any) -> int:
         return 1
     threading.Thread(target=server.serve_forever, args=(0.1,), name="http", daemon=True).start()
     log.info("metrics on port %d", port)
-    while signal.sigtimedwait(ending, 1.0) is None and os.getppid() == supervisor:
+    while not _came(ending, 1.0) and os.getppid() == supervisor:
         pass  # when supervisord was killed nobody else would end this
     server.shutdown()
     server.server_close()

@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -42,13 +43,19 @@ def handle(headers: Mapping[str, str], body: Mapping[str, str], run_dir: Path) -
 
 
 def run(source: TextIO, sink: TextIO, run_dir: Path, supervisor: int) -> None:
-    """Answer events until `source` ends, as it does when supervisord was killed; `supervisor` is its process id."""
+    """Answer events until supervisord, whose process id is `supervisor`, was killed: then end nginx."""
+    with suppress(BrokenPipeError, ProcessLookupError):  # it was killed before it could be answered
+        _answer(source, sink, run_dir, supervisor)
+    _end_gateway(run_dir)
+
+
+def _answer(source: TextIO, sink: TextIO, run_dir: Path, supervisor: int) -> None:
+    """Answer events until `source` ends."""
     while True:
         sink.write("READY\n")
         sink.flush()
         line = source.readline()
         if not line:
-            _end_gateway(run_dir)
             return
         headers = _pairs(line)
         body = _pairs(source.read(int(headers.get("len", "0"))))

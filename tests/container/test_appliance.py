@@ -16,6 +16,9 @@ from waiting import wait_until
 
 pytestmark = pytest.mark.container
 
+PARTS = ("tini", "shoehorn.supervise", "shoehorn.watcher", "shoehorn.engine", "shoehorn.exporter",
+         "shoehorn.key_service", "nginx: master", "nginx: worker", "vllm", "VLLM::EngineCore")
+
 _QUESTION = [{"role": "user", "content": "What is your name?"}]
 
 
@@ -53,10 +56,8 @@ def test_docker_calls_it_healthy(appliance: Container) -> None:
 def test_every_part_runs_and_none_as_root(appliance: Container) -> None:
     processes = appliance.processes()
     assert {uid for uid, _ in processes} == {10001}
-    parts = ("tini", "shoehorn.supervise", "shoehorn.watcher", "shoehorn.engine", "shoehorn.exporter",
-             "shoehorn.key_service", "nginx: master", "nginx: worker", "vllm", "VLLM::EngineCore")
     lines = [arguments for _, arguments in processes]
-    assert [part for part in parts if not any(part in line for line in lines)] == []
+    assert [part for part in PARTS if not any(part in line for line in lines)] == []
 
 
 def test_only_gateway_and_exporter_listen_beyond_loopback(appliance: Container) -> None:
@@ -65,6 +66,21 @@ def test_only_gateway_and_exporter_listen_beyond_loopback(appliance: Container) 
     assert len(listening) > 2  # the engine's parts talk to each other over loopback
     loopback = re.compile("(0{16}0000FFFF0000)?[0-9A-F]{6}7F|0{24}01000000")
     assert {int(port, 16) for address, port in listening if not loopback.fullmatch(address)} == {6333, 6334}
+
+
+@pytest.mark.fault("`docker pause` and `docker unpause` while serving", "It goes on, with the same processes.")
+def test_a_pause_is_survived(appliance: Container, key: str) -> None:
+    def processes() -> list[str]:
+        table = docker("top", appliance.id, "-eo", "pid,args").splitlines()
+        return sorted(line for line in table if any(part in line for part in PARTS))  # no passing health check
+
+    before = processes()
+    docker("pause", appliance.id)
+    time.sleep(5)
+    docker("unpause", appliance.id)
+    assert _chat(appliance, key).status_code == 200
+    assert httpx.get(f"{appliance.url(6334)}/metrics", timeout=60).status_code == 200
+    assert processes() == before
 
 
 def test_the_key_is_shown_once_and_lies_nowhere_else(appliance: Container, key: str) -> None:

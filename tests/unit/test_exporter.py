@@ -223,6 +223,18 @@ def test_a_signal_ends_it_at_once_also_during_a_scrape(start: Callable[..., Runn
             assert client.recv(1) == b"", "it waited for the end of the scrape"
 
 
+@pytest.mark.fault("SIGSTOP of the exporter, and on again", "It goes on.")
+def test_it_goes_on_after_it_was_stopped(start: Callable[..., Running]) -> None:
+    running = start().wait()
+    for _ in range(2):
+        running.process.send_signal(signal.SIGSTOP)
+        time.sleep(1.5)  # longer than it waits for a signal at a time
+        running.process.send_signal(signal.SIGCONT)
+        running.scrape()
+    assert "metrics on port" in running.end()
+    assert running.process.returncode == 0
+
+
 def test_it_ends_when_its_owner_was_killed(tmp_path: Path) -> None:
     port = free_port()
     code = "import subprocess, sys; subprocess.run([sys.executable, '-m', 'shoehorn.exporter'])"

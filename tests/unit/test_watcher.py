@@ -7,6 +7,8 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -78,9 +80,15 @@ def test_what_a_dead_program_left_is_ended(tmp_path: Path) -> None:
     assert members(leader.pid) == []
 
 
-def sleeper() -> subprocess.Popen[bytes]:
+@contextmanager
+def sleeper() -> Iterator[subprocess.Popen[bytes]]:
     """A process that leads a group of its own."""
-    return subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_nginx_ends_with_supervisord(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,6 +98,44 @@ def test_nginx_ends_with_supervisord(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert nginx.wait(60) == -signal.SIGKILL
     (tmp_path / "nginx.pid").write_text("")
     _run("", tmp_path, monkeypatch)
+
+
+class Closing(io.StringIO):
+    """A pipe whose reader goes away after so many writes."""
+
+    left = 0
+
+    def write(self, text: str) -> int:
+        self.left -= 1
+        if self.left < 0:
+            raise BrokenPipeError
+        return super().write(text)
+
+
+@pytest.mark.parametrize("answers", [0, 1])
+def test_nginx_ends_with_a_supervisord_that_cannot_be_answered_any_more(tmp_path: Path, answers: int) -> None:
+    """Killed while its listener is still being loaded, or is busy with an event."""
+    sink = Closing()
+    sink.left = answers
+    with sleeper() as nginx:
+        (tmp_path / "nginx.pid").write_text(f"{nginx.pid}\n")
+        events = io.StringIO(_event("PROCESS_STATE_EXITED", "processname:exporter expected:0"))
+        watcher.run(events, sink, tmp_path, 4242)
+        assert nginx.wait(60) == -signal.SIGKILL
+
+
+def test_nginx_ends_with_a_supervisord_that_cannot_be_ended_any_more(tmp_path: Path,
+                                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(_pid: int, _number: int) -> None:
+        raise ProcessLookupError
+
+    with sleeper() as nginx:
+        (tmp_path / "nginx.pid").write_text(f"{nginx.pid}\n")
+        with monkeypatch.context() as patch:
+            patch.setattr(watcher.os, "kill", gone)
+            events = io.StringIO(_event("PROCESS_STATE_FATAL", "processname:gateway"))
+            watcher.run(events, io.StringIO(), tmp_path, 4242)
+        assert nginx.wait(60) == -signal.SIGKILL
 
 
 def test_a_full_disk_does_not_keep_the_container_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
