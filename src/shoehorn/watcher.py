@@ -91,4 +91,5 @@ def _say(message: str) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # from the kernel, to who is stopped while supervisord is killed
     run(sys.stdin, sys.stdout, Path(sys.argv[1]), os.getppid())

@@ -138,6 +138,25 @@ def test_nginx_ends_with_a_supervisord_that_cannot_be_ended_any_more(tmp_path: P
         assert nginx.wait(60) == -signal.SIGKILL
 
 
+_SUPERVISORD = """
+import os, signal, subprocess, sys, time
+listener = subprocess.Popen([sys.executable, "-m", "shoehorn.watcher", sys.argv[1]], stdin=subprocess.PIPE,
+                            stdout=subprocess.PIPE, process_group=0)
+listener.stdout.readline()
+listener.send_signal(signal.SIGSTOP)
+os.waitpid(listener.pid, os.WUNTRACED)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_nginx_ends_with_a_supervisord_that_was_killed_while_its_listener_was_stopped(tmp_path: Path) -> None:
+    """The kernel sends SIGHUP and SIGCONT to a stopped group that has lost its parent."""
+    with sleeper() as nginx:
+        (tmp_path / "nginx.pid").write_text(f"{nginx.pid}\n")
+        assert subprocess.run([sys.executable, "-c", _SUPERVISORD, str(tmp_path)], check=False).returncode < 0
+        assert nginx.wait(60) == -signal.SIGKILL
+
+
 def test_a_full_disk_does_not_keep_the_container_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "exit_code").symlink_to("/dev/full")
     monkeypatch.setattr(Path, "exists", lambda _path: False)
