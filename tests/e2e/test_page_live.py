@@ -51,26 +51,27 @@ def test_a_wrong_key_is_refused_and_the_right_one_chats(appliance: Appliance, vi
     expect(seen.page.get_by_label("API key")).to_be_focused()
     seen.use_key(appliance.key)
     expect(seen.page.get_by_label("Your message")).to_be_focused()
-    drawn = seen.page.evaluate_handle("""() => {
-        const lengths = new Set();
-        new MutationObserver(() => lengths.add(document.querySelector(".assistant .text").textContent.length))
-            .observe(document.getElementById("log"), {subtree: true, childList: true, characterData: true});
-        return lengths;
-    }""")
     seen.ask(NAME)
     expect(seen.page.locator("#activity")).to_have_text("The answer is complete.", timeout=60_000)
     assert "Shoehorn" in seen.text(".assistant .text")
-    assert drawn.evaluate("lengths => lengths.size") > 3, "it came piece by piece"
     assert float(seen.text("#speed").split()[0]) > 0
     used, limit = (int(word.replace(",", "")) for word in seen.text("#context").split() if word[0].isdigit())
     assert 0 < used < limit == 2048
     assert seen.page.get_by_role("meter").evaluate("meter => meter.value") == used
 
 
-def test_an_answer_is_stopped_and_the_engine_is_free_again(appliance: Appliance, visit: Visits) -> None:
+def test_an_answer_is_drawn_as_it_comes_and_is_stopped_and_the_engine_is_free_again(appliance: Appliance,
+                                                                                   visit: Visits) -> None:
     seen = visit(appliance.url)
     seen.use_key(appliance.key)
+    drawn = seen.page.evaluate_handle("""() => {
+        const lengths = new Set();
+        new MutationObserver(() => lengths.add(document.querySelector(".assistant .text")?.textContent.length))
+            .observe(document.getElementById("log"), {subtree: true, childList: true, characterData: true});
+        return lengths;
+    }""")
     ask_for_long(seen)
+    wait_until(lambda: drawn.evaluate("lengths => lengths.size") > 3, 30, "it is drawn piece by piece")
     stop = seen.page.get_by_role("button", name="Stop")
     stop.click()
     expect(seen.page.locator(".assistant .note")).to_have_text("Stopped.")
