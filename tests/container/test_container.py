@@ -107,7 +107,7 @@ def test_a_stop_while_loading_is_obeyed_and_a_given_key_shows_nowhere(run: Run, 
     container = run(f"--volume={tmp_path}:/run/secrets:ro", **DEMO, API_KEY_FILE="/run/secrets/api_key")
     container.wait_for("loading", 30)
     wait_until(lambda: "Starting to load model" in container.logs, 90, "the engine core loads")
-    seen = "\n".join(arguments for _, arguments in container.processes())
+    seen = "\n".join(arguments for *_, arguments in container.processes())
     seen += container.execute("sh", "-c", "cat /proc/[0-9]*/environ") + json.dumps(container.inspect())
     container.announce(*INTERRUPTED)
     code, seconds = container.stop()

@@ -89,10 +89,10 @@ class Container:
         """Run a command inside; returns its standard output."""
         return docker("exec", self.id, *command, accept=accept)
 
-    def processes(self) -> list[tuple[int, str]]:
-        """(uid, command line) of every process inside."""
+    def processes(self) -> list[tuple[int, int, str]]:
+        """(process id, uid, command line) of every process inside."""
         table = docker("top", self.id, "-eo", "pid,uid,args").splitlines()[1:]
-        return [(int(uid), arguments) for _, uid, arguments in (line.split(None, 2) for line in table)]
+        return [(int(pid), int(uid), arguments) for pid, uid, arguments in (line.split(None, 2) for line in table)]
 
     def url(self, port: int) -> str:
         """Where a port of the container is published."""

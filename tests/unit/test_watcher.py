@@ -81,9 +81,10 @@ def test_what_a_dead_program_left_is_ended(tmp_path: Path) -> None:
 
 
 @contextmanager
-def sleeper() -> Iterator[subprocess.Popen[bytes]]:
-    """A process that leads a group of its own."""
+def in_place_of_nginx(run_dir: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that leads a group of its own and is written down as nginx."""
     process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+    (run_dir / "nginx.pid").write_text(f"{process.pid}\n")
     try:
         yield process
     finally:
@@ -92,8 +93,7 @@ def sleeper() -> Iterator[subprocess.Popen[bytes]]:
 
 
 def test_nginx_ends_with_supervisord(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with sleeper() as nginx:
-        (tmp_path / "nginx.pid").write_text(f"{nginx.pid}\n")
+    with in_place_of_nginx(tmp_path) as nginx:
         _run("", tmp_path, monkeypatch)
         assert nginx.wait(60) == -signal.SIGKILL
     (tmp_path / "nginx.pid").write_text("")
@@ -103,24 +103,23 @@ def test_nginx_ends_with_supervisord(tmp_path: Path, monkeypatch: pytest.MonkeyP
 class Closing(io.StringIO):
     """A pipe whose reader goes away after so many writes."""
 
-    left = 0
+    def __init__(self, writes: int) -> None:
+        super().__init__()
+        self._left = writes
 
     def write(self, text: str) -> int:
-        self.left -= 1
-        if self.left < 0:
+        if not self._left:
             raise BrokenPipeError
+        self._left -= 1
         return super().write(text)
 
 
 @pytest.mark.parametrize("answers", [0, 1])
 def test_nginx_ends_with_a_supervisord_that_cannot_be_answered_any_more(tmp_path: Path, answers: int) -> None:
     """Killed while its listener is still being loaded, or is busy with an event."""
-    sink = Closing()
-    sink.left = answers
-    with sleeper() as nginx:
-        (tmp_path / "nginx.pid").write_text(f"{nginx.pid}\n")
+    with in_place_of_nginx(tmp_path) as nginx:
         events = io.StringIO(_event("PROCESS_STATE_EXITED", "processname:exporter expected:0"))
-        watcher.run(events, sink, tmp_path, 4242)
+        watcher.run(events, Closing(answers), tmp_path, 4242)
         assert nginx.wait(60) == -signal.SIGKILL
 
 
@@ -129,8 +128,7 @@ def test_nginx_ends_with_a_supervisord_that_cannot_be_ended_any_more(tmp_path: P
     def gone(_pid: int, _number: int) -> None:
         raise ProcessLookupError
 
-    with sleeper() as nginx:
-        (tmp_path / "nginx.pid").write_text(f"{nginx.pid}\n")
+    with in_place_of_nginx(tmp_path) as nginx:
         with monkeypatch.context() as patch:
             patch.setattr(watcher.os, "kill", gone)
             events = io.StringIO(_event("PROCESS_STATE_FATAL", "processname:gateway"))
@@ -139,7 +137,7 @@ def test_nginx_ends_with_a_supervisord_that_cannot_be_ended_any_more(tmp_path: P
 
 
 _SUPERVISORD = """
-import os, signal, subprocess, sys, time
+import os, signal, subprocess, sys
 listener = subprocess.Popen([sys.executable, "-m", "shoehorn.watcher", sys.argv[1]], stdin=subprocess.PIPE,
                             stdout=subprocess.PIPE, process_group=0)
 listener.stdout.readline()
@@ -151,8 +149,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 def test_nginx_ends_with_a_supervisord_that_was_killed_while_its_listener_was_stopped(tmp_path: Path) -> None:
     """The kernel sends SIGHUP and SIGCONT to a stopped group that has lost its parent."""
-    with sleeper() as nginx:
-        (tmp_path / "nginx.pid").write_text(f"{nginx.pid}\n")
+    with in_place_of_nginx(tmp_path) as nginx:
         assert subprocess.run([sys.executable, "-c", _SUPERVISORD, str(tmp_path)], check=False).returncode < 0
         assert nginx.wait(60) == -signal.SIGKILL
 
