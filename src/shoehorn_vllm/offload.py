@@ -1,8 +1,9 @@
 """Mends of the engine's offload: weights lie once in host memory, with all that belongs to them, and a draft stays.
 
-Four defects of vLLM 0.32.0 (model_executor/offloader/) and vllm-bnb-plugin 0.0.3:
+Four defects of vLLM 0.32.0 (model_executor/offloader/, model_loader/utils.py) and vllm-bnb-plugin 0.0.3:
 - until the load is over, prefetch keeps the memory that each weight was read into beside the memory that it was
-  repacked into: 79 GB of host memory were pinned for a model of 35 GB. It is let go as soon as the weight has moved;
+  repacked into: 79 GB of host memory were pinned for a model of 35 GB. A repacked weight goes back to where it lay;
+  and with UVA too it lies in memory that is no larger than the weight (`host_memory`);
 - bitsandbytes' absmax is no parameter, so it stays on the card when its weights do not, and the loader unpacks it there
   from 8 to 32 bits, although bitsandbytes 0.50 works with the packed one: 4 GB for a 70B. With prefetch it stays packed
   and travels;
@@ -14,51 +15,63 @@ Four defects of vLLM 0.32.0 (model_executor/offloader/) and vllm-bnb-plugin 0.0.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.model_loader import utils as loading
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
-from vllm.model_executor.offloader.base import NoopOffloader, get_offloader, set_offloader, should_pin_memory
+from vllm.model_executor.offloader import uva
+from vllm.model_executor.offloader.base import NoopOffloader, get_offloader, set_offloader
 from vllm.model_executor.offloader.prefetch import PrefetchOffloader, _CpuParamOffloader
-from vllm.utils.torch_utils import get_accelerator_view_from_cpu_tensor
+from vllm.model_executor.offloader.uva import UVAOffloader
 from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 from vllm_bnb_plugin.bitsandbytes_loader import (  # type: ignore[import-untyped]  # it has no py.typed
     BitsAndBytesModelLoader,
 )
 
-from shoehorn_vllm import quant_state
-
-_moved_out: Callable[..., None] = _CpuParamOffloader._offload_to_cpu_internal
-_updated: Callable[..., None] = _CpuParamOffloader._update_cpu_storage_from_param
-_ended: Callable[..., None] = PrefetchOffloader.post_init
-_unpacked: Callable[..., Any] = BitsAndBytesModelLoader._dequantize_dq
-_loaded: Callable[..., nn.Module] = BaseModelLoader.load_model
-_draft_loaded: Callable[..., None] = DraftModelSpeculator.load_model
+from shoehorn_vllm import host_memory, quant_state
 
 
 def apply() -> None:
-    """Mend the offload of this process: methods of the engine's classes are replaced."""
-    for owner, name, mended in (
-            (_CpuParamOffloader, "_offload_to_cpu_internal", _move_out),
-            (_CpuParamOffloader, "_update_cpu_storage_from_param", _update),
-            (PrefetchOffloader, "post_init", _end), (BitsAndBytesModelLoader, "_dequantize_dq", _unpack),
-            (BaseModelLoader, "load_model", _load), (DraftModelSpeculator, "load_model", _load_draft)):
+    """Mend the offload of this process: functions of the engine are replaced."""
+    for owner, name, mended in _MENDS:
         setattr(owner, name, mended)
 
 
 def _move_out(offloader: Any) -> None:
-    _moved_out(offloader)
-    offloader._cpu_storage = None  # the parameter holds it, until it is repacked
+    parameter = offloader._param
+    parameter.data = host_memory.like(parameter.data).copy_(parameter.data)
+    offloader.offloaded_bytes = parameter.data.nbytes  # the parameter holds it, until it is repacked
+
+
+@contextmanager
+def _on_card(module: nn.Module, target: torch.device) -> Iterator[nn.Module]:
+    places = {} if target.type == "cpu" else {
+        name: parameter.data for name, parameter in module.named_parameters() if parameter.device.type == "cpu"}
+    for name, parameter in module.named_parameters():
+        if name in places:
+            parameter.data = parameter.data.to(target)
+    with engines_own[_on_card](module, target):
+        yield module
+    for name, parameter in module.named_parameters():
+        if name in places:
+            parameter.data = host_memory.back(parameter.data, places.pop(name))
+
+
+def _view(data: torch.Tensor) -> torch.Tensor:
+    view: torch.Tensor = engines_own[_view](host_memory.like(data).copy_(data))
+    return view
 
 
 def _update(offloader: Any) -> None:
     data = offloader._param.data
     if offloader._cpu_storage is None and data.device.type != "cpu":
-        offloader._cpu_storage = _in_host_memory(data)
-    _updated(offloader)
+        offloader._cpu_storage = host_memory.like(data)
+    engines_own[_update](offloader)
 
 
 def _end(offloader: Any) -> None:
@@ -72,24 +85,26 @@ def _end(offloader: Any) -> None:
                 layer.module.get_submodule(owner).register_parameter(own, state.absmax)
                 path = f"{owner}.{own}".lstrip(".")
                 layer._param_offloaders[path] = _CpuParamOffloader(layer.module, path)
-    _ended(offloader)
+    engines_own[_end](offloader)
 
 
 def _unpack(loader: Any, states: Any) -> Any:
     """Experts, which come one by one, are unpacked as before: their states are put together."""
     if isinstance(states, dict) and isinstance(get_offloader(), PrefetchOffloader):
         return states
-    return _unpacked(loader, states)
+    return engines_own[_unpack](loader, states)
 
 
 def _load(loader: Any, vllm_config: Any, model_config: Any, prefix: str = "") -> nn.Module:
-    model = _loaded(loader, vllm_config, model_config, prefix)
+    model: nn.Module = engines_own[_load](loader, vllm_config, model_config, prefix)
     own = vllm_config.additional_config.get("shoehorn") if isinstance(vllm_config.additional_config, dict) else None
     if own and own.get("embedding") == "host" and not isinstance(get_offloader(), NoopOffloader):
         for module in model.modules():
             if isinstance(module, VocabParallelEmbedding) and not isinstance(module, ParallelLMHead):
                 _to_host(module)
         torch.accelerator.empty_cache()
+    if isinstance(get_offloader(), UVAOffloader):
+        torch.accelerator.empty_host_cache()  # what weights were in on their way
     quant_state.say(model)
     return model
 
@@ -97,19 +112,23 @@ def _load(loader: Any, vllm_config: Any, model_config: Any, prefix: str = "") ->
 def _to_host(embedding: nn.Module) -> None:
     for parameter in embedding.parameters(recurse=False):
         if parameter.dim() == 2:
-            parameter.data = get_accelerator_view_from_cpu_tensor(_in_host_memory(parameter.data))
+            parameter.data = _view(parameter.data)
 
 
 def _load_draft(speculator: Any, target: nn.Module) -> None:
     offloader = get_offloader()
     set_offloader(None)
     try:
-        _draft_loaded(speculator, target)
+        engines_own[_load_draft](speculator, target)
     finally:
         set_offloader(offloader)
 
 
-def _in_host_memory(data: torch.Tensor) -> torch.Tensor:
-    held = torch.empty_strided(data.size(), data.stride(), dtype=data.dtype, device="cpu",
-                               pin_memory=should_pin_memory())
-    return held.copy_(data)
+_MENDS: tuple[tuple[Any, str, Callable[..., Any]], ...] = (
+    (_CpuParamOffloader, "_offload_to_cpu_internal", _move_out), (loading, "device_loading_context", _on_card),
+    (uva, "get_accelerator_view_from_cpu_tensor", _view), (loading, "get_accelerator_view_from_cpu_tensor", _view),
+    (_CpuParamOffloader, "_update_cpu_storage_from_param", _update), (PrefetchOffloader, "post_init", _end),
+    (BitsAndBytesModelLoader, "_dequantize_dq", _unpack), (BaseModelLoader, "load_model", _load),
+    (DraftModelSpeculator, "load_model", _load_draft))
+engines_own: dict[Callable[..., Any], Callable[..., Any]] = {
+    mended: getattr(owner, name) for owner, name, mended in _MENDS}  # by what stands in for it

@@ -13,28 +13,23 @@ from torch import nn
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what the engine imports calls some of it deprecated
+    from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+    from vllm.model_executor.model_loader import utils as loading
+    from vllm.model_executor.offloader import uva
     from vllm.model_executor.offloader.base import BaseOffloader, NoopOffloader, get_offloader, set_offloader
     from vllm.model_executor.offloader.prefetch import PrefetchOffloader, _CpuParamOffloader
     from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
     from vllm_bnb_plugin.bitsandbytes_loader import BitsAndBytesModelLoader
 
-    from shoehorn_vllm import offload
+    from shoehorn_vllm import host_memory, offload
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-
-ENGINES_OWN = ((_CpuParamOffloader, "_offload_to_cpu_internal", offload._moved_out),
-               (_CpuParamOffloader, "_update_cpu_storage_from_param", offload._updated),
-               (PrefetchOffloader, "post_init", offload._ended),
-               (BitsAndBytesModelLoader, "_dequantize_dq", offload._unpacked),
-               (offload.BaseModelLoader, "load_model", offload._loaded),
-               (DraftModelSpeculator, "load_model", offload._draft_loaded))
-
 
 @pytest.fixture
 def mended(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """What mends the engine, which is as it came until then, whatever ran before in this process."""
-    for owner, name, method in ENGINES_OWN:
-        monkeypatch.setattr(owner, name, method)
+    for owner, name, mend in offload._MENDS:
+        monkeypatch.setattr(owner, name, offload.engines_own[mend])
     return offload.apply
 
 
@@ -67,6 +62,64 @@ def test_a_weight_that_was_repacked_is_held_once(mended: Callable[[], None], wit
     own.sync_cpu_storage()
     assert own._cpu_storage is not None
     assert own._cpu_storage.tolist() == list(range(7, -1, -1))
+
+
+class Repacking(QuantizeMethodBase):
+    """Repacks a weight as kernels do: another tensor, of the same size."""
+
+    def create_weights(self, *arguments: Any, **named: Any) -> None: ...
+
+    def apply(self, *arguments: Any, **named: Any) -> Any: ...
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        layer.weight = nn.Parameter(torch.arange(7.0, -1, -1), requires_grad=False)
+
+
+@pytest.mark.parametrize("with_mend", [True, False])
+def test_a_repacked_weight_goes_back_to_where_it_lay(mended: Callable[[], None], with_mend: bool,
+                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.Tensor, "to", lambda data, target: data.clone())  # there is no card to move it to
+    if with_mend:
+        mended()
+    module = layer()
+    module.quant_method = Repacking()
+    place = module.weight.data
+    model = SimpleNamespace(word_embeddings_untied_by_checkpoint=False, quantization=None)
+    loading.process_weights_after_loading(module, model, SimpleNamespace(type="card"))
+    assert module.weight.tolist() == list(range(7, -1, -1))
+    assert (place.tolist() == list(range(7, -1, -1))) is with_mend, "the engine uses the memory again: drop the mend"
+
+
+@pytest.mark.parametrize("owner", [uva, loading])
+def test_what_the_card_reads_in_place_lies_in_memory_of_its_size(mended: Callable[[], None], owner: Any,
+                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    held, viewed = [], []
+
+    def like(data: torch.Tensor) -> torch.Tensor:
+        held.append(torch.empty_like(data))
+        return held[0]
+
+    monkeypatch.setattr(host_memory, "like", like)
+    monkeypatch.setitem(offload.engines_own, offload._view, lambda data: viewed.append(data) or "view")
+    mended()
+    assert owner.get_accelerator_view_from_cpu_tensor(torch.arange(5)) == "view"
+    assert viewed[0] is held[0]
+    assert viewed[0].tolist() == list(range(5))
+
+
+@pytest.mark.parametrize(("kind", "emptied"), [(uva.UVAOffloader, True), (PrefetchOffloader, False)])
+def test_what_weights_were_pinned_in_on_their_way_is_given_back(mended: Callable[[], None], kind: type[BaseOffloader],
+                                                                emptied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[bool] = []
+    monkeypatch.setitem(offload.engines_own, offload._load, lambda *arguments: nn.Module())
+    monkeypatch.setattr(torch.accelerator, "empty_host_cache", lambda: found.append(True))
+    mended()
+    set_offloader(kind.__new__(kind))
+    try:
+        offload.BaseModelLoader.load_model(SimpleNamespace(), SimpleNamespace(additional_config={}), None)
+    finally:
+        set_offloader(None)
+    assert bool(found) is emptied
 
 
 def test_a_weight_that_is_gone_after_the_load_is_left_out(mended: Callable[[], None]) -> None:
@@ -106,7 +159,7 @@ def test_absmax_is_unpacked_where_nothing_is_offloaded(mended: Callable[[], None
 
 
 def test_absmax_travels_with_its_weight(mended: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(offload, "_ended", lambda offloader: None)
+    monkeypatch.setitem(offload.engines_own, offload._end, lambda offloader: None)
     mended()
     module, linear, state = nn.Module(), layer(), nested()
     module.add_module("proj", linear)
@@ -133,7 +186,7 @@ def test_a_draft_is_loaded_without_offload(mended: Callable[[], None], offloadin
         seen.append(get_offloader())
         raise RuntimeError("the draft cannot be loaded")
 
-    monkeypatch.setattr(offload, "_draft_loaded", load)
+    monkeypatch.setitem(offload.engines_own, offload._load_draft, load)
     monkeypatch.setattr(DraftModelSpeculator, "load_model", load)
     if with_mend:
         mended()
@@ -165,8 +218,8 @@ def test_the_embedding_moves_where_that_is_asked_for(mended: Callable[[], None],
     model = nn.ModuleList([Embedding(), Head()])
     monkeypatch.setattr(offload, "VocabParallelEmbedding", Embedding)
     monkeypatch.setattr(offload, "ParallelLMHead", Head)
-    monkeypatch.setattr(offload, "get_accelerator_view_from_cpu_tensor", view)
-    monkeypatch.setattr(offload, "_loaded", lambda *arguments: model)
+    monkeypatch.setitem(offload.engines_own, offload._view, view)
+    monkeypatch.setitem(offload.engines_own, offload._load, lambda *arguments: model)
     monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)
     mended()
     found = offload.BaseModelLoader.load_model(SimpleNamespace(), SimpleNamespace(additional_config=wish), None)
