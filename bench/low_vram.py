@@ -3,7 +3,8 @@
 Every row of tests/gpu/low_vram.json is planned for its budget and started once on cards of which another process
 holds the rest, so that anything above the budget would fail; weights are zeros of the true shapes. A pass cannot be
 faster than the offloaded bytes over the link: `limit`. Where tokens are guessed a pass yields several, and is not
-compared with it. Writes bench/results/low-vram.json.
+compared with it. Writes bench/results/low-vram.json; a row that was not measured anew stays there, with its own card,
+link and date.
 usage: bench/low_vram.py [--records FILE...]      on a machine with an NVIDIA GPU, vLLM, and host memory of 48 GB
 --records: what `tests/gpu/measure_plans.py` wrote, instead of measuring; with --link, --gpu and --driver
 """
@@ -117,15 +118,19 @@ def main() -> None:
     if not link:
         machine = link_probe.probed(hardware.detect(), Path(tempfile.gettempdir()))
         gpu, driver, link = machine.gpus[0].name, machine.driver_version, machine.gpus[0].link_bytes_per_second
-    answers = json.loads(arguments.answers.read_text()) if arguments.answers else None
-    rows = [row(case, records[case["name"]], link) for case in json.loads(CASES.read_text()) if case["name"] in records]
+    before = json.loads(RESULT.read_text()) if RESULT.exists() else {"rows": [], "answers": None}
+    answers = json.loads(arguments.answers.read_text()) if arguments.answers else before["answers"]
+    rows = {found["name"]: found for found in before["rows"]}
+    measured = {"date": datetime.now(UTC).date().isoformat(), "gpu": gpu, "driver": driver,
+                "link_bytes_per_second": round(link)}
+    cases = json.loads(CASES.read_text())
+    rows |= {case["name"]: row(case, records[case["name"]], link) | measured for case in cases
+             if case["name"] in records}
     RESULT.write_text(json.dumps({
-        "date": datetime.now(UTC).date().isoformat(), "machine": {"gpu": gpu, "driver": driver,
-                                                                  "link_bytes_per_second": round(link)},
-        "versions": versions(),
-        "rows": rows, "answers": answers,
-        "expected": expected({"this link": link, "PCIe 4, 25 GB/s": 25e9})}, indent=1) + "\n")
-    for found in rows:
+        "versions": versions(), "rows": [rows[case["name"]] for case in cases if case["name"] in rows],
+        "answers": answers, "expected": expected({"PCIe 5, 55.4 GB/s": 55.4e9, "PCIe 4, 25 GB/s": 25e9})},
+        indent=1) + "\n")
+    for found in rows.values():
         print(found["name"], found.get("met", "did not start"))
 
 

@@ -28,6 +28,7 @@ _COLLECTIVES_BYTES = 720 * MIB  # the engine's two NCCL communicators; over NVLi
 _COUNT_BYTES = 4  # the sampler counts every token of the vocabulary for every sequence
 _RESIDUAL_WIDTHS = 9  # activations of a layer's width that live at once, besides the MLP's three
 _GRAPH_BYTES_PER_LAYER = 192 << 10
+_GRAPH_SUMS_BYTES_PER_LAYER = 640 << 10  # what NCCL keeps for the two all-reduces of a layer, of a graph of each kind
 _GRAPH_NF4_BYTES_PER_LAYER = 400 << 10
 _LOGITS_BYTES_PER_ENTRY = 14  # bf16, then fp32 for the logits, their filtered copy and the probabilities
 _INT4_BITS = 4 + 16 / 128  # one bf16 scale per 128 weights
@@ -209,13 +210,9 @@ def offloaded_layers(shape: ModelShape, prefetch: tuple[int, int, int]) -> int:
 
 
 def pinned_bytes(shape: ModelShape, choices: Choices) -> int:
-    """Host memory that offload pins, all GPUs together: torch rounds every tensor up to a power of two."""
+    """Host memory that offload pins, all GPUs together."""
     offloaded = sum(offloaded_bytes(shape, choices, stage) for stage in range(choices.pipeline_parallel))
-    exact = _layer_tensors(shape, choices)
-    rounded = sum(1 << (size - 1).bit_length() for size in exact if size)
-    embedding = embedding_bytes(shape, choices) * choices.embedding_on_host
-    return (round(offloaded * rounded / max(1, sum(exact))) + (1 << (embedding - 1).bit_length() if embedding else 0)
-            ) * choices.tensor_parallel
+    return (offloaded + embedding_bytes(shape, choices) * choices.embedding_on_host) * choices.tensor_parallel
 
 
 def _layer_tensors(shape: ModelShape, choices: Choices) -> list[int]:
@@ -364,7 +361,9 @@ def _graphs_bytes(shape: ModelShape, choices: Choices) -> int:
     if choices.eager:
         return 0
     nf4 = "bitsandbytes" in (choices.quantization, shape.quantization)
-    return len(captured_sizes(choices)) * shape.layers * (_GRAPH_NF4_BYTES_PER_LAYER if nf4 else _GRAPH_BYTES_PER_LAYER)
+    per_layer = _GRAPH_NF4_BYTES_PER_LAYER if nf4 else _GRAPH_BYTES_PER_LAYER
+    sums = _GRAPH_SUMS_BYTES_PER_LAYER * (choices.tensor_parallel > 1)
+    return len(captured_sizes(choices)) * shape.layers * (per_layer + sums)
 
 
 def captured_sizes(choices: Choices) -> list[int]:

@@ -1,12 +1,13 @@
 """Expected tokens per second: bytes that one pass moves, over the link and out of the card's own memory.
 
 Rules: bandwidths are practical ones, not the datasheets' where both are known; a card that is not in the table has no
-expectation (None), never a guess; the shares of the bound that the engine reaches are those measured once, on an H200.
+expectation (None), never a guess; the shares of the bound that the engine reaches are those measured (H200, H100).
 docs/estimator.md names the sources and says what was compared.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -48,6 +49,9 @@ _LINK_GAIN_NF4 = 5.1
 _PREFETCH_SHARE = 0.985
 """What prefetch reaches of the link, eight requests like one."""
 
+_SUMS_SECONDS = 20e-6
+"""What the two sums over the cards of a tensor-parallel layer take (two H100s over NVLink)."""
+
 _PREFETCH_SECONDS = 400e-6
 """What the host takes to start the copies of a layer, where it starts every kernel one by one."""
 
@@ -58,6 +62,7 @@ class Kernels:
 
     Attributes:
         share: of the card's memory bandwidth that they reach for one request; share_8: for eight together.
+        ceiling: bytes a second that they reach however fast the card's memory is.
         layer_seconds: spent in every layer whatever the bytes; eager_seconds: the same without CUDA graphs, where the
             host starts every kernel one by one.
     """
@@ -66,11 +71,16 @@ class Kernels:
     share_8: float
     layer_seconds: float
     eager_seconds: float
+    ceiling: float = math.inf
+
+    def bytes_per_second(self, device: float, requests: int) -> float:
+        """What is read of a card's memory, with so many requests together."""
+        return min(device * (self.share if requests <= _FEW else self.share_8), self.ceiling)
 
 
 _KERNELS = {"none": Kernels(0.85, 0.85, 30e-6, 410e-6), "bitsandbytes": Kernels(0.27, 0.096, 35e-6, 1070e-6),
-            "other": Kernels(0.55, 0.55, 55e-6, 450e-6)}
-"""Fitted to the H200's measurements in docs/estimator.md."""
+            "other": Kernels(0.69, 0.69, 55e-6, 450e-6, 2.41e12)}
+"""Fitted to the H200's measurements in docs/estimator.md; of packed integers to an H100's too, which is as fast."""
 
 
 def link_bytes_per_second(gpu: Gpu) -> tuple[float, bool]:
@@ -130,15 +140,16 @@ def _pass_seconds(shape: ModelShape, choices: Choices, device: float, link: floa
     kind = shape.quantization or choices.quantization or "none"
     kernels = _KERNELS.get(kind, _KERNELS["other"])
     gain = _LINK_GAIN_NF4 if kind == "bitsandbytes" else _LINK_GAIN
-    few = requests <= _FEW
-    per_layer = kernels.eager_seconds if choices.eager else kernels.layer_seconds
+    reached = kernels.bytes_per_second(device, requests)
+    per_layer = (kernels.eager_seconds if choices.eager else kernels.layer_seconds
+                 ) + _SUMS_SECONDS * (choices.tensor_parallel > 1)
     if choices.prefetch[0]:  # copies and kernels run side by side
-        working = (streamed + resident) / device / (kernels.share if few else kernels.share_8)
+        working = (streamed + resident) / reached
         starting = offloaded_layers(shape, choices.prefetch) * _PREFETCH_SECONDS * choices.eager
         return max(streamed / link / _PREFETCH_SHARE,
                    working + unpacked_bytes(shape, choices) / device + shape.layers * per_layer + starting)
-    on_link = streamed / link / _LINK_SHARE * (1 if few else 8 / gain)
-    reading = resident / device / (kernels.share if few else kernels.share_8) + unpacked_bytes(shape, choices) / device
+    on_link = streamed / link / _LINK_SHARE * (1 if requests <= _FEW else 8 / gain)
+    reading = resident / reached + unpacked_bytes(shape, choices) / device
     if streamed and choices.eager:  # while the link is waited for, the host runs ahead
         return max(on_link + reading, reading + shape.layers * per_layer)
     return on_link + reading + shape.layers * per_layer

@@ -15,6 +15,7 @@ import importlib
 import json
 import os
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ class Reporter:
     def memory_report(self) -> dict[str, Any]:
         """Bytes, as the worker holds them."""
         import torch  # only inside the engine
+
+        from shoehorn_vllm import host_memory  # likewise
 
         runner = self.model_runner  # type: ignore[attr-defined]  # the worker's own
         snapshot = getattr(self, "init_snapshot", None)
@@ -42,8 +45,8 @@ class Reporter:
             "torch_allocated_bytes": torch.cuda.memory_allocated(),
             "torch_reserved_bytes": torch.cuda.memory_reserved(),
             "free_bytes": free, "total_bytes": total,
-            "pinned_bytes": int(torch.cuda.host_memory_stats().get("allocated_bytes.current", 0))
-            if torch.cuda.is_available() else 0}
+            "pinned_bytes": host_memory.pinned_bytes() + int(
+                torch.cuda.host_memory_stats().get("allocated_bytes.current", 0) if torch.cuda.is_available() else 0)}
 
 
 def _kernels(engine: Any, tokens: int) -> list[dict[str, Any]]:
@@ -60,6 +63,35 @@ def _kernels(engine: Any, tokens: int) -> list[dict[str, Any]]:
              "microseconds": round(entry.self_device_time_total / tokens, 1)} for entry in found[:20]]
 
 
+class Stacks:
+    """Where this process' main thread is while it starts: seconds in each function, callees included."""
+
+    def __init__(self) -> None:
+        self._main, self._ended = threading.main_thread().ident or 0, threading.Event()
+        self._seconds: dict[str, float] = {}
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+        self._thread.start()
+
+    def _sample(self) -> None:
+        last = time.monotonic()
+        while not self._ended.wait(0.02):
+            frame, names, now = sys._current_frames().get(self._main), set(), time.monotonic()
+            while frame:
+                code = frame.f_code
+                names.add(f"{'/'.join(code.co_filename.split('/')[-2:])}:{code.co_qualname}")
+                frame = frame.f_back
+            for name in names:
+                self._seconds[name] = self._seconds.get(name, 0) + now - last
+            last = now
+
+    def end(self) -> dict[str, float]:
+        """Functions of 0.3 s and more, the longest first."""
+        self._ended.set()
+        self._thread.join()
+        return {name: round(spent, 2) for name, spent in sorted(self._seconds.items(), key=lambda item: -item[1])
+                if spent >= 0.3}
+
+
 def main() -> None:
     """Load, measure, generate, and write."""
     from vllm import LLM, SamplingParams  # slow, and done while another case runs
@@ -72,11 +104,12 @@ def main() -> None:
     sys.stdin.readline()
     case = json.loads(Path(sys.argv[1]).read_text())
     begin = time.monotonic()
+    stacks = Stacks()
     print("STAGE loading", flush=True)
     arguments = {name.replace("-", "_"): value for name, value in case["args"].items()}
     engine = LLM(model=case["model"], worker_extension_cls="engine_report.Reporter", disable_log_stats=True,
                  **arguments)
-    report: dict[str, Any] = {"start_seconds": round(time.monotonic() - begin, 1)}
+    report: dict[str, Any] = {"start_seconds": round(time.monotonic() - begin, 1), "start_functions": stacks.end()}
     print("STAGE ready", flush=True)
     report["workers"] = engine.collective_rpc("memory_report")
     cache = engine.llm_engine.vllm_config.cache_config
@@ -100,7 +133,7 @@ def main() -> None:
                         use_tqdm=False)
         spent = time.monotonic() - begin
         report["speed"][str(batch)] = round(batch * (min(tokens, length - 20) - 1) / (spent - first), 3)
-    if case.get("profile"):
+    if case.get("profile") and len(report["workers"]) == 1:  # elsewhere this process has no CUDA, and no room for it
         report["kernels"] = _kernels(engine, case["profile"])
     if case.get("fill", True):  # the whole batch once, as a long prompt gives it: what the reserve was for
         wide = min(int(case["args"].get("max-num-batched-tokens", 512)), length - 8)

@@ -7,7 +7,7 @@ usage: measure_plans.py CASES.json OUT_DIR [WORK_DIR]      with vLLM, src/ and t
 CASES.json: [{"name", "model": captured, "settings": {...}, "gpus": 1, "ballast": ...}]; instead of settings, without a
 plan: "args": {...}, "room_bytes": what the ballast leaves. With either: "environment": {...}; "with": other captured
 models, in args and settings as "{WORK}/NAME"; "speculation": what is added to the plan's speculative-config; "profile":
-tokens to generate while kernels are counted.
+tokens to generate while kernels are counted. FIRST_GPU in the environment: the number of the first card used.
 """
 
 from __future__ import annotations
@@ -198,13 +198,14 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     pynvml.nvmlInit()
     count = pynvml.nvmlDeviceGetCount()
-    cases = [case for case in cases if case.get("gpus", 1) <= count]
+    first = int(os.environ.get("FIRST_GPU", "0"))
+    cases = [case for case in cases if case.get("gpus", 1) <= count - first]
     records: list[dict[str, Any]] = []
-    runners = [Runner(case, list(range(case.get("gpus", 1))), out, work) for case in cases[:1]]
+    runners = [Runner(case, list(range(first, first + case.get("gpus", 1))), out, work) for case in cases[:1]]
     for number in range(len(cases)):
         if number + 1 < len(cases):
             following = cases[number + 1]
-            runners.append(Runner(following, list(range(following.get("gpus", 1))), out, work))
+            runners.append(Runner(following, list(range(first, first + following.get("gpus", 1))), out, work))
         record = runners[number].run()
         records.append(record)
         (out / "records.json").write_text(json.dumps(records, indent=1))
