@@ -21,6 +21,7 @@ from shoehorn.checkpoint import ModelShape
 from shoehorn.estimate import (
     MARGIN_BYTES,
     Choices,
+    captured_sizes,
     compiling_bytes,
     estimate,
     host_bytes,
@@ -63,7 +64,7 @@ LEVELS = (Level(131_072, 256, 8192), Level(65_536, 256, 8192), Level(32_768, 256
 
 _COMFORTABLE, _RESIDENT = LEVELS[:6], LEVELS[:7]
 _TIGHT = Level(4096, 8, 512)
-"""A useful context for one request, without graphs if need be: rather that on the GPU than more with offload."""
+"""A useful context for one request, with fewer graphs or none if need be: rather that on the GPU than with offload."""
 
 _USEFUL_LARGE, _USEFUL = LEVELS[5], LEVELS[6]
 
@@ -89,7 +90,7 @@ def search(shape: ModelShape, start: Choices, left_open: frozenset[str], host_me
     Args:
         start: what is given; of a field that is left open only its bound counts.
         left_open: fields of `Choices` that may be chosen: `quantization`, `offload_bytes`, `eager`, `max_model_len`,
-            `max_num_seqs`, `max_num_batched_tokens`, `speculative_tokens`.
+            `max_num_seqs`, `max_num_batched_tokens`, `speculative_tokens`, `capture_limit`.
         host_memory_bytes: 0 where unknown, then it does not bound anything.
         may_quantize: the model can be quantized while it is loaded.
     """
@@ -115,7 +116,8 @@ def _candidates(shape: ModelShape, start: Choices, left_open: frozenset[str], ma
         for level in _RESIDENT:
             yield Found(at_level(small, level, left_open), 2, 2)
     tight = at_level(small, _TIGHT, left_open)
-    for candidate in (tight, replace(tight, eager=True)) if "eager" in left_open else (tight,):
+    fewer = fewer_graphs(tight) if "capture_limit" in left_open else ()
+    for candidate in (tight, *fewer, *([replace(tight, eager=True)] if "eager" in left_open else [])):
         yield Found(candidate, 2 if quantizable else 1, 1)
     if "offload_bytes" in left_open:
         large = start.limit_bytes * start.gpus >= _LARGE_BYTES
@@ -148,6 +150,12 @@ def _offloading(shape: ModelShape, start: Choices, left_open: frozenset[str], re
         return least(replace(guessing, eager=True))
     checks_for_free = mostly_waits(found) or (found.quantization != "bitsandbytes" and offloaded_bytes(shape, found))
     return found if checks_for_free else least(start)
+
+
+def fewer_graphs(choices: Choices) -> Iterator[Choices]:
+    """With CUDA graphs for smaller and smaller batches only, down to one request alone."""
+    if not choices.eager:
+        yield from (replace(choices, capture_limit=most) for most in reversed(captured_sizes(choices)[:-1]))
 
 
 def at_level(choices: Choices, level: Level, left_open: frozenset[str]) -> Choices:

@@ -227,7 +227,11 @@ def _fill(options: Options, hardware: Hardware, shape: ModelShape, limit_bytes: 
         text = _why(option, shape, choices, found)
         options.set(option, written[option], "machine", text + (f"; the profile has {before}" if before else ""))
     if "speculative_tokens" in bounds and choices.speculative_tokens:
-        speculation.look_up(options, choices, "capture_limit" in bounds)
+        speculation.look_up(options, choices)
+    if "capture_limit" in bounds and choices.capture_limit and not choices.eager:
+        options.set("max-cudagraph-capture-size", choices.capture_limit, "machine",
+                    "as without guesses, which would take memory for more graphs" if choices.speculative_tokens else
+                    "CUDA graphs for more requests at a time would take memory that is not there without offload")
     if "offload_bytes" in bounds:
         _offload(options, shape, choices, found)
     if "block-size" not in options.values:

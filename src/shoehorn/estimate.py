@@ -137,11 +137,13 @@ def framework_bytes(shape: ModelShape, choices: Choices) -> int:
 
 
 def compiling_bytes(shape: ModelShape, choices: Choices) -> int:
-    """What torch.compile needs for a moment before the KV cache is made: a copy of the embedding; 0 when eager."""
+    """What torch.compile needs for a moment before the KV cache is made: a copy of the embedding as it is held.
+
+    0 when eager.
+    """
     if choices.eager:
         return 0
-    width = choices.dtype_bytes * shape.hidden
-    return -(-shape.vocab // choices.tensor_parallel) * width + choices.max_num_batched_tokens * width
+    return embedding_bytes(shape, choices) + choices.max_num_batched_tokens * choices.dtype_bytes * shape.hidden
 
 
 def loading_bytes(shape: ModelShape, choices: Choices) -> int:

@@ -56,18 +56,11 @@ def load_as_nf4(options: Options, draft: Draft) -> None:
     options.values[OPTION] = {**DRAFT, "model": str(draft.directory), "quantization": "bitsandbytes"}
 
 
-def look_up(options: Options, choices: Choices, bound_graphs: bool) -> None:
-    """N-gram look-up, as it was chosen.
-
-    Args:
-        bound_graphs: the largest batch with a CUDA graph was left open.
-    """
+def look_up(options: Options, choices: Choices) -> None:
+    """N-gram look-up, as it was chosen."""
     options.set(OPTION, {**NGRAM, "num_speculative_tokens": choices.speculative_tokens}, "machine",
                 "a pass waits for the link, and tokens guessed from the text so far are checked in the meantime; "
                 "requests with min_p or logit_bias are refused then; SPECULATIVE=off does without")
-    if bound_graphs and not choices.eager:
-        options.set("max-cudagraph-capture-size", choices.capture_limit, "machine",
-                    "as without guesses, which would take memory for more graphs")
 
 
 def possible(options: Options, shape: ModelShape) -> bool:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from shoehorn.checkpoint import ModelShape
-from shoehorn.estimate import Choices, drafting, moved_bytes, offloaded_layers, unpacked_bytes
+from shoehorn.estimate import Choices, captured_sizes, drafting, moved_bytes, offloaded_layers, unpacked_bytes
 from shoehorn.hardware import Gpu
 
 GB = 10**9
@@ -141,15 +141,16 @@ def _pass_seconds(shape: ModelShape, choices: Choices, device: float, link: floa
     kernels = _KERNELS.get(kind, _KERNELS["other"])
     gain = _LINK_GAIN_NF4 if kind == "bitsandbytes" else _LINK_GAIN
     reached = kernels.bytes_per_second(device, requests)
-    per_layer = (kernels.eager_seconds if choices.eager else kernels.layer_seconds
-                 ) + _SUMS_SECONDS * (choices.tensor_parallel > 1)
+    eager = choices.eager or requests > captured_sizes(choices)[-1]
+    per_layer = kernels.eager_seconds if eager else kernels.layer_seconds
+    per_layer += _SUMS_SECONDS * (choices.tensor_parallel > 1)
     if choices.prefetch[0]:  # copies and kernels run side by side
         working = (streamed + resident) / reached
-        starting = offloaded_layers(shape, choices.prefetch) * _PREFETCH_SECONDS * choices.eager
+        starting = offloaded_layers(shape, choices.prefetch) * _PREFETCH_SECONDS * eager
         return max(streamed / link / _PREFETCH_SHARE,
                    working + unpacked_bytes(shape, choices) / device + shape.layers * per_layer + starting)
     on_link = streamed / link / _LINK_SHARE * (1 if requests <= _FEW else 8 / gain)
     reading = resident / reached + unpacked_bytes(shape, choices) / device
-    if streamed and choices.eager:  # while the link is waited for, the host runs ahead
+    if streamed and eager:  # while the link is waited for, the host runs ahead
         return max(on_link + reading, reading + shape.layers * per_layer)
     return on_link + reading + shape.layers * per_layer

@@ -1,9 +1,10 @@
 """The engine did not start, most often for want of memory -> the smallest change that should do, from a stated ladder.
 
 The ladder: a smaller KV cache, as long as one request has room in it; then fewer tokens in a batch, fewer sequences,
-a shorter context, no CUDA graphs, more offload. The first rung that is enough alone is taken; where none is, all of
-them from the top until it is enough. What the user fixed is never touched. A failure that is not about memory is
-answered by another number format where the card lacks one, else by no guessed tokens where the plan had some.
+a shorter context, CUDA graphs for smaller batches only, none, more offload. The first rung that is enough alone is
+taken; where none is, all of them from the top until it is enough. What the user fixed is never touched. A failure that
+is not about memory is answered by another number format where the card lacks one, else by no guessed tokens where the
+plan had some.
 Rules: pure; at most `TRIES` steps a start; each is logged with before and after.
 """
 
@@ -13,10 +14,10 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from shoehorn.auto import offload_options, with_offload
+from shoehorn.auto import fewer_graphs, offload_options, with_offload
 from shoehorn.checkpoint import ModelShape
 from shoehorn.diagnosis import Diagnosis
-from shoehorn.estimate import CONTEXT_BYTES, Choices, estimate, host_bytes, kv_bytes, offloaded_bytes
+from shoehorn.estimate import CONTEXT_BYTES, Choices, captured_sizes, estimate, host_bytes, kv_bytes, offloaded_bytes
 from shoehorn.units import MIB, format_size
 
 TRIES = 5
@@ -25,7 +26,7 @@ _OFFLOAD = ("cpu-offload-gb", "offload-backend", "offload-group-size", "offload-
             "additional-config")
 
 LADDER = ("quantization", "speculative-config", "max-num-batched-tokens", "max-num-seqs", "max-model-len",
-          "enforce-eager", *_OFFLOAD)
+          "max-cudagraph-capture-size", "enforce-eager", *_OFFLOAD)
 """The options that a step holds fast, but for those that it changes."""
 
 _LEAST_BYTES = 128 * MIB
@@ -106,6 +107,8 @@ def _rungs(shape: ModelShape, start: Choices, fixed: frozenset[str], host_memory
             rung = replace(choices, **{field: value})
             yield rung
         choices = rung if gather else start
+    if "max-cudagraph-capture-size" not in fixed:
+        yield from fewer_graphs(choices)
     if "enforce-eager" not in fixed and not choices.eager:
         rung = replace(choices, eager=True)
         yield rung
@@ -134,6 +137,9 @@ def _step(shape: ModelShape, before: Choices, after: Choices, card_bytes: int) -
         if getattr(after, field) != getattr(before, field):
             options[option] = getattr(after, field)
             words.append(f"{option} {getattr(before, field)} -> {getattr(after, field)}")
+    if after.capture_limit != before.capture_limit and not after.eager:
+        options["max-cudagraph-capture-size"] = after.capture_limit
+        words.append(f"CUDA graphs for {captured_sizes(before)[-1]} tokens at a time -> {after.capture_limit}")
     if after.eager != before.eager:
         options["enforce-eager"] = True
         words.append("CUDA graphs -> none")

@@ -111,6 +111,22 @@ def test_more_of_the_card_is_used_where_that_keeps_all_weights_on_it() -> None:
     assert planned(machine(TWENTY), shape).engine_args["gpu-memory-utilization"] == 0.92, "it would not be enough"
 
 
+def test_fewer_cuda_graphs_are_made_rather_than_none() -> None:
+    shape = checkpoints.read(captured_models.converted("deepseek-r1-distill-llama-70b"))
+    card = (TWENTY[0], 21_023_948_800 / GIB)  # a modified RTX 3080, which has not quite 20 GiB
+    plan = planned(machine(card, card), shape)
+    assert plan.engine_args["enforce-eager"] is False
+    assert reason(plan, "max-cudagraph-capture-size") == (
+        4, "machine", "CUDA graphs for more requests at a time would take memory that is not there without offload")
+    none = planned(machine(card, card), shape, VLLM_EXTRA_ARGS="--enforce-eager")
+    one, eight = (tuple(float(each.expected_tokens_per_second[batch] or 0) for each in (plan, none))
+                  for batch in ("batch_1", "batch_8"))
+    assert one[0] > 1.5 * one[1] > 0
+    assert eight[0] == pytest.approx(max(eight[1], one[0]), rel=0.05), "eight requests have no graph"
+    fixed = planned(machine(card, card), shape, VLLM_EXTRA_ARGS="--max-cudagraph-capture-size 8")
+    assert fixed.engine_args["enforce-eager"] is True, "what the user says is not changed, and does not fit with graphs"
+
+
 # Quantization.
 
 

@@ -23,7 +23,8 @@ GIB, MIB = 1 << 30, 1 << 20
 LLAMA_8B = checkpoints.read(dense(4096, 14336, 32, 32, 8, 128256))
 LLAMA_70B = checkpoints.read(captured_models.files("deepseek-r1-distill-llama-70b"))
 START = Choices(limit_bytes=24 * GIB, max_model_len=16384, max_num_seqs=64, max_num_batched_tokens=4096)
-ALL_FIXED = frozenset({"max-num-batched-tokens", "max-num-seqs", "max-model-len", "enforce-eager", "cpu-offload-gb"})
+ALL_FIXED = frozenset({"max-num-batched-tokens", "max-num-seqs", "max-model-len", "max-cudagraph-capture-size",
+                       "enforce-eager", "cpu-offload-gb"})
 
 
 def failure(name: str = "no_kv_cache_memory", missing: int = 0, cache_made: bool = False) -> Diagnosis:
@@ -117,6 +118,22 @@ def test_every_step_frees_what_was_missing(missing: int) -> None:
 
 def test_what_the_user_fixed_is_never_touched() -> None:
     assert step(failure(), fixed=ALL_FIXED) is None
+
+
+def test_graphs_for_small_batches_are_kept_where_that_is_enough() -> None:
+    many = replace(START, max_num_seqs=256, tensor_parallel=2)  # 51 graphs of each kind
+    others = ALL_FIXED - {"max-cudagraph-capture-size", "enforce-eager"}
+    found = step(failure(missing=300 * MIB), many, others)
+    assert found is not None
+    assert list(found.options) == ["max-cudagraph-capture-size"]
+    largest = found.options["max-cudagraph-capture-size"]
+    assert isinstance(largest, int)
+    assert 256 < largest < 512, "no fewer than are enough"
+    assert found.text == f"CUDA graphs for 512 tokens at a time -> {largest}"
+    fewer = replace(many, capture_limit=largest)
+    assert missing_bytes(LLAMA_8B, many) - missing_bytes(LLAMA_8B, fewer) >= 300 * MIB
+    told = step(failure(missing=300 * MIB), many, others | {"max-cudagraph-capture-size"})
+    assert told == Step({"enforce-eager": True}, "CUDA graphs -> none")
 
 
 def test_an_overflow_makes_the_cache_smaller() -> None:
