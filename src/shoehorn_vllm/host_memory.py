@@ -20,6 +20,7 @@ import mmap
 import os
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import torch
 from vllm.model_executor.offloader.base import should_pin_memory
@@ -79,10 +80,14 @@ def pinned_bytes() -> int:
 
 def _pinned(wanted: int) -> torch.Tensor | None:
     """That many bytes; None where CUDA does not take them."""
-    mapping = mmap.mmap(-1, wanted + _HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        mapping = mmap.mmap(-1, wanted + _HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError:  # no address space for it, as where a host does not overcommit
+        return None
     start = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
     offset = -start % _HUGE
-    mapping.madvise(mmap.MADV_HUGEPAGE)
+    with suppress(OSError):  # a kernel without huge pages
+        mapping.madvise(mmap.MADV_HUGEPAGE)
     mapping.madvise(mmap.MADV_DONTFORK)
     address = start + offset
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import gc
+import mmap
 import os
 import re
 import warnings
@@ -123,6 +125,22 @@ def test_where_cuda_refuses_torch_is_asked(driver: Driver, monkeypatch: pytest.M
     assert host_memory.like(torch.empty(2 * MIB, dtype=torch.uint8)).numel() == 2 * MIB
     assert asked == [True]
     assert host_memory.pinned_bytes() == before
+
+
+def test_a_kernel_without_huge_pages_gives_small_ones(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mmap, "MADV_HUGEPAGE", 9999)  # it says EINVAL to that, as to what it was built without
+    held = host_memory.like(torch.empty(4 * MIB, dtype=torch.uint8))
+    assert list(driver.pinned) == [held.data_ptr()]
+    assert "hg" not in mapping_of(held.data_ptr())["VmFlags"].split()
+
+
+def test_where_there_is_no_address_space_torch_is_asked(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object, **named: object) -> None:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(mmap, "mmap", refuse)
+    monkeypatch.setattr(torch, "empty_strided", lambda *arguments, **named: "torch's")
+    assert host_memory.like(torch.empty(4 * MIB)) == "torch's"
 
 
 @pytest.mark.parametrize("size", [0, 1, 1000])
