@@ -391,6 +391,14 @@ def test_a_planned_start_took_what_was_planned(machine: dict[str, Any], case: di
             assert found[batch] == pytest.approx(tokens, rel=0.15 if batch == "batch_1" else 0.18)
 
 
+def test_the_sums_over_two_cards_take_their_time(shape_70b: ModelShape) -> None:
+    def seconds(cards: int) -> float:
+        return 1 / (speed.expected(shape_70b, choices(eager=False, tensor_parallel=cards), H200)["batch_1"] or 0)
+
+    one, two, four = seconds(1), seconds(2), seconds(4)
+    assert one - two == pytest.approx(2 * (two - four) - 80 * 20e-6, rel=0.01), "the first step alone adds the sums"
+
+
 def test_experts_in_nf4_are_unpacked_whole_in_every_pass() -> None:
     shape = checkpoints.read(captured_models.files("qwen3-30b-a3b"))
     nf4 = choices(quantization="bitsandbytes")
