@@ -15,6 +15,7 @@ from shoehorn import hardware, store
 from shoehorn.commands import plan as command
 from shoehorn.commands import profiles as profiles_command
 from shoehorn.errors import ModelUnavailableError, SettingsError
+from shoehorn.estimate import CONTEXT_BYTES
 from shoehorn.hardware import Gpu, Hardware
 
 GIB = 1 << 30
@@ -90,6 +91,16 @@ def test_two_cards_make_one_table(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     text = capsys.readouterr().out
     assert text.count("memory of each of 2 GPUs") == 1
     assert "2 equal cards, and 64 attention heads" in text
+
+
+@pytest.mark.parametrize(("size", "total"), [("24GB:L4", 22_502), ("24gb:RTX4090", 24_024), ("24GB", 24_024),
+                                             ("24GiB:L4", 24_576), ("24000MB", 22_888)])
+def test_cards_have_the_size_that_they_are_sold_with(monkeypatch: pytest.MonkeyPatch, size: str, total: int,
+                                                     capsys: pytest.CaptureFixture[str]) -> None:
+    serve_from_hub(monkeypatch, captured_models.files("deepseek-r1-distill-llama-70b"))
+    assert run("--gpu", size, "--ram", "64GB", "--json", VLLM_EXTRA_ARGS="--gpu-memory-utilization 1.0") == 0
+    limit = json.loads(capsys.readouterr().out)["vram"][0]["limit_bytes"]
+    assert limit - CONTEXT_BYTES >> 20 == total
 
 
 def test_a_refusal_ends_with_3_and_says_what_would_do(monkeypatch: pytest.MonkeyPatch,

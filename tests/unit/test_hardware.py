@@ -8,6 +8,7 @@ from pathlib import Path
 import pynvml
 import pytest
 
+from fakes import captured
 from fakes.nvml import FakeNvml, example, example_gpu
 from shoehorn import hardware
 from shoehorn.hardware import Hardware
@@ -169,3 +170,10 @@ def test_disk_used_counts_the_files_of_a_folder(tmp_path: Path) -> None:
     (tmp_path / "a" / "whole").write_bytes(b"4567")
     assert hardware.disk_used(tmp_path / "a") == 7
     assert hardware.disk_used(tmp_path / "gone") == 0
+
+
+@pytest.mark.parametrize("name", captured.machines())
+def test_of_a_card_as_sold_a_little_less_is_planned_with_than_it_has(name: str) -> None:
+    gpu = captured.machine(name).gpus[0]
+    assert 0.987 <= hardware.total_of_sold(float(name.split("-")[1]), gpu.name) / gpu.total_bytes <= 1
+    assert hardware.total_of_sold(0.1, gpu.name) == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -37,7 +38,8 @@ def add_target(parser: argparse.ArgumentParser) -> None:
     """What to plan for: model, machine, settings."""
     parser.add_argument("--model", metavar="DIR_OR_ID", help="a folder, or OWNER/NAME on the hub (MODEL_ID)")
     parser.add_argument("--gpu", metavar="SIZE[:NAME]", action="append", default=[],
-                        help="plan for this card instead of the machine's own, like 24GiB:RTX4090; once for each card")
+                        help="plan for this card instead of the machine's own, like 24GB:RTX4090; once for each card. "
+                             "GB as cards are sold, of which programs get a little less; GiB as they get them")
     parser.add_argument("--ram", metavar="SIZE", help="plan for this much host memory, like 64GiB")
     parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[],
                         help="a setting as in the environment, like MAX_MODEL_LEN=4096")
@@ -109,7 +111,8 @@ def machine_of(arguments: argparse.Namespace, here: Hardware) -> Hardware:
 
 def _gpu(index: int, word: str) -> Gpu:
     size, _, name = word.partition(":")
-    total = _size("--gpu", size)
+    sold = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*GB\s*", size, re.IGNORECASE)
+    total = hardware.total_of_sold(float(sold[1]), name) if sold else _size("--gpu", size)
     if total < GIB:
         raise SettingsError(f"--gpu {word}: a card of {format_size(total)} is none.",
                             "Give the size with its unit, as --gpu 24GB:RTX4090.")
