@@ -5,11 +5,16 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import select
+import signal
 import sys
 from collections.abc import Sequence
 
 from shoehorn import __version__
 from shoehorn.errors import ShoehornError
+
+EXIT_NOT_READ = 128 + signal.SIGPIPE
+"""What a shell says of a program that ended because nobody read on."""
 
 COMMANDS = {
     "serve": "look at the machine, plan, and run everything until stopped",
@@ -39,12 +44,26 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def _is_unread(descriptor: int) -> bool:
+    """Whether it is a pipe whose reader has seen enough, like `head`."""
+    watched = select.poll()
+    watched.register(descriptor, 0)
+    return any(events & select.POLLERR for _, events in watched.poll(0))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; returns the exit code."""
     arguments = parser().parse_args(argv)
     module = importlib.import_module(f"shoehorn.commands.{arguments.command}")
     try:
-        return int(module.run(arguments, os.environ))
+        code = int(module.run(arguments, os.environ))
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        if not _is_unread(sys.stdout.fileno()):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter writes the rest there
+        return EXIT_NOT_READ
     except ShoehornError as error:
         print(f"shoehorn: {error}", file=sys.stderr)
         return error.exit_code

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,7 @@ import pytest
 
 from fakes import captured as captured_models
 from fakes.checkpoint_files import CheckpointFiles, dense
-from shoehorn import hardware, store
+from shoehorn import cli, hardware, store
 from shoehorn.commands import plan as command
 from shoehorn.commands import profiles as profiles_command
 from shoehorn.errors import ModelUnavailableError, SettingsError
@@ -83,6 +86,28 @@ def test_a_model_of_the_hub_is_planned_for_a_card_that_is_not_here(
                   "PCIe 5 with 16 lanes", "tokens/s for one request", "gpu-memory-utilization",
                   "the least that leaves room for two requests"):
         assert words in text, text
+
+
+def test_a_reader_that_has_seen_enough_ends_it_without_a_word(folder: Path) -> None:
+    command_line = [sys.executable, "-m", "shoehorn.cli", "plan", "--model", str(folder), "--gpu", "24GB"]
+    with subprocess.Popen(command_line, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          env={**os.environ, "MODEL_SOURCE": "local"}) as process:
+        assert process.stdout
+        assert process.stderr
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait() == 141
+
+
+def test_another_broken_pipe_is_told(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    def broken(*arguments: object) -> int:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(command, "run", broken)
+    with (folder / "out").open("w") as out:
+        monkeypatch.setattr(sys, "stdout", out)
+        with pytest.raises(BrokenPipeError):
+            cli.main(["plan"])
 
 
 def test_two_cards_make_one_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
