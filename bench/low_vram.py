@@ -121,11 +121,12 @@ def main() -> None:
     before = json.loads(RESULT.read_text()) if RESULT.exists() else {"rows": [], "answers": None}
     answers = json.loads(arguments.answers.read_text()) if arguments.answers else before["answers"]
     rows = {found["name"]: found for found in before["rows"]}
-    measured = {"date": datetime.now(UTC).date().isoformat(), "gpu": gpu, "driver": driver,
-                "link_bytes_per_second": round(link)}
+    measured = {"date": datetime.now(UTC).date().isoformat(), "driver": driver, "link_bytes_per_second": round(link)}
     cases = json.loads(CASES.read_text())
-    rows |= {case["name"]: row(case, records[case["name"]], link) | measured for case in cases
-             if case["name"] in records}
+    for case in cases:
+        if case["name"] in records:
+            cards = f"{case['gpus']} x {gpu}" if "gpus" in case else gpu
+            rows[case["name"]] = row(case, records[case["name"]], link) | measured | {"gpu": cards}
     RESULT.write_text(json.dumps({
         "versions": versions(), "rows": [rows[case["name"]] for case in cases if case["name"] in rows],
         "answers": answers, "expected": expected({"PCIe 5, 55.4 GB/s": 55.4e9, "PCIe 4, 25 GB/s": 25e9})},

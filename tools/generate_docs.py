@@ -66,7 +66,6 @@ _LOW_VRAM = {"70b-int4-3072mib": "INT4, all layers offloaded", "70b-int4-7168mib
              "70b-int4-32gb": "INT4, a third of the layers offloaded", "70b-int4-40gib": "INT4, on the card",
              "70b-int4-3072mib-ngram": "INT4, all layers offloaded, tokens guessed from the text (zeros: all right)",
              "70b-int4-2x20gib": "INT4, on two cards (each)"}
-_CARDS = {"NVIDIA H200": "H200", "NVIDIA H100 80GB HBM3": "H100", "2 x NVIDIA H100 80GB HBM3": "2 x H100"}
 
 
 def filled(path: str, template: str, **files: str) -> Callable[[], str]:
@@ -77,7 +76,7 @@ def filled(path: str, template: str, **files: str) -> Callable[[], str]:
         environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True)  # noqa: S701  # for Markdown
         text = (HOME / "tools" / template).read_text(encoding="utf-8")
         head, rest = (HOME / path).read_text(encoding="utf-8").split(_BEGIN)
-        made = environment.from_string(text).render(**results, starts=_STARTS, low_vram=_LOW_VRAM, cards=_CARDS)
+        made = environment.from_string(text).render(**results, starts=_STARTS, low_vram=_LOW_VRAM)
         return head + _BEGIN + made + _END + rest.split(_END)[1]
 
     return document

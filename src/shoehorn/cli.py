@@ -6,15 +6,11 @@ import argparse
 import importlib
 import os
 import select
-import signal
 import sys
 from collections.abc import Sequence
 
 from shoehorn import __version__
-from shoehorn.errors import ShoehornError
-
-EXIT_NOT_READ = 128 + signal.SIGPIPE
-"""What a shell says of a program that ended because nobody read on."""
+from shoehorn.errors import EXIT_NOT_READ, ShoehornError
 
 COMMANDS = {
     "serve": "look at the machine, plan, and run everything until stopped",

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import signal
+
 EXIT_DONE = 0
 EXIT_BAD_SETTINGS = 2
 EXIT_DOES_NOT_FIT = 3
 EXIT_MODEL_UNAVAILABLE = 4
 EXIT_ENGINE_FAILED = 5
+EXIT_NOT_READ = 128 + signal.SIGPIPE
+"""What a shell says of a program that ended because nobody read on."""
 
 
 class ShoehornError(Exception):

@@ -21,6 +21,7 @@ import os
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import cache
 
 import torch
 from vllm.model_executor.offloader.base import should_pin_memory
@@ -28,9 +29,7 @@ from vllm.model_executor.offloader.base import should_pin_memory
 _LEAST = 1 << 16
 _HUGE = 2 << 20
 _PIECE = 16 * _HUGE
-_THREADS = min(8, len(os.sched_getaffinity(0)))
 _POPULATE_WRITE = 23  # since Linux 5.14; before it, registering fetches the pages
-_threads: list[ThreadPoolExecutor] = []  # started once: a new thread's stack waits for those that populate
 _held: dict[int, int] = {}  # bytes by address
 _libc = ctypes.CDLL(None)
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
@@ -50,16 +49,15 @@ def like(data: torch.Tensor) -> torch.Tensor:
     return held.view(data.dtype).as_strided(data.size(), data.stride())
 
 
-def back(data: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+def copied(data: torch.Tensor, place: torch.Tensor | None = None) -> torch.Tensor:
     """Copy a tensor to the host: to that place where it takes exactly its memory, else to new memory.
 
     Args:
         data: of any device.
         place: on the CPU, with storage of its own, which nothing else reads any more.
     """
-    storage = place.untyped_storage()
-    if _span_bytes(data) == storage.nbytes():
-        held = torch.empty(0, dtype=data.dtype).set_(storage, 0, data.size(), data.stride())
+    if place is not None and _span_bytes(data) == place.untyped_storage().nbytes():
+        held = torch.empty(0, dtype=data.dtype).set_(place.untyped_storage(), 0, data.size(), data.stride())
     else:
         held = like(data)
     return held.copy_(data)
@@ -94,14 +92,18 @@ def _pinned(wanted: int) -> torch.Tensor | None:
     def populate(begin: int) -> None:
         _libc.madvise(address + begin, min(_PIECE, wanted - begin), _POPULATE_WRITE)
 
-    if not _threads:
-        _threads.append(ThreadPoolExecutor(_THREADS, "populate"))
-    list(_threads[0].map(populate, range(0, wanted, _PIECE)))
+    list(_threads().map(populate, range(0, wanted, _PIECE)))
     if not _register(address, wanted):
         return None
     _held[address] = wanted
     weakref.finalize(mapping, _unregister, address).atexit = False
     return torch.frombuffer(mapping, dtype=torch.uint8, count=wanted, offset=offset)
+
+
+@cache
+def _threads() -> ThreadPoolExecutor:
+    """Started once: a new thread's stack waits for those that populate."""
+    return ThreadPoolExecutor(min(8, len(os.sched_getaffinity(0))), "populate")
 
 
 def _register(address: int, size: int) -> bool:

@@ -44,7 +44,7 @@ def apply() -> None:
 
 def _move_out(offloader: Any) -> None:
     parameter = offloader._param
-    parameter.data = host_memory.like(parameter.data).copy_(parameter.data)
+    parameter.data = host_memory.copied(parameter.data)
     offloader.offloaded_bytes = parameter.data.nbytes  # the parameter holds it, until it is repacked
 
 
@@ -59,11 +59,11 @@ def _on_card(module: nn.Module, target: torch.device) -> Iterator[nn.Module]:
         yield module
     for name, parameter in module.named_parameters():
         if name in places:
-            parameter.data = host_memory.back(parameter.data, places.pop(name))
+            parameter.data = host_memory.copied(parameter.data, places.pop(name))
 
 
 def _view(data: torch.Tensor) -> torch.Tensor:
-    view: torch.Tensor = engines_own[_view](host_memory.like(data).copy_(data))
+    view: torch.Tensor = engines_own[_view](host_memory.copied(data))
     return view
 
 

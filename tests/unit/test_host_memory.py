@@ -99,7 +99,7 @@ def test_a_child_process_does_not_copy_it(driver: Driver) -> None:
     torch.arange(1 << 20, dtype=torch.float32).view(64, 128, 128).permute(2, 0, 1)])
 def test_a_repacked_weight_lies_where_it_lay(driver: Driver, data: torch.Tensor) -> None:
     place = host_memory.like(torch.empty(data.nbytes, dtype=torch.uint8))
-    found = host_memory.back(data, place)
+    found = host_memory.copied(data, place)
     assert found.data_ptr() == place.data_ptr()
     assert found.stride() == data.stride()
     assert torch.equal(found, data)
@@ -108,7 +108,7 @@ def test_a_repacked_weight_lies_where_it_lay(driver: Driver, data: torch.Tensor)
 
 def test_a_weight_that_became_larger_gets_memory_of_its_own(driver: Driver) -> None:
     place = host_memory.like(torch.zeros(MIB, dtype=torch.uint8))
-    found = host_memory.back(torch.ones(MIB + 1, dtype=torch.uint8), place)
+    found = host_memory.copied(torch.ones(MIB + 1, dtype=torch.uint8), place)
     assert int(found.sum()) == MIB + 1
     assert not int(place.sum())
     assert len(driver.pinned) == 2

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -111,8 +110,9 @@ def machine_of(arguments: argparse.Namespace, here: Hardware) -> Hardware:
 
 def _gpu(index: int, word: str) -> Gpu:
     size, _, name = word.partition(":")
-    sold = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*GB\s*", size, re.IGNORECASE)
-    total = hardware.total_of_sold(float(sold[1]), name) if sold else _size("--gpu", size)
+    total = _size("--gpu", size)
+    if size.strip().lower().endswith("gb"):
+        total = hardware.total_of_sold(total / 10**9, name)
     if total < GIB:
         raise SettingsError(f"--gpu {word}: a card of {format_size(total)} is none.",
                             "Give the size with its unit, as --gpu 24GB:RTX4090.")
