@@ -48,12 +48,12 @@ test: lint ## everything that needs no container engine and no GPU; ARGS goes to
 	@export PATH="$(CURDIR)/$(VENV)/bin:$$PATH:/usr/sbin"
 	$(if $(ARGS),exec $(PYTEST) -m "$(HERE)" $(ARGS))
 	mkdir -p test-artefacts
-	nice $(PYTEST) -m "$(HERE)" tests/unit > test-artefacts/unit.log 2>&1 & # these compute, while the others mostly wait
+	nice $(PYTEST) -m "$(HERE)" --ignore tests/appliance --ignore tests/gateway > test-artefacts/unit.log 2>&1 & # these compute, while the others mostly wait
 	unit=$$! failed=0
-	$(PYTEST) -m "$(HERE)" tests/faults tests/e2e/test_[dm-z]*.py > test-artefacts/second.log 2>&1 &
+	$(PYTEST) -m "$(HERE)" tests/gateway tests/appliance/test_[d-o]*.py > test-artefacts/second.log 2>&1 &
 	second=$$!
 	trap 'kill $$unit $$second 2>/dev/null || true' EXIT
-	$(PYTEST) -m "$(HERE)" tests/e2e/test_[a-ce-l]*.py || failed=$$?
+	$(PYTEST) -m "$(HERE)" tests/appliance/test_[p-z]*.py || failed=$$?
 	wait $$second || failed=$$?
 	wait $$unit || failed=$$?
 	cat test-artefacts/second.log test-artefacts/unit.log
@@ -65,7 +65,7 @@ test-container: setup-dev ## the real image under a real Docker engine
 test-page: setup-dev ## the console page in Chromium, which is installed from the distribution
 	@command -v chromium >/dev/null || \
 	  { $(SUDO) apt-get update -qq; $(SUDO) apt-get install -y -qq --no-install-recommends chromium fonts-noto-cjk >/dev/null; }
-	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH:/usr/sbin" $(PYTEST) -m browser tests/e2e $(ARGS)
+	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH:/usr/sbin" $(PYTEST) -m browser tests/page $(ARGS)
 
 test-openapi: setup-dev ## fuzz the public API with schemathesis through the gateway; EXAMPLES=40 for each endpoint
 	requirements/install $(VENV)-openapi openapi

@@ -39,8 +39,9 @@ import psutil
 import torch
 from safetensors.torch import save_file
 
-from shoehorn import hardware, int4, int4_shards
-from shoehorn.direct_io import DirectFile
+from shoehorn.hardware import detect
+from shoehorn.int4 import quantizer, shard_writer
+from shoehorn.int4.direct_io import DirectFile
 
 HOME = Path(__file__).resolve().parents[1]
 RESULT = HOME / "bench" / "results" / "convert-speed.json"
@@ -164,14 +165,14 @@ def traffic(folder: Path, path: Path, threads: int) -> float:
 def arithmetic(threads: int, seconds: float) -> float:
     """Bytes of bf16 weights that so many threads quantize in a second."""
     weight = torch.randn(ROWS, HIDDEN // 2, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
-    int4.quantize(weight, 4, 128, torch.bfloat16)
+    quantizer.quantize(weight, 4, 128, torch.bfloat16)
     end = time.perf_counter() + seconds
 
     def compute(_: int) -> float:
-        int4.use_one_thread()
+        quantizer.use_one_thread()
         done, begun = 0, time.perf_counter()
         while time.perf_counter() < end:
-            int4.quantize(weight, 4, 128, torch.bfloat16)
+            quantizer.quantize(weight, 4, 128, torch.bfloat16)
             done += weight.numel() * 2
         return done / (time.perf_counter() - begun)
 
@@ -187,8 +188,8 @@ def conversion(source: Path, home: Path) -> tuple[float, float, int, int]:
     environment = {**os.environ, "MODEL_ID": str(source), "MODEL_SOURCE": "local", "MODELS_DIR": str(models),
                    "RUN_DIR": str(home / "run"), "PYTHONPYCACHEPREFIX": str(home / "compiled")}
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
-    subprocess.run([sys.executable, "-c", "from shoehorn import cli, convert, int4, int4_cpu"], env=environment,
-                   check=True)
+    imports = "from shoehorn import cli; from shoehorn.int4 import convert, quantizer, quantizer_cpu"
+    subprocess.run([sys.executable, "-c", imports], env=environment, check=True)
     used, begun, peak = os.times(), time.perf_counter(), 0
     with subprocess.Popen([sys.executable, "-m", "shoehorn.cli", "convert"], env=environment) as process:
         while process.poll() is None:
@@ -226,8 +227,8 @@ def main() -> int:
     parser.add_argument("--times", type=int, default=3)
     parser.add_argument("--dir", type=Path, help="where to work; on the disk that is to be measured")
     arguments = parser.parse_args()
-    cores = round(hardware.detect().cpus)
-    with int4_shards.workers() as pool:
+    cores = round(detect.detect().cpus)
+    with shard_writer.workers() as pool:
         threads = getattr(pool, "_max_workers")  # noqa: B009  # the standard library tells it nowhere else
     runs = []
     with tempfile.TemporaryDirectory(dir=arguments.dir) as folder:
@@ -250,7 +251,7 @@ def main() -> int:
         "date": datetime.now(UTC).date().isoformat(),
         "machine": {"cpus": os.cpu_count(), "memory_bytes": psutil.virtual_memory().total,
                     "python": platform.python_version(), "torch": torch.__version__, "numba": version("numba"),
-                    "device": int4.device()},
+                    "device": quantizer.device()},
         "source_bytes": size, "written_bytes": written, "threads": threads, "times": arguments.times,
         "plain_read_bytes_per_second": round(found["plain_read"]),
         "direct_read_bytes_per_second": round(found["direct_read"]),

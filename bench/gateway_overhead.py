@@ -156,10 +156,10 @@ def ways(socket: Path, port: int, key: str) -> tuple[Way, Way]:
 def with_engine(home: Path, blocks: int, streams: int) -> dict[str, Any]:
     """The appliance with the demo model."""
     import httpx
-    from running import Appliance
 
-    from shoehorn.state import Phase
-    from waiting import wait_until
+    from shoehorn.runtime.state import Phase
+    from support.running import Appliance
+    from support.waiting import wait_until
 
     key = "sk-bench-key-of-this-run-only"
     *most, last = every = sorted(os.sched_getaffinity(0))
@@ -169,7 +169,7 @@ def with_engine(home: Path, blocks: int, streams: int) -> dict[str, Any]:
     try:
         appliance.wait_for(Phase.READY)
         for process in appliance.descendants():
-            if process.name() == "nginx" or "shoehorn.key_service" in process.cmdline():
+            if process.name() == "nginx" or "shoehorn.gateway.keys.service" in process.cmdline():
                 for thread in process.threads():
                     os.sched_setaffinity(thread.id, {last})
         wait_until(lambda: httpx.get(f"{appliance.url}/readyz").status_code == httpx.codes.OK, 10, "it is ready")
@@ -184,11 +184,10 @@ def with_engine(home: Path, blocks: int, streams: int) -> dict[str, Any]:
 
 def with_stand_in(home: Path, blocks: int, streams: int, scraped: bool = False) -> dict[str, Any]:
     """The gateway alone, or with the exporter beside it, before a stand-in in a process of its own."""
-    from gateway_process import KEY, Gateway
-
     from fakes.ports import free_port
-    from shoehorn.state import Phase
-    from waiting import wait_until
+    from shoehorn.runtime.state import Phase
+    from support.gateway_process import KEY, Gateway
+    from support.waiting import wait_until
 
     with Gateway(home) as gate:
         sockets = {"with-middleware": gate.run_dir / "engine.sock", "bare": gate.run_dir / "bare.sock"}
@@ -196,7 +195,7 @@ def with_stand_in(home: Path, blocks: int, streams: int, scraped: bool = False) 
                      for kind, socket in sockets.items()]
         port = free_port() if scraped else 0
         if scraped:
-            stand_ins.append(subprocess.Popen([sys.executable, "-m", "shoehorn.exporter"], env={
+            stand_ins.append(subprocess.Popen([sys.executable, "-m", "shoehorn.observability.exporter"], env={
                 **os.environ, **gate.environment, "METRICS_PORT": str(port)}))
         try:
             for socket in sockets.values():
@@ -244,7 +243,7 @@ def serve(socket: str, with_middleware: bool) -> None:
     """Run the stand-in on uvicorn, as vLLM runs, with or without the middleware."""
     import uvicorn
 
-    from shoehorn_vllm.middleware import Gate
+    from shoehorn_vllm.api.middleware import Gate
 
     uvicorn.run(Gate(answer) if with_middleware else answer, uds=socket, log_level="warning", lifespan="off",
                 access_log=False)

@@ -8,7 +8,7 @@ weight is quantized and dequantized; everything else stays as it is. Reported fo
   positions of conversations like those of its training, mean and 99th percentile, and how often the likeliest token is
   the same;
 - the encoder: the cosine of its sentence embeddings to those with the weights as they are, mean and least.
-INT4 is ours (`shoehorn.int4`), `plain` the same without the search, NF4 that of bitsandbytes with blocks of 64.
+INT4 is `shoehorn.int4.quantizer`, `plain` the same without the search, NF4 that of bitsandbytes with blocks of 64.
 usage: bench/int4_quality.py [--encoder DIR]
 """
 
@@ -36,7 +36,7 @@ import torch  # transformers below reads the line above
 from bitsandbytes import functional
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from shoehorn import int4
+from shoehorn.int4 import quantizer
 
 HOME = Path(__file__).resolve().parents[1]
 RESULT = HOME / "bench" / "results" / "int4-quality.json"
@@ -47,11 +47,11 @@ Way = Callable[[torch.Tensor], torch.Tensor]
 
 
 def ours(bits: int, group: int) -> Way:
-    """`shoehorn.int4`."""
+    """`shoehorn.int4.quantizer`."""
 
     def way(weight: torch.Tensor) -> torch.Tensor:
-        found = int4.quantize(weight, bits, group, torch.bfloat16)
-        return int4.dequantize(found.packed, found.scale, bits)
+        found = quantizer.quantize(weight, bits, group, torch.bfloat16)
+        return quantizer.dequantize(found.packed, found.scale, bits)
 
     return way
 

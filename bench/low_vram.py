@@ -26,8 +26,12 @@ HOME = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(HOME / "src"), str(HOME / "tests")]
 
 from fakes import captured  # noqa: E402  # the path is set just above
-from shoehorn import checkpoint, hardware, link_probe, profiles, settings  # noqa: E402  # likewise
-from shoehorn.plan import Plan, make_plan  # noqa: E402  # likewise
+from shoehorn.config import settings  # noqa: E402  # likewise
+from shoehorn.deployment import inputs  # noqa: E402  # likewise
+from shoehorn.hardware import bandwidth_probe, detect  # noqa: E402  # likewise
+from shoehorn.model import checkpoint  # noqa: E402  # likewise
+from shoehorn.planner.build import make_plan  # noqa: E402  # likewise
+from shoehorn.planner.plan import Plan  # noqa: E402  # likewise
 
 CASES = HOME / "tests" / "gpu" / "low_vram.json"
 BUDGETS = (3, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48)
@@ -81,7 +85,7 @@ def expected(links: dict[str, float]) -> dict[str, dict[str, float]]:
             wish = settings.load({"VRAM_LIMIT": f"{budget}GiB", "MAX_MODEL_LEN": "2048", "MAX_NUM_SEQS": "1"})
             machine = captured.machine("h200-141-ram192")
             machine = replace(machine, gpus=(replace(machine.gpus[0], link_bytes_per_second=link),))
-            plan = make_plan(wish, machine, profiles.select(wish, machine), shape, None)
+            plan = make_plan(wish, machine, inputs.select(wish, machine), shape, None)
             if isinstance(plan, Plan):
                 found.setdefault(name, {})[str(budget)] = float(plan.expected_tokens_per_second["batch_1"] or 0)
     return found
@@ -116,7 +120,7 @@ def main() -> None:
             records |= {record["name"]: record for record in json.loads(file.read_text()) if "status" in record}
     gpu, driver, link = arguments.gpu, arguments.driver, arguments.link
     if not link:
-        machine = link_probe.probed(hardware.detect(), Path(tempfile.gettempdir()))
+        machine = bandwidth_probe.probed(detect.detect(), Path(tempfile.gettempdir()))
         gpu, driver, link = machine.gpus[0].name, machine.driver_version, machine.gpus[0].link_bytes_per_second
     before = json.loads(RESULT.read_text()) if RESULT.exists() else {"rows": [], "answers": None}
     answers = json.loads(arguments.answers.read_text()) if arguments.answers else before["answers"]

@@ -38,16 +38,17 @@ import psutil
 HOME = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(HOME / "src"), str(HOME / "tests" / "e2e"), str(HOME / "tests")]
 
-from running import Appliance  # noqa: E402  # the path is set just above
-
-from shoehorn.state import Phase  # noqa: E402  # likewise
-from waiting import wait_until  # noqa: E402  # likewise
+from shoehorn.runtime.state import Phase  # noqa: E402  # likewise
+from support.running import Appliance  # noqa: E402  # the path is set just above
+from support.waiting import wait_until  # noqa: E402  # likewise
 
 RESULT = HOME / "bench" / "results" / "soak.json"
 QUESTIONS = [f"{words} {number}?" for number in range(16)
              for words in ("What is the VRAM of plan", "你叫啥", "How do I set", "Why does it stop at")]
-ROLES = {"supervise": "shoehorn.supervise", "engine program": "shoehorn.engine", "exporter": "shoehorn.exporter",
-         "keys": "shoehorn.key_service", "watcher": "shoehorn.watcher", "API server": "api_server.entry",
+ROLES = {"supervise": "shoehorn.runtime.supervisord", "engine program": "shoehorn.engine.main",
+         "exporter": "shoehorn.observability.exporter",
+         "keys": "shoehorn.gateway.keys.service", "watcher": "shoehorn.runtime.event_listener",
+         "API server": "api_server.entry",
          "engine core": "VLLM::EngineCor", "gateway": "nginx: master"}
 
 

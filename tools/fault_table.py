@@ -9,18 +9,16 @@ import ast
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from shoehorn.paths import HOME
+from shoehorn.common.paths import HOME
 
 GROUPS = (
-    ("Pulling and storing a model", ("tests/faults/test_pull", "tests/unit/test_store", "tests/unit/test_models",
-                                     "tests/unit/test_commands_", "tests/unit/test_hubs", "tests/e2e/test_offline")),
-    ("Converting a model", ("tests/unit/test_convert", "tests/e2e/test_int4")),
-    ("State, keys and other files", ("tests/faults/test_files", "tests/faults/test_power", "tests/unit/test_s",
-                                     "tests/e2e/test_gateway")),
-    ("Starts, stops and kills, in every phase", ("tests/e2e/test_phases", "tests/e2e/test_dying",
-                                                 "tests/e2e/test_lifecycle")),
-    ("Starting and serving", ("tests/faults/test_engine", "tests/unit/test_exporter", "tests/e2e/test_")),
+    ("Pulling and storing a model", ("tests/store/", "tests/commands/", "tests/appliance/test_offline")),
+    ("Converting a model", ("tests/int4/", "tests/appliance/test_served_int4")),
+    ("State, keys and other files", ("tests/common/", "tests/runtime/test_state", "tests/config/", "tests/gateway/")),
+    ("Starts, stops and kills, in every phase", ("tests/appliance/test_phases", "tests/appliance/test_dying",
+                                                 "tests/appliance/test_lifecycle")),
     ("In the container", ("tests/container/test_",)),
+    ("Starting and serving", ("tests/",)),
 )
 
 _INTRODUCTION = """# Reliability

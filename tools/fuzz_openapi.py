@@ -12,16 +12,15 @@ import tempfile
 from pathlib import Path
 
 HOME = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(HOME / "tests" / "e2e"), str(HOME / "tests")]
+sys.path[:0] = [str(HOME / "tests")]
 KEY = "sk-key-of-this-run-only"
 CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
 
 
 def main(program: str, examples: str = "40") -> int:
     """Record the document, start the appliance, fuzz; returns schemathesis' exit code."""
-    from running import Appliance
-
-    from shoehorn.state import Phase
+    from shoehorn.runtime.state import Phase
+    from support.running import Appliance
 
     with tempfile.TemporaryDirectory() as folder:
         document = Path(folder) / "openapi.json"

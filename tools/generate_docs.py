@@ -12,9 +12,10 @@ from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
 
-from shoehorn import metric_table, route_table
-from shoehorn.paths import HOME
-from shoehorn.settings import TABLE
+from shoehorn.common.paths import HOME
+from shoehorn.config.settings import TABLE
+from shoehorn.gateway import route_policy
+from shoehorn.observability import metrics
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
@@ -88,7 +89,7 @@ DOCUMENTS = {Path("README.md"): filled("README.md", "measured.md.j2", gpu="appli
              Path("docs/int4.md"): filled("docs/int4.md", "int4.md.j2", quality="int4-quality.json",
                                           speed="convert-speed.json"),
              Path("docs/configuration.md"): configuration, Path(".env.example"): example,
-             Path("docs/metrics.md"): metric_table.document, Path("docs/routes.md"): route_table.document,
+             Path("docs/metrics.md"): metrics.document, Path("docs/routes.md"): route_policy.document,
              Path("docs/reliability.md"): fault_table.document}
 
 if __name__ == "__main__":

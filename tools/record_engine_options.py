@@ -1,4 +1,4 @@
-"""Writes src/shoehorn/engine_options.json from the engine's real parser; run where vLLM is installed, after an upgrade.
+"""Writes src/shoehorn/config/vllm_options.json from vLLM's real parser; run after an upgrade of vLLM.
 
 usage: python tools/record_engine_options.py [--print]
 
@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-TARGET = Path(__file__).resolve().parents[1] / "src" / "shoehorn" / "engine_options.json"
+TARGET = Path(__file__).resolve().parents[1] / "src" / "shoehorn" / "config" / "vllm_options.json"
 
 
 def kind_of(convert: Callable[[str], Any] | None) -> str:

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from shoehorn.gateway import ROUTES
+from shoehorn.gateway.nginx_config import ROUTES
 
 REFERENCE = "#/components/schemas/"
 

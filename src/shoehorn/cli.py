@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from shoehorn import __version__
-from shoehorn.errors import EXIT_NOT_READ, ShoehornError
+from shoehorn.common.errors import EXIT_NOT_READ, ShoehornError
 
 COMMANDS = {
     "serve": "look at the machine, plan, and run everything until stopped",

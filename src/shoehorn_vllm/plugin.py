@@ -29,8 +29,12 @@ def register() -> None:
         if present.split("+")[0] != tested:
             raise EngineVersionError(f"Shoehorn's engine plugin was tested with {package} {tested}; this is {present}. "
                                      f"Install {package}=={tested}.")
-    from shoehorn_vllm import experts, offload, waiting  # not before: another engine may lack what they import
+    from shoehorn_vllm.patches import (  # not before: another engine may lack what they import
+        bnb_experts,
+        cpu_sleep,
+        offload,
+    )
 
-    experts.apply()
+    bnb_experts.apply()
     offload.apply()
-    waiting.apply()
+    cpu_sleep.apply()

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from tracked import BUILD_CANARY, COMPOSE, IMAGE, Container, clean_environment, docker
 
-from shoehorn.paths import HOME
+from shoehorn.common.paths import HOME
+from support.tracked import BUILD_CANARY, COMPOSE, IMAGE, Container, clean_environment, docker
 
 
 @pytest.fixture(scope="session")

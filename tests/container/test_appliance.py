@@ -10,14 +10,15 @@ from collections.abc import Callable
 
 import httpx
 import pytest
-from tracked import INTERRUPTED, Container, docker
 
-from waiting import wait_until
+from support.tracked import INTERRUPTED, Container, docker
+from support.waiting import wait_until
 
 pytestmark = pytest.mark.container
 
-PARTS = ("tini", "shoehorn.supervise", "shoehorn.watcher", "shoehorn.engine", "shoehorn.exporter",
-         "shoehorn.key_service", "nginx: master", "nginx: worker", "vllm", "VLLM::EngineCore")
+PARTS = ("tini", "shoehorn.runtime.supervisord", "shoehorn.runtime.event_listener", "shoehorn.engine.main",
+         "shoehorn.observability.exporter",
+         "shoehorn.gateway.keys.service", "nginx: master", "nginx: worker", "vllm", "VLLM::EngineCore")
 
 _QUESTION = [{"role": "user", "content": "What is your name?"}]
 

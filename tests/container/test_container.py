@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tracked import COMPOSE, ENDING, INTERRUPTED, Container, clean_environment, docker
 
 from fakes.hub import Hub
-from shoehorn.paths import HOME
-from waiting import wait_until
+from shoehorn.common.paths import HOME
+from support.tracked import COMPOSE, ENDING, INTERRUPTED, Container, clean_environment, docker
+from support.waiting import wait_until
 
 pytestmark = pytest.mark.container
 
@@ -48,7 +48,8 @@ def test_its_sources_are_those_of_the_checkout(image: str) -> None:
     files = docker("run", "--rm", "--entrypoint=sh", image, "-c", script).split()
     assert [name for name in files if not (HOME / name).is_file()] == []
     assert {"./entrypoint.py", "./healthcheck/healthcheck.py", "./demo/model/config.json"} <= set(files)
-    where = docker("run", "--rm", "--entrypoint=python", image, "-c", "import shoehorn.paths as p; print(p.HOME)")
+    where = docker("run", "--rm", "--entrypoint=python", image, "-c",
+                   "import shoehorn.common.paths as p; print(p.HOME)")
     assert where.strip() == "/opt/shoehorn"
 
 

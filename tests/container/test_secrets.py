@@ -15,10 +15,10 @@ from pathlib import Path
 
 import httpx
 import pytest
-from tracked import BUILD_CANARY, Container, docker
 
 from fakes.hub import Hub
-from shoehorn.paths import HOME
+from shoehorn.common.paths import HOME
+from support.tracked import BUILD_CANARY, Container, docker
 
 pytestmark = pytest.mark.container
 
@@ -101,7 +101,7 @@ def test_dockers_description_of_container_image_and_layers_has_neither(container
 
 def test_no_process_has_them_in_its_environment_or_arguments(container: Container) -> None:
     seen = container.execute("sh", "-c", "cat /proc/[0-9]*/environ /proc/[0-9]*/cmdline | tr '\\0' '\\n'")
-    assert "shoehorn.engine" in seen
+    assert "shoehorn.engine.main" in seen
     _nowhere(seen)
 
 

@@ -17,9 +17,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from shoehorn.hardware import Hardware
-from shoehorn.int4_layout import Bits, Outline, layout
-from shoehorn.tensor_files import DTYPE_BITS, Tensor
+from shoehorn.hardware.types import Hardware
+from shoehorn.int4.layout import Bits, Outline, layout
+from shoehorn.model.safetensors import DTYPE_BITS, Tensor
 
 CAPTURES = Path(__file__).resolve().parents[1] / "captures"
 MODELS, MACHINES = CAPTURES / "models", CAPTURES / "machines"

@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Mapping
 
-from shoehorn.tensor_files import DTYPE_BITS
+from shoehorn.model.safetensors import DTYPE_BITS
 
 
 def header(tensors: Mapping[str, tuple[str, list[int]]]) -> tuple[bytes, int]:

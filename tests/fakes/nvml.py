@@ -1,4 +1,4 @@
-"""A stand-in for the module pynvml that replays a recording (`shoehorn.gpu_metrics.record` says its shape).
+"""A stand-in for the module pynvml that replays a recording (`shoehorn.observability.nvml_recording` says its shape).
 
 Rules: errors and constants are pynvml's own, which needs no driver for them; every function has pynvml's name and
 arguments; a call that the recording lacks fails with FUNCTION_NOT_FOUND, as an older driver would.

@@ -28,7 +28,7 @@ class Reporter:
         """Bytes, as the worker holds them."""
         import torch  # only inside the engine
 
-        from shoehorn_vllm import host_memory  # likewise
+        from shoehorn_vllm.patches import pinned_memory  # likewise
 
         runner = self.model_runner  # type: ignore[attr-defined]  # the worker's own
         snapshot = getattr(self, "init_snapshot", None)
@@ -45,7 +45,7 @@ class Reporter:
             "torch_allocated_bytes": torch.cuda.memory_allocated(),
             "torch_reserved_bytes": torch.cuda.memory_reserved(),
             "free_bytes": free, "total_bytes": total,
-            "pinned_bytes": host_memory.pinned_bytes() + int(
+            "pinned_bytes": pinned_memory.pinned_bytes() + int(
                 torch.cuda.host_memory_stats().get("allocated_bytes.current", 0) if torch.cuda.is_available() else 0)}
 
 

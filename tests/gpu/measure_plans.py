@@ -31,7 +31,7 @@ import sparse_checkpoint  # noqa: E402  # the path is set just above
 from planned import plan_case  # noqa: E402  # likewise
 
 from fakes import captured  # noqa: E402  # likewise
-from shoehorn.plan import Plan  # noqa: E402  # likewise
+from shoehorn.planner.plan import Plan  # noqa: E402  # likewise
 
 MIB = 1 << 20
 

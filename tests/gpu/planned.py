@@ -6,18 +6,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from shoehorn import checkpoint, drafts, hardware, link_probe, profiles, settings
-from shoehorn.plan import Plan, Refusal, make_plan
-from shoehorn.tensor_files import LocalFiles
+from shoehorn.config import settings
+from shoehorn.deployment import draft_model, inputs
+from shoehorn.hardware import bandwidth_probe, detect
+from shoehorn.model import checkpoint
+from shoehorn.model.files import LocalFiles
+from shoehorn.planner.build import make_plan
+from shoehorn.planner.plan import Plan, Refusal
 
 
 def plan_case(case: dict[str, Any], gpus: list[int], directory: Path) -> Plan | Refusal:
     """Plan on these cards for the checkpoint in `directory`."""
-    machine = link_probe.probed(hardware.detect(), directory.parent)
+    machine = bandwidth_probe.probed(detect.detect(), directory.parent)
     machine = replace(machine, gpus=tuple(replace(gpu, free_bytes=gpu.total_bytes) for gpu in machine.gpus
                                           if gpu.index in gpus))
     wanted = {name: value.replace("{WORK}", str(directory.parent)) for name, value in case.get("settings", {}).items()}
     loaded = settings.load({"MODEL_ID": str(directory), "MODEL_SOURCE": "local", **wanted})
     shape = checkpoint.read(LocalFiles(directory))
-    return drafts.considered(loaded, shape, None, lambda draft: make_plan(
-        loaded, machine, profiles.select(loaded, machine), shape, None, draft=draft))
+    return draft_model.considered(loaded, shape, None, lambda draft: make_plan(
+        loaded, machine, inputs.select(loaded, machine), shape, None, draft=draft))

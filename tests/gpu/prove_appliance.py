@@ -28,8 +28,8 @@ import psutil
 HOME = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(HOME / "src"), str(HOME / "tests" / "gpu")]
 
-from shoehorn import gpu_metrics  # noqa: E402  # the path is set just above
-from shoehorn.state import Phase, StateFile  # noqa: E402  # likewise
+from shoehorn.observability import nvml_recording  # noqa: E402  # the path is set just above
+from shoehorn.runtime.state import Phase, StateFile  # noqa: E402  # likewise
 
 KEY = "sk-key-for-the-proof"
 TOOLS = ("sh", "nginx", "ldconfig")
@@ -177,7 +177,7 @@ def main(out: Path, model: Path) -> None:
     import pynvml
 
     pynvml.nvmlInit()
-    (out / "capture.json").write_text(json.dumps(gpu_metrics.record(pynvml), indent=1))
+    (out / "capture.json").write_text(json.dumps(nvml_recording.record(pynvml), indent=1))
     machine = {"gpu": pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(0)),
                "driver": pynvml.nvmlSystemGetDriverVersion(), "kernel": platform.release(),
                "cpus": os.cpu_count(), "memory_bytes": psutil.virtual_memory().total}

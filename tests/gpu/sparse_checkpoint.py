@@ -27,7 +27,8 @@ HOME = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(HOME / "src"), str(HOME / "tests")]
 
 from fakes import captured  # noqa: E402  # the path is set just above
-from shoehorn.tensor_files import Tensor, header, read_json, shards  # noqa: E402  # likewise
+from shoehorn.model.files import read_json  # noqa: E402  # likewise
+from shoehorn.model.safetensors import Tensor, header, shards  # noqa: E402  # likewise
 
 TEMPLATE = ("{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}{% endfor %}"
             "{% if add_generation_prompt %}<|assistant|>{% endif %}")

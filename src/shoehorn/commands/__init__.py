@@ -1,1 +1,4 @@
-"""Subcommands of `shoehorn`: each module has `add_arguments(parser)` and `run(arguments, environment) -> int`."""
+"""Commands of `shoehorn`, one module each.
+
+May import: every other room.
+"""

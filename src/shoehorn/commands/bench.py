@@ -16,11 +16,11 @@ from dataclasses import asdict, dataclass
 
 import httpx
 
-from shoehorn import render
-from shoehorn import settings as settings_module
-from shoehorn.errors import EXIT_DONE, EngineFailedError, SettingsError, ShoehornError
-from shoehorn.proof import TOKEN
-from shoehorn.state import Phase, StateFile
+from shoehorn.common.errors import EXIT_DONE, EngineFailedError, SettingsError, ShoehornError
+from shoehorn.config import settings as settings_module
+from shoehorn.engine.readiness import TOKEN
+from shoehorn.runtime import run_dir
+from shoehorn.runtime.state import Phase, StateFile
 
 _PROMPT_TOKENS = 16
 _TIMEOUT_SECONDS = 3600.0
@@ -76,7 +76,7 @@ def run(arguments: argparse.Namespace, environment: Mapping[str, str]) -> int:
         raise SettingsError(f"--tokens {tokens} is more than a context of {plan['max_model_len']} tokens has room for.",
                             f"Give at most {room}.")
     expected = plan.get("expected_tokens_per_second", {})
-    socket = str(render.engine_socket(settings))
+    socket = str(run_dir.engine_socket(settings))
     rounds = []
     for requests in (1, *wanted):  # the first one warms up, and is not shown
         found = measure(lambda: httpx.HTTPTransport(uds=socket), state.model, requests, tokens)

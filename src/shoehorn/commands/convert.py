@@ -10,12 +10,12 @@ import argparse
 import json
 from collections.abc import Mapping
 
-from shoehorn import convert as converter
-from shoehorn import settings as settings_module
-from shoehorn.commands import pull
-from shoehorn.convert import Wish
-from shoehorn.errors import EXIT_DONE
-from shoehorn.int4_layout import GROUPS
+from shoehorn.commands import output
+from shoehorn.common.errors import EXIT_DONE
+from shoehorn.config import settings as settings_module
+from shoehorn.int4 import convert as converter
+from shoehorn.int4.convert import Wish
+from shoehorn.int4.layout import GROUPS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace, environment: Mapping[str, str]) -> int:
     """Convert; returns the exit code."""
     changes = {"MODEL_ID": arguments.model} if arguments.model else {}
     settings = settings_module.load({**environment, **changes})
-    report = pull.begin(settings, as_json=arguments.json)
+    report = output.begin(settings, as_json=arguments.json)
     directory = converter.convert(settings, Wish(arguments.embedding, arguments.group_size), report)
-    pull.say(json.dumps({"phase": "done", "directory": str(directory)}) if arguments.json else str(directory))
+    output.say(json.dumps({"phase": "done", "directory": str(directory)}) if arguments.json else str(directory))
     return EXIT_DONE

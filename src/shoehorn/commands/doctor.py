@@ -11,12 +11,13 @@ from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from shoehorn import hardware
-from shoehorn import settings as settings_module
-from shoehorn.errors import EXIT_BAD_SETTINGS, EXIT_DONE, SettingsError
-from shoehorn.hardware import Hardware
-from shoehorn.settings import Settings
-from shoehorn.units import MIB, format_size
+from shoehorn.common import disk
+from shoehorn.common.errors import EXIT_BAD_SETTINGS, EXIT_DONE, SettingsError
+from shoehorn.common.units import MIB, format_size
+from shoehorn.config import settings as settings_module
+from shoehorn.config.settings import Settings
+from shoehorn.hardware import detect
+from shoehorn.hardware.types import Hardware
 
 _SHARED_MEMORY_BYTES = 160 * MIB
 """What vLLM 0.32.0 wants before it starts; Docker gives 64 MiB unless told otherwise."""
@@ -39,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, environment: Mapping[str, str]) -> int:
     """Print every check; exit code 0 when all passed, else 2."""
-    checks = examine(environment, hardware.detect())
+    checks = examine(environment, detect.detect())
     if arguments.json:
         print(json.dumps([asdict(check) for check in checks], indent=1, ensure_ascii=False))
     else:
@@ -78,11 +79,11 @@ def _volume(settings: Settings) -> Check:
     if not os.access(directory, os.W_OK):
         return Check("volume", False, f"{directory} cannot be written by user {os.geteuid()}",
                      f"on the host: sudo chown -R {os.geteuid()} THE_MOUNTED_FOLDER")
-    return Check("volume", True, f"{directory}, {format_size(hardware.disk_free(directory))} free")
+    return Check("volume", True, f"{directory}, {format_size(disk.disk_free(directory))} free")
 
 
 def _shared_memory() -> Check:
-    free = hardware.disk_free(Path("/dev/shm"))  # noqa: S108  # the place itself is looked at
+    free = disk.disk_free(Path("/dev/shm"))  # noqa: S108  # the place itself is looked at
     enough = free >= _SHARED_MEMORY_BYTES
     return Check("shared memory", enough, f"{format_size(free)} free in /dev/shm",
                  "" if enough else "docker run --shm-size 8g, or shm_size: 8gb in compose")

@@ -12,10 +12,11 @@ import argparse
 import time
 from collections.abc import Mapping
 
-from shoehorn import drain
-from shoehorn import settings as settings_module
-from shoehorn.errors import EXIT_DONE, ShoehornError
-from shoehorn.state import Phase, StateFile
+from shoehorn.common.errors import EXIT_DONE, ShoehornError
+from shoehorn.config import settings as settings_module
+from shoehorn.engine import drain
+from shoehorn.runtime import shutdown
+from shoehorn.runtime.state import Phase, StateFile
 
 _NOTICE_SECONDS = 5
 """How long the engine program may take to see the request, beyond the drain itself."""
@@ -41,7 +42,7 @@ def run(_arguments: argparse.Namespace, environment: Mapping[str, str]) -> int:
         print(f"nothing to drain: the appliance is not ready ({phase})")
         return EXIT_DONE
     drain.request(settings.run_dir)
-    deadline = time.monotonic() + settings.drain_timeout + drain.MARGIN_SECONDS + _NOTICE_SECONDS
+    deadline = time.monotonic() + settings.drain_timeout + shutdown.MARGIN_SECONDS + _NOTICE_SECONDS
     while time.monotonic() < deadline:
         over, outcome = drain.published(settings.run_dir)
         if over and outcome:

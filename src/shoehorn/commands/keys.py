@@ -14,12 +14,12 @@ import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
 
-from shoehorn import key_sources
-from shoehorn import settings as settings_module
-from shoehorn.errors import EXIT_DONE, SettingsError
-from shoehorn.key_store import KeyStore, NewKey
-from shoehorn.keys import Key, Limits, parse_expiry, parse_name
-from shoehorn.settings import Settings
+from shoehorn.common.errors import EXIT_DONE, SettingsError
+from shoehorn.config import settings as settings_module
+from shoehorn.config.settings import Settings
+from shoehorn.gateway.keys import sources
+from shoehorn.gateway.keys.api_key import Key, Limits, parse_expiry, parse_name
+from shoehorn.gateway.keys.store import KeyStore, NewKey
 
 _OPTIONS = {
     "requests_per_minute": ("--requests-per-minute", "N", "most requests in any 60 s"),
@@ -79,7 +79,7 @@ def _template(arguments: argparse.Namespace) -> Key:
 
 def _require_changeable(settings: Settings, name: str) -> None:
     """Keys that the volume does not hold are changed elsewhere."""
-    _, source = key_sources.in_force(settings).get(name, (None, "volume"))
+    _, source = sources.in_force(settings).get(name, (None, "volume"))
     if source != "volume":
         raise SettingsError(f"The key {name!r} comes from {source}.", f"Change it there, or choose another name."
                             f"{' Then restart.' if source == 'API_KEY' else ''}")
@@ -96,7 +96,7 @@ def _list(settings: Settings, as_json: bool) -> int:
     rows = [{"name": name, "source": source, "created": None if source == "API_KEY" else key.created,
              "last_used": used.get(name), "expires": key.expires,
              "expired": key.expires is not None and key.expires <= now, "limits": key.limits.given()}
-            for name, (key, source) in sorted(key_sources.in_force(settings).items())]
+            for name, (key, source) in sorted(sources.in_force(settings).items())]
     if as_json:
         print(json.dumps(rows, indent=1))
         return EXIT_DONE

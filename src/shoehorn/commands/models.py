@@ -13,11 +13,11 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 
-from shoehorn import inventory
-from shoehorn import settings as settings_module
-from shoehorn.errors import EXIT_DONE
-from shoehorn.inventory import StoredModel
-from shoehorn.units import format_size
+from shoehorn.common.errors import EXIT_DONE
+from shoehorn.common.units import format_size
+from shoehorn.config import settings as settings_module
+from shoehorn.store import inventory
+from shoehorn.store.inventory import StoredModel
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -5,19 +5,19 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping
-from pathlib import Path
 
-from shoehorn import checkpoint, hardware, profiles, speed
-from shoehorn import settings as settings_module
-from shoehorn.checkpoint import ModelShape
-from shoehorn.errors import EXIT_DOES_NOT_FIT, EXIT_DONE, SettingsError
-from shoehorn.hardware import Gpu, Hardware
-from shoehorn.plan import Plan, Refusal, make_plan
-from shoehorn.settings import Settings
-from shoehorn.speculation import Draft
-from shoehorn.tensor_files import LocalFiles
-from shoehorn.units import GIB, format_size, parse_size
-from shoehorn.vram_parts import VramParts
+from shoehorn.commands.target import add_target, machine_of, settings_of, shape_of
+from shoehorn.common import disk
+from shoehorn.common.errors import EXIT_DOES_NOT_FIT, EXIT_DONE
+from shoehorn.common.units import format_size
+from shoehorn.config import settings as settings_module
+from shoehorn.config.settings import Settings
+from shoehorn.deployment import inputs
+from shoehorn.hardware import detect
+from shoehorn.planner.build import make_plan
+from shoehorn.planner.memory.breakdown import VramParts
+from shoehorn.planner.plan import Plan, Refusal
+from shoehorn.planner.speculation import Draft
 
 _PARTS = (("weights", "weights_bytes"), ("quantization state", "quant_state_bytes"),
           ("embeddings", "embeddings_bytes"), ("offload buffers", "offload_buffer_bytes"),
@@ -33,29 +33,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the plan or the refusal as JSON")
 
 
-def add_target(parser: argparse.ArgumentParser) -> None:
-    """What to plan for: model, machine, settings."""
-    parser.add_argument("--model", metavar="DIR_OR_ID", help="a folder, or OWNER/NAME on the hub (MODEL_ID)")
-    parser.add_argument("--gpu", metavar="SIZE[:NAME]", action="append", default=[],
-                        help="plan for this card instead of the machine's own, like 24GB:RTX4090; once for each card. "
-                             "GB as cards are sold, of which programs get a little less; GiB as they get them")
-    parser.add_argument("--ram", metavar="SIZE", help="plan for this much host memory, like 64GiB")
-    parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[],
-                        help="a setting as in the environment, like MAX_MODEL_LEN=4096")
-
-
 def run(arguments: argparse.Namespace, environment: Mapping[str, str]) -> int:
     """Print a plan, exit code 0, or a refusal, exit code 3."""
     settings = settings_module.load(settings_of(arguments, environment))
-    machine = machine_of(arguments, hardware.detect())
-    profile = profiles.select(settings, machine)
+    machine = machine_of(arguments, detect.detect())
+    profile = inputs.select(settings, machine)
     free = None
     if not arguments.gpu and settings.model_source != "local" and settings.models_dir.is_dir():
-        free = hardware.disk_free(settings.models_dir) + hardware.disk_used(settings.models_dir / settings.model_id)
+        free = disk.disk_free(settings.models_dir) + disk.disk_used(settings.models_dir / settings.model_id)
     if machine.gpus:
-        from shoehorn import quantization  # slow to import, as below
+        from shoehorn.deployment import auto_quantization  # slow to import, as below
 
-        settings = quantization.settled(settings, machine, profile, disk=not arguments.gpu)
+        settings = auto_quantization.settled(settings, machine, profile, disk=not arguments.gpu)
     shape = shape_of(settings)
 
     def made(draft: Draft | None) -> Plan | Refusal:
@@ -64,76 +53,15 @@ def run(arguments: argparse.Namespace, environment: Mapping[str, str]) -> int:
     if settings.speculative in settings_module.GUESSES:
         plan = made(None)
     else:
-        from shoehorn import drafts  # slow to import, as below
+        from shoehorn.deployment import draft_model  # slow to import, as below
 
-        beside = hardware.disk_free(settings.models_dir) if free is None else free - shape.disk_bytes
-        plan = drafts.considered(settings, shape, None if arguments.gpu else beside, made)
+        beside = disk.disk_free(settings.models_dir) if free is None else free - shape.disk_bytes
+        plan = draft_model.considered(settings, shape, None if arguments.gpu else beside, made)
     if arguments.json:
         print(json.dumps(plan.to_json(), indent=1, ensure_ascii=False))
     else:
         print("\n".join(_text(plan, settings)))
     return EXIT_DONE if isinstance(plan, Plan) else EXIT_DOES_NOT_FIT
-
-
-def settings_of(arguments: argparse.Namespace, environment: Mapping[str, str]) -> dict[str, str]:
-    """The settings: the environment's, with what the command line says in their place."""
-    result = dict(environment)
-    for word in arguments.set:
-        name, equals, value = word.partition("=")
-        if not equals or name not in {setting.name for setting in settings_module.TABLE}:
-            raise SettingsError(f"--set {word}: {name} is no setting.",
-                                "Write --set KEY=VALUE; docs/configuration.md lists the settings.")
-        result[name] = value
-    if arguments.model:
-        path = Path(arguments.model)
-        local = path.is_dir() or arguments.model.startswith(("/", "./", "../"))
-        result["MODEL_ID"] = str(path.absolute()) if local else arguments.model
-        if local:
-            result["MODEL_SOURCE"] = "local"
-        elif result.get("MODEL_SOURCE") == "local":
-            del result["MODEL_SOURCE"]
-    if getattr(arguments, "profile", None):
-        result["VRAM_PROFILE"] = arguments.profile
-    return result
-
-
-def machine_of(arguments: argparse.Namespace, here: Hardware) -> Hardware:
-    """This machine, or the one described; host memory that is not described is unknown there (0)."""
-    gpus, memory, notes = here.gpus, here.host_memory_bytes, here.notes
-    if arguments.gpu:
-        gpus, memory, notes = tuple(_gpu(index, word) for index, word in enumerate(arguments.gpu)), 0, ()
-    available = here.host_available_bytes
-    if arguments.ram:
-        memory = available = _size("--ram", arguments.ram)
-    return Hardware(gpus, here.driver_version, memory, available, here.cpus, notes, here.amx)
-
-
-def _gpu(index: int, word: str) -> Gpu:
-    size, _, name = word.partition(":")
-    total = _size("--gpu", size)
-    if size.strip().lower().endswith("gb"):
-        total = hardware.total_of_sold(total / 10**9, name)
-    if total < GIB:
-        raise SettingsError(f"--gpu {word}: a card of {format_size(total)} is none.",
-                            "Give the size with its unit, as --gpu 24GB:RTX4090.")
-    generation, width = speed.usual_link(name)
-    return Gpu(index, "", name, total, total, (0, 0), generation, width, False)
-
-
-def _size(option: str, text: str) -> int:
-    try:
-        return parse_size(text)
-    except ValueError as error:
-        raise SettingsError(f"{option}: {error}") from error
-
-
-def shape_of(settings: Settings) -> ModelShape:
-    """The model that the settings name, as it will be served."""
-    if settings.model_source == "local" and settings.quantization != "int4":
-        return checkpoint.read(LocalFiles(Path(settings.model_id)))
-    from shoehorn import converted  # the hub's client is slow to import, and not needed for a folder
-
-    return converted.shape(settings, converted.served(settings))
 
 
 def _text(plan: Plan | Refusal, settings: Settings) -> list[str]:

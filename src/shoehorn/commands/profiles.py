@@ -12,16 +12,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from shoehorn import hardware, profiles
-from shoehorn import settings as settings_module
-from shoehorn.checkpoint import ModelShape
-from shoehorn.commands.plan import add_target, machine_of, settings_of, shape_of
-from shoehorn.errors import EXIT_DONE, ModelUnavailableError, SettingsError
-from shoehorn.hardware import Hardware
-from shoehorn.paths import PROFILES
-from shoehorn.plan import Plan, make_plan
-from shoehorn.profiles import Profile
-from shoehorn.settings import Settings
+from shoehorn.commands.target import add_target, machine_of, settings_of, shape_of
+from shoehorn.common.errors import EXIT_DONE, ModelUnavailableError, SettingsError
+from shoehorn.common.paths import PROFILES
+from shoehorn.config import profiles
+from shoehorn.config import settings as settings_module
+from shoehorn.config.profiles import Profile
+from shoehorn.config.settings import Settings
+from shoehorn.hardware import detect
+from shoehorn.hardware.types import Hardware
+from shoehorn.model.shape import ModelShape
+from shoehorn.planner.build import make_plan
+from shoehorn.planner.plan import Plan
 
 SLOW_TOKENS_PER_SECOND = 5.0
 """Below this one reads faster than the answer comes."""
@@ -40,14 +42,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, environment: Mapping[str, str]) -> int:
     """Print the rows by group; the one that VRAM_PROFILE means has a star."""
     settings = settings_module.load(settings_of(arguments, environment))
-    machine = machine_of(arguments, hardware.detect())
+    machine = machine_of(arguments, detect.detect())
     shape, trouble, converted = None, "", None
     try:
         shape = shape_of(settings)
         if machine.gpus:
-            from shoehorn import quantization  # slow to import
+            from shoehorn.deployment import auto_quantization  # slow to import
 
-            settled = quantization.settled(settings, machine, profiles.automatic(), disk=not arguments.gpu)
+            settled = auto_quantization.settled(settings, machine, profiles.automatic(), disk=not arguments.gpu)
             converted = (settled, shape_of(settled)) if settled is not settings else None
     except ModelUnavailableError as error:
         trouble = error.cause

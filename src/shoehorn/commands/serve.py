@@ -20,26 +20,21 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from shoehorn import (
-    __version__,
-    gateway,
-    hardware,
-    key_sources,
-    machine_checks,
-    mounts,
-    profiles,
-    render,
-    room,
-    tls,
-    withheld,
-)
-from shoehorn import settings as settings_module
-from shoehorn.errors import SettingsError
-from shoehorn.files import write_atomic
-from shoehorn.key_store import NewKey
-from shoehorn.process import end_recorded_group
-from shoehorn.settings import Settings
-from shoehorn.state import Phase, StateFile
+from shoehorn import __version__
+from shoehorn.common import disk, mounts
+from shoehorn.common.atomic_file import write_atomic
+from shoehorn.common.errors import SettingsError
+from shoehorn.config import secrets
+from shoehorn.config import settings as settings_module
+from shoehorn.config.settings import Settings
+from shoehorn.deployment import inputs
+from shoehorn.gateway import nginx_config, tls
+from shoehorn.gateway.keys import sources
+from shoehorn.gateway.keys.store import NewKey
+from shoehorn.hardware import detect, requirements
+from shoehorn.runtime import supervisord_config
+from shoehorn.runtime.child_process import end_recorded_group
+from shoehorn.runtime.state import Phase, StateFile
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,11 +44,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, environment: Mapping[str, str]) -> int:
     """Prepare everything and become supervisord; returns only by an exception."""
     settings = settings_module.load(environment)
-    machine = hardware.detect()
-    profile = profiles.select(settings, machine)
+    machine = detect.detect()
+    profile = inputs.select(settings, machine)
     if profile.match.device == "cuda":
-        machine_checks.check(machine)
-        profiles.require_gpus(machine, profile.name)
+        requirements.check(machine)
+        requirements.require_gpus(machine, profile.name)
     lock = _prepare_run_dir(settings.run_dir)
     _require_volume(settings.models_dir)
     for port, name in ((settings.port, "PORT"), (settings.metrics_port, "METRICS_PORT")):
@@ -61,9 +56,9 @@ def run(arguments: argparse.Namespace, environment: Mapping[str, str]) -> int:
     user = pwd.getpwuid(0).pw_name if os.geteuid() == 0 else None
     if settings.tls_cert_file:
         tls.install(settings)
-    write_atomic(settings.run_dir / "nginx.conf", gateway.render(settings, settings.run_dir, user), 0o600)
-    render.write_supervisord_config(settings, user)
-    made = key_sources.prepare(settings)
+    write_atomic(settings.run_dir / "nginx.conf", nginx_config.render(settings, settings.run_dir, user), 0o600)
+    supervisord_config.write_supervisord_config(settings, user)
+    made = sources.prepare(settings)
     if made:
         print(first_key_line(made), flush=True)
     write_atomic(settings.run_dir / "welcome.txt", welcome(settings, made), 0o600)
@@ -72,7 +67,7 @@ def run(arguments: argparse.Namespace, environment: Mapping[str, str]) -> int:
           f"metrics on port {settings.metrics_port}", flush=True)
     no_core_dumps()
     os.set_inheritable(lock, True)  # held until supervisord ends
-    os.execve(sys.executable, [sys.executable, "-m", "shoehorn.supervise", str(settings.run_dir)],
+    os.execve(sys.executable, [sys.executable, "-m", "shoehorn.runtime.supervisord", str(settings.run_dir)],
               _without_secrets(settings, environment))
 
 
@@ -148,7 +143,7 @@ def _require_volume(models_dir: Path) -> None:
             raise SettingsError(f"MODELS_DIR={models_dir} is mounted read-only, and the keys are kept there.",
                                 "Mount it writable (without :ro). Models that nobody may change can lie elsewhere: "
                                 "MODEL_SOURCE=local, and MODEL_ID their folder.") from error
-        if error.errno in room.FULL:
+        if error.errno in disk.FULL:
             raise SettingsError(f"The volume MODELS_DIR={models_dir} is full.",
                                 "Free space there (shoehorn models), or mount a larger volume.") from error
         raise SettingsError(
@@ -172,7 +167,7 @@ def _require_port(port: int, name: str) -> None:
 
 def _without_secrets(settings: Settings, environment: Mapping[str, str]) -> dict[str, str]:
     """The programs' environment: the hubs' tokens as files in the run directory, other secrets not at all."""
-    clean = withheld.without_secrets(environment)
+    clean = secrets.without_secrets(environment)
     for name, token in (("MODELSCOPE_API_TOKEN", settings.modelscope_api_token), ("HF_TOKEN", settings.hf_token)):
         if token:
             path = settings.run_dir / name.lower()

@@ -1,0 +1,4 @@
+"""Configuration: settings, secrets, profiles, vLLM's options.
+
+May import: common.
+"""

@@ -1,0 +1,276 @@
+"""The options of the engine's command line, recorded as data: VLLM_EXTRA_ARGS and profiles are checked without vLLM.
+
+Rules:
+- `vllm_options.json` is written by tools/record_engine_options.py from vLLM's real parser; a test makes it again;
+- an unknown option is refused with the nearest known one, a removed one with what became of it, one that the
+  appliance fixes itself with the setting to use instead;
+- names are vLLM's long ones without the leading dashes; all mistakes are reported together.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+from shoehorn.common.errors import SettingsError
+
+OWNED = {
+    "model": "MODEL_ID", "served-model-name": "SERVED_MODEL_NAME", "tokenizer": "MODEL_ID",
+    "revision": "MODEL_REVISION", "code-revision": "MODEL_REVISION", "tokenizer-revision": "MODEL_REVISION",
+    "download-dir": "MODELS_DIR", "hf-token": "HF_TOKEN", "trust-remote-code": "TRUST_REMOTE_CODE",
+    "api-key": "API_KEY", "port": "PORT", "config": "VRAM_PROFILE (the path of your own profile)",
+    **dict.fromkeys(("host", "uds", "root-path", "grpc", "grpc-port", "headless", "ssl-keyfile", "ssl-certfile",
+                     "ssl-ca-certs", "ssl-cert-reqs", "ssl-ciphers", "enable-ssl-refresh", "middleware",
+                     "allow-credentials", "allowed-origins", "allowed-methods", "allowed-headers",
+                     "disable-fastapi-docs", "enable-offline-docs", "disable-uvicorn-access-log",
+                     "sse-keep-alive-interval", "trust-request-chat-template", "trust-request-mm-kwargs",
+                     "data-parallel-supervisor-port"), ""),
+}
+"""Options that the appliance fixes: the setting to use instead, or nothing where there is none."""
+
+REMOVED = {
+    "swap-space": "sequences are recomputed, not swapped",
+    "max-seq-len-to-capture": "use max-cudagraph-capture-size, which counts tokens of a batch",
+    "disable-log-requests": "requests are not logged unless asked for",
+    "calculate-kv-scales": "scales belong into the checkpoint",
+    "use-v2-block-manager": "there is only one block manager",
+    "device": "the installed engine decides",
+    "task": "use runner and convert",
+    "guided-decoding-backend": "use structured-outputs-config",
+    "num-scheduler-steps": "scheduling overlaps with the model by itself",
+    "preemption-mode": "preempted sequences are recomputed",
+    "worker-use-ray": "use distributed-executor-backend",
+    "disable-frontend-multiprocessing": "the engine always has a process of its own",
+    "disable-async-output-proc": "output is always handled aside",
+    "multi-step-stream-outputs": "there are no multiple steps any more",
+    "num-lookahead-slots": "the speculation's own number of tokens decides",
+    "scheduler-delay-factor": "the scheduler has no delay",
+    "max-num-partial-prefills": "the scheduler decides",
+    "max-long-partial-prefills": "the scheduler decides",
+    "enable-reasoning": "reasoning-parser alone does it",
+    "enable-prompt-adapter": "prompt adapters are gone",
+    "max-prompt-adapters": "prompt adapters are gone",
+    "max-prompt-adapter-token": "prompt adapters are gone",
+    "qlora-adapter-name-or-path": "use lora-modules",
+    "lora-extra-vocab-size": "adapters bring no vocabulary any more",
+    "long-lora-scaling-factors": "the adapter's own config decides",
+    "tokenizer-pool-size": "tokenizing has its own threads",
+    "tokenizer-pool-type": "tokenizing has its own threads",
+    "tokenizer-pool-extra-config": "tokenizing has its own threads",
+    "quantization-param-path": "scales belong into the checkpoint",
+    "override-neuron-config": "other accelerators are not served here",
+    "override-pooler-config": "use pooler-config",
+    "ngram-prompt-lookup-max": "use speculative-config",
+    "ngram-prompt-lookup-min": "use speculative-config",
+    "speculative-max-model-len": "use speculative-config",
+    "speculative-draft-tensor-parallel-size": "use speculative-config",
+    "spec-decoding-acceptance-method": "use speculative-config",
+    "typical-acceptance-sampler-posterior-threshold": "use speculative-config",
+    "typical-acceptance-sampler-posterior-alpha": "use speculative-config",
+    "disable-logprobs-during-spec-decoding": "use speculative-config",
+    "model-impl-backend": "use model-impl",
+    "logits-processor-pattern": "use logits-processors",
+    "max-context-len-to-capture": "use max-cudagraph-capture-size, which counts tokens of a batch",
+    "engine-use-ray": "use distributed-executor-backend",
+    "rope-scaling": "use hf-overrides",
+    "rope-theta": "use hf-overrides",
+    "speculative-model": "use speculative-config",
+    "num-speculative-tokens": "use speculative-config",
+}
+"""Options of older engines, which guides still show: what to do instead."""
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)([kKmMgGtT]?)")
+_MULTIPLIERS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12,
+                "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+_NEGATIVE = re.compile(r"-\d+(\.\d+)?")
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option.
+
+    Attributes:
+        takes: `value`, `list` (one or more) or `switch`.
+        kind: of its values: `int`, `size` (an int that may be written 8k), `float`, `json` or `text`.
+        short: other spellings, dashes included.
+        negatable: `--no-NAME` exists.
+    """
+
+    takes: str
+    kind: str = "text"
+    choices: tuple[str, ...] = ()
+    short: tuple[str, ...] = ()
+    negatable: bool = False
+
+
+@functools.cache
+def recorded() -> Mapping[str, Option]:
+    """Every option by its name."""
+    document = json.loads(resources.files("shoehorn.config").joinpath("vllm_options.json").read_text(encoding="utf-8"))
+    return {name: Option(entry["takes"], entry.get("kind", "text"), tuple(entry.get("choices", ())),
+                         tuple(entry.get("short", ())), entry.get("negatable", False))
+            for name, entry in document["options"].items()}
+
+
+def parse_arguments(words: Sequence[str]) -> dict[str, object]:
+    """Words of a command line -> values by option name, as the engine's own parser would read them.
+
+    Values are int, float, str, dict (JSON objects), bool (switches) or a list of them; a later one wins.
+
+    Raises:
+        SettingsError: with every mistake in VLLM_EXTRA_ARGS, one a line.
+    """
+    parsed: dict[str, object] = {}
+    mistakes: list[str] = []
+    rest = list(words)
+    while rest:
+        try:
+            name, value = _take(rest)
+        except ValueError as error:
+            mistakes.append(f"VLLM_EXTRA_ARGS: {error}")
+            continue
+        before = parsed.get(name)
+        parsed[name] = _merged(before, value) if isinstance(before, dict) and isinstance(value, dict) else value
+    if mistakes:
+        raise SettingsError("\n".join(mistakes), "Correct VLLM_EXTRA_ARGS and start again.")
+    return parsed
+
+
+def check(name: str, value: object) -> object:
+    """One option of a profile, as YAML gives it; returns the value to use.
+
+    Raises:
+        ValueError: the option or its value cannot be used; says why and what to write.
+    """
+    option = _option(name)
+    if option.takes == "switch":
+        if not isinstance(value, bool):
+            raise ValueError(f"{name} is a switch: write true or false, not {value!r}")
+        if not value and not option.negatable:
+            raise ValueError(f"{name} cannot be switched off: leave it out")
+        return value
+    if isinstance(value, dict) and option.kind == "json":
+        return value
+    values = value if isinstance(value, list) and option.takes == "list" else [value]
+    if not values or any(isinstance(each, bool | list | dict) or each is None for each in values):
+        raise ValueError(f"{name} needs a {option.takes}, not {value!r}")
+    converted = [_convert(name, option, str(each)) for each in values]
+    return converted if option.takes == "list" else converted[0]
+
+
+def _take(rest: list[str]) -> tuple[str, object]:
+    """Take one option and its values off the front. Raises ValueError after taking at least a word."""
+    word = rest.pop(0)
+    spelled, given, text = word.partition("=")
+    if re.fullmatch(r"-O=?\d", word):
+        return "optimization-level", word[-1]
+    if not spelled.startswith("-") or spelled in ("-", "--"):
+        raise ValueError(f"{word!r} is no option; options begin with --")
+    name, dot, path = spelled.partition(".")
+    name = name[2:].replace("_", "-") if name.startswith("--") else _long_name(name)
+    no = name.removeprefix("no-")
+    if name not in recorded() and no != name and no in recorded() and recorded()[no].negatable:
+        _option(no)
+        return _switch(no, False, bool(given))
+    try:
+        option = _option(name)
+    except ValueError:
+        while rest and not rest[0].startswith("-"):
+            rest.pop(0)  # its values are no mistake of their own
+        raise
+    if option.takes == "switch":
+        return _switch(name, True, bool(given))
+    values = [text] if given else []
+    while rest and (not rest[0].startswith("-") or _NEGATIVE.fullmatch(rest[0])) and (
+            not values or (option.takes == "list" and not given)):
+        values.append(rest.pop(0))
+    if not values:
+        raise ValueError(f"--{name} needs a value")
+    if dot:
+        return name, _nested(name, option, path, values[0])
+    converted = [_convert(name, option, value) for value in values]
+    return name, converted if option.takes == "list" else converted[0]
+
+
+def _long_name(spelled: str) -> str:
+    for name, option in recorded().items():
+        if spelled in option.short:
+            return name
+    raise ValueError(f"{spelled} is no option of the engine; options begin with --")
+
+
+def _option(name: str) -> Option:
+    """A known option that is free to use. Raises ValueError for the others."""
+    if name in OWNED:
+        instead = f"; set {OWNED[name]} instead" if OWNED[name] else ""
+        raise ValueError(f"--{name} is fixed by Shoehorn{instead}")
+    if name in REMOVED:
+        raise ValueError(f"--{name} is gone from this engine: {REMOVED[name]}")
+    if name not in recorded():
+        near = difflib.get_close_matches(name, recorded().keys() - OWNED.keys(), 1)
+        raise ValueError(f"--{name} is no option of the engine" + (f"; did you mean --{near[0]}?" if near else ""))
+    return recorded()[name]
+
+
+def _switch(name: str, on: bool, given: bool) -> tuple[str, bool]:
+    if given:
+        raise ValueError(f"--{name} is a switch and takes no value" +
+                         (f"; write --{name} or --no-{name}" if recorded()[name].negatable else ""))
+    return name, on
+
+
+def _convert(name: str, option: Option, text: str) -> object:
+    """A value of the option's kind. Raises ValueError."""
+    if option.kind == "int":
+        if not re.fullmatch(r"-?\d+", text):
+            raise ValueError(f"--{name}: {text!r} is not a whole number")
+        value: Any = int(text)
+    elif option.kind == "size":
+        match = _SIZE.fullmatch(text)
+        if not match or (match[2].isupper() and "." in match[1]):
+            raise ValueError(f"--{name}: {text!r} is not a number; write it like 8192 or 8k")
+        value = round(float(match[1]) * _MULTIPLIERS[match[2]])
+    elif option.kind == "float":
+        try:
+            value = float(text)
+        except ValueError:
+            raise ValueError(f"--{name}: {text!r} is not a number") from None
+        if not 0 <= value < float("inf"):
+            raise ValueError(f"--{name}: {text!r} is not a number from 0 on")
+    elif option.kind == "json" and text.lstrip().startswith("{"):
+        try:
+            value = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"--{name}: {text!r} is no JSON ({error})") from error
+    else:
+        value = text
+    if option.choices and text not in option.choices and text.replace("-", "_") not in option.choices:
+        raise ValueError(f"--{name}: {text!r} is not one of {', '.join(option.choices)}")
+    return value
+
+
+def _nested(name: str, option: Option, path: str, text: str) -> dict[str, object]:
+    """`--NAME.a.b 1` -> {"a": {"b": 1}}, as the engine reads it."""
+    if option.kind != "json" or not all(path.split(".")):
+        raise ValueError(f"--{name} takes no parts (--{name}.{path})")
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = text
+    for key in reversed(path.split(".")):
+        value = {key: value}
+    return dict(value)
+
+
+def _merged(old: Mapping[str, object], new: Mapping[str, object]) -> dict[str, object]:
+    result = dict(old)
+    for key, value in new.items():
+        before = result.get(key)
+        result[key] = _merged(before, value) if isinstance(before, dict) and isinstance(value, dict) else value
+    return result

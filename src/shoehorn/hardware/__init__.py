@@ -1,0 +1,4 @@
+"""The machine: GPUs, host, specifications, requirements, bandwidth probes.
+
+May import: common.
+"""

@@ -1,0 +1,4 @@
+"""Remote model repositories: listing and verified download.
+
+May import: config, common.
+"""

@@ -1,0 +1,4 @@
+"""Conversion of a checkpoint to INT4.
+
+May import: store, hub, model, config, common.
+"""

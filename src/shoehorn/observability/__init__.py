@@ -1,0 +1,4 @@
+"""Metrics: the exporter and what it reads.
+
+May import: runtime, config, common.
+"""

@@ -1,9 +1,0 @@
-"""Where the appliance's own data files lie: the root of the checkout, or /opt/shoehorn in the image."""
-
-from __future__ import annotations
-
-from pathlib import Path
-
-HOME = Path(__file__).resolve().parents[2]
-PROFILES = HOME / "profiles"
-GATEWAY = HOME / "gateway"

@@ -1,0 +1,82 @@
+"""Rendering of supervisord's configuration."""
+
+from __future__ import annotations
+
+import configparser
+import io
+import sys
+from pathlib import Path
+
+from shoehorn.common.atomic_file import write_atomic
+from shoehorn.config.settings import Settings
+from shoehorn.runtime.shutdown import ENGINE_STOP_SECONDS, MARGIN_SECONDS
+
+
+def supervisord_config(settings: Settings, user: str | None) -> str:
+    """The text of `supervisord.conf`.
+
+    Programs stop in the order of falling priority, each before the next: the engine first, which drains, while the
+    gateway still carries its last answers and refuses new requests.
+
+    Args:
+        user: the user's name when running as root (supervisord complains otherwise); else None.
+    """
+    python = [sys.executable, "-m"]
+    to_stdout = {"stdout_logfile": "/dev/stdout", "stdout_logfile_maxbytes": "0", "redirect_stderr": "true"}
+    config = configparser.RawConfigParser()
+    config["supervisord"] = {
+        "nodaemon": "true", "logfile": "/dev/null", "logfile_maxbytes": "0", "loglevel": "warn",
+        "pidfile": _escape(settings.run_dir / "supervisord.pid"), **({"user": user} if user else {}),
+    }
+    config["eventlistener:watcher"] = {
+        "command": _command([*python, "shoehorn.runtime.event_listener", str(settings.run_dir)]),
+        "events": "PROCESS_STATE_EXITED,PROCESS_STATE_FATAL", "priority": "100", "autorestart": "true",
+        "startretries": "100", "stdout_logfile": "NONE", "stderr_logfile": "/dev/stderr",
+        "stderr_logfile_maxbytes": "0",
+    }
+    config["program:exporter"] = {
+        "command": _command([*python, "shoehorn.observability.exporter"]), "priority": "200", "autorestart": "true",
+        "startretries": "5", "stopwaitsecs": "3", "killasgroup": "true", **to_stdout,
+    }
+    config["program:engine"] = {
+        "command": _command([*python, "shoehorn.engine.main"]), "priority": "400", "startsecs": "0",
+        # An exit with one of Shoehorn's own codes is its last word, and the watcher ends the container. Any other
+        # (a kill, a defect) is tried again, within the budget that the engine program keeps.
+        "autorestart": "unexpected", "exitcodes": "0,2,3,4,5",
+        "stopwaitsecs": str(settings.drain_timeout + MARGIN_SECONDS + ENGINE_STOP_SECONDS + 5), "killasgroup": "true",
+        **to_stdout,
+    }
+    config["program:keys"] = {
+        "command": _command([*python, "shoehorn.gateway.keys.service"]), "priority": "250", "autorestart": "true",
+        "startretries": "5", "stopwaitsecs": "5", "killasgroup": "true", **to_stdout,
+    }
+    config["program:gateway"] = {
+        "command": _command(["nginx", "-c", str(settings.run_dir / "nginx.conf"), "-e", "stderr"]), "priority": "300",
+        "autorestart": "true", "startretries": "5", "stopsignal": "QUIT",
+        "stopwaitsecs": str(settings.drain_timeout + 2), "killasgroup": "true", **to_stdout,
+    }
+    text = io.StringIO()
+    config.write(text)
+    return text.getvalue()
+
+
+def write_supervisord_config(settings: Settings, user: str | None) -> Path:
+    """Write `supervisord.conf`; returns its path."""
+    path = settings.run_dir / "supervisord.conf"
+    write_atomic(path, supervisord_config(settings, user))
+    return path
+
+
+def _escape(value: object) -> str:
+    """supervisord expands `%(...)s` in every value."""
+    return str(value).replace("%", "%%")
+
+
+def _command(words: list[str]) -> str:
+    """A command line for supervisord, which splits with shlex and also cuts comments at ` ;`."""
+    quoted = ['"' + word.replace("\\", "\\\\").replace('"', '\\"') + '"' if set(word) - _PLAIN else word
+              for word in words]
+    return _escape(" ".join(quoted))
+
+
+_PLAIN = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789/._-+=:@,%")

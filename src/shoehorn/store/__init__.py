@@ -1,0 +1,4 @@
+"""The local model store: pull, verification, manifest, inventory.
+
+May import: hub, model, config, common.
+"""

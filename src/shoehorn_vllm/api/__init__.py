@@ -1,0 +1,1 @@
+"""Request admission, limits, errors and metrics in front of vLLM's API."""

@@ -1,0 +1,1 @@
+"""Patches of vLLM, each guarded and pinned to the version it was tested with."""

@@ -1,0 +1,1 @@
+"""Reports of the engine's memory."""

@@ -1,0 +1,198 @@
+"""A real Prometheus scrapes the running appliance: every panel's query finds data, and every rule's metric is there.
+
+The engine is the real one on the CPU. A second exporter over the same run directory replays NVML as it was recorded on
+an H200, with the parts that an engine on a GPU would have reported, so that the GPU's panels have something to show.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+
+from fakes.ports import free_port
+from shoehorn.common.paths import HOME
+from shoehorn.runtime.state import StateFile
+from support.running import Appliance
+from support.waiting import wait_until
+
+pytestmark = pytest.mark.e2e
+
+DASHBOARDS = sorted((HOME / "monitoring" / "grafana" / "dashboards").glob("*.json"))
+EXPORTER = """
+import json, os, sys
+from pathlib import Path
+from fakes.nvml import FakeNvml
+from shoehorn.observability import exporter
+nvml = FakeNvml(json.loads(Path(sys.argv[1]).read_text()))
+card = nvml.capture["gpus"][0]  # recorded idle: now it holds what the engine is said to hold, and has a power cap
+card["nvmlDeviceGetCurrentClocksEventReasons"] = 0x4
+card["nvmlDeviceGetMemoryInfo_v2"]["used"] += 490 << 20
+card["nvmlDeviceGetMemoryInfo_v2"]["free"] -= 490 << 20
+card["nvmlDeviceGetComputeRunningProcesses"] = [{"pid": os.getpid(), "usedGpuMemory": 490 << 20}]
+sys.exit(exporter.main(os.environ, nvml))
+"""
+MEMORY = tuple({"gpu": 0, "part": part, "expected_bytes": size, "measured_bytes": size} for part, size in (
+    ("weights", 100 << 20), ("kv_cache", 80 << 20), ("cuda_graphs", 10 << 20), ("framework", 300 << 20),
+    ("total", 490 << 20)))
+CROWDS = {1: "1", 3: "2 to 3", 6: "4 to 7", 12: "8 to 15"}
+"""So many requests at a time, and the bars where they are seen: the CPU profile computes eight at a time, and four
+wait here, so that there are always eight."""
+
+EMPTY = re.compile(r" by concurrency: (16 to 31|32 to 63|64 or more)$")
+"""Queries that rightly find nothing here: more requests at a time than there were."""
+
+
+class Prometheus:
+    """A Prometheus of the test's own; asks through its API."""
+
+    def __init__(self, home: Path, target: int) -> None:
+        self.port = free_port()
+        config = yaml.safe_load((HOME / "monitoring" / "prometheus" / "prometheus.yml").read_text())
+        config["global"] |= {"scrape_interval": "1s", "scrape_timeout": "1s", "evaluation_interval": "1s"}
+        config["scrape_configs"][0]["static_configs"][0]["targets"] = [f"127.0.0.1:{target}"]
+        config["rule_files"] = [str(HOME / "monitoring" / "prometheus" / "rules.yml")]
+        (home / "prometheus.yml").write_text(yaml.safe_dump(config))
+        with (home / "prometheus.log").open("w") as log:
+            self.process = subprocess.Popen(
+                ["prometheus", f"--config.file={home}/prometheus.yml", f"--storage.tsdb.path={home}/data",
+                 f"--web.listen-address=127.0.0.1:{self.port}"], stdout=log, stderr=subprocess.STDOUT)
+
+    def ask(self, path: str, **parameters: str) -> Any:
+        """`data` of an API answer."""
+        answer = httpx.get(f"http://127.0.0.1:{self.port}/api/v1/{path}", params=parameters, timeout=60)
+        assert answer.status_code == 200, answer.text
+        return answer.json()["data"]
+
+    def values(self, query: str) -> list[float]:
+        """The samples of an instant query that are numbers."""
+        found = [float(sample["value"][1]) for sample in self.ask("query", query=query)["result"]]
+        return [value for value in found if value == value]
+
+    def up(self) -> bool:
+        """Whether it answers, which it does from a moment after it listens, and has scraped."""
+        try:
+            ready = httpx.get(f"http://127.0.0.1:{self.port}/-/ready", timeout=60).status_code == 200
+        except httpx.TransportError:
+            return False
+        return ready and bool(self.values('up{job="shoehorn"} == 1'))
+
+
+@pytest.fixture(scope="module")
+def prometheus(shared: Appliance, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
+    home = tmp_path_factory.mktemp("prometheus")
+    before = StateFile(shared.run_dir).read()
+    StateFile(shared.run_dir).update(memory=MEMORY, failures={"killed": 1}, bytes_done=7, bytes_total=7, progress=1.0)
+    port = free_port()
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": f"{HOME / 'src'}:{HOME / 'tests'}",
+                   "RUN_DIR": str(shared.run_dir), "MODELS_DIR": str(shared.models_dir),
+                   "METRICS_PORT": str(port)}
+    with subprocess.Popen([sys.executable, "-c", EXPORTER, str(HOME / "tests" / "captures" / "nvml-h200.json")],
+                          env=environment) as exporter:
+        running = Prometheus(home, port)
+        try:
+            wait_until(running.up, 30, "Prometheus has scraped")
+            for crowd, bars in CROWDS.items():
+                seen, queries = threading.Event(), by_concurrency(bars)
+                with ThreadPoolExecutor(crowd) as pool:
+                    asking = [pool.submit(ask_until, shared, seen) for _ in range(crowd)]
+                    try:
+                        time.sleep(5.0)  # so many samples, more where the machine is busy
+                        wait_until(lambda queries=queries: all(map(running.values, queries)), 60, f"{crowd} at a time")
+                    finally:
+                        seen.set()
+                for each in asking:
+                    each.result()
+            wait_until(lambda: running.values("sum(increase(vllm:request_success_total[1m])) > 0"), 30, "it counts")
+            yield running
+        finally:
+            running.process.terminate()
+            running.process.wait(60)
+            exporter.terminate()
+            StateFile(shared.run_dir).update(memory=before.memory, failures=before.failures, progress=before.progress,
+                                             bytes_done=before.bytes_done, bytes_total=before.bytes_total)
+
+
+def ask_until(appliance: Appliance, seen: threading.Event) -> None:
+    """One request after another; every answer is whole."""
+    while not seen.is_set():
+        answer = httpx.post(f"{appliance.url}/v1/chat/completions", headers=appliance.headers(), timeout=60, json={
+            "model": "shoehorn-demo", "max_tokens": 200, "ignore_eos": True,
+            "messages": [{"role": "user", "content": "hello, and once more hello " * 4}]})
+        assert answer.status_code == 200, answer.text
+
+
+def filled(query: str, interval: str = "10s") -> str:
+    """A panel's query with Grafana's variables filled in."""
+    for variable, value in (("$__rate_interval", interval), ("$__range", "5m"), ("$__interval", "1s"),
+                            ("$instance", ".+"), ("$gpu", "0")):
+        query = query.replace(variable, value)
+    return query
+
+
+def by_concurrency(bars: str) -> list[str]:
+    """The queries of the bars with this name."""
+    panels = json.loads((HOME / "monitoring" / "grafana" / "dashboards" / "capacity.json").read_text())["panels"]
+    found = [filled(target["expr"]) for panel in panels if panel["title"].endswith(" by concurrency")
+             for target in panel["targets"] if target["legendFormat"] == bars]
+    assert len(found) == 3
+    return found
+
+
+@pytest.mark.parametrize("path", DASHBOARDS, ids=lambda path: path.stem)
+def test_every_panel_finds_data(prometheus: Prometheus, path: Path) -> None:
+    empty, expected = set(), set()
+    for panel in json.loads(path.read_text())["panels"]:
+        for target in panel["targets"]:
+            name = f"{panel['title']}: {target['legendFormat']}"
+            expected |= {name} if EMPTY.search(name) else set()
+            if not prometheus.values(filled(target["expr"], interval="5m")):  # the crowds lie within
+                empty.add(name)
+    assert empty == expected
+
+
+def test_more_requests_at_a_time_bring_more_tokens(prometheus: Prometheus) -> None:
+    """The bars by concurrency say what they are meant to."""
+    panels = json.loads((HOME / "monitoring" / "grafana" / "dashboards" / "capacity.json").read_text())["panels"]
+    [bars] = [panel for panel in panels if panel["title"] == "Tokens a second by concurrency"]
+    found = {}
+    for target in bars["targets"]:
+        found[target["legendFormat"]] = prometheus.values(filled(target["expr"], interval="5s"))
+    assert found["8 to 15"][0] > found["1"][0] > 0
+
+
+def test_every_metric_of_a_rule_is_there(prometheus: Prometheus) -> None:
+    names = set(prometheus.ask("label/__name__/values"))
+    rules = yaml.safe_load((HOME / "monitoring" / "prometheus" / "rules.yml").read_text())
+    used = {name for group in rules["groups"] for rule in group["rules"]
+            for name in re.findall(r"\b(?:shoehorn_|vllm:|up\b)[a-z_]*", rule["expr"])}
+    assert used - names == set()
+
+
+def test_the_rules_are_loaded_and_only_those_fire_that_should(prometheus: Prometheus) -> None:
+    rules = [rule for group in prometheus.ask("rules")["groups"] for rule in group["rules"]]
+    assert {rule["name"] for rule in rules} == {rule["alert"] for group in yaml.safe_load(
+        (HOME / "monitoring" / "prometheus" / "rules.yml").read_text())["groups"] for rule in group["rules"]}
+    assert [rule["name"] for rule in rules if rule["health"] != "ok"] == []
+    assert [rule["name"] for rule in rules if rule["state"] == "firing"] == []
+
+
+def test_the_parts_of_the_card_add_up_in_prometheus_too(prometheus: Prometheus) -> None:
+    [total] = prometheus.values('shoehorn_gpu_memory_total_bytes{gpu="0"}')
+    assert prometheus.values('sum(shoehorn_vram_bytes{gpu="0"})') == [total]
+
+
+def test_a_broken_query_would_be_found(prometheus: Prometheus) -> None:
+    assert prometheus.values("sum(rate(vllm:generation_tokens[1m]))") == []

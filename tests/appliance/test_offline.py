@@ -1,0 +1,75 @@
+"""A model carried to a machine without a network: pulled there, copied here, served, and nobody asked.
+
+The machine is a network namespace with a loopback alone. Its kernel counts whatever was to go elsewhere, a look-up of a
+name as well, because there is no route for it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fakes.hub import Hub
+from shoehorn.runtime.state import Phase
+from support.pulling import Volume
+from support.running import DEMO_MODEL, TEST_KEY, Appliance
+from support.waiting import wait_until
+
+pytestmark = pytest.mark.e2e
+
+_LOOPBACK_UP = """
+import fcntl, os, socket, struct, sys
+fcntl.ioctl(socket.socket(), 0x8914, struct.pack("16sh22x", b"lo", 0x41))  # SIOCSIFFLAGS: up and running
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+ALONE = ("unshare", "--net", sys.executable, "-c", _LOOPBACK_UP)
+_ASK = """
+import sys, urllib.request
+url, key, body = sys.argv[1:]
+print(urllib.request.urlopen(urllib.request.Request(url, body.encode(), {
+    "Authorization": f"Bearer {key}", "Content-Type": "application/json"})).read().decode())
+"""
+
+
+def inside(appliance: Appliance, *command: str) -> str:
+    """The output of a command in the appliance's network."""
+    return subprocess.run(["nsenter", f"--target={appliance.process.pid}", "--net", *command], capture_output=True,
+                          text=True, timeout=60, check=True).stdout
+
+
+def tried(appliance: Appliance) -> int:
+    """How often anything was to go to another machine."""
+    names, values = re.findall(r"^Ip: (.*)$", inside(appliance, "cat", "/proc/net/snmp"), re.MULTILINE)
+    found = dict(zip(names.split(), values.split(), strict=True))
+    more = re.search(r"^Ip6OutNoRoutes\s+(\d+)", inside(appliance, "cat", "/proc/net/snmp6"), re.MULTILINE)
+    assert more
+    return int(found["OutNoRoutes"]) + int(more[1])
+
+
+@pytest.mark.fault("A machine without a network, and a model that was carried there",
+                   "Held to its manifest, served, and no outside address is asked, not even for a name.")
+def test_a_carried_model_is_served_and_nobody_is_asked(tmp_path: Path) -> None:
+    stick, here = tmp_path / "stick", tmp_path / "here"
+    with Hub({"shoehorn/demo": DEMO_MODEL}) as hub:
+        assert Volume(tmp_path, hub, MODEL_ID="shoehorn/demo").pull("--to", str(stick))[0] == 0
+    shutil.copytree(stick, here, copy_function=shutil.copyfile)  # with other times, so that the content decides
+    appliance = Appliance(tmp_path, within=ALONE, MODEL_ID=str(here / "shoehorn" / "demo"), OFFLINE="yes")
+    try:
+        appliance.wait_for(Phase.READY)
+        body = json.dumps({"model": "shoehorn-demo", "messages": [{"role": "user", "content": "你叫啥?"}]})
+        said = inside(appliance, sys.executable, "-c", _ASK, f"{appliance.url}/v1/chat/completions", TEST_KEY, body)
+        assert "Shoehorn" in json.loads(said)["choices"][0]["message"]["content"]
+        assert tried(appliance) == 0
+        inside(appliance, sys.executable, "-c", "import socket\ntry: socket.getaddrinfo('modelscope.cn', 443)\n"
+               "except OSError as error: print(error)")
+        assert tried(appliance) > 0, "what is asked is counted"
+        wait_until(lambda: "ready after" in appliance.output, 5, "told")
+        assert appliance.end() == 0
+    finally:
+        appliance.discard()

@@ -1,0 +1,186 @@
+"""The engine program on a machine whose card is smaller than expected: it steps down, serves, and remembers.
+
+The real program, with a stand-in for the GPU and for vLLM on it (tests/fakes/gpu_machine), and the shapes of an 8B.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fakes import captured
+from shoehorn.runtime.state import Phase, State, StateFile
+from support.waiting import wait_until
+
+ROOT = Path(__file__).resolve().parents[2]
+MACHINE = ROOT / "tests" / "fakes" / "gpu_machine"
+
+pytestmark = pytest.mark.e2e
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An 8B: its config and headers, and holes where its weights would be."""
+    directory = tmp_path_factory.mktemp("model") / "8b"
+    directory.mkdir()
+    files = captured.files("llama-3.1-8b-instruct")
+    for name, size in files.names().items():
+        with (directory / name).open("wb") as file:
+            file.write(files.head(name))
+            file.truncate(size)
+    return directory
+
+
+class Engine:
+    """One life of the engine program."""
+
+    def __init__(self, work: Path, run: str, model: Path, limits: Mapping[str, object], **settings: str) -> None:
+        self.run_dir = work / run
+        (self.run_dir / "nothing").mkdir(parents=True)
+        self.states = StateFile(self.run_dir)
+        self.log = work / f"{run}.log"
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("VLLM_")}
+        environment |= {"PYTHONPATH": f"{MACHINE}:{ROOT / 'src'}", "STANDIN_ENGINE": json.dumps(limits),
+                        "MODEL_ID": str(model), "MODEL_SOURCE": "local", "RUN_DIR": str(self.run_dir),
+                        "MODELS_DIR": str(work / "models"), "DRAIN_TIMEOUT": "0", "VRAM_LIMIT": "24GiB", **settings}
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen([sys.executable, "-m", "shoehorn.engine.main"], env=environment, stdout=log,
+                                            stderr=subprocess.STDOUT)
+
+    def settled(self) -> State:
+        """The state once it is ready or has failed."""
+        wait_until(lambda: self.states.read().phase in (Phase.READY, Phase.FAILED), 60, "ready or failed")
+        return self.states.read()
+
+    @property
+    def options(self) -> Mapping[str, object]:
+        return dict(yaml.safe_load((self.run_dir / "vllm.yaml").read_text()))
+
+    def end(self) -> int:
+        if self.states.read().phase is not Phase.FAILED and self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(30)
+
+
+@pytest.fixture
+def engines(tmp_path: Path, model: Path) -> Iterator[object]:
+    (tmp_path / "models").mkdir()
+    running: list[Engine] = []
+
+    def start(run: str, limits: Mapping[str, object], **settings: str) -> Engine:
+        running.append(Engine(tmp_path, run, model, limits, **settings))
+        return running[-1]
+
+    yield start
+    for engine in running:
+        engine.end()
+
+
+@pytest.mark.fault("Out of GPU memory at the start", "A smaller plan, at most five times; what worked is remembered.")
+def test_it_steps_down_until_it_serves_and_starts_so_at_once_next_time(engines, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    share = {"VLLM_EXTRA_ARGS": "--gpu-memory-utilization 0.17"}
+    first = engines("first", {"load": 1024}, **share)
+    state = first.settled()
+    log = first.log.read_text()
+    assert (state.phase, state.step_downs) == (Phase.READY, 1), log
+    assert "step down 1 of 5 after no_kv_cache_memory: max-num-batched-tokens 2048 -> 1024" in log
+    wait_until(lambda: first.states.read().memory, 30, "what was measured")
+    assert {(row["part"], row["measured_bytes"]) for row in first.states.read().memory} >= {("weights", 15 << 30)}
+    assert first.end() == 0
+    [remembered] = (tmp_path / "models" / ".shoehorn" / "worked").glob("*.json")
+    assert json.loads(remembered.read_text())["options"] == {
+        "max-num-batched-tokens": 1024, "max-num-seqs": 64, "max-model-len": 16384, "enforce-eager": False}
+    again = engines("again", {"load": 1024}, **share)
+    assert (again.settled().step_downs, again.options["max-num-batched-tokens"]) == (0, 1024)
+    again.end()
+    changed = engines("changed", {"load": 1 << 20}, MAX_NUM_SEQS="7", **share)
+    assert changed.settled().phase is Phase.READY
+    assert changed.options["max-num-batched-tokens"] == 2048, "another setting, another start"
+
+
+@pytest.mark.fault("Out of GPU memory in the first full batch", "It was never ready; a smaller plan.")
+def test_an_engine_that_dies_over_its_first_full_batch_was_never_ready(engines) -> None:  # type: ignore[no-untyped-def]
+    engine = engines("proof", {"load": 1 << 20, "cache": 13 << 29})
+    state = engine.settled()
+    log = engine.log.read_text()
+    assert state.phase is Phase.READY, log
+    assert state.step_downs >= 1
+    assert int(str(engine.options["kv-cache-memory-bytes"])) <= 13 << 29
+    assert engine.options["max-num-batched-tokens"] == 2048, "a smaller cache was enough"
+    assert "the engine did not survive its first full batch" in log
+    assert log.index("step down 1 of 5 after gpu_out_of_memory") < log.index("ready after")
+    assert "ready after" not in log[:log.index("step down 1 of 5")]
+
+
+@pytest.mark.fault("One of several workers runs out of memory at the start, and the others wait for it",
+                   "The start is ended; a smaller plan.")
+def test_a_start_that_waits_for_a_failed_worker_is_ended(engines) -> None:  # type: ignore[no-untyped-def]
+    engine = engines("worker", {"load": 1 << 20, "worker": 8_200_000_000})
+    state = engine.settled()
+    log = engine.log.read_text()
+    assert (state.phase, state.failures) == (Phase.READY, {"gpu_out_of_memory": 1}), log
+    assert "a worker of the engine failed" in log
+    assert int(str(engine.options["kv-cache-memory-bytes"])) <= 8_200_000_000
+
+
+def test_a_number_format_that_the_card_lacks_becomes_float16(engines) -> None:  # type: ignore[no-untyped-def]
+    engine = engines("format", {"load": 1 << 20, "no_bf16": True})
+    assert engine.settled().phase is Phase.READY
+    assert engine.options["dtype"] == "float16"
+
+
+@pytest.mark.fault("The engine does not start with guessed tokens", "It starts without them, and does so next time.")
+def test_guessed_tokens_are_given_up_where_the_engine_cannot_start_with_them(engines) -> None:  # type: ignore[no-untyped-def]
+    small = {"VRAM_LIMIT": "5GiB", "QUANTIZATION": "bitsandbytes"}
+    first = engines("guessing", {"load": 1 << 20, "guesses": True}, **small)
+    assert first.settled().phase is Phase.READY
+    assert "step down 1 of 5 after unknown: guessed tokens -> none" in first.log.read_text()
+    assert "speculative-config" not in first.options
+    assert first.end() == 0
+    again = engines("again", {"load": 1 << 20, "guesses": True}, **small)
+    assert (again.settled().phase, again.states.read().step_downs) == (Phase.READY, 0)
+    again.end()
+    told = engines("told", {"load": 1 << 20, "guesses": True}, SPECULATIVE="ngram", **small)
+    assert told.process.wait(120) == 5, "what the user asked for is not given up"
+
+
+@pytest.mark.fault("A failure that no smaller plan mends", "Exit code 5 with cause and remedy.")
+def test_what_no_step_can_mend_ends_with_cause_and_remedy(engines) -> None:  # type: ignore[no-untyped-def]
+    engine = engines("hopeless", {"load": 0})
+    state = engine.settled()
+    assert (state.phase, engine.end()) == (Phase.FAILED, 5)
+    assert "nothing is left for the KV cache" in state.cause
+    assert "VRAM_LIMIT" in state.remedy
+    assert 1 <= engine.log.read_text().count("step down ") <= 5
+
+
+@pytest.mark.fault("A model that always crashes, after it was ready",
+                   "Five tries with growing pauses, then exit code 5 and the engine's last words.")
+def test_a_restart_storm_ends_with_words(engines) -> None:  # type: ignore[no-untyped-def]
+    engine = engines("storm", {"load": 1 << 20, "alive": 1})
+    assert engine.process.wait(120) == 5
+    log, state = engine.log.read_text(), engine.states.read()
+    assert state.phase is Phase.FAILED
+    assert log.count("ready after") == 5
+    assert "illegal memory access" in log
+    assert state.cause
+    assert state.remedy
+
+
+def test_a_driver_that_is_too_old_is_refused_before_anything_is_started(tmp_path: Path, model: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": f"{MACHINE}:{ROOT / 'src'}", "MODEL_ID": str(model),
+                   "MODEL_SOURCE": "local", "RUN_DIR": str(tmp_path / "run"), "MODELS_DIR": str(tmp_path),
+                   "STANDIN_GPU": json.dumps({"nvmlDeviceGetCudaComputeCapability": [7, 0]})}
+    done = subprocess.run([sys.executable, "-m", "shoehorn.cli", "serve"], env=environment, capture_output=True,
+                          text=True, timeout=60)
+    assert done.returncode == 3, done.stderr
+    assert "has compute capability 7.0" in done.stderr
+    assert "Turing generation or newer" in done.stderr

@@ -1,0 +1,98 @@
+"""What a start says about keys: all that a person needs, and no key that was not just made."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+from pathlib import Path
+
+import pytest
+
+from shoehorn.commands.serve import _require_volume, first_key_line, no_core_dumps, welcome
+from shoehorn.common import mounts
+from shoehorn.common.errors import SettingsError
+from shoehorn.config.settings import load
+from shoehorn.gateway.keys.store import KeyStore, NewKey
+
+BASE = {"MODEL_ID": "a/b", "PORT": "7001"}
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> NewKey:
+    new = KeyStore(tmp_path).first(0.0)
+    assert new is not None
+    return new
+
+
+def test_a_key_just_made_is_shown_ready_to_paste(made: NewKey) -> None:
+    text = welcome(load(BASE), made)
+    assert f'curl -N http://127.0.0.1:7001/v1/chat/completions -H "Authorization: Bearer {made.token}"' in text
+    assert made.token in first_key_line(made)
+    assert "shoehorn keys rotate default" in first_key_line(made)
+
+
+def test_a_given_key_is_not_shown() -> None:
+    text = welcome(load({**BASE, "API_KEY": "sk-canary-key"}), None)
+    assert "Bearer $API_KEY" in text
+    assert "canary" not in text
+
+
+def test_a_key_of_before_is_not_known_and_the_way_to_a_new_one_is() -> None:
+    text = welcome(load(BASE), None)
+    assert "Bearer YOUR_KEY" in text
+    assert "shoehorn keys add NAME" in text
+
+
+def test_with_a_certificate_the_address_is_https() -> None:
+    text = welcome(load({**BASE, "API_KEY": "sk-canary-key", "TLS_CERT_FILE": "/c", "TLS_KEY_FILE": "/k"}), None)
+    assert "curl -k -N https://127.0.0.1:7001/" in text
+
+
+@pytest.mark.parametrize(("number", "cause", "remedy"), [
+    (errno.EROFS, "mounted read-only, and the keys are kept there", "without :ro"),
+    (errno.ENOSPC, "is full", "Free space there"), (errno.EACCES, "cannot be written by user", "sudo chown -R")])
+@pytest.mark.fault("Volume read-only, full or another user's when the appliance starts",
+                   "Exit code 2 and what to type, before anything starts.")
+def test_a_volume_without_room_for_keys_is_told_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int,
+                                                        cause: str, remedy: str) -> None:
+    def touch(*_arguments: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(Path, "touch", touch)
+    with pytest.raises(SettingsError, match=cause) as refusal:
+        _require_volume(tmp_path)
+    assert remedy in refusal.value.remedy
+
+
+@pytest.mark.parametrize(("root", "named"), [
+    (f"/var/lib/docker/volumes/{'ab' * 32}/_data", False), (f"/containers/storage/volumes/{'0f' * 32}/_data", False),
+    (f"/cri/containers/{'ab' * 32}/volumes/{'cd' * 32}", False), ("/var/lib/docker/volumes/models/_data", True),
+    ("/srv/models", True), ("/", True)])
+@pytest.mark.fault("No volume is mounted, so that the container engine makes one of its own",
+                   "Said, with what to type: what is pulled goes with the container.")
+def test_a_volume_that_nobody_named_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                            capsys: pytest.CaptureFixture[str], root: str, named: bool) -> None:
+    table = tmp_path / "mountinfo"
+    table.write_text("22 1 8:1 / / rw,relatime shared:1 - overlay overlay rw\n"
+                     f"40 22 8:2 {root} {tmp_path} rw,relatime - ext4 /dev/sda1 rw\nnothing\n")
+    found = mounts.of(tmp_path / "models", table)
+    monkeypatch.setattr(mounts, "of", lambda _folder: found)
+    _require_volume(tmp_path)
+    said = capsys.readouterr().out
+    assert ("no volume is mounted" in said) != named
+    assert f"docker run -v models:{tmp_path}" in said or named
+
+
+def test_without_a_table_of_mounts_nothing_is_said(tmp_path: Path) -> None:
+    assert mounts.of(tmp_path, tmp_path / "none") is None
+    assert mounts.of(tmp_path) is not None
+
+
+@pytest.mark.parametrize(("most", "limit"), [(resource.RLIM_INFINITY, 1), (4096, 1), (1, 1), (0, 0)])
+def test_core_dumps_are_kept_from_files_and_from_pipes(monkeypatch: pytest.MonkeyPatch, most: int, limit: int) -> None:
+    made: list[tuple[int, tuple[int, int]]] = []
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (0, most))
+    monkeypatch.setattr(resource, "setrlimit", lambda which, limits: made.append((which, limits)))
+    no_core_dumps()
+    assert made == [(resource.RLIMIT_CORE, (limit, limit))]

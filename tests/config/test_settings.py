@@ -1,0 +1,128 @@
+"""Settings: every rule of the module's docstring."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from shoehorn.common.errors import SettingsError
+from shoehorn.common.paths import HOME
+from shoehorn.config.settings import TABLE, Settings, load
+
+
+def test_defaults_are_those_of_the_table() -> None:
+    settings = load({})
+    assert settings.model_id == "deepseek-ai/DeepSeek-R1-Distill-Llama-70B"
+    assert settings.served_model_name == settings.model_id
+    assert (settings.port, settings.metrics_port) == (6333, 6334)
+    assert settings.vram_limit is None
+    assert settings.given == frozenset()
+
+
+def test_the_table_and_the_dataclass_name_the_same_settings() -> None:
+    assert {setting.field for setting in TABLE} | {"given"} == {field.name for field in fields(Settings)}
+    assert len({setting.name for setting in TABLE}) == len(TABLE)
+
+
+def test_values_are_parsed_and_noted_as_given() -> None:
+    settings = load({"VRAM_LIMIT": "7GiB", "PORT": "8080", "VLLM_EXTRA_ARGS": "--max-num-seqs 2", "MODEL_ID": "a/b"})
+    assert settings.vram_limit == 7 << 30
+    assert settings.vllm_extra_args == ("--max-num-seqs", "2")
+    assert settings.given == {"VRAM_LIMIT", "PORT", "VLLM_EXTRA_ARGS", "MODEL_ID"}
+
+
+def test_an_empty_variable_counts_as_not_set() -> None:
+    assert load({"PORT": " ", "API_KEY": ""}).port == 6333
+
+
+def test_all_mistakes_are_reported_together_by_name() -> None:
+    with pytest.raises(SettingsError) as caught:
+        load({"PORT": "high", "MODEL_SOURCE": "ftp", "TRUST_REMOTE_CODE": "maybe", "VRAM_LIMIT": "much"})
+    for name in ("PORT", "MODEL_SOURCE", "TRUST_REMOTE_CODE", "VRAM_LIMIT"):
+        assert f"{name}: " in caught.value.cause
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(("name", "value"), [
+    ("PORT", "0"), ("PORT", "65536"), ("PORT", "-1"), ("PORT", "6333.0"), ("PORT", "٦"),
+    ("MAX_MODEL_LEN", "8"), ("MAX_NUM_SEQS", "0"), ("VRAM_LIMIT", "0"), ("VRAM_LIMIT", "7 gallons"),
+    ("QUANTIZATION", "int3"), ("MODEL_ID", "llama"), ("MODEL_ID", "../../etc/passwd/x y"), ("MODEL_REVISION", "a/../b"),
+    ("API_KEY", "short"), ("API_KEY", "has a space in it"), ("API_KEY", "x" * 513), ("API_KEY", 'quote"quote"'),
+    ("TRUSTED_PROXIES", "proxy.example.com"), ("TRUSTED_PROXIES", "10.0.0.1/8"), ("TRUSTED_PROXIES", "10.0.0.0/33"),
+    ("CORS_ALLOWED_ORIGINS", "example.com"), ("CORS_ALLOWED_ORIGINS", "https://a.example/"),
+    ("CORS_ALLOWED_ORIGINS", "https://A.example"), ("CORS_ALLOWED_ORIGINS", "https://a.example *"),
+    ("CORS_ALLOWED_ORIGINS", "https://*.example"), ("CORS_ALLOWED_ORIGINS", "null"),
+    ("VLLM_EXTRA_ARGS", "'unclosed"), ("LOG_FORMAT", "xml"), ("SERVED_MODEL_NAME", "a b"), ("DRAIN_TIMEOUT", "soon"),
+])
+def test_a_bad_value_is_an_error_and_never_a_default(name: str, value: str) -> None:
+    with pytest.raises(SettingsError, match=f"^{name}"):
+        load({name: value})
+
+
+def test_a_secret_comes_from_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "key"
+    file.write_text("sk-from-the-file\n")
+    assert load({"API_KEY_FILE": str(file)}).api_key == "sk-from-the-file"
+
+
+def test_lists_are_split_at_commas_and_spaces() -> None:
+    settings = load({"TRUSTED_PROXIES": "10.0.0.0/8, ::1", "CORS_ALLOWED_ORIGINS": "https://a.example:8443 http://[::1]"})
+    assert settings.trusted_proxies == ("10.0.0.0/8", "::1/128")
+    assert settings.cors_allowed_origins == ("https://a.example:8443", "http://[::1]")
+    assert load({"CORS_ALLOWED_ORIGINS": "*"}).cors_allowed_origins == ("*",)
+    assert load({}).cors_allowed_origins == load({}).trusted_proxies == ()
+
+
+@pytest.mark.parametrize("alone", ["TLS_CERT_FILE", "TLS_KEY_FILE"])
+def test_a_certificate_without_its_key_is_refused(alone: str) -> None:
+    with pytest.raises(SettingsError, match="belong together"):
+        load({alone: "/x"})
+
+
+def test_both_forms_of_a_secret_are_refused_with_both_names() -> None:
+    with pytest.raises(SettingsError, match="both API_KEY and API_KEY_FILE"):
+        load({"API_KEY": "sk-12345678", "API_KEY_FILE": "/somewhere"})
+
+
+def test_an_unreadable_or_empty_secret_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"API_KEY_FILE=.*cannot be read"):
+        load({"API_KEY_FILE": str(tmp_path / "absent")})
+    (tmp_path / "empty").write_text("\n")
+    with pytest.raises(SettingsError, match=r"API_KEY_FILE=.*is empty"):
+        load({"API_KEY_FILE": str(tmp_path / "empty")})
+
+
+def test_only_secrets_have_a_file_form() -> None:
+    assert load({"PORT_FILE": "/nowhere"}).port == 6333
+
+
+def test_secrets_stay_out_of_repr_and_errors() -> None:
+    settings = load({"API_KEY": "sk-canary-123", "MODELSCOPE_API_TOKEN": "ms-canary-456"})
+    assert "canary" not in repr(settings)
+    with pytest.raises(SettingsError) as caught:
+        load({"API_KEY": "sk canary"})
+    assert "canary" not in str(caught.value)
+
+
+def test_contradictions_are_refused_by_name() -> None:
+    with pytest.raises(SettingsError, match="PORT and METRICS_PORT are both 7000"):
+        load({"PORT": "7000", "METRICS_PORT": "7000"})
+    with pytest.raises(SettingsError, match="set MODEL_SOURCE=local"):
+        load({"MODEL_ID": "/models/mine"})
+
+
+def test_a_local_model_is_served_under_its_folders_name(tmp_path: Path) -> None:
+    assert load({"MODEL_ID": str(tmp_path / "mine"), "MODEL_SOURCE": "local"}).served_model_name == "mine"
+
+
+def test_the_generated_documents_are_current() -> None:
+    specification = importlib.util.spec_from_file_location("generate_docs", HOME / "tools" / "generate_docs.py")
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    for path, text in module.DOCUMENTS.items():
+        assert (HOME / path).read_text(encoding="utf-8") == text(), f"{path} is stale: make docs"

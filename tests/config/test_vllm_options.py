@@ -1,0 +1,218 @@
+"""The engine's options: the recording against vLLM's real parser, and how words and profiles are read."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from fakes import captured as captured_models
+from fakes.checkpoint_files import dense
+from shoehorn.common.errors import SettingsError
+from shoehorn.common.paths import HOME
+from shoehorn.config import profiles, settings, vllm_options
+from shoehorn.config.vllm_options import OWNED, REMOVED, check, parse_arguments, recorded
+from shoehorn.deployment import inputs
+from shoehorn.hardware.types import Gpu, Hardware
+from shoehorn.model import checkpoint
+from shoehorn.planner.build import make_plan
+from shoehorn.planner.plan import Plan
+
+GIB = 1 << 30
+
+# Runs where vLLM can be imported: records its parser, then gives it each config file as the engine would read it.
+REAL_PARSER = """
+import importlib.util, json, sys
+spec = importlib.util.spec_from_file_location("recorder", sys.argv[1])
+recorder = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(recorder)
+from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+parser = make_arg_parser(FlexibleArgumentParser())
+result = {"options": recorder.record(parser), "parsed": {}}
+for path in sys.argv[2:]:
+    try:
+        found = vars(parser.parse_args(["--config", path]))
+        result["parsed"][path] = {name: value if isinstance(value, (int, float, str, dict, list)) else str(value)
+                                  for name, value in found.items()}
+    except SystemExit as error:
+        result["parsed"][path] = f"refused: {error.code}"
+print("RESULT" + json.dumps(result, default=str))
+"""
+
+
+@dataclass(frozen=True)
+class Real:
+    """What vLLM's parser said."""
+
+    options: Mapping[str, Any]
+    parsed: Mapping[str, Any]
+
+
+def plans() -> dict[str, Mapping[str, object]]:
+    """The engine's options of real plans, by name."""
+    gpu = Gpu(0, "", "RTX 5090", 32 * GIB, 32 * GIB, (12, 0), 5, 16, False)
+    machine = Hardware((gpu,), "580", 64 * GIB, 64 * GIB, 8.0)
+    tiny = checkpoint.read(dense(256, 768, 4, 4, 2, 2048, max_position=2048, tied=True))
+    big = checkpoint.read(captured_models.files("deepseek-r1-distill-llama-70b"))
+    wanted = {"cpu": (tiny, {"VRAM_PROFILE": "cpu"}),
+              "cpu-nf4": (tiny, {"VRAM_PROFILE": "cpu", "QUANTIZATION": "bitsandbytes"}),
+              "ngram": (tiny, {"VRAM_PROFILE": "cpu", "SPECULATIVE": "ngram", "TRUST_REMOTE_CODE": "yes",
+                               "VLLM_EXTRA_ARGS": "--no-enable-prefix-caching --cudagraph-capture-sizes 1 2 "
+                                                  "--speculative-config.num_speculative_tokens 3"}),
+              "limited": (big, {"VRAM_LIMIT": "24GiB", "MAX_MODEL_LEN": "4096"})}
+    made: dict[str, Mapping[str, object]] = {}
+    for name, (shape, environment) in wanted.items():
+        loaded = settings.load(environment)
+        plan = make_plan(loaded, machine, inputs.select(loaded, machine), shape, None)
+        assert isinstance(plan, Plan), plan
+        made[name] = plan.engine_args
+    return made
+
+
+@pytest.fixture(scope="session")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Real:
+    """The real parser's answers; importing vLLM takes seconds, so once."""
+    folder = tmp_path_factory.mktemp("configs")
+    configs = {**{f"profile-{name}": profiles.load(name).engine for name in profiles.names()},
+               **{f"plan-{name}": options for name, options in plans().items()},
+               **{f"removed-{name}": {name: 1} for name in REMOVED}}
+    for name, options in configs.items():
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(dict(options)))
+    paths = [str(folder / f"{name}.yaml") for name in configs]
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", REAL_PARSER,
+                           str(HOME / "tools" / "record_engine_options.py"), *paths],
+                          capture_output=True, text=True, check=True, timeout=300)
+    answer = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("RESULT"))[6:])
+    return Real(answer["options"], {Path(path).stem: found for path, found in answer["parsed"].items()})
+
+
+def test_the_recording_is_what_the_real_parser_has(real: Real) -> None:
+    document = json.loads((HOME / "src" / "shoehorn" / "config" / "vllm_options.json").read_text())
+    assert document["engine"] == "vllm 0.32.0"
+    assert document["options"] == real.options, "run tools/record_engine_options.py"
+
+
+def test_every_profile_passes_the_real_parser(real: Real) -> None:
+    for name in profiles.names():
+        found = real.parsed[f"profile-{name}"]
+        assert isinstance(found, dict), f"{name}: {found}"
+        for option, value in profiles.load(name).engine.items():
+            assert found[option.replace("-", "_")] == value, option
+
+
+def test_every_plan_passes_the_real_parser_unchanged(real: Real) -> None:
+    for name, options in plans().items():
+        found = real.parsed[f"plan-{name}"]
+        assert isinstance(found, dict), f"{name}: {found}"
+        for option, value in options.items():
+            seen = found[option.replace("-", "_")]
+            assert seen == value or json.loads(json.dumps(seen)) == value, option
+
+
+def test_the_removed_options_are_refused_by_the_real_parser_too(real: Real) -> None:
+    for name in REMOVED:
+        assert str(real.parsed[f"removed-{name}"]).startswith("refused"), name
+
+
+def test_owned_options_exist_and_removed_ones_do_not() -> None:
+    assert set(OWNED) <= set(recorded())
+    assert not set(REMOVED) & set(recorded())
+
+
+def test_words_are_read_as_the_engine_reads_them() -> None:
+    words = ("--max_model_len 8k --max-num-batched-tokens=2K -tp 2 --no-enforce-eager --enable-prefix-caching -O3 "
+             "--seed -1 --cudagraph-capture-sizes 1 2 4 --gpu-memory-utilization .8 --kv-cache-dtype fp8 -q awq")
+    assert parse_arguments(words.split()) == {
+        "max-model-len": 8000, "max-num-batched-tokens": 2048, "tensor-parallel-size": 2, "enforce-eager": False,
+        "enable-prefix-caching": True, "optimization-level": "3", "seed": -1, "cudagraph-capture-sizes": [1, 2, 4],
+        "gpu-memory-utilization": 0.8, "kv-cache-dtype": "fp8", "quantization": "awq"}
+
+
+def test_json_and_its_parts_become_one_object() -> None:
+    words = ['--speculative-config={"method": "ngram", "x": {"y": 1}}', "--speculative-config.num_speculative_tokens",
+             "5", "--speculative-config.x.z", "word"]
+    assert parse_arguments(words) == {"speculative-config": {
+        "method": "ngram", "num_speculative_tokens": 5, "x": {"y": 1, "z": "word"}}}
+
+
+def test_the_last_of_an_option_wins() -> None:
+    assert parse_arguments(["--max-num-seqs", "1", "--max-num-seqs", "2"]) == {"max-num-seqs": 2}
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    ("--max-modle-len 3", "did you mean --max-model-len?"),
+    ("--swap-space 4", "--swap-space is gone from this engine"),
+    ("--max-seq-len-to-capture 4", "max-cudagraph-capture-size"),
+    ("--disable-log-requests", "is gone"),
+    ("--port 1", "is fixed by Shoehorn; set PORT instead"),
+    ("--api-key x", "set API_KEY instead"),
+    ("--uds /x", "--uds is fixed by Shoehorn"),
+    ("--no-trust-remote-code", "set TRUST_REMOTE_CODE instead"),
+    ("--ssl-keyfile=/x", "--ssl-keyfile is fixed by Shoehorn"),
+    ("--trust-request-chat-template", "is fixed by Shoehorn"),
+    ("--model x", "set MODEL_ID instead"),
+    ("--enforce-eager=true", "write --enforce-eager or --no-enforce-eager"),
+    ("--dtype bf8", "'bf8' is not one of auto, bfloat16"),
+    ("--max-num-seqs many", "'many' is not a whole number"),
+    ("--max-model-len auto", "write it like 8192 or 8k"),
+    ("--max-model-len 1.5K", "write it like 8192 or 8k"),
+    ("--cpu-offload-gb -1", "from 0 on"),
+    ("--cpu-offload-gb nan", "from 0 on"),
+    ("--cpu-offload-gb much", "is not a number"),
+    ("--max-num-seqs", "needs a value"),
+    ("--max-num-seqs --enforce-eager", "--max-num-seqs needs a value"),
+    ("--max-num-seqs.x 1", "takes no parts"),
+    ("--compilation-config {bad", "is no JSON"),
+    ("-x", "-x is no option"),
+    ("meta-llama/x", "'meta-llama/x' is no option"),
+    ("--", "is no option"),
+    ("--no-max-model-len", "is no option"),
+])
+def test_a_mistake_is_named(words: str, said: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        parse_arguments(words.split())
+    assert said in caught.value.cause
+    assert caught.value.cause.startswith("VLLM_EXTRA_ARGS: ")
+    assert len(caught.value.cause.splitlines()) == 1
+
+
+def test_all_mistakes_are_reported_together() -> None:
+    with pytest.raises(SettingsError) as caught:
+        parse_arguments(["--swap-space", "4", "--port", "3", "--dtype", "bf8", "--max-num-seqs", "2"])
+    assert len(caught.value.cause.splitlines()) == 3
+
+
+@pytest.mark.parametrize(("name", "value", "result"), [
+    ("max-model-len", 512, 512), ("max-model-len", "8k", 8000), ("enforce-eager", True, True),
+    ("gpu-memory-utilization", 1, 1.0), ("cudagraph-capture-sizes", [1, 2], [1, 2]),
+    ("compilation-config", {"mode": 0}, {"mode": 0}), ("cpu-offload-params", "experts", ["experts"]),
+])
+def test_a_profiles_value_is_checked_like_a_word(name: str, value: object, result: object) -> None:
+    assert check(name, value) == result
+
+
+@pytest.mark.parametrize(("name", "value"), [
+    ("enforce-eager", "yes"), ("disable-log-stats", False), ("max-model-len", True), ("max-model-len", None),
+    ("max-model-len", [1]), ("max-model-len", {"a": 1}), ("cudagraph-capture-sizes", []),
+    ("cudagraph-capture-sizes", [True]), ("swap-space", 4), ("host", "0.0.0.0"), ("max-len", 3),
+])
+def test_a_profiles_bad_value_is_refused_by_name(name: str, value: object) -> None:
+    with pytest.raises(ValueError, match=name):
+        check(name, value)
+
+
+def test_the_package_does_not_import_the_engine() -> None:
+    done = subprocess.run([sys.executable, "-c",
+                           "import sys, shoehorn.planner.build, shoehorn.commands.plan, shoehorn.commands.profiles; "
+                           "print(sorted({'vllm', 'torch', 'modelscope'} & set(sys.modules)))"],
+                          capture_output=True, text=True, check=True, cwd=HOME / "src")
+    assert done.stdout.strip() == "[]"
+    assert vllm_options.__file__

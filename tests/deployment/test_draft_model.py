@@ -1,0 +1,233 @@
+"""SPECULATIVE: what is guessed without being asked for, and a draft beside the model, or the reason against it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fakes import captured
+from shoehorn.common.errors import ModelUnavailableError, SettingsError
+from shoehorn.config import settings
+from shoehorn.config.settings import Settings
+from shoehorn.deployment import draft_model, inputs, served_model
+from shoehorn.hardware.types import Hardware
+from shoehorn.model import checkpoint
+from shoehorn.model.shape import ModelShape
+from shoehorn.planner.build import make_plan
+from shoehorn.planner.memory.offload import offloaded_bytes
+from shoehorn.planner.plan import Plan, Refusal
+from shoehorn.planner.speculation import Draft
+from shoehorn.store import pull
+from support.plans import HUGE, LARGE, MIDDLE, SMALL, llama_8b, machine, planned, reason
+
+GIB = 1 << 30
+TEN = ("NVIDIA GeForce RTX 3080", 10.0)
+MODELS = {"a/70b": "deepseek-r1-distill-llama-70b", "a/8b": "llama-3.1-8b-instruct", "a/qwen": "qwen3-8b",
+          "a/8b-packed": "llama-3.1-8b-instruct-w4a16", "a/mixture": "mixtral-8x7b-instruct-v0.1"}
+WORDS = {"one": 0, "two": 1}
+
+
+class Files:
+    """A captured model with a tokenizer; `None` is none at all."""
+
+    def __init__(self, name: str, tokenizer: object) -> None:
+        self._files = captured.files(name)
+        self._tokenizer = json.dumps(tokenizer).encode()
+        self._has = tokenizer is not None
+
+    def names(self) -> Mapping[str, int]:
+        others = {name: size for name, size in self._files.names().items() if name != "tokenizer.json"}
+        return others | ({"tokenizer.json": len(self._tokenizer)} if self._has else {})
+
+    def read(self, name: str, start: int = 0, length: int | None = None) -> bytes:
+        return self._tokenizer if name == "tokenizer.json" else self._files.read(name, start, length)
+
+
+@pytest.fixture
+def tokenizers(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
+    """Tokenizers by model, as the hub has them."""
+    found: dict[str, object] = {name: {"model": {"vocab": WORDS}} for name in MODELS}
+    monkeypatch.setattr(pull, "hub_files", lambda wanted: Files(MODELS[wanted.model_id], found[wanted.model_id]))
+    return found
+
+
+def asked(tmp_path: Path, **environment: str) -> Settings:
+    return settings.load({"MODEL_ID": "a/70b", "SPECULATIVE": "a/8b", "QUANTIZATION": "int4",
+                          "MODELS_DIR": str(tmp_path), **environment})
+
+
+def consider(wanted: Settings, hardware: Hardware, free_bytes: int | None = None) -> Plan | Refusal:
+    shape: ModelShape = served_model.shape(wanted, None)
+
+    def made(draft: Draft | None) -> Plan | Refusal:
+        return make_plan(wanted, hardware, inputs.select(wanted, hardware), shape, None, draft=draft)
+
+    return draft_model.considered(wanted, shape, free_bytes, made)
+
+
+def left_out(plan: Plan | Refusal) -> str:
+    assert isinstance(plan, Plan)
+    assert plan.draft is None
+    [said] = [each.text for each in plan.reasons if "is left out" in each.text]
+    return said
+
+
+# What nobody asked for.
+
+
+def test_tokens_are_guessed_where_a_pass_waits_for_the_link_and_only_there() -> None:
+    offloading = planned(machine(SMALL), llama_8b(), QUANTIZATION="none")
+    assert offloading.offloaded_bytes
+    assert offloading.engine_args["speculative-config"] == {
+        "method": "ngram", "num_speculative_tokens": offloading.choices.speculative_tokens, "prompt_lookup_max": 4,
+        "prompt_lookup_min": 2}
+    assert "min_p" in reason(offloading, "speculative-config")[2], "what is refused then is said"
+    assert "speculative-config" not in planned(machine(HUGE), llama_8b()).engine_args
+
+
+def test_more_sequences_mean_fewer_guesses_each() -> None:
+    few, many = (planned(machine(SMALL), llama_8b(), QUANTIZATION="none", MAX_NUM_SEQS=number, MAX_MODEL_LEN="512")
+                 for number in ("1", "32"))
+    assert (few.choices.speculative_tokens, many.choices.speculative_tokens) == (8, 3)
+
+
+def test_guesses_take_no_memory_for_cuda_graphs() -> None:
+    partly = planned(machine(("NVIDIA GeForce RTX 3080", 19.7)), checkpoint.read(
+        captured.files("qwen2.5-32b-instruct-awq")))
+    assert partly.offloaded_bytes
+    assert not partly.choices.eager
+    assert partly.engine_args["max-cudagraph-capture-size"] == 2 * partly.choices.max_num_seqs
+    without = planned(machine(("NVIDIA GeForce RTX 3080", 19.7)), checkpoint.read(
+        captured.files("qwen2.5-32b-instruct-awq")), SPECULATIVE="off")
+    assert without.vram[0].cuda_graphs_bytes == partly.vram[0].cuda_graphs_bytes
+    assert "max-cudagraph-capture-size" not in without.engine_args
+
+
+@pytest.mark.parametrize(("model", "environment"), [
+    ("llama-3.1-8b-instruct", {"SPECULATIVE": "off"}),
+    ("mixtral-8x7b-instruct-v0.1", {}),
+    ("llama-3.1-8b-instruct", {"VLLM_EXTRA_ARGS": "--pipeline-parallel-size 2"}),
+])
+def test_nothing_is_guessed_where_it_is_unwanted_or_costs_passes(model: str, environment: dict[str, str]) -> None:
+    plan = planned(machine(SMALL, SMALL, ram=128), checkpoint.read(captured.files(model)), QUANTIZATION="none",
+                   **environment)
+    assert plan.offloaded_bytes
+    assert "speculative-config" not in plan.engine_args
+
+
+# A draft model.
+
+
+def test_a_draft_is_used_where_a_pass_waits_for_the_link(tmp_path: Path, tokenizers: dict[str, object]) -> None:
+    plan = consider(asked(tmp_path), machine(TEN))
+    assert isinstance(plan, Plan)
+    assert plan.draft is not None
+    assert plan.draft.settings.quantization == "int4", "as the model is"
+    assert plan.engine_args["speculative-config"] == {
+        "method": "draft_model", "num_speculative_tokens": 7, "model": str(tmp_path / "a/8b.int4")}
+    assert int(str(plan.engine_args["max-num-batched-tokens"])) >= 2 * plan.choices.max_num_seqs
+    alone = consider(asked(tmp_path, SPECULATIVE="off"), machine(TEN))
+    assert isinstance(alone, Plan)
+    more = plan.vram[0].weights_bytes - alone.vram[0].weights_bytes
+    assert 3.5 * GIB < more + offloaded_bytes(served_model.shape(asked(tmp_path), None), plan.choices) - \
+        offloaded_bytes(served_model.shape(asked(tmp_path), None), alone.choices) < 4.5 * GIB, \
+        "all of the draft's weights"
+    assert plan.vram[0].total_bytes <= plan.vram[0].limit_bytes
+    faster, slower = (each.expected_tokens_per_second["batch_1"] or 0 for each in (plan, alone))
+    assert 2 < faster / slower < 3
+    assert plan.disk_bytes > alone.disk_bytes
+
+
+def test_a_draft_that_makes_it_slower_is_left_out_with_the_figures(tmp_path: Path,
+                                                                    tokenizers: dict[str, object]) -> None:
+    wanted = asked(tmp_path, MODEL_ID="a/8b", QUANTIZATION="none")
+    assert "tokens/s are expected with it" in left_out(consider(wanted, machine(HUGE)))
+
+
+def test_a_draft_that_leaves_no_useful_context_is_left_out(tmp_path: Path, tokenizers: dict[str, object]) -> None:
+    said = left_out(consider(asked(tmp_path), machine(("NVIDIA GeForce RTX 5060", 5.0))))
+    assert "nothing fits" in said or "of context fit" in said
+
+
+def test_a_draft_for_which_the_volume_has_no_room_is_left_out(tmp_path: Path, tokenizers: dict[str, object]) -> None:
+    assert "the volume lacks" in left_out(consider(asked(tmp_path), machine(TEN), free_bytes=GIB))
+
+
+def test_a_draft_beside_a_pipeline_is_left_out(tmp_path: Path, tokenizers: dict[str, object]) -> None:
+    wanted = asked(tmp_path, VLLM_EXTRA_ARGS="--pipeline-parallel-size 2")
+    assert "divided over GPUs" in left_out(consider(wanted, machine(MIDDLE, MIDDLE)))
+
+
+def test_a_draft_beside_nf4_is_loaded_in_nf4_too(tmp_path: Path, tokenizers: dict[str, object]) -> None:
+    plan = consider(asked(tmp_path, QUANTIZATION="bitsandbytes"), machine(("NVIDIA GeForce RTX 5080", 16.0)))
+    assert isinstance(plan, Plan)
+    assert plan.engine_args["speculative-config"] == {
+        "method": "draft_model", "num_speculative_tokens": 7, "model": str(tmp_path / "a/8b"),
+        "quantization": "bitsandbytes"}
+
+
+@pytest.mark.parametrize(("environment", "said"), [
+    ({"SPECULATIVE": "a/qwen"}, "has a vocabulary of 151936 tokens, and a/70b one of 128256"),
+    ({"SPECULATIVE": "a/8b-packed", "QUANTIZATION": "bitsandbytes"}, "the engine loads both in one way"),
+])
+def test_a_draft_that_does_not_go_with_the_model_is_refused(tmp_path: Path, tokenizers: dict[str, object],
+                                                            environment: dict[str, str], said: str) -> None:
+    with pytest.raises(SettingsError, match="SPECULATIVE=a/") as caught:
+        consider(asked(tmp_path, **environment), machine(LARGE))
+    assert said in caught.value.cause
+    assert caught.value.remedy
+
+
+def test_a_draft_with_other_tokens_is_refused(tmp_path: Path, tokenizers: dict[str, object]) -> None:
+    tokenizers["a/8b"] = {"model": {"vocab": {"one": 1, "two": 0}}}
+    with pytest.raises(SettingsError, match="has other tokens than a/70b"):
+        consider(asked(tmp_path), machine(LARGE))
+
+
+def test_a_draft_whose_tokens_cannot_be_compared_is_taken_at_its_word(tmp_path: Path,
+                                                                      tokenizers: dict[str, object]) -> None:
+    tokenizers["a/8b"] = None
+    plan = consider(asked(tmp_path), machine(TEN))
+    assert isinstance(plan, Plan)
+    assert plan.draft
+
+
+def test_a_tokenizer_without_a_vocabulary_is_none(tmp_path: Path, tokenizers: dict[str, object]) -> None:
+    tokenizers["a/8b"] = {"model": {}}
+    with pytest.raises(ModelUnavailableError, match="has no vocabulary"):
+        consider(asked(tmp_path), machine(TEN))
+
+
+def test_what_the_engine_is_told_itself_wins(tmp_path: Path, tokenizers: dict[str, object]) -> None:
+    wanted = asked(tmp_path, VLLM_EXTRA_ARGS="--speculative-config.method ngram "
+                                     "--speculative-config.num_speculative_tokens 2")
+    assert not draft_model.is_named(wanted)
+    plan = consider(wanted, machine(TEN))
+    assert isinstance(plan, Plan)
+    assert plan.choices.speculative_tokens == 2
+
+
+def test_a_refusal_stays_one(tmp_path: Path, tokenizers: dict[str, object]) -> None:
+    assert isinstance(consider(asked(tmp_path), machine(("tiny", 1.0))), Refusal)
+
+
+def test_the_command_that_fetches_the_draft_is_told_of_nothing_else(tmp_path: Path,
+                                                                    tokenizers: dict[str, object]) -> None:
+    plan = consider(asked(tmp_path, MODEL_REVISION="v1"), machine(TEN))
+    assert isinstance(plan, Plan)
+    assert plan.draft
+    told = settings.load(draft_model.environment({"MODELS_DIR": str(tmp_path), "MODEL_REVISION": "v1"}, plan.draft))
+    assert (told.model_id, told.quantization, told.speculative) == ("a/8b", "int4", "off")
+    assert told.model_revision == replace(told, model_revision="").model_revision or told.model_revision != "v1"
+
+
+@pytest.mark.parametrize(("value", "said"), [
+    ("fast", "none of auto, off, ngram"), ("a/b/c", "SPECULATIVE"), ("/a/folder", "set MODEL_SOURCE=local")])
+def test_a_draft_that_is_no_model_is_refused(value: str, said: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        settings.load({"SPECULATIVE": value})
+    assert said in str(caught.value)

@@ -1,0 +1,70 @@
+"""Diagnosis: real lines of the engine -> causes. The lines are as vLLM 0.32.0 and torch 2.13.0 print them."""
+
+from __future__ import annotations
+
+import pytest
+
+from shoehorn.engine.diagnosis import diagnose
+
+_PREFIX = "(EngineCore pid=33) ERROR 11-23 08:00:00 [core.py:1510] "
+
+
+@pytest.mark.parametrize(("name", "line"), [
+    ("context_exceeds_kv_cache", "ValueError: To serve at least one request with the model's max seq len (8192), "
+     "(2.5 GiB KV cache is needed, which is larger than the available KV cache memory (1.1 GiB)."),
+    ("no_kv_cache_memory", "ValueError: No available memory for the cache blocks. Try increasing "
+     "`gpu_memory_utilization` when initializing the engine."),
+    ("gpu_in_use", "ValueError: Free memory on device cuda:0 (3.1/23.6 GiB) on startup is less than desired GPU memory "
+     "utilization (0.9, 21.2 GiB)."),
+    ("gpu_out_of_memory", "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 448.00 MiB."),
+    ("gpu_out_of_memory", 'RuntimeError: torch_call_dispatcher( "aten::empty", "memory_format", stack.data(), ( ((0ULL '
+     "+ 2) << 56) | ((0ULL + 13) << 48))) API call failed at torch/csrc/stable/ops.h, line 631"),
+    ("host_out_of_memory", "RuntimeError: [enforce fail at alloc_cpu.cpp:127] data. DefaultCPUAllocator: can't "
+     "allocate memory: you tried to allocate 1 bytes."),
+    ("unsupported_model", "ValueError: Model architectures ['FooForCausalLM'] are not supported for now."),
+    ("unsupported_dtype", "ValueError: Bfloat16 is only supported on GPUs with compute capability of at least 8.0."),
+    ("bad_engine_argument", "entry.py: error: argument --dtype: invalid choice: 'bf8'"),
+    ("bad_engine_argument", "pydantic_core._pydantic_core.ValidationError: 1 validation error for ModelConfig"),
+    ("shared_memory_too_small", "OSError: Insufficient space in /dev/shm: 64 MiB available, 160 MiB needed"),
+    ("no_compiler", "torch._inductor.exc.InductorError: CalledProcessError: Command '['/opt/gcc/bin/gcc', '/tmp/c.c', "
+     "'-O3']' returned non-zero exit status 1."),
+    ("bad_weights", "safetensors_rust.SafetensorError: Error while deserializing header: invalid header length"),
+])
+def test_a_known_failure_is_named_and_final(name: str, line: str) -> None:
+    found = diagnose(["INFO something", _PREFIX + line, "RuntimeError: Engine core initialization failed."], 1)
+    assert found.name == name
+    assert found.final
+    assert found.cause
+    assert found.remedy
+
+
+def test_an_engine_whose_core_the_kernel_killed_is_told_as_such() -> None:
+    lines = ["Engine core proc EngineCore died unexpectedly, shutting down client."]
+    assert diagnose(lines, 0, memory_kill=True).name == "killed"
+    assert diagnose(lines, 0).name == "unknown"
+    assert diagnose(["torch.OutOfMemoryError: CUDA out of memory."], 1, memory_kill=True).name == "gpu_out_of_memory"
+
+
+def test_the_first_cause_counts_and_not_its_echo() -> None:
+    lines = ["ValueError: No available memory for the cache blocks.", "torch.OutOfMemoryError: CUDA out of memory."]
+    assert diagnose(lines, 1).name == "no_kv_cache_memory"
+
+
+def test_a_kill_is_told_from_an_unknown_end() -> None:
+    assert diagnose(["INFO serving"], -9).name == "killed"
+    unknown = diagnose(["INFO one", "INFO two", "INFO three", "INFO four"], 0)
+    assert unknown.name == "unknown"
+    assert not unknown.final
+    assert "status 0: INFO two | INFO three | INFO four" in unknown.cause
+
+
+def test_an_engine_that_said_nothing_is_unknown_too() -> None:
+    assert "printed nothing" in diagnose([], 1).cause
+
+
+def test_a_worker_that_the_kernel_killed_is_told_as_such() -> None:
+    lines = ["(EngineCore pid=62) ERROR 11-23 16:21:08 [multiproc_executor.py:315] Worker proc VllmWorker-0 died "
+             "unexpectedly (exit code: -9), shutting down executor."]
+    found = diagnose(lines, 0)
+    assert (found.name, found.final) == ("killed", False)
+    assert "memory ran out" in found.cause

@@ -1,0 +1,69 @@
+"""What the engine program does when its surroundings fail."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from fakes.ports import free_port
+from shoehorn.common.paths import HOME
+from shoehorn.engine.restart_budget import Restarts
+from shoehorn.engine.server import Server
+from shoehorn.runtime.state import StateFile
+
+
+@pytest.mark.fault("The disk is full where ENGINE_LOG=file writes", "Said once; the engine's lines go on in the log.")
+def test_a_full_disk_does_not_stop_the_reading_of_the_engines_lines(tmp_path: Path,
+                                                                    caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    server = Server(tmp_path / "vllm.yaml", {}, tmp_path / "engine.sock", StateFile(tmp_path),
+                    Restarts(tmp_path / "restarts.json"), lambda seconds: None, Path("/dev/full"), 1,
+                    lambda transport: True, "demo")
+    for line in ("one", "two", "three"):
+        server._line(line)
+    said = [record.getMessage() for record in caplog.records]
+    assert said == ["cannot write /dev/full: No space left on device; the engine's lines come here instead",
+                    "one", "two", "three"]
+
+
+HELPERS = pytest.mark.parametrize("program", ["shoehorn.gateway.keys.service", "shoehorn.observability.exporter"])
+
+
+def surroundings(tmp_path: Path) -> dict[str, str]:
+    """The environment of a helper."""
+    return {**os.environ, "RUN_DIR": str(tmp_path), "MODELS_DIR": str(tmp_path), "API_KEY": "a" * 32,
+            "METRICS_PORT": str(free_port()), "PYTHONPATH": str(HOME / "src")}
+
+
+@pytest.mark.fault("`kill -9` of whoever started key service or exporter", "They end by themselves: no orphan.")
+@HELPERS
+def test_a_helper_ends_when_its_parent_was_killed(tmp_path: Path, program: str) -> None:
+    parent = subprocess.Popen([sys.executable, "-c", "import subprocess, sys, time\n"
+                               f"print(subprocess.Popen([sys.executable, '-m', '{program}']).pid, flush=True)\n"
+                               "time.sleep(100)"], stdout=subprocess.PIPE, text=True, env=surroundings(tmp_path))
+    with parent:
+        assert parent.stdout
+        child = psutil.Process(int(parent.stdout.readline()))
+        time.sleep(3)
+        assert child.is_running(), "it runs as long as its parent does"
+        assert child.status() != psutil.STATUS_ZOMBIE
+        parent.kill()
+    assert psutil.wait_procs([child], timeout=60)[1] == []
+
+
+@pytest.mark.fault("`kill -9` of supervisord while key service or exporter are still being loaded",
+                   "They end by themselves as well.")
+@HELPERS
+def test_a_helper_ends_whose_owner_was_dead_before_it_looked(tmp_path: Path, program: str) -> None:
+    with subprocess.Popen(["true"]) as dead:
+        pass
+    done = subprocess.run([sys.executable, "-m", program], timeout=60, capture_output=True, text=True,
+                          env={**surroundings(tmp_path), "SHOEHORN_OWNER": str(dead.pid)})
+    assert done.returncode == 0, done.stderr

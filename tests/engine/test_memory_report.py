@@ -1,0 +1,174 @@
+"""The engine's own figures: the handler inside vLLM's processes, the comparison with the plan, the words for it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import logging.config
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from shoehorn.engine import memory_report
+from shoehorn.planner.memory.breakdown import VramParts
+from shoehorn_vllm.telemetry import memory_log, quant_state
+
+GIB, MIB = 1 << 30, 1 << 20
+PARTS = VramParts(weights_bytes=10 * GIB, quant_state_bytes=GIB, embeddings_bytes=GIB, offload_buffer_bytes=0,
+                  kv_cache_bytes=4 * GIB, activations_bytes=GIB, cuda_graphs_bytes=GIB, framework_bytes=GIB,
+                  limit_bytes=20 * GIB)
+
+
+@pytest.mark.parametrize(("template", "arguments", "found"), [
+    ("Model loading took %s GiB memory and %.6f seconds", ("14.99", 12.5), {"weights_bytes": round(14.99 * GIB)}),
+    (quant_state.TEMPLATE, (1 << 30,), {"quant_state_bytes": GIB}),
+    ("Available KV cache memory: %s GiB", ("-0.5",), {"kv_cache_bytes": -GIB // 2}),
+    ("Graph capturing finished in %.0f secs, took %.2f GiB", (5.0, 0.123456), {"cuda_graphs_bytes": 132_559_871}),
+    ("%s KV cache size: %s tokens, Maximum concurrency for %s tokens per request: %.2fx",
+     ("GPU", "13,424", "512", 26.2), {"kv_cache_tokens": 13424, "max_concurrency": 26.2}),
+    ("Total CPU offloaded parameters: %s", ("31.88",), {"offloaded_bytes": round(31.88 * GIB)}),
+    ("[PrefetchOffloader] Initialized 80 modules. Total GPU memory saved: 35.2977 GB, Static buffer pool: 0.8824 GB "
+     "(group_size=1, num_in_group=1, prefetch_step=2, mode=cpu)", (),
+     {"offloaded_bytes": 35_297_700_000, "offload_buffer_bytes": 882_400_000}),
+    ("Free memory on device (23.1/23.6 GiB) on startup. Desired GPU memory utilization is (0.92, 21.7 GiB). Actual "
+     "usage is 15.21 GiB for consumed memory (weights + non-torch), 1.02 GiB for peak activation, and 0.41 GiB for "
+     "CUDAGraph memory. Replace", (),
+     {"consumed_bytes": round(15.21 * GIB), "peak_activation_bytes": round(1.02 * GIB)}),
+    ("Starting to load model %s...", ("x",), {}),
+])
+def test_each_record_that_matters_is_understood(template: str, arguments: tuple[Any, ...],
+                                                found: dict[str, Any]) -> None:
+    assert memory_log.figures(template, arguments) == found
+
+
+def log_as_vllm(run_dir: Path, monkeypatch: pytest.MonkeyPatch, *records: tuple[str, tuple[Any, ...]]) -> None:
+    """Send records through the configuration that `prepare` writes."""
+    for name, value in memory_report.prepare(run_dir).items():
+        monkeypatch.setenv(name, value)
+    handler = memory_log.Handler()
+    for template, arguments in records:
+        handler.emit(logging.LogRecord("vllm", logging.INFO, "x.py", 1, template, arguments, None))
+
+
+def test_the_handler_leaves_a_file_of_its_process_and_the_last_capture_counts(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log_as_vllm(tmp_path, monkeypatch, ("Model loading took %s GiB memory and %.6f seconds", ("12.0", 1.0)),
+                ("Graph capturing finished in %.0f secs, took %.2f GiB", (5.0, 0.9)),
+                ("Graph capturing finished in %.0f secs, took %.2f GiB", (5.0, 0.5)),
+                ("%s KV cache size: %s tokens, Maximum concurrency for %s tokens per request: %.2fx",
+                 ("GPU", "1,000", "512", 2.0)))
+    figures, tokens = memory_report.read(tmp_path, 1)
+    assert tokens == 1000
+    assert figures[0]["weights_bytes"] == 12 * GIB
+    assert figures[0]["cuda_graphs_bytes"] == GIB // 2
+    memory_report.prepare(tmp_path)
+    assert memory_report.read(tmp_path, 1) == ({}, 0), "a new start begins with nothing"
+
+
+def test_a_record_that_changed_its_form_does_not_reach_the_engine(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    log_as_vllm(tmp_path, monkeypatch, ("Model loading took %s GiB memory", ("lots",)), ("Model loading took", ()))
+    assert memory_report.read(tmp_path, 1) == ({}, 0)
+    assert "Logging error" in capsys.readouterr().err
+
+
+def test_the_configuration_is_one_that_python_accepts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    variables = memory_report.prepare(tmp_path)
+    document = json.loads(Path(variables["VLLM_LOGGING_CONFIG_PATH"]).read_text())
+    document["loggers"] = {"some.test": document["loggers"]["vllm"]}
+    document["formatters"]["vllm"] = {"format": "%(message)s"}
+    monkeypatch.setenv(memory_log.DIRECTORY, variables["SHOEHORN_MEMORY_DIR"])
+    logging.config.dictConfig(document)
+    logging.getLogger("some.test").info("Available KV cache memory: %s GiB", "2.0")
+    logging.getLogger("some.test").handlers.clear()
+    [report] = Path(variables["SHOEHORN_MEMORY_DIR"]).glob("*.json")
+    assert json.loads(report.read_text())["kv_cache_bytes"] == 2 * GIB
+
+
+def report(run_dir: Path, pid: int, process: str, **figures: int) -> None:
+    (run_dir / "engine-memory" / f"{pid}.json").write_text(json.dumps({"process": process, **figures}))
+
+
+def test_ranks_are_put_in_order_and_damaged_files_do_not_count(tmp_path: Path) -> None:
+    memory_report.prepare(tmp_path)
+    report(tmp_path, 30, "Worker_PP1_TP0", weights_bytes=3)
+    report(tmp_path, 20, "Worker_PP0_TP1", weights_bytes=2)
+    report(tmp_path, 40, "Worker_PP0_TP0", weights_bytes=1)
+    report(tmp_path, 50, "EngineCore", kv_cache_tokens=77)
+    (tmp_path / "engine-memory" / "9.json").write_text("{")
+    figures, tokens = memory_report.read(tmp_path, 4)
+    assert [figures[index]["weights_bytes"] for index in range(3)] == [1, 2, 3]
+    assert tokens == 77
+
+
+def test_the_framework_is_what_the_others_leave_of_the_total() -> None:
+    said = {0: {"weights_bytes": 12 * GIB, "kv_cache_bytes": 4 * GIB, "cuda_graphs_bytes": GIB}}
+    rows = {row.part: row for row in memory_report.compare([PARTS], said, [18 * GIB])}
+    assert {part: row.measured_bytes for part, row in rows.items()} == {
+        "weights": 12 * GIB, "kv_cache": 4 * GIB, "cuda_graphs": GIB, "framework": GIB, "activations": None,
+        "total": 18 * GIB}
+    assert rows["weights"].expected_bytes == 12 * GIB
+    assert not any(row.differs for row in rows.values())
+
+
+def test_quantization_state_stands_apart_where_the_engine_said_it() -> None:
+    said = {0: {"weights_bytes": 12 * GIB, "quant_state_bytes": GIB + GIB // 2, "kv_cache_bytes": 4 * GIB,
+                "cuda_graphs_bytes": GIB}}
+    rows = {row.part: row for row in memory_report.compare([PARTS], said, [18 * GIB])}
+    assert (rows["weights"].expected_bytes, rows["weights"].measured_bytes) == (11 * GIB, 10 * GIB + GIB // 2)
+    assert (rows["quant_state"].expected_bytes, rows["quant_state"].measured_bytes) == (GIB, GIB + GIB // 2)
+    assert rows["framework"].measured_bytes == GIB, "nothing is counted twice"
+    without = {row.part for row in memory_report.compare([PARTS], {0: {"quant_state_bytes": GIB}}, [18 * GIB])}
+    assert "quant_state" not in without
+
+
+def test_only_state_in_32_bits_is_counted_and_shared_state_once(monkeypatch: pytest.MonkeyPatch,
+                                                                caplog: pytest.LogCaptureFixture) -> None:
+    class State:
+        def __init__(self, absmax: torch.Tensor, nested: bool = False) -> None:
+            self.absmax, self.nested = absmax, nested
+
+    def weight(*states: State) -> torch.nn.Parameter:
+        parameter = torch.nn.Parameter(torch.zeros(1), requires_grad=False)
+        if states:
+            parameter.bnb_quant_state = dict(enumerate(states)) if len(states) > 1 else states[0]
+        return parameter
+
+    monkeypatch.setattr(quant_state, "_found", {})
+    caplog.set_level(logging.INFO)
+    model, shared = torch.nn.Module(), State(torch.zeros(100))
+    quant_state.say(model)
+    assert caplog.records == [], "an unquantized model has none"
+    for name, parameter in {"a": weight(shared, State(torch.zeros(10))), "b": weight(shared), "c": weight(),
+                            "d": weight(State(torch.zeros(50, dtype=torch.uint8), nested=True))}.items():
+        model.register_parameter(name, parameter)
+    quant_state.say(model)
+    [record] = caplog.records
+    assert memory_log.figures(str(record.msg), record.args) == {"quant_state_bytes": 4 * 110}  # type: ignore[arg-type]
+
+
+def test_a_part_that_differs_by_more_than_a_tenth_is_marked() -> None:
+    said = {0: {"weights_bytes": 14 * GIB, "kv_cache_bytes": 2 * GIB, "cuda_graphs_bytes": GIB}}
+    rows = memory_report.compare([PARTS], said, [18 * GIB])
+    assert {row.part for row in rows if row.differs} == {"weights", "kv_cache"}
+    marked = [line for line in memory_report.table(rows) if "differs" in line]
+    assert len(marked) == 2
+    assert "14.00 GiB" in marked[0]
+    small = memory_report.compare([replace(PARTS, cuda_graphs_bytes=10 * MIB)], said, [18 * GIB])
+    assert "framework" not in {row.part for row in small if row.differs}, "a few megabytes are no matter"
+
+
+def test_what_the_engine_did_not_say_is_unknown_and_no_warning() -> None:
+    rows = memory_report.compare([PARTS], {}, [])
+    assert all(row.measured_bytes is None and not row.differs for row in rows)
+    assert "unknown" in memory_report.table(rows)[1]
+
+
+def test_an_offload_that_did_not_happen_is_a_complaint() -> None:
+    assert memory_report.offload_complaint(10 * GIB, {0: {"offloaded_bytes": 10 * GIB}}) == ""
+    assert memory_report.offload_complaint(0, {0: {}}) == ""
+    assert "10.00 GiB of the weights were planned into host memory, and the engine put 0 B there" in \
+        memory_report.offload_complaint(10 * GIB, {0: {"weights_bytes": 1}})

@@ -1,0 +1,295 @@
+"""What a key is, how it is kept in the volume, and the command that makes, lists and takes away keys."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import re
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from shoehorn.commands import keys as command
+from shoehorn.common.errors import SettingsError
+from shoehorn.config.settings import Settings, load
+from shoehorn.gateway.keys import sources
+from shoehorn.gateway.keys.api_key import Key, Keyring, Limits, new_token, parse_day, parse_expiry
+from shoehorn.gateway.keys.store import KeyStore, parse
+
+GIVEN = "sk-given-by-the-user"
+NOW = 1_800_000_000.0
+
+
+def _environment(home: Path, **more: str) -> dict[str, str]:
+    return {"MODELS_DIR": str(home), "RUN_DIR": str(home), "MODEL_ID": "a/b", **more}
+
+
+def _settings(home: Path, **more: str) -> Settings:
+    return load(_environment(home, **more))
+
+
+def _run(home: Path, *words: str, **more: str) -> int:
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    return command.run(parser.parse_args(words), _environment(home, **more))
+
+
+def _ring(home: Path) -> Keyring:
+    return Keyring(KeyStore(home).read())
+
+
+# --- one key
+
+def test_a_key_is_found_by_its_token_only_and_shows_nothing() -> None:
+    tokens = [new_token() for _ in range(3)]
+    keys = [Key.make(f"user-{number}", token, NOW) for number, token in enumerate(tokens)]
+    ring = Keyring(keys)
+    for _ in range(2):  # the second time it is remembered
+        assert [ring.find(token.encode()) for token in tokens] == keys
+        for wrong in (b"", tokens[0][:-1].encode(), tokens[0].encode() + b"x", tokens[0].swapcase().encode(), b"\xff"):
+            assert ring.find(wrong) is None
+    for key, token in zip(keys, tokens, strict=True):
+        assert re.fullmatch(r"sk-[\w-]{43}", token)
+        assert token not in repr(key) + json.dumps(key.to_json())
+        assert key.digest.hex() not in repr(key)
+
+
+def test_equal_tokens_have_different_hashes() -> None:
+    assert Key.make("a", GIVEN, NOW).digest != Key.make("a", GIVEN, NOW).digest
+
+
+def test_every_key_is_compared_whether_found_or_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared: list[str] = []
+    genuine = Key.is_of
+    monkeypatch.setattr(Key, "is_of", lambda key, token: compared.append(key.name) or genuine(key, token))
+    for token in ("sk-key-a-000", "sk-key-c-000", "sk-no-such-key"):
+        ring = Keyring(Key.make(name, f"sk-key-{name}-000", NOW) for name in "abc")
+        compared.clear()
+        ring.find(token.encode())
+        assert compared == ["a", "b", "c"]
+
+
+def test_limits_are_written_as_the_engine_reads_them() -> None:
+    limits = Limits.parse({"requests_per_minute": "60", "body_bytes": "1MiB"})
+    assert limits.header() == "requests_per_minute=60;body_bytes=1048576"
+    assert Limits().header() == ""
+    from shoehorn_vllm.api.limits import Limits as AtTheEngine
+    assert AtTheEngine.parse(limits.header()) == AtTheEngine(requests_per_minute=60, body_bytes=1 << 20)
+    assert set(AtTheEngine.__dataclass_fields__) == set(Limits.__dataclass_fields__)
+
+
+@pytest.mark.parametrize("words", [{"rpm": "1"}, {"concurrent": "0"}, {"concurrent": "-1"}, {"max_tokens": "1e3"},
+                                   {"max_tokens": ""}, {"body_bytes": "much"}, {"concurrent": "٣"}])
+def test_a_limit_that_is_none_is_refused(words: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match=r"limit|whole number|size"):
+        Limits.parse(words)
+
+
+@pytest.mark.parametrize(("text", "expected"), [("30d", NOW + 30 * 86400), ("12h", NOW + 43200), ("90m", NOW + 5400),
+                                                ("2w", NOW + 14 * 86400), ("2027-01-31", 1801353600.0)])
+def test_when_a_key_ends(text: str, expected: float) -> None:
+    assert parse_expiry(text, NOW) == expected
+
+
+@pytest.mark.parametrize("text", ["", "soon", "30", "-1d", "2027-02-30", "1y"])
+def test_what_is_no_time_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="30d"):
+        parse_expiry(text, NOW)
+    with pytest.raises(ValueError, match="2027-01-31"):
+        parse_day(text)
+
+
+@pytest.mark.parametrize("name", ["", "a b", "-a", "ä", "a" * 65, "a\nb", "a;b", "a=b", 7, None])
+def test_a_name_that_could_break_a_header_or_a_line_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="a name has"):
+        Key.make(name, GIVEN, NOW)
+
+
+# --- the volume
+
+def test_the_first_key_is_made_once_and_only_its_hash_is_kept(tmp_path: Path) -> None:
+    store = KeyStore(tmp_path)
+    made = store.first(NOW)
+    assert made is not None
+    assert store.first(NOW) is None
+    assert store.file.stat().st_mode & 0o777 == 0o600
+    assert made.token not in store.file.read_text() + repr(made)
+    assert _ring(tmp_path).find(made.token.encode()) == made.key
+    assert made.key.name == "default"
+
+
+def test_many_starts_at_once_make_one_key(tmp_path: Path) -> None:
+    found = []
+    gate = threading.Barrier(8)
+
+    def start() -> None:
+        gate.wait()
+        found.append(KeyStore(tmp_path).first(NOW))
+
+    threads = [threading.Thread(target=start) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len([made for made in found if made]) == 1
+
+
+def test_changes_at_once_lose_nothing(tmp_path: Path) -> None:
+    threads = [threading.Thread(target=KeyStore(tmp_path).add, args=(Key(f"n{number}", b"", b"", NOW),))
+               for number in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert {key.name for key in KeyStore(tmp_path).read()} == {f"n{number}" for number in range(12)}
+
+
+def test_a_key_file_that_others_could_read_is_made_private(tmp_path: Path, caplog: pytest.LogCaptureFixture,
+                                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    store = KeyStore(tmp_path)
+    store.first(NOW)
+    store.file.chmod(0o644)
+    with caplog.at_level(logging.WARNING):
+        store.read()
+    assert store.file.stat().st_mode & 0o777 == 0o600
+    assert "could be read by others" in caplog.text
+    store.file.chmod(0o666)
+    monkeypatch.setattr("os.fchmod", lambda *_: None)
+    store.read()
+    assert "keeps no file modes" in caplog.text
+
+
+def test_a_damaged_key_file_is_refused_wherever_it_breaks_off(tmp_path: Path) -> None:
+    store = KeyStore(tmp_path)
+    store.first(NOW)
+    store.add(Key("alice", b"", b"", NOW, NOW + 5, Limits(concurrent=3)))
+    text = store.file.read_text()
+    assert len(parse(text, store.file)) == 2
+    for size in range(len(text) - 2):
+        with pytest.raises(SettingsError, match="is damaged"):
+            parse(text[:size], store.file)
+    document = json.loads(text)
+    for change in ({"salt": ""}, {"digest": "00"}, {"digest": 7}, {"name": "a b"}, {"limits": {"concurrent": 0}},
+                   {"limits": None}, {"expires": "never"}, {"name": "default"}):
+        broken = {**document, "keys": [document["keys"][0], {**document["keys"][1], **change}]}
+        with pytest.raises(SettingsError, match="is damaged"):
+            parse(json.dumps(broken), store.file)
+    for text in ("[" * 100_000, "7", '{"version": 2, "keys": []}'):
+        with pytest.raises(SettingsError, match="is damaged"):
+            parse(text, store.file)
+
+
+def test_a_damaged_key_file_is_never_written_over(tmp_path: Path) -> None:
+    store = KeyStore(tmp_path)
+    store.first(NOW)
+    store.file.write_text("half")
+    for act in (lambda: store.first(NOW), lambda: store.add(Key("a", b"", b"", NOW)), lambda: store.revoke("a"),
+                lambda: store.rotate("default", NOW)):
+        with pytest.raises(SettingsError, match="is damaged"):
+            act()
+    assert store.file.read_text() == "half"
+
+
+def test_a_volume_that_cannot_be_used_is_an_error_with_a_remedy(tmp_path: Path) -> None:
+    (tmp_path / ".shoehorn").write_text("a file where the folder should be")
+    store = KeyStore(tmp_path)
+    for act in (store.read, lambda: store.first(NOW), lambda: store.revoke("a")):
+        with pytest.raises(SettingsError, match="cannot be read or written") as caught:
+            act()
+        assert "set API_KEY" in caught.value.remedy
+
+
+def test_uses_are_merged_and_only_known_names_kept(tmp_path: Path) -> None:
+    store = KeyStore(tmp_path)
+    store.note_used({"a": 5.0, "b": 9.0, "gone": 1.0}, ["a", "b", "never"])
+    store.note_used({"a": 7.0, "b": 8.0}, ["a", "b"])
+    assert store.used() == {"a": 7.0, "b": 9.0}
+    store.file.with_name("keys-used.json").write_text("[]")
+    assert store.used() == {}
+
+
+# --- the command
+
+def test_add_prints_the_key_alone_and_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _run(tmp_path, "add", "alice", "--expires", "30d", "--max-body", "1MiB", "--concurrent", "2") == 0
+    shown = capsys.readouterr()
+    token = shown.out.strip()
+    assert "this once" in shown.err
+    assert token not in shown.err
+    key = _ring(tmp_path).find(token.encode())
+    assert key is not None
+    assert (key.name, key.limits) == ("alice", Limits(concurrent=2, body_bytes=1 << 20))
+    assert key.expires is not None
+    assert 0 <= time.time() + 30 * 86400 - key.expires < 60
+    _run(tmp_path, "list")
+    _run(tmp_path, "list", "--json")
+    listed = capsys.readouterr().out
+    assert "alice" in listed
+    assert token not in listed
+
+
+@pytest.mark.parametrize(("words", "match"), [
+    (["add", "a b"], "a name has"), (["add", "a", "--concurrent", "0"], "concurrent"),
+    (["add", "a", "--expires", "soon"], "30d"), (["add", "a", "--max-body", "x"], "size"),
+    (["add", "default"], "already"), (["revoke", "nobody"], "no key 'nobody'"), (["rotate", "nobody"], "no key")])
+def test_a_mistake_is_named_and_changes_nothing(tmp_path: Path, words: list[str], match: str) -> None:
+    store = KeyStore(tmp_path)
+    store.first(NOW)
+    before = store.file.read_text()
+    with pytest.raises(SettingsError, match=match) as caught:
+        _run(tmp_path, *words)
+    assert "shoehorn keys" in caught.value.remedy
+    assert store.file.read_text() == before
+
+
+def test_rotation_keeps_limits_and_ends_the_old_key(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _run(tmp_path, "add", "alice", "--expires", "2w", "--concurrent", "2")
+    old = capsys.readouterr().out.strip()
+    before = _ring(tmp_path).find(old.encode())
+    _run(tmp_path, "rotate", "alice")
+    after = _ring(tmp_path).find(capsys.readouterr().out.strip().encode())
+    assert before is not None
+    assert after is not None
+    assert (after.name, after.expires, after.limits) == (before.name, before.expires, before.limits)
+    assert _ring(tmp_path).find(old.encode()) is None
+    _run(tmp_path, "revoke", "alice")
+    assert KeyStore(tmp_path).read() == ()
+
+
+def test_keys_from_elsewhere_are_listed_and_changed_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "keys"
+    file.write_text(f"carol {GIVEN}-of-carol expires=2020-01-01 concurrent=3\n")
+    more = {"API_KEY": GIVEN, "API_KEYS_FILE": str(file)}
+    _run(tmp_path, "add", "alice", **more)
+    capsys.readouterr()
+    _run(tmp_path, "list", "--json", **more)
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    assert {name: row["source"] for name, row in rows.items()} == {
+        "alice": "volume", "carol": "API_KEYS_FILE", "default": "API_KEY"}
+    assert (rows["carol"]["expired"], rows["carol"]["limits"]) == (True, {"concurrent": 3})
+    assert rows["default"]["created"] is None
+    _run(tmp_path, "list", **more)
+    table = capsys.readouterr().out
+    assert re.search(r"^carol +API_KEYS_FILE .* never +expired +concurrent=3$", table, re.M)
+    for name, source in (("default", "API_KEY"), ("carol", "API_KEYS_FILE")):
+        for action in ("rotate", "revoke", "add"):
+            with pytest.raises(SettingsError, match=f"comes from {source}"):
+                _run(tmp_path, action, name, **more)
+
+
+def test_list_without_keys_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _run(tmp_path, "list") == 0
+    shown = capsys.readouterr()
+    assert (shown.out, "no keys" in shown.err) == ("", True)
+
+
+def test_the_sources_agree_with_what_the_command_shows(tmp_path: Path) -> None:
+    settings = _settings(tmp_path, API_KEY=GIVEN)
+    KeyStore(tmp_path).first(NOW)  # a key of this name in the volume gives way to API_KEY
+    assert sources.prepare(settings) is None
+    ring = sources.KeySources(settings).current()
+    assert set(ring.keys) == set(sources.in_force(settings)) == {"default"}
+    assert ring.find(GIVEN.encode()) is not None

@@ -1,0 +1,250 @@
+"""The key service's answers and its sources of keys. With nginx in front: tests/gateway/test_gateway_keys.py."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from pathlib import Path
+
+import pytest
+
+from shoehorn.common.errors import SettingsError
+from shoehorn.config.settings import Settings, load
+from shoehorn.gateway.keys.api_key import Key, Keyring, Limits
+from shoehorn.gateway.keys.service import Headers, KeyService, keep_used, listen, token_of
+from shoehorn.gateway.keys.sources import KeySources, parse_lines, prepare
+from shoehorn.gateway.keys.store import KeyStore
+
+TOKEN = "sk-Canary.Key+with/all~kinds_of-Characters="
+OTHER = "sk-another-key-0123456789"
+NOW = 1_800_000_000.0
+FILE = Path("/run/secrets/keys")
+
+
+def _settings(home: Path, **more: str) -> Settings:
+    return load({"MODELS_DIR": str(home), "RUN_DIR": str(home), "MODEL_ID": "a/b", **more})
+
+
+def _bearer(value: str) -> tuple[bytes, bytes]:
+    return b"authorization", value.encode("latin-1")
+
+
+def _plain(value: str) -> tuple[bytes, bytes]:
+    return b"x-api-key", value.encode("latin-1")
+
+
+# --- headers
+
+@pytest.mark.parametrize("headers", [
+    [_bearer(f"Bearer {TOKEN}")], [_bearer(f"bearer {TOKEN}")], [_bearer(f"BEARER   {TOKEN}")], [_plain(TOKEN)],
+    [_plain(TOKEN), _bearer(f"Bearer {TOKEN}")], [(b"cookie", b"a=b"), _plain(TOKEN), (b"accept", b"*/*")]])
+def test_one_key_is_read(headers: Headers) -> None:
+    assert token_of(headers) == TOKEN.encode()
+
+
+@pytest.mark.parametrize("headers", [
+    [], [(b"cookie", TOKEN.encode())], [_bearer(TOKEN)], [_bearer(f"Bearer{TOKEN}")], [_bearer(f"Bearer\t{TOKEN}")],
+    [_bearer(f"Bearer {TOKEN} ")], [_bearer(f" Bearer {TOKEN}")], [_bearer(f"Bearer {TOKEN}, Bearer {TOKEN}")],
+    [_bearer(f"Bearer {TOKEN} {TOKEN}")], [_bearer(f"Basic {TOKEN}")], [_bearer("")], [_bearer("Bearer")],
+    [_bearer("Bearer short")], [_bearer("Bearer " + "x" * 513)], [_bearer(f"Bearer {TOKEN}\xff")],
+    [_bearer(f"Bearer {TOKEN}")] * 2, [_plain(TOKEN)] * 2, [_plain("")], [_plain(f"Bearer {TOKEN}")],
+    [_plain(f"{TOKEN},{TOKEN}")], [_plain(TOKEN), _bearer(f"Bearer {OTHER}")], [_plain(TOKEN), _bearer("Basic x")],
+    [_plain(""), _bearer(f"Bearer {TOKEN}")], [_plain(TOKEN), _bearer(f"Bearer {TOKEN}"), _plain(OTHER)]])
+def test_anything_else_is_no_key(headers: Headers) -> None:
+    assert token_of(headers) is None
+
+
+# --- answers
+
+def _service(*keys: Key) -> KeyService:
+    ring = Keyring(keys)
+    return KeyService(lambda: ring, lambda: NOW)
+
+
+def test_a_known_key_is_named_with_its_limits() -> None:
+    service = _service(Key.make("alice", TOKEN, NOW, limits=Limits(concurrent=4, body_bytes=9)),
+                       Key.make("bob", OTHER, NOW, expires=NOW + 1))
+    assert service.answer([_plain(TOKEN)]) == (200, [(b"x-shoehorn-key", b"alice"),
+                                                     (b"x-shoehorn-limits", b"concurrent=4;body_bytes=9")])
+    assert service.answer([_plain(OTHER)]) == (200, [(b"x-shoehorn-key", b"bob"), (b"x-shoehorn-limits", b"")])
+    assert service.used == {"alice": NOW, "bob": NOW}
+
+
+@pytest.mark.parametrize("expires", [NOW, NOW - 1, 0.0])
+def test_an_expired_key_is_no_key_also_when_it_was_known(expires: float) -> None:
+    times = iter([expires - 1, NOW])
+    ring = Keyring([Key.make("alice", TOKEN, 0, expires=expires)])
+    service = KeyService(lambda: ring, lambda: next(times))
+    assert service.answer([_plain(TOKEN)])[0] == 200
+    assert service.answer([_plain(TOKEN)]) == (401, [])
+
+
+def test_trouble_is_503_for_everybody_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    ring: list[Keyring] = []
+
+    def current() -> Keyring:
+        if not ring:
+            raise SettingsError("The key file is damaged.")
+        return ring[0]
+
+    service = KeyService(current)
+    with caplog.at_level(logging.INFO):
+        assert [service.answer(headers) for headers in ([], [_plain(TOKEN)])] == [(503, [])] * 2
+        ring.append(Keyring([Key.make("alice", TOKEN, NOW)]))
+        assert [service.answer(headers)[0] for headers in ([], [_plain(TOKEN)])] == [401, 200]
+    assert [record.levelname for record in caplog.records] == ["ERROR", "INFO"]
+    assert TOKEN not in caplog.text
+
+
+def test_it_answers_as_asgi_wants_it() -> None:
+    sent: list[dict[str, object]] = []
+
+    async def ask() -> None:
+        async def send(message: dict[str, object]) -> None:
+            sent.append(message)
+
+        async def receive() -> dict[str, object]:
+            raise AssertionError("nothing to read")
+
+        await _service(Key.make("alice", TOKEN, NOW))({"type": "http", "headers": [_plain(TOKEN)]}, receive, send)
+
+    asyncio.run(ask())
+    assert [message["type"] for message in sent] == ["http.response.start", "http.response.body"]
+    assert (b"content-length", b"0") in sent[0]["headers"]
+
+
+def test_the_socket_is_private_and_takes_a_dead_ones_place(tmp_path: Path) -> None:
+    for _ in range(2):
+        with listen(tmp_path / "keys.sock"):
+            assert (tmp_path / "keys.sock").stat().st_mode & 0o777 == 0o600
+    assert os.umask(0o22) == 0o22  # put back
+
+
+def test_uses_are_written_at_the_end(tmp_path: Path) -> None:
+    service = _service(Key.make("alice", TOKEN, NOW))
+
+    async def live() -> None:
+        task = asyncio.create_task(keep_used(service, KeyStore(tmp_path), lambda: ["alice"]))
+        await asyncio.sleep(0)
+        service.answer([_plain(TOKEN)])
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    asyncio.run(live())
+    assert KeyStore(tmp_path).used() == {"alice": NOW}
+
+
+# --- sources
+
+def test_lines_become_keys() -> None:
+    text = (f"# who\tmay\n\nalice {TOKEN}\n  bob\t{OTHER}  max_tokens=5 body_bytes=1MiB expires=2027-01-31 # soon\n")
+    alice, bob = parse_lines(text, FILE, NOW)
+    assert (alice.name, alice.expires, alice.limits, alice.created) == ("alice", None, Limits(), NOW)
+    assert (bob.name, bob.expires, bob.limits) == ("bob", 1801353600.0, Limits(max_tokens=5, body_bytes=1 << 20))
+    assert alice.is_of(TOKEN.encode())
+
+
+@pytest.mark.parametrize(("text", "match"), [
+    ("", "has no key"), ("# only\n\n", "has no key"), (f"alice {TOKEN}", "line 1: it has no newline"),
+    (f"alice {TOKEN}\nbob {OTHER} max_tok", "line 2: it has no newline"), (f"{TOKEN}\n", "write NAME KEY"),
+    (f"alice {TOKEN}\nalice {OTHER}\n", "line 2: its name or its key"),
+    (f"alice {TOKEN}\nbob {TOKEN}\n", "line 2: its name or its key"), ("alice short\n", "a key has 8 to 512"),
+    (f"alice {TOKEN} {OTHER}\n", "LIMIT=VALUE"), (f"alice {TOKEN} concurrent=2 concurrent=3\n", "each limit once"),
+    (f"alice {TOKEN} rpm=3\n", "'rpm' is no limit"), (f"alice {TOKEN} expires=30d\n", "is no day"),
+    (f"a/b {TOKEN}\n", "a name has"), (f"alice: {TOKEN}\n", "a name has")])
+def test_a_wrong_line_is_named_and_not_shown(text: str, match: str) -> None:
+    with pytest.raises(SettingsError, match=match) as caught:
+        parse_lines(text, FILE, NOW)
+    assert TOKEN not in str(caught.value)
+    assert OTHER not in str(caught.value)
+
+
+def test_a_start_prepares_the_sources(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text(f"default {OTHER}\n")
+    made = prepare(_settings(tmp_path))
+    assert made is not None
+    assert prepare(_settings(tmp_path)) is None
+    assert KeySources(_settings(tmp_path)).current().find(made.token.encode()) is not None
+    prepare(_settings(tmp_path, API_KEYS_FILE=str(file)))
+    assert KeySources(_settings(tmp_path, API_KEYS_FILE=str(file))).current().find(OTHER.encode()) is not None
+    with pytest.raises(SettingsError, match="both the key 'default'"):
+        prepare(_settings(tmp_path, API_KEYS_FILE=str(file), API_KEY=TOKEN))
+    with pytest.raises(SettingsError, match="cannot be read"):
+        prepare(_settings(tmp_path, API_KEYS_FILE=str(tmp_path / "absent")))
+    assert TOKEN not in (tmp_path / "keys.json").read_text()
+    assert (tmp_path / "keys.json").stat().st_mode & 0o777 == 0o600
+
+
+def test_no_first_key_is_made_where_there_are_others(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text(f"alice {OTHER}\n")
+    assert prepare(_settings(tmp_path, API_KEY=TOKEN)) is None
+    assert prepare(_settings(tmp_path, API_KEYS_FILE=str(file))) is None
+    assert not KeyStore(tmp_path).file.exists()
+
+
+def test_a_change_is_seen_by_the_next_question_and_nothing_is_read_twice(tmp_path: Path) -> None:
+    clock = [0.0]
+    settings = _settings(tmp_path)
+    prepare(settings)
+    sources = KeySources(settings, lambda: clock[0])
+    first = sources.current()
+    assert sources.current() is first
+    store = KeyStore(tmp_path)
+    token = store.add(Key("alice", b"", b"", NOW)).token
+    second = sources.current()
+    assert second.find(token.encode()) is not None
+    assert sources.current() is second
+    clock[0] = 1.0  # once more, in case of a second change within the clock's tick
+    third = sources.current()
+    assert third is not second
+    clock[0] = 2.0
+    assert sources.current() is third
+
+
+def test_a_change_that_the_files_time_does_not_show_is_seen_too(tmp_path: Path) -> None:
+    clock = [0.0]
+    file = tmp_path / "keys"
+    file.write_text(f"alice {TOKEN}\n")
+    settings = _settings(tmp_path, API_KEYS_FILE=str(file))
+    prepare(settings)
+    sources = KeySources(settings, lambda: clock[0])
+    sources.current()
+    found = file.stat()
+    file.write_text(f"carol {TOKEN}\n")
+    os.utime(file, ns=(found.st_atime_ns, found.st_mtime_ns))  # only the inode's own time tells
+    clock[0] = 0.3
+    assert set(sources.current().keys) == {"carol"}
+
+
+def test_any_source_that_breaks_takes_all_keys_with_it(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text(f"alice {OTHER}\n")
+    settings = _settings(tmp_path, API_KEYS_FILE=str(file), API_KEY=TOKEN)
+    prepare(settings)
+    store = KeyStore(tmp_path)
+    store.add(Key("bob", b"", b"", NOW))
+    sources = KeySources(settings)
+    for source in (file, store.file, tmp_path / "keys.json"):
+        assert set(sources.current().keys) == {"alice", "bob", "default"}
+        whole = source.read_text()
+        source.write_text("half")
+        with pytest.raises(SettingsError):
+            sources.current()
+        with pytest.raises(SettingsError):  # and again, without reading
+            sources.current()
+        source.write_text(whole)
+    (tmp_path / "keys.json").unlink()
+    with pytest.raises(SettingsError, match="cannot be read"):
+        sources.current()
+
+
+def test_no_key_at_all_is_trouble(tmp_path: Path) -> None:
+    settings = _settings(tmp_path)
+    prepare(settings)
+    KeyStore(tmp_path).revoke("default")
+    with pytest.raises(SettingsError, match="There is no key"):
+        KeySources(settings).current()
+    assert prepare(settings) is None  # whoever took the last key away meant it

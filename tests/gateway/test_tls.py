@@ -1,0 +1,83 @@
+"""The certificate: what is refused, and what comes into force. With nginx: tests/gateway/test_gateway_network.py."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+
+import pytest
+from cryptography.hazmat.primitives import serialization
+
+from fakes import certificates
+from shoehorn.common.errors import SettingsError
+from shoehorn.config.settings import Settings, load
+from shoehorn.gateway import tls
+
+
+def _settings(home: Path) -> Settings:
+    cert, key = certificates.write(home)
+    return load({"MODELS_DIR": str(home), "RUN_DIR": str(home), "MODEL_ID": "a/b", "TLS_CERT_FILE": str(cert),
+                 "TLS_KEY_FILE": str(key)})
+
+
+def _encrypt(file: Path) -> None:
+    key = serialization.load_pem_private_key(file.read_bytes(), None)
+    file.write_bytes(key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8,
+                                       serialization.BestAvailableEncryption(b"password")))
+
+
+def test_a_pair_comes_into_force_once_and_privately(tmp_path: Path) -> None:
+    settings = _settings(tmp_path)
+    assert tls.install(settings)
+    assert not tls.install(settings)
+    assert (tmp_path / tls.PAIR).stat().st_mode & 0o777 == 0o600
+    tls.check(tmp_path / tls.PAIR, settings)
+    certificates.write(tmp_path)
+    assert tls.install(settings)
+
+
+@pytest.mark.parametrize(("damage", "match"), [
+    (lambda cert, key: key.write_text(""), "are not what they should be"),
+    (lambda cert, key: cert.write_text(""), "are not what they should be"),
+    (lambda cert, key: cert.write_text(cert.read_text()[:200]), "are not what they should be"),
+    (lambda cert, key: key.write_text(key.read_text()[:100]), "are not what they should be"),
+    (lambda cert, key: shutil.copy(certificates.write(_folder(cert))[1], key), "does not belong to the certificate"),
+    (lambda cert, key: _encrypt(key), "needs a password"),
+    (lambda cert, key: cert.write_bytes(b"\x30\x82\xff"), "TLS_CERT_FILE=.* is no PEM"),
+    (lambda cert, key: key.unlink(), "TLS_KEY_FILE=.* cannot be read")])
+def test_a_pair_that_cannot_be_used_is_named_and_the_old_one_stays(tmp_path: Path, damage: object, match: str) -> None:
+    settings = _settings(tmp_path)
+    tls.install(settings)
+    before = (tmp_path / tls.PAIR).read_bytes()
+    assert callable(damage)
+    damage(settings.tls_cert_file, settings.tls_key_file)
+    with pytest.raises(SettingsError, match=match) as caught:
+        tls.install(settings)
+    assert caught.value.remedy
+    assert "PRIVATE" not in str(caught.value)
+    assert (tmp_path / tls.PAIR).read_bytes() == before
+    assert not (tmp_path / f"{tls.PAIR}.candidate").exists()
+
+
+def test_the_watch_installs_a_change_and_complains_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    settings = _settings(tmp_path)
+    tls.install(settings)
+    watch = tls.Watch(settings)
+    with caplog.at_level(logging.INFO):
+        watch.look()
+        assert not caplog.records
+        certificates.write(tmp_path)
+        watch.look()
+        assert "a new certificate is in force" in caplog.text
+        assert settings.tls_cert_file is not None
+        settings.tls_cert_file.unlink()
+        for _ in range(3):
+            watch.look()
+        assert caplog.text.count("cannot be used") == 1
+
+
+def _folder(beside: Path) -> Path:
+    folder = beside.with_name("other")
+    folder.mkdir()
+    return folder

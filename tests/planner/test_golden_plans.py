@@ -1,0 +1,77 @@
+"""Golden plans: captured models on captured machines.
+
+After a change that is meant, make the goldens again with UPDATE_GOLDENS=1 and read the difference.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from fakes import captured as captured_models
+from shoehorn.model import checkpoint as checkpoints
+from support.plans import CPU_ONLY, plan_for, tiny
+
+GOLDEN = Path(__file__).resolve().parents[1] / "golden"
+
+GOLDEN_MODELS = ("deepseek-r1-distill-llama-70b", "llama-3.1-8b-instruct", "qwen3-30b-a3b")
+OTHERS = {
+    "70b-int4": ("deepseek-r1-distill-llama-70b@int4",
+                 ("rtx4060-8-ram64", "rtx3080-20-ram64", "2xrtx3080-20-ram64", "rtx4090-24-ram32", "a100-40-ram85")),
+    "70b-w4a16": ("llama-3.3-70b-instruct-w4a16@unordered",
+                  ("rtx4060-8-ram64", "rtx4090-24-ram128", "2xrtx3080-20-ram64")),
+    "gemma-3-12b": ("gemma-3-12b-it", ("rtx4070ti-12-ram32", "l4-24-ram64")),
+    "deepseek-v2-lite": ("deepseek-v2-lite-chat", ("rtx3060-12-ram64", "a10-24-ram200")),
+    "deepseek-v3": ("deepseek-v3", ("h200-141-ram192",)), "gpt-oss-20b": ("gpt-oss-20b", ("rtx4060-8-ram16",)),
+    "qwen2.5-32b-awq": ("qwen2.5-32b-instruct-awq", ("rtx3080-20-ram32", "rtx4090-24-ram32")),
+    "mixtral": ("mixtral-8x7b-instruct-v0.1", ("rtx4090-24-ram128", "4xrtx4090-24-ram256")),
+    "8b-bnb": ("llama-3.1-8b-bnb-4bit", ("rtx4060-8-ram16", "2xrtx3080-20-ram24")),
+    "phi-4": ("phi-4", ("a100-40-ram85",))}
+PAIRS = [*((model, model, machine) for model in GOLDEN_MODELS for machine in captured_models.machines()),
+         *((short, model, machine) for short, (model, machines) in OTHERS.items() for machine in machines)]
+
+
+def golden(model: str, machine: str) -> str:
+    name, converted = model.removesuffix("@int4"), model.endswith("@int4")
+    shape = checkpoints.read(captured_models.converted(name) if converted else captured_models.files(name))
+    return json.dumps(plan_for(captured_models.machine(machine), shape).to_json(), indent=1) + "\n"
+
+
+@pytest.mark.parametrize(("short", "model", "machine"), PAIRS, ids=lambda value: str(value))
+def test_the_golden_plan_is_unchanged(short: str, model: str, machine: str) -> None:
+    text, path = golden(model, machine), GOLDEN / f"{short}-on-{machine}.json"
+    if os.environ.get("UPDATE_GOLDENS"):
+        path.write_text(text)
+    assert json.loads(text) == json.loads(path.read_text())
+
+
+def test_the_golden_plan_without_a_gpu_is_unchanged() -> None:
+    text, path = json.dumps(plan_for(CPU_ONLY, tiny(), VRAM_PROFILE="cpu").to_json(), indent=1) + "\n", \
+        GOLDEN / "tiny-cpu.json"
+    if os.environ.get("UPDATE_GOLDENS"):
+        path.write_text(text)
+    assert json.loads(text) == json.loads(path.read_text())
+
+
+def test_no_golden_is_stale() -> None:
+    assert {path.stem for path in GOLDEN.glob("*.json")} == {
+        "tiny-cpu", *(f"{short}-on-{machine}" for short, _, machine in PAIRS)}
+
+
+def test_every_golden_plan_keeps_within_its_machine() -> None:
+    answers = set()
+    for short, _, name in PAIRS:
+        document = json.loads((GOLDEN / f"{short}-on-{name}.json").read_text())
+        hardware = captured_models.machine(name)
+        answers.add(document["fits"])
+        if not document["fits"]:
+            assert document["remedies"]
+            continue
+        assert document["host_bytes"] <= hardware.host_memory_bytes
+        assert document["kv_cache_tokens"] >= document["engine_args"]["max-model-len"]
+        for parts, gpu in zip(document["vram"], hardware.gpus, strict=False):
+            assert parts["total_bytes"] <= parts["limit_bytes"] <= gpu.free_bytes
+    assert answers == {True, False}

@@ -1,0 +1,1 @@
+"""Helpers of the tests: starts of real processes, plans and clients."""

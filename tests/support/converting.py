@@ -1,0 +1,131 @@
+"""A small Llama with random weights, its conversion to INT4, by a thread of this process or as in production, and a
+volume that it was pulled into."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from fakes.hub import Hub
+from shoehorn.config import settings as settings_module
+from shoehorn.config.settings import Settings
+from shoehorn.int4 import convert, shard_writer
+from shoehorn.int4 import journal as journal_module
+from shoehorn.int4.convert import Wish
+from shoehorn.store import pull
+
+MODEL = "owner/little"
+HIDDEN, INNER, VOCAB, LAYERS = 256, 512, 512, 6
+
+
+def write_model(folder: Path, layers: int = LAYERS, hidden: int = HIDDEN) -> Path:
+    """A Llama with random weights, one shard a layer and one for the rest."""
+    random = torch.Generator().manual_seed(3)
+
+    def matrix(rows: int, columns: int) -> torch.Tensor:
+        return (torch.randn(rows, columns, generator=random) * 0.02).to(torch.bfloat16)
+
+    folder.mkdir(parents=True, exist_ok=True)
+    shards: list[dict[str, torch.Tensor]] = [{
+        "model.embed_tokens.weight": matrix(VOCAB, hidden), "lm_head.weight": matrix(VOCAB, hidden),
+        "model.norm.weight": torch.ones(hidden, dtype=torch.bfloat16)}]
+    for layer in range(layers):
+        sizes = {"self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": (hidden // 2, hidden),
+                 "self_attn.v_proj": (hidden // 2, hidden), "self_attn.o_proj": (hidden, hidden),
+                 "mlp.gate_proj": (INNER, hidden), "mlp.up_proj": (INNER, hidden), "mlp.down_proj": (hidden, INNER)}
+        shards.append({f"model.layers.{layer}.{name}.weight": matrix(*size) for name, size in sizes.items()}
+                      | {f"model.layers.{layer}.input_layernorm.weight": torch.ones(hidden, dtype=torch.bfloat16),
+                         f"model.layers.{layer}.self_attn.q_proj.bias": torch.zeros(hidden, dtype=torch.bfloat16)})
+    places = {}
+    for number, tensors in enumerate(shards, 1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        save_file(tensors, folder / name, {"format": "pt"})
+        places |= dict.fromkeys(tensors, name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    (folder / "config.json").write_text(json.dumps({
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": hidden,
+        "intermediate_size": INNER, "num_hidden_layers": layers, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "vocab_size": VOCAB, "max_position_embeddings": 512, "torch_dtype": "bfloat16", "tie_word_embeddings": False}))
+    (folder / "tokenizer.json").write_text("{}")
+    return folder
+
+
+def local(home: Path, model: Path, **more: str) -> dict[str, str]:
+    (home / "models").mkdir(exist_ok=True)
+    return {"MODEL_ID": str(model), "MODEL_SOURCE": "local", "MODELS_DIR": str(home / "models"),
+            "RUN_DIR": str(home / "run"), "QUANTIZATION": "int4", **more}
+
+
+def in_here(environment: dict[str, str], wish: Wish = Wish()) -> Path:  # noqa: B008  # it is frozen
+    """A conversion by a thread of this process; those that `start` begins have their own processes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shard_writer, "workers", lambda: ThreadPoolExecutor(1))
+        return convert.convert(settings_module.load(environment), wish, lambda _: None)
+
+
+def start(environment: dict[str, str], *arguments: str,
+          program: Sequence[str] = ("-m", "shoehorn.cli")) -> subprocess.Popen[str]:
+    """A running `shoehorn convert`; `program` is what Python runs for it."""
+    source = str(Path(pull.__file__).parents[2])
+    return subprocess.Popen([sys.executable, *program, "convert", "--json", *arguments], text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            env={**environment, "PATH": os.environ["PATH"], "PYTHONPATH": source})
+
+
+def start_held(environment: dict[str, str], most: int, *arguments: str) -> subprocess.Popen[str]:
+    """A conversion that comes no further than the note of a shard more than `most`, until it is killed."""
+    code = textwrap.dedent(f"""
+        import sys, time
+        from shoehorn import cli
+        from shoehorn.int4 import convert
+        note = convert._note
+        def held(*arguments):
+            journal = note(*arguments)
+            if len(journal.shards) > {most}:
+                time.sleep(600)
+            return journal
+        convert._note = held
+        sys.exit(cli.main(sys.argv[1:]))
+        """)
+    return start(environment, *arguments, program=("-c", code))
+
+
+def content(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+def all_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+def journalled(folder: Path) -> set[str]:
+    journal = journal_module.read_journal(folder)
+    return set(journal.shards) if journal else set()
+
+
+class Pulled:
+    """A volume with the model of a hub in it."""
+
+    def __init__(self, home: Path, hub: Hub, **more: str) -> None:
+        (home / "models").mkdir()
+        self.environment = {"MODEL_ID": MODEL, "MODELS_DIR": str(home / "models"), "RUN_DIR": str(home / "run"),
+                            "MODELSCOPE_ENDPOINT": hub.url, "QUANTIZATION": "int4", **more}
+        pull.pull(self.settings, lambda _: None)
+
+    @property
+    def settings(self) -> Settings:
+        return settings_module.load(self.environment)
+
+    def originals(self) -> list[str]:
+        return sorted(path.name for path in (self.settings.models_dir / MODEL).glob("*.safetensors"))

@@ -1,0 +1,80 @@
+"""Machines made up by hand, models, and plans for them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+
+from fakes import captured as captured_models
+from fakes.checkpoint_files import dense
+from shoehorn.config import settings
+from shoehorn.config.settings import Settings
+from shoehorn.deployment import inputs
+from shoehorn.hardware.types import Gpu, Hardware
+from shoehorn.model import checkpoint as checkpoints
+from shoehorn.model.shape import ModelShape
+from shoehorn.planner.build import make_plan
+from shoehorn.planner.plan import Plan, Refusal
+
+GIB = 1 << 30
+
+
+@cache
+def llama_70b() -> ModelShape:
+    return checkpoints.read(captured_models.files("deepseek-r1-distill-llama-70b"))
+
+
+@cache
+def llama_8b() -> ModelShape:
+    return checkpoints.read(dense(4096, 14336, 32, 32, 8, 128256))
+
+
+@cache
+def tiny() -> ModelShape:
+    return checkpoints.read(dense(256, 768, 4, 4, 2, 2048, max_position=2048, tied=True))
+
+
+def quantized(method: str) -> ModelShape:
+    """The 8B as if another had quantized it."""
+    return replace(llama_8b(), quantization=method)
+
+
+def nf4_checkpoint() -> ModelShape:
+    """An 8B that others quantized with bitsandbytes."""
+    return checkpoints.read(captured_models.files("llama-3.1-8b-bnb-4bit"))
+
+
+def machine(*cards: tuple[str, float], ram: int = 64) -> Hardware:
+    """A machine with these cards (name, GiB as CUDA reports it) on PCIe 4, and that many GiB of host memory."""
+    gpus = tuple(Gpu(index, f"GPU-{index}", name, round(size * GIB), round(size * GIB), (8, 9), 4, 16, False)
+                 for index, (name, size) in enumerate(cards))
+    return Hardware(gpus, "580.95.05", ram * GIB, ram * GIB, 16.0)
+
+
+SMALL, MIDDLE, LARGE = ("made up", 7.0), ("NVIDIA GeForce RTX 4090", 23.6), ("NVIDIA GeForce RTX 5090", 31.8)
+TWENTY, HUGE = ("NVIDIA GeForce RTX 3080", 19.7), ("NVIDIA H200", 139.8)
+CPU_ONLY = machine(ram=4)
+
+
+def plan_for(hardware: Hardware, shape: ModelShape, disk: int | None = None, **environment: str) -> Plan | Refusal:
+    loaded: Settings = settings.load(environment)
+    return make_plan(loaded, hardware, inputs.select(loaded, hardware), shape, disk)
+
+
+def planned(hardware: Hardware, shape: ModelShape, **environment: str) -> Plan:
+    plan = plan_for(hardware, shape, **environment)
+    assert isinstance(plan, Plan), plan
+    return plan
+
+
+def refused(hardware: Hardware, shape: ModelShape, disk: int | None = None, **environment: str) -> Refusal:
+    refusal = plan_for(hardware, shape, disk, **environment)
+    assert isinstance(refusal, Refusal)
+    return refusal
+
+
+def reason(plan: Plan | Refusal, option: str) -> tuple[object, str, str]:
+    """(value, source, text) of an option's one reason."""
+    found = [each for each in plan.reasons if each.option == option]
+    assert len(found) == 1, option
+    return found[0].value, found[0].source, found[0].text
