@@ -64,7 +64,8 @@ class Running:
     def __init__(self, run_dir: Path, nvml: str, port: int | None = None, **settings: str) -> None:
         self.port = port or free_port()
         self.run_dir = run_dir
-        code = f"import os, sys; {nvml}; from shoehorn.observability.exporter import main; sys.exit(main(os.environ, nvml))"
+        code = (f"import os, sys; {nvml}; from shoehorn.observability.exporter import main; "
+                "sys.exit(main(os.environ, nvml))")
         command = ["-m", "shoehorn.observability.exporter"] if nvml == REAL else ["-c", code]
         self.process = subprocess.Popen(
             [sys.executable, "-W", "error::SyntaxWarning", *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,

@@ -1,7 +1,7 @@
 """What the engine says of its memory, beside what was expected: read after the load, compared, and put into words.
 
 Rules: the engine's figures come from the handler in `shoehorn_vllm.telemetry.memory_log`; bitsandbytes' state is
-apart from the weights where the engine said it, and else is part of them; the total is what NVML shows; the framework is
+apart from the weights where the engine said it, and else is part of them; the total is what NVML shows; framework is
 what the others leave of it, so that the parts add up to the total. Activations are a reserve, resident only under load,
 and stand outside of the total's parts until then.
 """
