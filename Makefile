@@ -39,8 +39,9 @@ demo: setup ## serve the demo model on this machine's CPU, in the foreground; Ct
 	export ENGINE_LOG=$${ENGINE_LOG:-file} DRAIN_TIMEOUT=$${DRAIN_TIMEOUT:-3}
 	exec $(VENV)/bin/python entrypoint.py
 
-lint: setup-dev ## ruff, mypy --strict, shellcheck
+lint: setup-dev ## ruff, mypy --strict, shellcheck, language
 	$(VENV)/bin/ruff check .
+	$(VENV)/bin/python tools/lint_language.py
 	$(VENV)/bin/mypy
 	shellcheck requirements/install requirements/lock tools/pin-base .ci/run
 
