@@ -31,6 +31,7 @@ from shoehorn.deployment import inputs  # noqa: E402  # likewise
 from shoehorn.hardware import bandwidth_probe, detect  # noqa: E402  # likewise
 from shoehorn.model import checkpoint  # noqa: E402  # likewise
 from shoehorn.planner.build import make_plan  # noqa: E402  # likewise
+from shoehorn.planner.inputs import PlanInputs, PlanSettings  # noqa: E402  # likewise
 from shoehorn.planner.plan import Plan  # noqa: E402  # likewise
 
 CASES = HOME / "tests" / "gpu" / "low_vram.json"
@@ -85,7 +86,7 @@ def expected(links: dict[str, float]) -> dict[str, dict[str, float]]:
             wish = settings.load({"VRAM_LIMIT": f"{budget}GiB", "MAX_MODEL_LEN": "2048", "MAX_NUM_SEQS": "1"})
             machine = captured.machine("h200-141-ram192")
             machine = replace(machine, gpus=(replace(machine.gpus[0], link_bytes_per_second=link),))
-            plan = make_plan(wish, machine, inputs.select(wish, machine), shape, None)
+            plan = make_plan(PlanInputs(PlanSettings.of(wish), machine, inputs.select(wish, machine), shape))
             if isinstance(plan, Plan):
                 found.setdefault(name, {})[str(budget)] = float(plan.expected_tokens_per_second["batch_1"] or 0)
     return found

@@ -23,6 +23,7 @@ from shoehorn.deployment import inputs
 from shoehorn.hardware.types import Gpu, Hardware
 from shoehorn.model import checkpoint
 from shoehorn.planner.build import make_plan
+from shoehorn.planner.inputs import PlanInputs, PlanSettings
 from shoehorn.planner.plan import Plan
 
 GIB = 1 << 30
@@ -71,7 +72,7 @@ def plans() -> dict[str, Mapping[str, object]]:
     made: dict[str, Mapping[str, object]] = {}
     for name, (shape, environment) in wanted.items():
         loaded = settings.load(environment)
-        plan = make_plan(loaded, machine, inputs.select(loaded, machine), shape, None)
+        plan = make_plan(PlanInputs(PlanSettings.of(loaded), machine, inputs.select(loaded, machine), shape))
         assert isinstance(plan, Plan), plan
         made[name] = plan.engine_args
     return made

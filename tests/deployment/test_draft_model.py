@@ -18,9 +18,9 @@ from shoehorn.hardware.types import Hardware
 from shoehorn.model import checkpoint
 from shoehorn.model.shape import ModelShape
 from shoehorn.planner.build import make_plan
+from shoehorn.planner.inputs import Draft, PlanInputs, PlanSettings
 from shoehorn.planner.memory.offload import offloaded_bytes
 from shoehorn.planner.plan import Plan, Refusal
-from shoehorn.planner.speculation import Draft
 from shoehorn.store import pull
 from support.plans import HUGE, LARGE, MIDDLE, SMALL, llama_8b, machine, planned, reason
 
@@ -64,7 +64,8 @@ def consider(wanted: Settings, hardware: Hardware, free_bytes: int | None = None
     shape: ModelShape = served_model.shape(wanted, None)
 
     def made(draft: Draft | None) -> Plan | Refusal:
-        return make_plan(wanted, hardware, inputs.select(wanted, hardware), shape, None, draft=draft)
+        return make_plan(PlanInputs(PlanSettings.of(wanted), hardware, inputs.select(wanted, hardware), shape,
+                                    draft=draft))
 
     return draft_model.considered(wanted, shape, free_bytes, made)
 
@@ -126,7 +127,7 @@ def test_a_draft_is_used_where_a_pass_waits_for_the_link(tmp_path: Path, tokeniz
     plan = consider(asked(tmp_path), machine(TEN))
     assert isinstance(plan, Plan)
     assert plan.draft is not None
-    assert plan.draft.settings.quantization == "int4", "as the model is"
+    assert plan.draft.quantization == "int4", "as the model is"
     assert plan.engine_args["speculative-config"] == {
         "method": "draft_model", "num_speculative_tokens": 7, "model": str(tmp_path / "a/8b.int4")}
     assert int(str(plan.engine_args["max-num-batched-tokens"])) >= 2 * plan.choices.max_num_seqs
@@ -217,10 +218,12 @@ def test_a_refusal_stays_one(tmp_path: Path, tokenizers: dict[str, object]) -> N
 
 def test_the_command_that_fetches_the_draft_is_told_of_nothing_else(tmp_path: Path,
                                                                     tokenizers: dict[str, object]) -> None:
-    plan = consider(asked(tmp_path, MODEL_REVISION="v1"), machine(TEN))
+    wanted = asked(tmp_path, MODEL_REVISION="v1")
+    plan = consider(wanted, machine(TEN))
     assert isinstance(plan, Plan)
     assert plan.draft
-    told = settings.load(draft_model.environment({"MODELS_DIR": str(tmp_path), "MODEL_REVISION": "v1"}, plan.draft))
+    inherited = {"MODELS_DIR": str(tmp_path), "MODEL_REVISION": "v1"}
+    told = settings.load(draft_model.environment(inherited, wanted, plan.draft))
     assert (told.model_id, told.quantization, told.speculative) == ("a/8b", "int4", "off")
     assert told.model_revision == replace(told, model_revision="").model_revision or told.model_revision != "v1"
 

@@ -12,6 +12,7 @@ from shoehorn.hardware import bandwidth_probe, detect
 from shoehorn.model import checkpoint
 from shoehorn.model.files import LocalFiles
 from shoehorn.planner.build import make_plan
+from shoehorn.planner.inputs import PlanInputs, PlanSettings
 from shoehorn.planner.plan import Plan, Refusal
 
 
@@ -23,5 +24,5 @@ def plan_case(case: dict[str, Any], gpus: list[int], directory: Path) -> Plan | 
     wanted = {name: value.replace("{WORK}", str(directory.parent)) for name, value in case.get("settings", {}).items()}
     loaded = settings.load({"MODEL_ID": str(directory), "MODEL_SOURCE": "local", **wanted})
     shape = checkpoint.read(LocalFiles(directory))
-    return draft_model.considered(loaded, shape, None, lambda draft: make_plan(
-        loaded, machine, inputs.select(loaded, machine), shape, None, draft=draft))
+    return draft_model.considered(loaded, shape, None, lambda draft: make_plan(PlanInputs(
+        PlanSettings.of(loaded), machine, inputs.select(loaded, machine), shape, draft=draft)))

@@ -18,6 +18,7 @@ from shoehorn.int4.layout import Bits
 from shoehorn.model import checkpoint as checkpoints
 from shoehorn.planner import placement
 from shoehorn.planner.build import ALLOCATOR, make_plan
+from shoehorn.planner.inputs import PlanInputs, PlanSettings
 from shoehorn.planner.memory.estimate import CONTEXT_BYTES, MARGIN_BYTES
 from shoehorn.planner.plan import Plan
 from support.plans import (
@@ -205,7 +206,8 @@ def test_what_an_earlier_start_had_to_step_down_to_holds_unless_the_user_says_ot
     loaded = settings.load({"MAX_NUM_SEQS": "32"})
     hardware = machine(MIDDLE)
     stepped = {"max-num-seqs": 4, "max-num-batched-tokens": 256, "cpu-offload-gb": 3.0, "enforce-eager": True}
-    plan = make_plan(loaded, hardware, inputs.select(loaded, hardware), llama_8b(), None, stepped)
+    plan = make_plan(PlanInputs(PlanSettings.of(loaded), hardware, inputs.select(loaded, hardware), llama_8b(),
+                                known_good=stepped))
     assert isinstance(plan, Plan)
     assert reason(plan, "max-num-seqs")[:2] == (32, "setting")
     assert reason(plan, "max-num-batched-tokens")[:2] == (256, "step-down")

@@ -17,6 +17,7 @@ from shoehorn.hardware.types import Gpu, Hardware
 from shoehorn.model import checkpoint
 from shoehorn.planner import plan as plan_module
 from shoehorn.planner.build import make_plan
+from shoehorn.planner.inputs import PlanInputs, PlanSettings
 from shoehorn.planner.plan import Plan
 from shoehorn.runtime.state import Phase
 from support.browser import Visit, Visits
@@ -31,8 +32,8 @@ def plan_of_the_70b() -> Plan:
                   for number in range(2))
     machine = Hardware(cards, "580.95.05", 96 * GIB, 96 * GIB, 16.0)
     settings = load({})
-    plan = make_plan(settings, machine, inputs.select(settings, machine),
-                     checkpoint.read(captured.files("deepseek-r1-distill-llama-70b")), None)
+    plan = make_plan(PlanInputs(PlanSettings.of(settings), machine, inputs.select(settings, machine),
+                                checkpoint.read(captured.files("deepseek-r1-distill-llama-70b"))))
     assert isinstance(plan, Plan), plan
     return plan
 

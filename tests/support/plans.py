@@ -14,6 +14,7 @@ from shoehorn.hardware.types import Gpu, Hardware
 from shoehorn.model import checkpoint as checkpoints
 from shoehorn.model.shape import ModelShape
 from shoehorn.planner.build import make_plan
+from shoehorn.planner.inputs import PlanInputs, PlanSettings
 from shoehorn.planner.plan import Plan, Refusal
 
 GIB = 1 << 30
@@ -58,7 +59,7 @@ CPU_ONLY = machine(ram=4)
 
 def plan_for(hardware: Hardware, shape: ModelShape, disk: int | None = None, **environment: str) -> Plan | Refusal:
     loaded: Settings = settings.load(environment)
-    return make_plan(loaded, hardware, inputs.select(loaded, hardware), shape, disk)
+    return make_plan(PlanInputs(PlanSettings.of(loaded), hardware, inputs.select(loaded, hardware), shape, disk))
 
 
 def planned(hardware: Hardware, shape: ModelShape, **environment: str) -> Plan:

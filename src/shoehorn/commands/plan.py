@@ -15,9 +15,9 @@ from shoehorn.config.settings import Settings
 from shoehorn.deployment import inputs
 from shoehorn.hardware import detect
 from shoehorn.planner.build import make_plan
+from shoehorn.planner.inputs import Draft, PlanInputs, PlanSettings
 from shoehorn.planner.memory.breakdown import VramParts
 from shoehorn.planner.plan import Plan, Refusal
-from shoehorn.planner.speculation import Draft
 
 _PARTS = (("weights", "weights_bytes"), ("quantization state", "quant_state_bytes"),
           ("embeddings", "embeddings_bytes"), ("offload buffers", "offload_buffer_bytes"),
@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace, environment: Mapping[str, str]) -> int:
     shape = shape_of(settings)
 
     def made(draft: Draft | None) -> Plan | Refusal:
-        return make_plan(settings, machine, profile, shape, free, draft=draft)
+        return make_plan(PlanInputs(PlanSettings.of(settings), machine, profile, shape, free, draft=draft))
 
     if settings.speculative in settings_module.GUESSES:
         plan = made(None)

@@ -23,6 +23,7 @@ from shoehorn.hardware import detect
 from shoehorn.hardware.types import Hardware
 from shoehorn.model.shape import ModelShape
 from shoehorn.planner.build import make_plan
+from shoehorn.planner.inputs import PlanInputs, PlanSettings
 from shoehorn.planner.plan import Plan
 
 SLOW_TOKENS_PER_SECOND = 5.0
@@ -88,7 +89,7 @@ def _row(settings: Settings, machine: Hardware, shape: ModelShape | None, profil
     if shape is None:
         return {**row, "group": "unknown"}
     try:
-        plan = make_plan(settings, machine, profile, shape, None)
+        plan = make_plan(PlanInputs(PlanSettings.of(settings), machine, profile, shape))
     except SettingsError as error:
         return {**row, "why": error.cause.splitlines()[0]}
     if not isinstance(plan, Plan):

@@ -20,6 +20,7 @@ from shoehorn.deployment import served_model
 from shoehorn.hardware.types import Hardware
 from shoehorn.int4 import artifact
 from shoehorn.planner.build import make_plan
+from shoehorn.planner.inputs import PlanInputs, PlanSettings
 from shoehorn.planner.plan import Plan
 from shoehorn.store import pull
 
@@ -43,13 +44,13 @@ def settled(settings: Settings, machine: Hardware, profile: Profile, disk: bool 
     if disk and artifact.locate(int4):
         return int4
     shape = served_model.shape(settings, pull.locate(settings))
-    plan = make_plan(settings, machine, profile, shape, None)
+    plan = make_plan(PlanInputs(PlanSettings.of(settings), machine, profile, shape))
     resident = isinstance(plan, Plan) and not plan.choices.quantization and not plan.offloaded_bytes
     if shape.quantization or not shape.understood or resident:
         return settings
     try:
         room = served_model.room(int4) if disk else None
-        found = make_plan(int4, machine, profile, served_model.shape(int4, None), room)
+        found = make_plan(PlanInputs(PlanSettings.of(int4), machine, profile, served_model.shape(int4, None), room))
     except SettingsError as refusal:
         log.info("not converted to INT4: %s", refusal.cause)
         return settings

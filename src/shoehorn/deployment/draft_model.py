@@ -26,9 +26,9 @@ from shoehorn.int4 import artifact
 from shoehorn.model.files import Files, LocalFiles
 from shoehorn.model.shape import ModelShape
 from shoehorn.planner import parallelism
+from shoehorn.planner.inputs import Draft
 from shoehorn.planner.option_set import Reason
 from shoehorn.planner.plan import Plan, Refusal
-from shoehorn.planner.speculation import Draft
 from shoehorn.store import pull
 
 USEFUL_CONTEXT = 2048
@@ -73,8 +73,7 @@ def find(settings: Settings, plan: Plan, shape: ModelShape, free_bytes: int | No
         SettingsError: it does not go with the model.
         ModelUnavailableError: its config and headers cannot be read.
     """
-    own = replace(settings, model_id=settings.speculative, quantization="none", speculative="off",
-                  model_revision=settings_module.default_revision(settings.model_source))
+    own = settings_for(settings, settings.speculative, "none")
     nf4 = plan.choices.quantization == "bitsandbytes"
     int4 = replace(own, quantization="int4")
     wants_int4 = bool(plan.vram) and not nf4 and settings.quantization != "none"
@@ -92,7 +91,7 @@ def find(settings: Settings, plan: Plan, shape: ModelShape, free_bytes: int | No
     if directory is None and free_bytes is not None:
         there = disk.disk_used(own.models_dir / own.model_id)
         lacking = max(0, found.disk_bytes - there - free_bytes)
-    return Draft(own, directory or (artifact.folder(own) if own.quantization == "int4" else
+    return Draft(own.model_id, own.quantization, directory or (artifact.folder(own) if own.quantization == "int4" else
                                     own.models_dir / own.model_id), found, lacking)
 
 
@@ -102,14 +101,20 @@ def chosen(plan: Plan, drafted: Plan | Refusal, draft: Draft) -> Plan:
     if why is None and isinstance(drafted, Plan):
         return drafted
     return replace(plan, reasons=(*plan.reasons, Reason(
-        "speculative-config", None, "machine", f"SPECULATIVE={draft.settings.model_id} is left out: {why}")))
+        "speculative-config", None, "machine", f"SPECULATIVE={draft.model_id} is left out: {why}")))
 
 
-def environment(environment: Mapping[str, str], draft: Draft) -> dict[str, str]:
+def environment(environment: Mapping[str, str], settings: Settings, draft: Draft) -> dict[str, str]:
     """The environment of a command that fetches the draft."""
-    own = draft.settings
+    own = settings_for(settings, draft.model_id, draft.quantization)
     return {**environment, "MODEL_ID": own.model_id, "MODEL_REVISION": own.model_revision,
             "QUANTIZATION": own.quantization, "SPECULATIVE": own.speculative}
+
+
+def settings_for(settings: Settings, model_id: str, quantization: str) -> Settings:
+    """The settings with the draft in the model's place."""
+    return replace(settings, model_id=model_id, quantization=quantization, speculative="off",
+                   model_revision=settings_module.default_revision(settings.model_source))
 
 
 _REMEDY = "Name a smaller model of the same family in SPECULATIVE, or set SPECULATIVE=off."

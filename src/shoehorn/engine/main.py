@@ -94,10 +94,11 @@ def _serve(settings: Settings, environment: Mapping[str, str], states: StateFile
             planner = Planner(settings, directory)
             plan = planner.plan()
             states.update(plan=plan_module.of(plan))
-    if plan.draft and served_model.served(plan.draft.settings) is None:
-        fetch(plan.draft.settings, draft_model.environment(environment, plan.draft), states)
+    draft = draft_model.settings_for(settings, plan.draft.model_id, plan.draft.quantization) if plan.draft else None
+    if plan.draft and draft and served_model.served(draft) is None:
+        fetch(draft, draft_model.environment(environment, settings, plan.draft), states)
     with ExitStack() as stack:
-        for each in (settings, *([plan.draft.settings] if plan.draft else [])):
+        for each in (settings, *([draft] if draft else [])):
             model = artifact.target(each) if each.quantization == "int4" else each
             if model.model_source != "local":
                 stack.enter_context(inventory.used(model.models_dir, model.model_id))

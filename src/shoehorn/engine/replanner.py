@@ -22,8 +22,8 @@ from shoehorn.engine.diagnosis import Diagnosis
 from shoehorn.engine.memory_report import taken
 from shoehorn.hardware import bandwidth_probe, detect
 from shoehorn.planner.build import make_plan
+from shoehorn.planner.inputs import Draft, PlanInputs, PlanSettings
 from shoehorn.planner.plan import Plan, Refusal
-from shoehorn.planner.speculation import Draft
 from shoehorn.runtime.state import StateFile
 
 log = logging.getLogger("engine")
@@ -75,8 +75,8 @@ class Planner:
         return plan
 
     def _made(self, draft: Draft | None) -> Plan | Refusal:
-        return make_plan(self._settings, self._machine, self._profile, self._shape, self._disk_free, self._stepped,
-                         draft)
+        return make_plan(PlanInputs(PlanSettings.of(self._settings), self._machine, self._profile, self._shape,
+                                    self._disk_free, dict(self._stepped), draft))
 
     def step_down(self, plan: Plan, diagnosis: Diagnosis) -> Plan | None:
         """A smaller plan after a start that failed; None when there is none, or after the last try."""

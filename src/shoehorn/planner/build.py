@@ -7,15 +7,14 @@ estimate says would fail is refused. `decisions` says which source wins.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 
 from shoehorn.common.units import format_size
 from shoehorn.config.profiles import Profile
-from shoehorn.config.settings import Settings
 from shoehorn.hardware import gpu_specs
 from shoehorn.hardware.types import Hardware
 from shoehorn.model.shape import ModelShape
 from shoehorn.planner import throughput
+from shoehorn.planner.inputs import PlanInputs
 from shoehorn.planner.memory.estimate import CONTEXT_BYTES, estimate, host_bytes, kv_tokens
 from shoehorn.planner.memory.offload import offloaded_bytes, pinned_bytes
 from shoehorn.planner.option_set import Reason
@@ -29,26 +28,19 @@ from shoehorn.planner.remedies import (
     vram_remedies,
 )
 from shoehorn.planner.resolve import Decisions, decide
-from shoehorn.planner.speculation import Draft
 
 ALLOCATOR = "PYTORCH_ALLOC_CONF"
 
 
-def make_plan(settings: Settings, hardware: Hardware, profile: Profile, shape: ModelShape,
-              disk_free_bytes: int | None, stepped: Mapping[str, object] | None = None,
-              draft: Draft | None = None) -> Plan | Refusal:
+def make_plan(inputs: PlanInputs) -> Plan | Refusal:
     """Plan a start.
-
-    Args:
-        stepped: options that an earlier start had to step down to; only what the user fixed wins over them.
-        draft: the model that is to guess tokens.
-        hardware: host memory of 0 bytes counts as unknown, and is not checked.
-        disk_free_bytes: where the model will be stored; None when it is there already.
 
     Raises:
         SettingsError: settings that contradict each other, the profile, the model or the machine.
     """
-    decisions = decide(settings, hardware, profile, shape, stepped or {}, draft)
+    settings, hardware, profile, shape = inputs.settings, inputs.hardware, inputs.profile, inputs.shape
+    disk_free_bytes, draft = inputs.disk_free_bytes, inputs.draft
+    decisions = decide(inputs)
     choices, on_cpu = decisions.choices, not decisions.gpus
     vram = () if on_cpu else estimate(shape, choices)
     host = host_bytes(shape, choices, on_cpu)

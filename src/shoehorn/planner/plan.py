@@ -11,10 +11,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from shoehorn.common.errors import DoesNotFitError
+from shoehorn.planner.inputs import Draft
 from shoehorn.planner.memory.breakdown import VramParts
 from shoehorn.planner.option_set import Reason
 from shoehorn.planner.serving_config import Choices
-from shoehorn.planner.speculation import Draft
 
 
 def of(plan: Plan) -> dict[str, Any]:

@@ -6,9 +6,9 @@ import math
 from dataclasses import replace
 
 from shoehorn.common.units import GIB, format_size
-from shoehorn.config.settings import Settings
 from shoehorn.hardware.types import Hardware
 from shoehorn.model.shape import ModelShape
+from shoehorn.planner.inputs import PlanSettings
 from shoehorn.planner.memory import fit
 from shoehorn.planner.memory.breakdown import VramParts
 from shoehorn.planner.memory.estimate import CONTEXT_BYTES, MARGIN_BYTES, estimate, host_bytes, kv_bytes
@@ -44,7 +44,7 @@ def missing_on_fullest(shape: ModelShape, choices: Choices, on_cpu: bool = False
     return fit.missing_bytes(shape, choices)
 
 
-def vram_remedies(settings: Settings, hardware: Hardware, shape: ModelShape, decisions: Decisions) -> list[str]:
+def vram_remedies(settings: PlanSettings, hardware: Hardware, shape: ModelShape, decisions: Decisions) -> list[str]:
     """Changes each of which would let the model fit, the least felt first; a larger card always would."""
     choices, remedies = decisions.choices, []
 

@@ -17,18 +17,16 @@ from dataclasses import dataclass, replace
 from shoehorn.common.errors import SettingsError
 from shoehorn.common.units import GIB, format_size
 from shoehorn.config import vllm_options
-from shoehorn.config.profiles import Profile
-from shoehorn.config.settings import Settings
 from shoehorn.hardware.types import Gpu, Hardware
 from shoehorn.model.shape import ModelShape
 from shoehorn.planner import dtype, parallelism, placement, search, serving_config, speculation, vllm_args
+from shoehorn.planner.inputs import Draft, PlanInputs, PlanSettings
 from shoehorn.planner.memory import fit
 from shoehorn.planner.memory.estimate import CONTEXT_BYTES, MARGIN_BYTES, estimate
 from shoehorn.planner.memory.offload import offloaded_bytes
 from shoehorn.planner.option_set import Options, Reason
 from shoehorn.planner.reasons import why
 from shoehorn.planner.serving_config import Choices
-from shoehorn.planner.speculation import Draft
 from shoehorn.planner.vllm_args import FIELDS, config_of
 
 _UNMODELLED = ("data-parallel-size", "enable-lora", "compilation-config", "spec-model", "kv-offloading-size",
@@ -50,17 +48,14 @@ class Decisions:
     fixed: frozenset[str]
 
 
-def decide(settings: Settings, hardware: Hardware, profile: Profile, shape: ModelShape,
-           stepped: Mapping[str, object], draft: Draft | None = None) -> Decisions:
+def decide(inputs: PlanInputs) -> Decisions:
     """Every decision; that it fits is another question.
-
-    Args:
-        stepped: options that an earlier start had to step down to; None leaves one out.
-        draft: what guesses tokens, where SPECULATIVE names a model.
 
     Raises:
         SettingsError: settings that contradict each other, the profile, the model or the machine.
     """
+    settings, hardware, profile, shape = inputs.settings, inputs.hardware, inputs.profile, inputs.shape
+    draft = inputs.draft
     if shape.unreadable:
         raise SettingsError(f"{settings.model_id} is {shape.unreadable}, which vLLM 0.32 no longer reads.",
                             "Set MODEL_ID to a version of the model without activation order (AWQ, GPTQ with desc_act: "
@@ -73,7 +68,7 @@ def decide(settings: Settings, hardware: Hardware, profile: Profile, shape: Mode
     for option, value in vllm_options.parse_arguments(settings.vllm_extra_args).items():
         options.fix(option, value, "VLLM_EXTRA_ARGS")
     by_user = frozenset(options.fixed)
-    for option, value in stepped.items():
+    for option, value in inputs.known_good.items():
         if option in by_user:
             continue
         if value is None:
@@ -123,7 +118,7 @@ def decide(settings: Settings, hardware: Hardware, profile: Profile, shape: Mode
     return Decisions(options.values, tuple(options.reasons.values()), choices, gpus, by_user)
 
 
-def _apply_settings(options: Options, settings: Settings) -> None:
+def _apply_settings(options: Options, settings: PlanSettings) -> None:
     for setting, option in (("MAX_MODEL_LEN", "max-model-len"), ("MAX_NUM_SEQS", "max-num-seqs")):
         value = getattr(settings, setting.lower())
         if value is not None:
@@ -133,7 +128,7 @@ def _apply_settings(options: Options, settings: Settings) -> None:
         options.fix("trust-remote-code", True, "TRUST_REMOTE_CODE")
 
 
-def _quantization(options: Options, settings: Settings, shape: ModelShape) -> None:
+def _quantization(options: Options, settings: PlanSettings, shape: ModelShape) -> None:
     """The setting, VLLM_EXTRA_ARGS or the profile against what the checkpoint is."""
     if settings.quantization == "int4":  # the shape is that of the converted checkpoint
         if "quantization" in options.fixed:
@@ -169,7 +164,7 @@ def _context(options: Options, shape: ModelShape) -> None:
                         f"{longest}.", f"Set MAX_MODEL_LEN to {longest} or less.")
 
 
-def _limit(options: Options, settings: Settings, gpus: tuple[Gpu, ...]) -> int:
+def _limit(options: Options, settings: PlanSettings, gpus: tuple[Gpu, ...]) -> int:
     """What may be used of each card, as NVML counts; sets gpu-memory-utilization to it where that asks for more.
 
     vLLM counts from after the CUDA context was made, so the context comes on top of its share. It refuses to start

@@ -6,12 +6,9 @@ SPECULATIVE names one (`drafts` finds it, and says whether it is worth its memor
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
-
-from shoehorn.config.settings import Settings
 from shoehorn.model.shape import ModelShape
 from shoehorn.planner import search
+from shoehorn.planner.inputs import Draft, PlanSettings
 from shoehorn.planner.option_set import Options
 from shoehorn.planner.serving_config import Choices
 from shoehorn.planner.throughput import ACCEPTED
@@ -21,23 +18,7 @@ NGRAM = {"method": "ngram", "num_speculative_tokens": search.GUESSED, "prompt_lo
 DRAFT = {"method": "draft_model", "num_speculative_tokens": 7}
 
 
-@dataclass(frozen=True)
-class Draft:
-    """The draft model of speculative decoding.
-
-    Attributes:
-        settings: with the draft in the model's place.
-        directory: where it lies, or will.
-        lacking_bytes: what the volume lacks for it.
-    """
-
-    settings: Settings
-    directory: Path
-    shape: ModelShape
-    lacking_bytes: int = 0
-
-
-def apply(options: Options, settings: Settings) -> None:
+def apply(options: Options, settings: PlanSettings) -> None:
     """What SPECULATIVE says without a draft model."""
     if settings.speculative == "ngram":
         options.fix(OPTION, dict(NGRAM), "SPECULATIVE=ngram")
@@ -48,7 +29,7 @@ def apply(options: Options, settings: Settings) -> None:
 def apply_draft(options: Options, draft: Draft) -> None:
     """The draft that SPECULATIVE names."""
     options.fix(OPTION, {**DRAFT, "model": str(draft.directory)},
-                f"SPECULATIVE={draft.settings.model_id}; expected speeds are for {ACCEPTED:g} tokens a pass")
+                f"SPECULATIVE={draft.model_id}; expected speeds are for {ACCEPTED:g} tokens a pass")
 
 
 def load_as_nf4(options: Options, draft: Draft) -> None:

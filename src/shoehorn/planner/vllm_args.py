@@ -5,9 +5,9 @@ from __future__ import annotations
 from shoehorn.common.units import GIB
 from shoehorn.model.shape import ModelShape
 from shoehorn.planner import serving_config, speculation
+from shoehorn.planner.inputs import Draft
 from shoehorn.planner.option_set import Options
 from shoehorn.planner.serving_config import Choices
-from shoehorn.planner.speculation import Draft
 
 
 def offload_options(choices: Choices) -> dict[str, object]:
