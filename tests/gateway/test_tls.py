@@ -13,6 +13,7 @@ from fakes import certificates
 from shoehorn.common.errors import SettingsError
 from shoehorn.config.settings import Settings, load
 from shoehorn.gateway import tls
+from shoehorn.runtime.run_dir import RunDir
 
 
 def _settings(home: Path) -> Settings:
@@ -31,8 +32,8 @@ def test_a_pair_comes_into_force_once_and_privately(tmp_path: Path) -> None:
     settings = _settings(tmp_path)
     assert tls.install(settings)
     assert not tls.install(settings)
-    assert (tmp_path / tls.PAIR).stat().st_mode & 0o777 == 0o600
-    tls.check(tmp_path / tls.PAIR, settings)
+    assert RunDir(tmp_path).tls_pair.stat().st_mode & 0o777 == 0o600
+    tls.check(RunDir(tmp_path).tls_pair, settings)
     certificates.write(tmp_path)
     assert tls.install(settings)
 
@@ -49,15 +50,15 @@ def test_a_pair_comes_into_force_once_and_privately(tmp_path: Path) -> None:
 def test_a_pair_that_cannot_be_used_is_named_and_the_old_one_stays(tmp_path: Path, damage: object, match: str) -> None:
     settings = _settings(tmp_path)
     tls.install(settings)
-    before = (tmp_path / tls.PAIR).read_bytes()
+    before = RunDir(tmp_path).tls_pair.read_bytes()
     assert callable(damage)
     damage(settings.tls_cert_file, settings.tls_key_file)
     with pytest.raises(SettingsError, match=match) as caught:
         tls.install(settings)
     assert caught.value.remedy
     assert "PRIVATE" not in str(caught.value)
-    assert (tmp_path / tls.PAIR).read_bytes() == before
-    assert not (tmp_path / f"{tls.PAIR}.candidate").exists()
+    assert RunDir(tmp_path).tls_pair.read_bytes() == before
+    assert not RunDir(tmp_path).tls_candidate.exists()
 
 
 def test_the_watch_installs_a_change_and_complains_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

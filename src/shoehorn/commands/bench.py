@@ -19,7 +19,7 @@ import httpx
 from shoehorn.common.errors import EXIT_DONE, EngineFailedError, SettingsError, ShoehornError
 from shoehorn.config import settings as settings_module
 from shoehorn.engine.readiness import TOKEN
-from shoehorn.runtime import run_dir
+from shoehorn.runtime.run_dir import RunDir
 from shoehorn.runtime.state import Phase, StateFile
 
 _PROMPT_TOKENS = 16
@@ -64,7 +64,7 @@ def run(arguments: argparse.Namespace, environment: Mapping[str, str]) -> int:
     wanted, tokens = [_number(word, "--requests") for word in arguments.requests.split(",")], _number(
         arguments.tokens, "--tokens")
     settings = settings_module.load(environment)
-    if not (settings.run_dir / "state.json").exists():
+    if not RunDir(settings.run_dir).state.exists():
         raise ShoehornError(f"No appliance runs with RUN_DIR={settings.run_dir}.",
                             "In compose, type: docker compose exec shoehorn shoehorn bench")
     state = StateFile(settings.run_dir).read()
@@ -76,7 +76,7 @@ def run(arguments: argparse.Namespace, environment: Mapping[str, str]) -> int:
         raise SettingsError(f"--tokens {tokens} is more than a context of {plan['max_model_len']} tokens has room for.",
                             f"Give at most {room}.")
     expected = plan.get("expected_tokens_per_second", {})
-    socket = str(run_dir.engine_socket(settings))
+    socket = str(RunDir(settings.run_dir).engine_socket)
     rounds = []
     for requests in (1, *wanted):  # the first one warms up, and is not shown
         found = measure(lambda: httpx.HTTPTransport(uds=socket), state.model, requests, tokens)

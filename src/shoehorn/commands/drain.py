@@ -16,6 +16,7 @@ from shoehorn.common.errors import EXIT_DONE, ShoehornError
 from shoehorn.config import settings as settings_module
 from shoehorn.engine import drain
 from shoehorn.runtime import shutdown
+from shoehorn.runtime.run_dir import RunDir
 from shoehorn.runtime.state import Phase, StateFile
 
 _NOTICE_SECONDS = 5
@@ -33,7 +34,7 @@ def run(_arguments: argparse.Namespace, environment: Mapping[str, str]) -> int:
         ShoehornError: no appliance runs here, or it does not answer.
     """
     settings = settings_module.load(environment)
-    if not (settings.run_dir / "state.json").exists():
+    if not RunDir(settings.run_dir).state.exists():
         raise ShoehornError(f"No appliance runs with RUN_DIR={settings.run_dir}.",
                             "In compose, type: docker compose exec shoehorn shoehorn drain")
     states = StateFile(settings.run_dir)

@@ -34,6 +34,7 @@ from shoehorn.gateway.keys.store import NewKey
 from shoehorn.hardware import detect, requirements
 from shoehorn.runtime import supervisord_config
 from shoehorn.runtime.child_process import end_recorded_group
+from shoehorn.runtime.run_dir import RunDir
 from shoehorn.runtime.state import Phase, StateFile
 
 
@@ -49,19 +50,20 @@ def run(arguments: argparse.Namespace, environment: Mapping[str, str]) -> int:
     if profile.match.device == "cuda":
         requirements.check(machine)
         requirements.require_gpus(machine, profile.name)
-    lock = _prepare_run_dir(settings.run_dir)
+    paths = RunDir(settings.run_dir)
+    lock = _prepare_run_dir(paths)
     _require_volume(settings.models_dir)
     for port, name in ((settings.port, "PORT"), (settings.metrics_port, "METRICS_PORT")):
         _require_port(port, name)
     user = pwd.getpwuid(0).pw_name if os.geteuid() == 0 else None
     if settings.tls_cert_file:
         tls.install(settings)
-    write_atomic(settings.run_dir / "nginx.conf", nginx_config.render(settings, settings.run_dir, user), 0o600)
+    write_atomic(paths.nginx_config, nginx_config.render(settings, settings.run_dir, user), 0o600)
     supervisord_config.write_supervisord_config(settings, user)
     made = sources.prepare(settings)
     if made:
         print(first_key_line(made), flush=True)
-    write_atomic(settings.run_dir / "welcome.txt", welcome(settings, made), 0o600)
+    write_atomic(paths.welcome, welcome(settings, made), 0o600)
     StateFile(settings.run_dir).update(phase=Phase.STARTING, detail="starting", model=settings.served_model_name)
     print(f"shoehorn {__version__}: profile {profile.name}, gateway on port {settings.port}, "
           f"metrics on port {settings.metrics_port}", flush=True)
@@ -104,31 +106,31 @@ def first_key_line(made: NewKey) -> str:
             f"  -> lost it? Type: shoehorn keys rotate {made.key.name}")
 
 
-def _prepare_run_dir(run_dir: Path) -> int:
+def _prepare_run_dir(paths: RunDir) -> int:
     """An empty run directory, locked; returns the lock's file descriptor.
 
     Raises:
         SettingsError: another appliance uses it, or it cannot be written.
     """
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        if run_dir.stat().st_uid == os.geteuid():  # under another uid of the image's group it is not ours to change
-            run_dir.chmod(0o700)
-        lock = os.open(run_dir / "lock", os.O_CREAT | os.O_RDWR, 0o600)
+        paths.path.mkdir(parents=True, exist_ok=True)
+        if paths.path.stat().st_uid == os.geteuid():  # under another uid of the image's group it is not ours to change
+            paths.path.chmod(0o700)
+        lock = os.open(paths.lock, os.O_CREAT | os.O_RDWR, 0o600)
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise SettingsError(f"Another Shoehorn runs with RUN_DIR={run_dir}.",
+        raise SettingsError(f"Another Shoehorn runs with RUN_DIR={paths.path}.",
                             "Stop it, or set another RUN_DIR.") from None
     except OSError as error:
-        raise SettingsError(f"RUN_DIR={run_dir} cannot be used: {error.strerror}.",
+        raise SettingsError(f"RUN_DIR={paths.path} cannot be used: {error.strerror}.",
                             "Mount a tmpfs there that this user may write, or set another RUN_DIR.") from error
-    for record in ("engine.group", "pull.group"):
-        end_recorded_group(run_dir / record)  # of an appliance that was killed
-    for entry in run_dir.iterdir():
-        if entry.name == "lock":
+    for record in paths.groups:
+        end_recorded_group(record)  # of an appliance that was killed
+    for entry in paths.path.iterdir():
+        if entry == paths.lock:
             continue
         shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
-    (run_dir / "nothing").mkdir()
+    paths.empty.mkdir()
     return lock
 
 
@@ -170,7 +172,7 @@ def _without_secrets(settings: Settings, environment: Mapping[str, str]) -> dict
     clean = secrets.without_secrets(environment)
     for name, token in (("MODELSCOPE_API_TOKEN", settings.modelscope_api_token), ("HF_TOKEN", settings.hf_token)):
         if token:
-            path = settings.run_dir / name.lower()
+            path = RunDir(settings.run_dir).token(name)
             write_atomic(path, token, 0o600)
             clean[f"{name}_FILE"] = str(path)
     return clean

@@ -16,12 +16,10 @@ from pathlib import Path
 import httpx
 
 from shoehorn.common.atomic_file import write_atomic
+from shoehorn.runtime.run_dir import RunDir
 from shoehorn.runtime.shutdown import MARGIN_SECONDS
 
 log = logging.getLogger("engine")
-
-_REQUEST = "drain"
-_OUTCOME = "drained.json"
 
 
 @dataclass(frozen=True)
@@ -48,24 +46,24 @@ def engine(socket: Path, seconds: int) -> Outcome | None:
 
 def request(run_dir: Path) -> None:
     """Ask the engine program to drain. An outcome of before is forgotten."""
-    (run_dir / _OUTCOME).unlink(missing_ok=True)
-    (run_dir / _REQUEST).touch()
+    RunDir(run_dir).drain_result.unlink(missing_ok=True)
+    RunDir(run_dir).drain_request.touch()
 
 
 def requested(run_dir: Path) -> bool:
     """Whether somebody asked."""
-    return (run_dir / _REQUEST).exists()
+    return RunDir(run_dir).drain_request.exists()
 
 
 def publish(run_dir: Path, outcome: Outcome | None) -> None:
     """Leave the outcome for `shoehorn drain`."""
-    write_atomic(run_dir / _OUTCOME, json.dumps(asdict(outcome) if outcome else None) + "\n")
+    write_atomic(RunDir(run_dir).drain_result, json.dumps(asdict(outcome) if outcome else None) + "\n")
 
 
 def published(run_dir: Path) -> tuple[bool, Outcome | None]:
     """Whether the drain is over, and its outcome."""
     try:
-        document = json.loads((run_dir / _OUTCOME).read_text(encoding="utf-8"))
+        document = json.loads(RunDir(run_dir).drain_result.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return False, None
     return True, Outcome(**document) if document else None

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from shoehorn.config.secrets import without_secrets
 from shoehorn.planner.build import ALLOCATOR
+from shoehorn.runtime.run_dir import RunDir
 
 SWITCHES = frozenset({
     # routes without a key
@@ -53,7 +54,7 @@ def for_engine(environment: Mapping[str, str], run_dir: Path) -> dict[str, str]:
     """The environment as the engine may have it."""
     clean = {name: value for name, value in without_secrets(environment).items()
              if name not in SWITCHES | _OTHERS and not name.startswith(_PREFIXES)}
-    return {**BOUNDS, **clean, "SAGEMAKER_MODEL_PATH": str(run_dir / "nothing")}
+    return {**BOUNDS, **clean, "SAGEMAKER_MODEL_PATH": str(RunDir(run_dir).empty)}
 
 
 def engine_environment(environment: Mapping[str, str], plan_environment: Mapping[str, str],

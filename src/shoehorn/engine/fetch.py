@@ -16,6 +16,7 @@ from shoehorn.common.units import format_size
 from shoehorn.config.settings import Settings
 from shoehorn.int4 import artifact
 from shoehorn.runtime.child_process import Child
+from shoehorn.runtime.run_dir import RunDir
 from shoehorn.runtime.state import Phase, StateFile
 
 log = logging.getLogger("engine")
@@ -63,7 +64,7 @@ def _work(command: str, settings: Settings, environment: Mapping[str, str], stat
                      100 * done / total if total else 0, format_size(int(rate or 0)), left)
 
     child = Child([sys.executable, "-m", "shoehorn.cli", command, "--json"], environment, line,
-                  settings.run_dir / "pull.group")
+                  RunDir(settings.run_dir).pull_group)
     try:
         while (status := child.wait(0.5)) is None:
             pass

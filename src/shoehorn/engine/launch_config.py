@@ -13,7 +13,7 @@ import yaml
 
 from shoehorn.common.atomic_file import write_atomic
 from shoehorn.config.settings import Settings
-from shoehorn.runtime.run_dir import engine_socket
+from shoehorn.runtime.run_dir import RunDir
 
 ENGINE_DEFAULT_SEQUENCES = 256
 """What vLLM runs at a time when nobody says."""
@@ -32,7 +32,7 @@ def engine_arguments(settings: Settings, plan_arguments: Mapping[str, object], m
         **plan_arguments,
         "model": str(model),
         "served-model-name": settings.served_model_name,
-        "uds": str(engine_socket(settings)),
+        "uds": str(RunDir(settings.run_dir).engine_socket),
         "disable-fastapi-docs": True,
         "disable-uvicorn-access-log": True,
         "sse-keep-alive-interval": 15,
@@ -50,7 +50,7 @@ def most_requests(settings: Settings, plan_arguments: Mapping[str, object]) -> i
 
 def write_engine_config(settings: Settings, plan_arguments: Mapping[str, object], model: Path) -> Path:
     """Write `vllm.yaml`; returns its path."""
-    path = settings.run_dir / "vllm.yaml"
+    path = RunDir(settings.run_dir).engine_config
     arguments = engine_arguments(settings, plan_arguments, model)
     write_atomic(path, yaml.safe_dump(arguments, sort_keys=True, allow_unicode=True))
     return path

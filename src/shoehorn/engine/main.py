@@ -33,8 +33,9 @@ from shoehorn.engine.server import Server, StartFailedError
 from shoehorn.int4 import artifact
 from shoehorn.planner import plan as plan_module
 from shoehorn.planner.plan import Plan
-from shoehorn.runtime import parent_watch, run_dir
+from shoehorn.runtime import parent_watch
 from shoehorn.runtime.child_process import end_recorded_group
+from shoehorn.runtime.run_dir import RunDir
 from shoehorn.runtime.state import Phase, StateFile
 from shoehorn.store import inventory
 
@@ -66,7 +67,7 @@ def main() -> int:
             code = _AGAIN
     except Stopped:
         pass
-    (settings.run_dir / "engine.alive").unlink(missing_ok=True)  # neither is a failure of the engine
+    RunDir(settings.run_dir).engine_alive.unlink(missing_ok=True)  # neither is a failure of the engine
     return code
 
 
@@ -76,7 +77,7 @@ def _run(settings: Settings, states: StateFile) -> int:
     except ShoehornError as error:
         states.update(phase=Phase.FAILED, progress=None, detail="", cause=error.cause, remedy=error.remedy)
         log.error("%s", error)
-        write_atomic(settings.run_dir / "exit_code", f"{error.exit_code}\n")
+        write_atomic(RunDir(settings.run_dir).exit_code, f"{error.exit_code}\n")
         return error.exit_code
     raise AssertionError("serving ends by an exception only")
 
@@ -117,6 +118,7 @@ def _serve(settings: Settings, environment: Mapping[str, str], states: StateFile
 def _start(settings: Settings, environment: Mapping[str, str], states: StateFile, restarts: Restarts,
            planner: Planner, plan: Plan, directory: Path) -> None:
     """Serve by one plan, until an exception ends it."""
+    paths = RunDir(settings.run_dir)
     config = launch_config.write_engine_config(settings, plan.engine_args, directory)
     states.update(phase=Phase.LOADING, progress=None, detail="starting the engine", model=settings.served_model_name)
     log.info("loading %s", settings.served_model_name)
@@ -124,16 +126,15 @@ def _start(settings: Settings, environment: Mapping[str, str], states: StateFile
     def announce(seconds: float) -> None:
         log.info("ready after %.0f s", seconds)
         planner.settle(plan, states)
-        welcome = settings.run_dir / "welcome.txt"
-        if welcome.exists():  # holds a generated key: shown once
-            text = welcome.read_text(encoding="utf-8")
-            welcome.unlink()
+        if paths.welcome.exists():  # holds a generated key: shown once
+            text = paths.welcome.read_text(encoding="utf-8")
+            paths.welcome.unlink()
             print(text, flush=True)
 
     variables = {**_address(environment, plan), **plan.engine_environment, **memory_report.prepare(settings.run_dir),
                  "SHOEHORN_MOST_REQUESTS": str(launch_config.most_requests(settings, plan.engine_args))}
-    Server(config, engine_environment(environment, variables, settings.run_dir), run_dir.engine_socket(settings),
-           states, restarts, announce, settings.run_dir / "engine.log" if settings.engine_log == "file" else None,
+    Server(config, engine_environment(environment, variables, settings.run_dir), paths.engine_socket,
+           states, restarts, announce, paths.engine_log if settings.engine_log == "file" else None,
            settings.drain_timeout,
            lambda transport: readiness.prove(transport, plan.engine_args, settings.served_model_name),
            settings.served_model_name, step_down.speculates(plan.engine_args, plan.fixed)).serve()
@@ -150,16 +151,16 @@ def _address(environment: Mapping[str, str], plan: Plan) -> dict[str, str]:
 
 def _take_over(settings: Settings, states: StateFile) -> Restarts:
     """Settle what an earlier life of this program left: its engine, and its failure in the budget."""
-    restarts = Restarts(settings.run_dir / "restarts.json")
-    alive = settings.run_dir / "engine.alive"
-    killed = alive.exists()
+    paths = RunDir(settings.run_dir)
+    restarts = Restarts(paths.restarts)
+    killed = paths.engine_alive.exists()
     states.tell(phase=Phase.STARTING, progress=None, detail="planning", model=settings.served_model_name, cause="",
                 remedy="", engine_down=False, restarts=states.read().restarts + killed)
-    left = end_recorded_group(settings.run_dir / "engine.group") + end_recorded_group(settings.run_dir / "pull.group")
+    left = [process for record in paths.groups for process in end_recorded_group(record)]
     if killed:
         failures = restarts.record()
         log.warning("the engine program was killed (failure %d); ended %d processes that it left", failures, len(left))
-    alive.touch()
+    paths.engine_alive.touch()
     return restarts
 
 

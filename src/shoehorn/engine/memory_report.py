@@ -20,14 +20,13 @@ from shoehorn.common.atomic_file import write_atomic
 from shoehorn.common.units import MIB, format_size
 from shoehorn.hardware.types import Hardware
 from shoehorn.planner.memory.breakdown import VramParts
+from shoehorn.runtime.run_dir import RunDir
 
 TOLERANCE = 0.10
 """A part that differs by more is a warning, unless it is small."""
 
 _SMALL_BYTES = 256 * MIB
 _RANK = re.compile(r"Worker(?:_PP(\d+))?(?:_TP(\d+))?")
-_CONFIG = "engine-logging.json"
-_REPORTS = "engine-memory"
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ def prepare(run_dir: Path) -> dict[str, str]:
 
     The configuration is vLLM's own (vllm/logger.py), with the handler beside its stream.
     """
-    reports = run_dir / _REPORTS
+    reports, config = RunDir(run_dir).engine_memory, RunDir(run_dir).engine_logging
     shutil.rmtree(reports, ignore_errors=True)
     reports.mkdir(parents=True)
     line = "(%(vllm_process_name)s pid=%(process)d) %(levelname)s %(asctime)s [%(fileinfo)s:%(lineno)d] %(message)s"
@@ -65,15 +64,15 @@ def prepare(run_dir: Path) -> dict[str, str]:
                               "stream": "ext://sys.stdout"},
                      "memory": {"class": "shoehorn_vllm.telemetry.memory_log.Handler"}},
         "loggers": {"vllm": {"handlers": ["vllm", "memory"], "level": "INFO", "propagate": False}}}
-    write_atomic(run_dir / _CONFIG, json.dumps(document, indent=1) + "\n")
-    return {"VLLM_LOGGING_CONFIG_PATH": str(run_dir / _CONFIG), "SHOEHORN_MEMORY_DIR": str(reports)}
+    write_atomic(config, json.dumps(document, indent=1) + "\n")
+    return {"VLLM_LOGGING_CONFIG_PATH": str(config), "SHOEHORN_MEMORY_DIR": str(reports)}
 
 
 def read(run_dir: Path, gpus: int) -> tuple[Mapping[int, Mapping[str, Any]], int]:
     """(figures by GPU in the order of the ranks, KV cache tokens; 0 where unknown)."""
     found: dict[int, dict[str, Any]] = {}
     tokens = 0
-    for path in sorted((run_dir / _REPORTS).glob("*.json")):
+    for path in sorted(RunDir(run_dir).engine_memory.glob("*.json")):
         try:
             document = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):

@@ -24,6 +24,7 @@ from shoehorn.hardware import bandwidth_probe, detect
 from shoehorn.planner.build import make_plan
 from shoehorn.planner.inputs import Draft, PlanInputs, PlanSettings
 from shoehorn.planner.plan import Plan, Refusal
+from shoehorn.runtime.run_dir import RunDir
 from shoehorn.runtime.state import StateFile
 
 log = logging.getLogger("engine")
@@ -68,7 +69,7 @@ class Planner:
             return self.plan()
         if isinstance(plan, Refusal):
             raise plan.as_error()
-        write_atomic(self._settings.run_dir / "plan.json", json.dumps(plan.to_json(), indent=1) + "\n")
+        write_atomic(RunDir(self._settings.run_dir).plan, json.dumps(plan.to_json(), indent=1) + "\n")
         log.info("plan: profile %s, %s of weights", plan.profile, format_size(self._shape.weights_bytes))
         for reason in plan.reasons:
             log.info("plan: %s = %s (%s): %s", reason.option, reason.value, reason.source, reason.text)

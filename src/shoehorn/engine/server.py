@@ -31,6 +31,7 @@ from shoehorn.engine.restart_budget import Restarts
 from shoehorn.engine.watchdog import Watchdog
 from shoehorn.hardware import host
 from shoehorn.runtime.child_process import Child
+from shoehorn.runtime.run_dir import RunDir
 from shoehorn.runtime.shutdown import ENGINE_STOP_SECONDS
 from shoehorn.runtime.state import Phase, StateFile
 
@@ -131,7 +132,7 @@ class Server:
         kills = host.memory_kills()
         ready = drained = False
         watchdog: Watchdog | None = None
-        child = Child(self._command, self._environment, self._line, self._states.run_dir / "engine.group")
+        child = Child(self._command, self._environment, self._line, RunDir(self._states.run_dir).engine_group)
         try:
             with httpx.Client(transport=httpx.HTTPTransport(uds=str(self._socket)), timeout=2.0) as client:
                 while (status := child.wait(_TICK_SECONDS)) is None:

@@ -22,8 +22,7 @@ from shoehorn.common.api_errors import error_bodies
 from shoehorn.common.errors import SettingsError
 from shoehorn.common.paths import GATEWAY
 from shoehorn.config.settings import Settings
-from shoehorn.gateway import tls
-from shoehorn.gateway.keys import sources
+from shoehorn.runtime.run_dir import RunDir
 
 BODY_LIMIT = "10m"
 RETRY_AFTER_SECONDS = 5
@@ -36,7 +35,6 @@ _OTHER_FILES = 64
 PAGE_FILES = ("page.css", "chat.css", "page.js", "words.js", "format.js", "status.js", "vram.js", "stream.js",
               "chat.js", "message.js", "markdown.js", "marked.esm.js", "snippets.js", "icon.svg")
 
-SOCKET = "engine.sock"
 _SOCKET_PATH_BYTES = 107
 _UNQUOTABLE = re.compile("[\x00-\x09\x0b-\x1f\x7f$\ud800-\udfff]")
 
@@ -107,21 +105,21 @@ def render(settings: Settings, run_dir: Path, user: str | None) -> str:
     Raises:
         SettingsError: a path or the model's name cannot stand in nginx's configuration.
     """
-    directory = run_dir.absolute()
-    _check_run_dir(directory)
+    paths = RunDir(run_dir.absolute())
+    _check_run_dir(paths)
     # The configuration is no HTML: `finalize` quotes every value that the template writes.
     environment = Environment(loader=FileSystemLoader(GATEWAY), undefined=StrictUndefined, finalize=quote,
                               autoescape=False, trim_blocks=True, keep_trailing_newline=True)  # noqa: S701  # see above
     model = settings.served_model_name
     files = _open_files()
     return environment.get_template("nginx.conf.j2").render(
-        run_dir=directory, socket=directory / SOCKET, user=user, port=settings.port, page=GATEWAY / "page",
+        paths=paths, user=user, port=settings.port, page=GATEWAY / "page",
         open_files=files, connections=files - _OTHER_FILES,
         page_files=PAGE_FILES, log_format=settings.log_format, drain_seconds=max(1, settings.drain_timeout),
         read_seconds=READ_SECONDS, retry_after_seconds=RETRY_AFTER_SECONDS, body_limit=BODY_LIMIT, routes=ROUTES,
-        keys_socket=directory / sources.SOCKET, cors_origins=settings.cors_allowed_origins,
+        cors_origins=settings.cors_allowed_origins,
         trusted_proxies=settings.trusted_proxies, tls_ciphers=TLS_CIPHERS,
-        tls_pair=directory / tls.PAIR if settings.tls_cert_file else None,
+        tls_pair=paths.tls_pair if settings.tls_cert_file else None,
         errors={status: error_bodies(*words, status) for status, words in _ERRORS.items()},
         own_errors=[status for status in _ERRORS if status not in (431, 500, 503)],
         no_keys=error_bodies("keys_unavailable", "Keys cannot be checked just now. Try again in a moment.", 503),
@@ -139,11 +137,12 @@ def _open_files() -> int:
     return wanted if most == resource.RLIM_INFINITY else min(wanted, most)
 
 
-def _check_run_dir(directory: Path) -> None:
+def _check_run_dir(paths: RunDir) -> None:
+    directory = paths.path
     quote(directory)
     if set(str(directory)) & set("*?["):
         raise SettingsError(f"RUN_DIR={directory} has a `*`, `?` or `[`, which nginx takes for a pattern.",
                             "Set another RUN_DIR.")
-    if len(os.fsencode(directory / SOCKET)) > _SOCKET_PATH_BYTES:
+    if len(os.fsencode(paths.engine_socket)) > _SOCKET_PATH_BYTES:
         raise SettingsError(f"RUN_DIR={directory} is too long: a socket's path has at most {_SOCKET_PATH_BYTES} bytes.",
                             "Set a shorter RUN_DIR, for example /run/shoehorn.")

@@ -17,10 +17,10 @@ from pathlib import Path
 from shoehorn.common.atomic_file import write_atomic
 from shoehorn.common.errors import SettingsError
 from shoehorn.config.settings import Settings
+from shoehorn.runtime.run_dir import RunDir
 
 log = logging.getLogger("tls")
 
-PAIR = "tls.pem"
 Mark = tuple[tuple[int, int, int], ...] | None
 
 
@@ -32,13 +32,13 @@ def install(settings: Settings) -> bool:
     """
     if not settings.tls_cert_file or not settings.tls_key_file:
         raise ValueError("TLS is off")
-    target = settings.run_dir / PAIR
+    paths = RunDir(settings.run_dir)
+    target, candidate = paths.tls_pair, paths.tls_candidate
     texts = [_read(name, file) for name, file in (("TLS_KEY_FILE", settings.tls_key_file),
                                                   ("TLS_CERT_FILE", settings.tls_cert_file))]
     text = "\n".join(part.strip() for part in texts) + "\n"
     if target.exists() and target.read_text(encoding="ascii") == text:
         return False
-    candidate = settings.run_dir / f"{PAIR}.candidate"
     write_atomic(candidate, text, 0o600)
     try:
         check(candidate, settings)

@@ -31,7 +31,8 @@ from shoehorn.config import settings as settings_module
 from shoehorn.observability import metrics, vram_usage
 from shoehorn.observability.engine_scrape import EngineScrape, EngineSource
 from shoehorn.observability.gpu_metrics import NO_ANSWER, Gpu, GpuReading, NvmlReader
-from shoehorn.runtime import parent_watch, run_dir
+from shoehorn.runtime import parent_watch
+from shoehorn.runtime.run_dir import RunDir
 from shoehorn.runtime.state import Phase, State, StateFile
 
 log = logging.getLogger("exporter")
@@ -249,7 +250,7 @@ def main(environment: Mapping[str, str], nvml: Any) -> int:
         return error.exit_code
     logs.configure(settings.log_format)
     exporter = Exporter(StateFile(settings.run_dir),
-                        EngineSource(run_dir.engine_socket(settings), ENGINE_LIMIT_SECONDS),
+                        EngineSource(RunDir(settings.run_dir).engine_socket, ENGINE_LIMIT_SECONDS),
                         TimeLimited(NvmlReader(nvml).read, GPU_LIMIT_SECONDS),
                         TimeLimited(lambda: volume_samples(settings.models_dir), VOLUME_LIMIT_SECONDS))
     port = settings.metrics_port

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TextIO
 
 from shoehorn.runtime.child_process import end_group
+from shoehorn.runtime.run_dir import RunDir
 
 
 def handle(headers: Mapping[str, str], body: Mapping[str, str], run_dir: Path) -> bool:
@@ -67,7 +68,7 @@ def _answer(source: TextIO, sink: TextIO, run_dir: Path, supervisor: int) -> Non
 
 def _end_gateway(run_dir: Path) -> None:
     try:
-        group = int((run_dir / "nginx.pid").read_text(encoding="utf-8"))
+        group = int(RunDir(run_dir).nginx_pid.read_text(encoding="utf-8"))
     except (OSError, ValueError):  # it did not start
         return
     end_group(group)
@@ -78,7 +79,7 @@ def _pairs(text: str) -> dict[str, str]:
 
 
 def _default_code(run_dir: Path, code: int) -> None:
-    path = run_dir / "exit_code"
+    path = RunDir(run_dir).exit_code
     if not path.exists():
         try:
             path.write_text(f"{code}\n", encoding="utf-8")

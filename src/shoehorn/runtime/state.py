@@ -21,6 +21,7 @@ from typing import Any
 
 from shoehorn.common.api_errors import anthropic_body
 from shoehorn.common.atomic_file import write_atomic
+from shoehorn.runtime.run_dir import RunDir
 
 log = logging.getLogger("engine")
 
@@ -99,7 +100,8 @@ class StateFile:
 
     def __init__(self, run_dir: Path) -> None:
         self.run_dir = run_dir
-        self.path = run_dir / "state.json"
+        self._paths = RunDir(run_dir)
+        self.path = self._paths.state
         self._lock = threading.RLock()  # re-entrant: a signal handler may publish the end in the middle of an update
 
     def read(self) -> State:
@@ -115,13 +117,13 @@ class StateFile:
     def write(self, state: State) -> None:
         """Publish `state`. The `ready` mark goes first when readiness ends and comes last when it begins."""
         if state.phase is not Phase.READY:
-            self._mark("ready", False)
+            _mark(self._paths.ready_mark, False)
         write_atomic(self.path, json.dumps(asdict(state)) + "\n")
         body = unavailable_body(state)
-        write_atomic(self.run_dir / "unavailable.json", body)
-        write_atomic(self.run_dir / "unavailable.anthropic.json", anthropic_body(body))
-        self._mark("not-live", state.phase is Phase.FAILED or state.engine_down)
-        self._mark("ready", state.phase is Phase.READY)
+        write_atomic(self._paths.unavailable_body("openai"), body)
+        write_atomic(self._paths.unavailable_body("anthropic"), anthropic_body(body))
+        _mark(self._paths.not_live_mark, state.phase is Phase.FAILED or state.engine_down)
+        _mark(self._paths.ready_mark, state.phase is Phase.READY)
 
     def update(self, **changes: object) -> State:
         """Write the current state with `changes`; `since` follows a change of phase, which also ends the rate."""
@@ -142,9 +144,9 @@ class StateFile:
         except OSError as error:
             log.warning("cannot publish how far it is: %s", error.strerror)
 
-    def _mark(self, name: str, on: bool) -> None:
-        path = self.run_dir / name
-        if on:
-            path.touch()
-        else:
-            path.unlink(missing_ok=True)
+
+def _mark(path: Path, exists: bool) -> None:
+    if exists:
+        path.touch()
+    else:
+        path.unlink(missing_ok=True)

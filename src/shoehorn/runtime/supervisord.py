@@ -19,6 +19,7 @@ from supervisor.options import ServerOptions
 
 from shoehorn.runtime import parent_watch
 from shoehorn.runtime.child_process import end_recorded_group
+from shoehorn.runtime.run_dir import RunDir
 
 
 class _Alarm:
@@ -58,11 +59,12 @@ def main(run_dir: Path) -> int:
     """Run supervisord with `run_dir`/supervisord.conf until it is told to end; returns the container's exit code."""
     parent_watch.own()
     supervisord.ServerOptions = _Options
-    supervisord.main(["-c", str(run_dir / "supervisord.conf")])
-    for group in ("engine.group", "pull.group"):
-        end_recorded_group(run_dir / group)
+    paths = RunDir(run_dir)
+    supervisord.main(["-c", str(paths.supervisord_config)])
+    for record in paths.groups:
+        end_recorded_group(record)
     try:
-        return int((run_dir / "exit_code").read_text(encoding="utf-8") or 1)
+        return int(paths.exit_code.read_text(encoding="utf-8") or 1)
     except FileNotFoundError:
         return 0
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from shoehorn.common.atomic_file import write_atomic
 from shoehorn.config.settings import Settings
+from shoehorn.runtime.run_dir import RunDir
 from shoehorn.runtime.shutdown import ENGINE_STOP_SECONDS, MARGIN_SECONDS
 
 
@@ -22,11 +23,12 @@ def supervisord_config(settings: Settings, user: str | None) -> str:
         user: the user's name when running as root (supervisord complains otherwise); else None.
     """
     python = [sys.executable, "-m"]
+    paths = RunDir(settings.run_dir)
     to_stdout = {"stdout_logfile": "/dev/stdout", "stdout_logfile_maxbytes": "0", "redirect_stderr": "true"}
     config = configparser.RawConfigParser()
     config["supervisord"] = {
         "nodaemon": "true", "logfile": "/dev/null", "logfile_maxbytes": "0", "loglevel": "warn",
-        "pidfile": _escape(settings.run_dir / "supervisord.pid"), **({"user": user} if user else {}),
+        "pidfile": _escape(paths.supervisord_pid), **({"user": user} if user else {}),
     }
     config["eventlistener:watcher"] = {
         "command": _command([*python, "shoehorn.runtime.event_listener", str(settings.run_dir)]),
@@ -51,7 +53,7 @@ def supervisord_config(settings: Settings, user: str | None) -> str:
         "startretries": "5", "stopwaitsecs": "5", "killasgroup": "true", **to_stdout,
     }
     config["program:gateway"] = {
-        "command": _command(["nginx", "-c", str(settings.run_dir / "nginx.conf"), "-e", "stderr"]), "priority": "300",
+        "command": _command(["nginx", "-c", str(paths.nginx_config), "-e", "stderr"]), "priority": "300",
         "autorestart": "true", "startretries": "5", "stopsignal": "QUIT",
         "stopwaitsecs": str(settings.drain_timeout + 2), "killasgroup": "true", **to_stdout,
     }
@@ -62,7 +64,7 @@ def supervisord_config(settings: Settings, user: str | None) -> str:
 
 def write_supervisord_config(settings: Settings, user: str | None) -> Path:
     """Write `supervisord.conf`; returns its path."""
-    path = settings.run_dir / "supervisord.conf"
+    path = RunDir(settings.run_dir).supervisord_config
     write_atomic(path, supervisord_config(settings, user))
     return path
 

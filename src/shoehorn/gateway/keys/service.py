@@ -30,9 +30,10 @@ from shoehorn.config import settings as settings_module
 from shoehorn.config.settings import Settings
 from shoehorn.gateway import tls
 from shoehorn.gateway.keys.api_key import Keyring
-from shoehorn.gateway.keys.sources import SOCKET, KeySources
+from shoehorn.gateway.keys.sources import KeySources
 from shoehorn.gateway.keys.store import KeyStore
 from shoehorn.runtime import parent_watch
+from shoehorn.runtime.run_dir import RunDir
 
 log = logging.getLogger("keys")
 
@@ -183,7 +184,7 @@ async def serve(settings: Settings) -> None:
         tasks.append(group.create_task(end_with(parent_watch.owner(), server)))
         if settings.tls_cert_file:
             tasks.append(group.create_task(keep_tls(settings)))
-        await server.serve(sockets=[listen(settings.run_dir / SOCKET)])
+        await server.serve(sockets=[listen(RunDir(settings.run_dir).keys_socket)])
         for task in tasks:
             task.cancel()
 

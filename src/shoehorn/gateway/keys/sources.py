@@ -24,9 +24,7 @@ from shoehorn.common.errors import SettingsError
 from shoehorn.config.settings import Settings
 from shoehorn.gateway.keys.api_key import DEFAULT_NAME, Key, Keyring, Limits, parse_day
 from shoehorn.gateway.keys.store import KeyStore, NewKey, dump, parse
-
-SOCKET = "keys.sock"
-"""In RUN_DIR: where the key service listens and nginx asks."""
+from shoehorn.runtime.run_dir import RunDir
 
 _RECHECK_SECONDS = 0.2
 """A file that is written twice within its clock's tick looks unchanged the second time; so it is read once more."""
@@ -174,7 +172,7 @@ def _read_file(file: Path) -> tuple[Key, ...]:
 
 
 def _setting_file(settings: Settings) -> Path:
-    return settings.run_dir / "keys.json"
+    return RunDir(settings.run_dir).setting_key
 
 
 def _mark(file: Path) -> Mark:
