@@ -121,7 +121,8 @@ def main() -> None:
             records |= {record["name"]: record for record in json.loads(file.read_text()) if "status" in record}
     gpu, driver, link = arguments.gpu, arguments.driver, arguments.link
     if not link:
-        machine = bandwidth_probe.probed(detect.detect(), Path(tempfile.gettempdir()))
+        machine = bandwidth_probe.with_measured_bandwidths(
+            detect.detect(), Path(tempfile.gettempdir()) / "speed.json")
         gpu, driver, link = machine.gpus[0].name, machine.driver_version, machine.gpus[0].link_bytes_per_second
     before = json.loads(RESULT.read_text()) if RESULT.exists() else {"rows": [], "answers": None}
     answers = json.loads(arguments.answers.read_text()) if arguments.answers else before["answers"]

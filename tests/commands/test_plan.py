@@ -177,7 +177,7 @@ def test_the_disk_counts_where_the_volume_is(tmp_path: Path, monkeypatch: pytest
 @pytest.mark.parametrize(("words", "said"), [
     (("--set", "MAX_LEN=1"), "MAX_LEN is no setting"), (("--set", "PORT"), "--set PORT"),
     (("--gpu", "big"), "--gpu: 'big' is not a size"), (("--gpu", "8GB", "--ram", "x"), "--ram: 'x' is not a size"),
-    (("--profile", "9gb"), "9gb is no profile"), (("--set", "MAX_NUM_SEQS=0"), "MAX_NUM_SEQS"),
+    (("--profile", "9gb"), "9gb: unknown profile"), (("--set", "MAX_NUM_SEQS=0"), "MAX_NUM_SEQS"),
     ((), "driver library not found"),
 ])
 def test_a_mistake_is_named(words: tuple[str, ...], said: str) -> None:
@@ -196,8 +196,8 @@ def test_profiles_are_grouped_by_what_they_would_do_here(monkeypatch: pytest.Mon
     assert (rows["auto"]["group"], rows["auto"]["context"]) == ("slow", 8192)
     assert rows["auto"]["tokens_per_second"] > 0
     assert rows["32gb"]["group"] == "slow"
-    assert (rows["2x20gb"]["group"], rows["2x20gb"]["why"]) == (
-        "does not fit", "VRAM_PROFILE=2x20gb needs 2 GPUs, and this container sees only 1.")
+    assert rows["2x20gb"]["group"] == "does not fit"
+    assert rows["2x20gb"]["why"].startswith("VRAM_PROFILE=2x20gb needs 2 GPUs")
     assert rows["cpu"]["group"] == "does not fit"
     assert run(module=profiles_command, VRAM_PROFILE="32gb") == 0
     text = capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Profiles: the shipped files, a user's own, and which one a machine gets."""
+"""Profiles: the shipped files, user files, and selection for a machine."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ GIB = 1 << 30
 
 
 def machine(*gib: float, notes: tuple[str, ...] = ()) -> Hardware:
-    """A machine with cards of these sizes, as CUDA reports them."""
+    """Return a machine with GPUs of these sizes, as CUDA reports them."""
     gpus = tuple(Gpu(index, f"GPU-{index}", "made up", round(size * GIB), round(size * GIB), (8, 9), 4, 16, False)
                  for index, size in enumerate(gib))
     return Hardware(gpus, "580", 64 * GIB, 64 * GIB, 8.0, notes)
 
 
-def test_the_shipped_profiles_are_there_and_each_says_whom_it_serves() -> None:
+def test_every_shipped_profile_states_its_class_of_machine() -> None:
     assert set(profiles.names()) >= {"7gb", "32gb", "2x20gb", "cpu"}
     for name in profiles.names():
         text = (PROFILES / f"{name}.yaml").read_text()
@@ -42,39 +42,40 @@ def test_the_shipped_profiles_are_there_and_each_says_whom_it_serves() -> None:
              "max-num-batched-tokens": 512, "max-model-len": 512, "enable-prefix-caching": True, "block-size": 16,
              "enforce-eager": True}),
 ])
-def test_the_proven_starting_points_stand(name: str, options: dict[str, object]) -> None:
+def test_measured_profiles_keep_their_options(name: str, options: dict[str, object]) -> None:
     engine = profiles.load(name).engine
     assert {option: engine.get(option) for option in options} == options
 
 
-def test_two_cards_get_what_one_gets_and_share_it() -> None:
+def test_profile_for_two_gpus_differs_only_in_tensor_parallelism() -> None:
     one, two = profiles.load("32gb").engine, profiles.load("2x20gb").engine
     assert two == {**one, "tensor-parallel-size": 2}
 
 
-def test_auto_leaves_everything_to_the_plan() -> None:
+def test_auto_profile_sets_no_option() -> None:
     profile = inputs.select(settings.load({}), machine(24.0))
     assert (profile.name, profile.is_auto, profile.engine) == ("auto", True, {})
 
 
-def test_a_named_profile_is_used_on_any_machine() -> None:
+def test_named_profile_is_used_on_any_machine() -> None:
     assert inputs.select(settings.load({"VRAM_PROFILE": "cpu"}), machine()).name == "cpu"
 
 
-def test_without_a_gpu_nothing_is_chosen_and_the_remedy_says_what_to_type() -> None:
+def test_auto_without_a_gpu_is_an_error_with_a_remedy() -> None:
     with pytest.raises(SettingsError, match="driver library not found") as caught:
         inputs.select(settings.load({}), machine(notes=("NVML: driver library not found",)))
     for words in ("--gpus all", "NVIDIA Container Toolkit", "VRAM_PROFILE=cpu"):
         assert words in caught.value.remedy
-    assert caught.value.exit_code == 2
+    assert (caught.value.code, caught.value.exit_code) == ("no_gpu", 2)
 
 
-def test_too_few_gpus_are_counted() -> None:
-    with pytest.raises(SettingsError, match="needs 2 GPUs, and this container sees only 1"):
+def test_too_few_gpus_is_an_error() -> None:
+    with pytest.raises(SettingsError, match="2x20gb") as caught:
         requirements.require_gpus(machine(20.0), "2x20gb", 2)
+    assert caught.value.code == "too_few_gpus"
 
 
-def test_a_users_own_file_is_read_by_its_path(tmp_path: Path) -> None:
+def test_user_profile_is_read_by_its_path(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("engine:\n  max-model-len: 8k\nenvironment:\n  VLLM_LOGGING_LEVEL: DEBUG\n  OMP_NUM_THREADS: 4\n")
     profile = profiles.load(str(path))
@@ -83,35 +84,36 @@ def test_a_users_own_file_is_read_by_its_path(tmp_path: Path) -> None:
     assert profile.match.device == "cuda"
 
 
-@pytest.mark.parametrize(("text", "said"), [
+@pytest.mark.parametrize(("text", "words"), [
     ("engine:\n  max-modle-len: 3\n", "did you mean --max-model-len"),
-    ("engine:\n  swap-space: 4\n", "swap-space is gone"),
-    ("engine:\n  host: 0.0.0.0\n", "host is fixed by Shoehorn"),
-    ("engine:\n  enforce-eager: 'no'\n", "enforce-eager is a switch"),
-    ("vram: 7GB\n", "unknown key 'vram'"),
-    ("engine: [a]\n", "engine is not a mapping"),
-    ("- a\n", "holds no mapping"),
-    ("", "holds no mapping"),
-    ("match: {device: tpu}\n", "neither cuda nor cpu"),
-    ("match: {device: cpu, vram: 7GB}\n", "neither gpus nor vram"),
-    ("match: {gpus: 0, vram: 7GB}\n", "gpus 0 is not"),
-    ("match: {gpus: 2}\n", "vram is missing"),
-    ("match: {vram: lots}\n", "'lots' is not a size"),
-    ("match: {vram: 7GB, cards: 1}\n", "cards is unknown"),
+    ("engine:\n  swap-space: 4\n", "swap-space"),
+    ("engine:\n  host: 0.0.0.0\n", "--host is set by"),
+    ("engine:\n  enforce-eager: 'no'\n", "enforce-eager: 'no'"),
+    ("vram: 7GB\n", "'vram'"),
+    ("engine: [a]\n", "engine: "),
+    ("- a\n", "not a mapping"),
+    ("", "not a mapping"),
+    ("match: {device: tpu}\n", "'tpu'"),
+    ("match: {device: cpu, vram: 7GB}\n", "gpus and vram"),
+    ("match: {gpus: 0, vram: 7GB}\n", "gpus 0"),
+    ("match: {gpus: 2}\n", "vram"),
+    ("match: {vram: lots}\n", "'lots'"),
+    ("match: {vram: 7GB, cards: 1}\n", "cards"),
     ("environment: {lower: 1}\n", "environment: 'lower'"),
     ("environment: {X: [1]}\n", "environment: 'X'"),
-    ("a: b: c\n", "is no YAML"),
+    ("a: b: c\n", "YAML"),
 ])
-def test_a_mistake_in_a_file_is_named_with_the_file(tmp_path: Path, text: str, said: str) -> None:
+def test_mistake_in_a_profile_is_reported_with_the_file(tmp_path: Path, text: str, words: str) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(text)
     with pytest.raises(SettingsError) as caught:
         profiles.load(str(path))
-    assert said in caught.value.cause
+    assert caught.value.code == "invalid_profile"
+    assert words in caught.value.cause
     assert "mine.yaml" in caught.value.cause
 
 
-def test_all_mistakes_of_a_file_are_reported_together(tmp_path: Path) -> None:
+def test_all_mistakes_of_a_profile_are_reported_together(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(yaml.safe_dump({"engine": {"swap-space": 1, "device": "cuda"}, "match": {"vram": "x"},
                                     "environment": {"a": 1}}))
@@ -120,9 +122,14 @@ def test_all_mistakes_of_a_file_are_reported_together(tmp_path: Path) -> None:
     assert len(caught.value.cause.splitlines()) == 4
 
 
-def test_an_unknown_name_lists_the_known_ones_and_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match="VRAM_PROFILE=9gb is no profile") as caught:
+def test_unknown_profile_lists_the_known_ones() -> None:
+    with pytest.raises(SettingsError, match="9gb") as caught:
         profiles.load("9gb")
+    assert caught.value.code == "unknown_profile"
     assert "32gb" in caught.value.remedy
-    with pytest.raises(SettingsError, match="cannot be read"):
+
+
+def test_missing_profile_file_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"none\.yaml") as caught:
         profiles.load(str(tmp_path / "none.yaml"))
+    assert caught.value.code == "unreadable_profile"

@@ -1,19 +1,19 @@
-"""Settings: every rule of the module's docstring."""
+"""Settings: parsing, defaults, secrets and contradictions."""
 
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 
 from shoehorn.common.errors import SettingsError
 from shoehorn.common.paths import HOME
-from shoehorn.config.settings import TABLE, Settings, load
+from shoehorn.config.settings import TABLE, GatewaySettings, load
 
 
-def test_defaults_are_those_of_the_table() -> None:
+def test_unset_settings_have_their_defaults() -> None:
     settings = load({})
     assert settings.model_id == "deepseek-ai/DeepSeek-R1-Distill-Llama-70B"
     assert settings.served_model_name == settings.model_id
@@ -22,19 +22,22 @@ def test_defaults_are_those_of_the_table() -> None:
     assert settings.given == frozenset()
 
 
-def test_the_table_and_the_dataclass_name_the_same_settings() -> None:
-    assert {setting.field for setting in TABLE} | {"given"} == {field.name for field in fields(Settings)}
-    assert len({setting.name for setting in TABLE}) == len(TABLE)
+def test_every_default_has_the_type_of_its_parsed_value() -> None:
+    settings = load({})
+    for row in TABLE:
+        value = getattr(settings, row.name.lower())
+        assert row.default == "" or value == row.parse(row.default), row.name
+        assert row.help.endswith("."), row.name
 
 
-def test_values_are_parsed_and_noted_as_given() -> None:
+def test_values_are_parsed_and_recorded_as_given() -> None:
     settings = load({"VRAM_LIMIT": "7GiB", "PORT": "8080", "VLLM_EXTRA_ARGS": "--max-num-seqs 2", "MODEL_ID": "a/b"})
     assert settings.vram_limit == 7 << 30
     assert settings.vllm_extra_args == ("--max-num-seqs", "2")
     assert settings.given == {"VRAM_LIMIT", "PORT", "VLLM_EXTRA_ARGS", "MODEL_ID"}
 
 
-def test_an_empty_variable_counts_as_not_set() -> None:
+def test_empty_variable_counts_as_unset() -> None:
     assert load({"PORT": " ", "API_KEY": ""}).port == 6333
 
 
@@ -43,7 +46,7 @@ def test_all_mistakes_are_reported_together_by_name() -> None:
         load({"PORT": "high", "MODEL_SOURCE": "ftp", "TRUST_REMOTE_CODE": "maybe", "VRAM_LIMIT": "much"})
     for name in ("PORT", "MODEL_SOURCE", "TRUST_REMOTE_CODE", "VRAM_LIMIT"):
         assert f"{name}: " in caught.value.cause
-    assert caught.value.exit_code == 2
+    assert (caught.value.code, caught.value.exit_code) == ("invalid_settings", 2)
 
 
 @pytest.mark.parametrize(("name", "value"), [
@@ -57,12 +60,12 @@ def test_all_mistakes_are_reported_together_by_name() -> None:
     ("CORS_ALLOWED_ORIGINS", "https://*.example"), ("CORS_ALLOWED_ORIGINS", "null"),
     ("VLLM_EXTRA_ARGS", "'unclosed"), ("LOG_FORMAT", "xml"), ("SERVED_MODEL_NAME", "a b"), ("DRAIN_TIMEOUT", "soon"),
 ])
-def test_a_bad_value_is_an_error_and_never_a_default(name: str, value: str) -> None:
+def test_invalid_value_is_an_error_and_never_a_default(name: str, value: str) -> None:
     with pytest.raises(SettingsError, match=f"^{name}"):
         load({name: value})
 
 
-def test_a_secret_comes_from_a_file(tmp_path: Path) -> None:
+def test_secret_is_read_from_a_file(tmp_path: Path) -> None:
     file = tmp_path / "key"
     file.write_text("sk-from-the-file\n")
     assert load({"API_KEY_FILE": str(file)}).api_key == "sk-from-the-file"
@@ -77,21 +80,21 @@ def test_lists_are_split_at_commas_and_spaces() -> None:
 
 
 @pytest.mark.parametrize("alone", ["TLS_CERT_FILE", "TLS_KEY_FILE"])
-def test_a_certificate_without_its_key_is_refused(alone: str) -> None:
-    with pytest.raises(SettingsError, match="belong together"):
+def test_certificate_and_key_must_be_set_together(alone: str) -> None:
+    with pytest.raises(SettingsError, match="TLS_CERT_FILE and TLS_KEY_FILE"):
         load({alone: "/x"})
 
 
-def test_both_forms_of_a_secret_are_refused_with_both_names() -> None:
-    with pytest.raises(SettingsError, match="both API_KEY and API_KEY_FILE"):
+def test_secret_set_as_value_and_as_file_is_an_error() -> None:
+    with pytest.raises(SettingsError, match="API_KEY and API_KEY_FILE"):
         load({"API_KEY": "sk-12345678", "API_KEY_FILE": "/somewhere"})
 
 
-def test_an_unreadable_or_empty_secret_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match=r"API_KEY_FILE=.*cannot be read"):
+def test_unreadable_or_empty_secret_file_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"API_KEY_FILE=.*absent"):
         load({"API_KEY_FILE": str(tmp_path / "absent")})
     (tmp_path / "empty").write_text("\n")
-    with pytest.raises(SettingsError, match=r"API_KEY_FILE=.*is empty"):
+    with pytest.raises(SettingsError, match=r"API_KEY_FILE=.*empty"):
         load({"API_KEY_FILE": str(tmp_path / "empty")})
 
 
@@ -99,26 +102,32 @@ def test_only_secrets_have_a_file_form() -> None:
     assert load({"PORT_FILE": "/nowhere"}).port == 6333
 
 
-def test_secrets_stay_out_of_repr_and_errors() -> None:
-    settings = load({"API_KEY": "sk-canary-123", "MODELSCOPE_API_TOKEN": "ms-canary-456"})
+def test_secrets_are_absent_from_repr_and_errors() -> None:
+    secrets = {row.name: f"canary-{index}-secret" for index, row in enumerate(TABLE) if row.secret}
+    settings = load(secrets)
+    assert len(secrets) == 3
     assert "canary" not in repr(settings)
+    assert "canary" not in repr(replace(settings, hf_token="canary-replaced"))  # a made-up token
+    gateway = GatewaySettings(**{field.name: getattr(settings, field.name) for field in fields(GatewaySettings)})
+    assert "canary" not in repr(gateway)
+    assert "port=6333" in repr(gateway)
     with pytest.raises(SettingsError) as caught:
         load({"API_KEY": "sk canary"})
     assert "canary" not in str(caught.value)
 
 
-def test_contradictions_are_refused_by_name() -> None:
-    with pytest.raises(SettingsError, match="PORT and METRICS_PORT are both 7000"):
+def test_contradicting_settings_are_named() -> None:
+    with pytest.raises(SettingsError, match="PORT and METRICS_PORT"):
         load({"PORT": "7000", "METRICS_PORT": "7000"})
-    with pytest.raises(SettingsError, match="set MODEL_SOURCE=local"):
+    with pytest.raises(SettingsError, match="MODEL_ID=/models/mine"):
         load({"MODEL_ID": "/models/mine"})
 
 
-def test_a_local_model_is_served_under_its_folders_name(tmp_path: Path) -> None:
+def test_local_model_is_served_under_the_name_of_its_folder(tmp_path: Path) -> None:
     assert load({"MODEL_ID": str(tmp_path / "mine"), "MODEL_SOURCE": "local"}).served_model_name == "mine"
 
 
-def test_the_generated_documents_are_current() -> None:
+def test_generated_documents_are_current() -> None:
     specification = importlib.util.spec_from_file_location("generate_docs", HOME / "tools" / "generate_docs.py")
     assert specification is not None
     assert specification.loader is not None

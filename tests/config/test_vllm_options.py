@@ -1,4 +1,4 @@
-"""The engine's options: the recording against vLLM's real parser, and how words and profiles are read."""
+"""vLLM options: the recording compared with vLLM's real parser; parsing of arguments and profiles."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from shoehorn.planner.plan import Plan
 
 GIB = 1 << 30
 
-# Runs where vLLM can be imported: records its parser, then gives it each config file as the engine would read it.
+# Runs in an environment with vLLM: records its parser, then parses each config file with it.
 REAL_PARSER = """
 import importlib.util, json, sys
 spec = importlib.util.spec_from_file_location("recorder", sys.argv[1])
@@ -40,9 +40,9 @@ parser = make_arg_parser(FlexibleArgumentParser())
 result = {"options": recorder.record(parser), "parsed": {}}
 for path in sys.argv[2:]:
     try:
-        found = vars(parser.parse_args(["--config", path]))
+        options = vars(parser.parse_args(["--config", path]))
         result["parsed"][path] = {name: value if isinstance(value, (int, float, str, dict, list)) else str(value)
-                                  for name, value in found.items()}
+                                  for name, value in options.items()}
     except SystemExit as error:
         result["parsed"][path] = f"refused: {error.code}"
 print("RESULT" + json.dumps(result, default=str))
@@ -51,14 +51,14 @@ print("RESULT" + json.dumps(result, default=str))
 
 @dataclass(frozen=True)
 class Real:
-    """What vLLM's parser said."""
+    """Recorded options and parsed config files of vLLM's parser."""
 
     options: Mapping[str, Any]
     parsed: Mapping[str, Any]
 
 
 def plans() -> dict[str, Mapping[str, object]]:
-    """The engine's options of real plans, by name."""
+    """Return the vLLM options of several plans, by name."""
     gpu = Gpu(0, "", "RTX 5090", 32 * GIB, 32 * GIB, (12, 0), 5, 16, False)
     machine = Hardware((gpu,), "580", 64 * GIB, 64 * GIB, 8.0)
     tiny = checkpoint.read(dense(256, 768, 4, 4, 2, 2048, max_position=2048, tied=True))
@@ -69,18 +69,18 @@ def plans() -> dict[str, Mapping[str, object]]:
                                "VLLM_EXTRA_ARGS": "--no-enable-prefix-caching --cudagraph-capture-sizes 1 2 "
                                                   "--speculative-config.num_speculative_tokens 3"}),
               "limited": (big, {"VRAM_LIMIT": "24GiB", "MAX_MODEL_LEN": "4096"})}
-    made: dict[str, Mapping[str, object]] = {}
+    options: dict[str, Mapping[str, object]] = {}
     for name, (shape, environment) in wanted.items():
         loaded = settings.load(environment)
         plan = make_plan(PlanInputs(PlanSettings.of(loaded), machine, inputs.select(loaded, machine), shape))
         assert isinstance(plan, Plan), plan
-        made[name] = plan.engine_args
-    return made
+        options[name] = plan.engine_args
+    return options
 
 
 @pytest.fixture(scope="session")
 def real(tmp_path_factory: pytest.TempPathFactory) -> Real:
-    """The real parser's answers; importing vLLM takes seconds, so once."""
+    """Run the real parser once: importing vLLM takes seconds."""
     folder = tmp_path_factory.mktemp("configs")
     configs = {**{f"profile-{name}": profiles.load(name).engine for name in profiles.names()},
                **{f"plan-{name}": options for name, options in plans().items()},
@@ -88,14 +88,14 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Real:
     for name, options in configs.items():
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(dict(options)))
     paths = [str(folder / f"{name}.yaml") for name in configs]
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", REAL_PARSER,
-                           str(HOME / "tools" / "record_engine_options.py"), *paths],
-                          capture_output=True, text=True, check=True, timeout=300)
-    answer = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("RESULT"))[6:])
-    return Real(answer["options"], {Path(path).stem: found for path, found in answer["parsed"].items()})
+    completed = subprocess.run([sys.executable, "-W", "ignore", "-c", REAL_PARSER,
+                                str(HOME / "tools" / "record_engine_options.py"), *paths],
+                               capture_output=True, text=True, check=True, timeout=300)
+    result = json.loads(next(line for line in completed.stdout.splitlines() if line.startswith("RESULT"))[6:])
+    return Real(result["options"], {Path(path).stem: options for path, options in result["parsed"].items()})
 
 
-def test_the_recording_is_what_the_real_parser_has(real: Real) -> None:
+def test_recording_equals_the_real_parser(real: Real) -> None:
     document = json.loads((HOME / "src" / "shoehorn" / "config" / "vllm_options.json").read_text())
     assert document["engine"] == "vllm 0.32.0"
     assert document["options"] == real.options, "run tools/record_engine_options.py"
@@ -103,22 +103,22 @@ def test_the_recording_is_what_the_real_parser_has(real: Real) -> None:
 
 def test_every_profile_passes_the_real_parser(real: Real) -> None:
     for name in profiles.names():
-        found = real.parsed[f"profile-{name}"]
-        assert isinstance(found, dict), f"{name}: {found}"
+        parsed = real.parsed[f"profile-{name}"]
+        assert isinstance(parsed, dict), f"{name}: {parsed}"
         for option, value in profiles.load(name).engine.items():
-            assert found[option.replace("-", "_")] == value, option
+            assert parsed[option.replace("-", "_")] == value, option
 
 
 def test_every_plan_passes_the_real_parser_unchanged(real: Real) -> None:
     for name, options in plans().items():
-        found = real.parsed[f"plan-{name}"]
-        assert isinstance(found, dict), f"{name}: {found}"
+        parsed = real.parsed[f"plan-{name}"]
+        assert isinstance(parsed, dict), f"{name}: {parsed}"
         for option, value in options.items():
-            seen = found[option.replace("-", "_")]
-            assert seen == value or json.loads(json.dumps(seen)) == value, option
+            parsed_value = parsed[option.replace("-", "_")]
+            assert parsed_value == value or json.loads(json.dumps(parsed_value)) == value, option
 
 
-def test_the_removed_options_are_refused_by_the_real_parser_too(real: Real) -> None:
+def test_removed_options_are_rejected_by_the_real_parser(real: Real) -> None:
     for name in REMOVED:
         assert str(real.parsed[f"removed-{name}"]).startswith("refused"), name
 
@@ -128,7 +128,7 @@ def test_owned_options_exist_and_removed_ones_do_not() -> None:
     assert not set(REMOVED) & set(recorded())
 
 
-def test_words_are_read_as_the_engine_reads_them() -> None:
+def test_arguments_are_parsed_as_vllm_parses_them() -> None:
     words = ("--max_model_len 8k --max-num-batched-tokens=2K -tp 2 --no-enforce-eager --enable-prefix-caching -O3 "
              "--seed -1 --cudagraph-capture-sizes 1 2 4 --gpu-memory-utilization .8 --kv-cache-dtype fp8 -q awq")
     assert parse_arguments(words.split()) == {
@@ -137,50 +137,50 @@ def test_words_are_read_as_the_engine_reads_them() -> None:
         "gpu-memory-utilization": 0.8, "kv-cache-dtype": "fp8", "quantization": "awq"}
 
 
-def test_json_and_its_parts_become_one_object() -> None:
+def test_json_options_and_nested_keys_are_merged() -> None:
     words = ['--speculative-config={"method": "ngram", "x": {"y": 1}}', "--speculative-config.num_speculative_tokens",
              "5", "--speculative-config.x.z", "word"]
     assert parse_arguments(words) == {"speculative-config": {
         "method": "ngram", "num_speculative_tokens": 5, "x": {"y": 1, "z": "word"}}}
 
 
-def test_the_last_of_an_option_wins() -> None:
+def test_last_value_of_an_option_wins() -> None:
     assert parse_arguments(["--max-num-seqs", "1", "--max-num-seqs", "2"]) == {"max-num-seqs": 2}
 
 
-@pytest.mark.parametrize(("words", "said"), [
+@pytest.mark.parametrize(("words", "expected"), [
     ("--max-modle-len 3", "did you mean --max-model-len?"),
-    ("--swap-space 4", "--swap-space is gone from this engine"),
+    ("--swap-space 4", "--swap-space was removed"),
     ("--max-seq-len-to-capture 4", "max-cudagraph-capture-size"),
-    ("--disable-log-requests", "is gone"),
-    ("--port 1", "is fixed by Shoehorn; set PORT instead"),
+    ("--disable-log-requests", "--disable-log-requests was removed"),
+    ("--port 1", "set PORT instead"),
     ("--api-key x", "set API_KEY instead"),
-    ("--uds /x", "--uds is fixed by Shoehorn"),
+    ("--uds /x", "--uds is set by Shoehorn"),
     ("--no-trust-remote-code", "set TRUST_REMOTE_CODE instead"),
-    ("--ssl-keyfile=/x", "--ssl-keyfile is fixed by Shoehorn"),
-    ("--trust-request-chat-template", "is fixed by Shoehorn"),
+    ("--ssl-keyfile=/x", "--ssl-keyfile is set by Shoehorn"),
+    ("--trust-request-chat-template", "is set by Shoehorn"),
     ("--model x", "set MODEL_ID instead"),
     ("--enforce-eager=true", "write --enforce-eager or --no-enforce-eager"),
-    ("--dtype bf8", "'bf8' is not one of auto, bfloat16"),
-    ("--max-num-seqs many", "'many' is not a whole number"),
+    ("--dtype bf8", "auto, bfloat16"),
+    ("--max-num-seqs many", "'many'"),
     ("--max-model-len auto", "write it like 8192 or 8k"),
     ("--max-model-len 1.5K", "write it like 8192 or 8k"),
-    ("--cpu-offload-gb -1", "from 0 on"),
-    ("--cpu-offload-gb nan", "from 0 on"),
-    ("--cpu-offload-gb much", "is not a number"),
-    ("--max-num-seqs", "needs a value"),
-    ("--max-num-seqs --enforce-eager", "--max-num-seqs needs a value"),
-    ("--max-num-seqs.x 1", "takes no parts"),
-    ("--compilation-config {bad", "is no JSON"),
-    ("-x", "-x is no option"),
-    ("meta-llama/x", "'meta-llama/x' is no option"),
-    ("--", "is no option"),
-    ("--no-max-model-len", "is no option"),
+    ("--cpu-offload-gb -1", "'-1'"),
+    ("--cpu-offload-gb nan", "'nan'"),
+    ("--cpu-offload-gb much", "'much'"),
+    ("--max-num-seqs", "--max-num-seqs: value missing"),
+    ("--max-num-seqs --enforce-eager", "--max-num-seqs: value missing"),
+    ("--max-num-seqs.x 1", "--max-num-seqs.x"),
+    ("--compilation-config {bad", "JSON"),
+    ("-x", "unknown vLLM option -x"),
+    ("meta-llama/x", "'meta-llama/x' is not an option"),
+    ("--", "'--' is not an option"),
+    ("--no-max-model-len", "unknown vLLM option --no-max-model-len"),
 ])
-def test_a_mistake_is_named(words: str, said: str) -> None:
+def test_invalid_argument_is_reported(words: str, expected: str) -> None:
     with pytest.raises(SettingsError) as caught:
         parse_arguments(words.split())
-    assert said in caught.value.cause
+    assert expected in caught.value.cause
     assert caught.value.cause.startswith("VLLM_EXTRA_ARGS: ")
     assert len(caught.value.cause.splitlines()) == 1
 
@@ -196,7 +196,7 @@ def test_all_mistakes_are_reported_together() -> None:
     ("gpu-memory-utilization", 1, 1.0), ("cudagraph-capture-sizes", [1, 2], [1, 2]),
     ("compilation-config", {"mode": 0}, {"mode": 0}), ("cpu-offload-params", "experts", ["experts"]),
 ])
-def test_a_profiles_value_is_checked_like_a_word(name: str, value: object, result: object) -> None:
+def test_value_of_a_profile_is_converted_like_an_argument(name: str, value: object, result: object) -> None:
     assert check(name, value) == result
 
 
@@ -205,15 +205,16 @@ def test_a_profiles_value_is_checked_like_a_word(name: str, value: object, resul
     ("max-model-len", [1]), ("max-model-len", {"a": 1}), ("cudagraph-capture-sizes", []),
     ("cudagraph-capture-sizes", [True]), ("swap-space", 4), ("host", "0.0.0.0"), ("max-len", 3),
 ])
-def test_a_profiles_bad_value_is_refused_by_name(name: str, value: object) -> None:
+def test_invalid_value_of_a_profile_is_reported_by_name(name: str, value: object) -> None:
     with pytest.raises(ValueError, match=name):
         check(name, value)
 
 
-def test_the_package_does_not_import_the_engine() -> None:
-    done = subprocess.run([sys.executable, "-c",
-                           "import sys, shoehorn.planner.build, shoehorn.commands.plan, shoehorn.commands.profiles; "
-                           "print(sorted({'vllm', 'torch', 'modelscope'} & set(sys.modules)))"],
-                          capture_output=True, text=True, check=True, cwd=HOME / "src")
-    assert done.stdout.strip() == "[]"
+def test_planning_commands_do_not_import_the_engine() -> None:
+    completed = subprocess.run(
+        [sys.executable, "-c",
+         "import sys, shoehorn.planner.build, shoehorn.commands.plan, shoehorn.commands.profiles; "
+         "print(sorted({'vllm', 'torch', 'modelscope'} & set(sys.modules)))"],
+        capture_output=True, text=True, check=True, cwd=HOME / "src")
+    assert completed.stdout.strip() == "[]"
     assert vllm_options.__file__

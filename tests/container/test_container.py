@@ -77,8 +77,8 @@ def test_a_bad_setting_ends_with_code_2_and_says_so_once(run: Run) -> None:
     container = run(**DEMO, MAX_NUM_SEQS="zero", DRAIN_TIMEOUT="soon")
     assert container.wait(30) == 2
     assert time.monotonic() - begun < 60
-    assert container.logs.count("MAX_NUM_SEQS: 'zero' is not a whole number") == 1
-    assert container.logs.count("DRAIN_TIMEOUT: 'soon' is not a whole number") == 1
+    assert container.logs.count("MAX_NUM_SEQS: 'zero' is not an integer") == 1
+    assert container.logs.count("DRAIN_TIMEOUT: 'soon' is not an integer") == 1
     assert "Traceback" not in container.logs
 
 

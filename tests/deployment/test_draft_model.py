@@ -229,7 +229,7 @@ def test_the_command_that_fetches_the_draft_is_told_of_nothing_else(tmp_path: Pa
 
 
 @pytest.mark.parametrize(("value", "said"), [
-    ("fast", "none of auto, off, ngram"), ("a/b/c", "SPECULATIVE"), ("/a/folder", "set MODEL_SOURCE=local")])
+    ("fast", "not one of auto, off, ngram"), ("a/b/c", "SPECULATIVE"), ("/a/folder", "set MODEL_SOURCE=local")])
 def test_a_draft_that_is_no_model_is_refused(value: str, said: str) -> None:
     with pytest.raises(SettingsError) as caught:
         settings.load({"SPECULATIVE": value})

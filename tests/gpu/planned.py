@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from shoehorn.config import settings
+from shoehorn.config.models_dir import ModelsDir
 from shoehorn.deployment import draft_model, inputs
 from shoehorn.hardware import bandwidth_probe, detect
 from shoehorn.model import checkpoint
@@ -18,7 +19,8 @@ from shoehorn.planner.plan import Plan, Refusal
 
 def plan_case(case: dict[str, Any], gpus: list[int], directory: Path) -> Plan | Refusal:
     """Plan on these cards for the checkpoint in `directory`."""
-    machine = bandwidth_probe.probed(detect.detect(), directory.parent)
+    machine = bandwidth_probe.with_measured_bandwidths(
+        detect.detect(), ModelsDir(directory.parent).bandwidths)
     machine = replace(machine, gpus=tuple(replace(gpu, free_bytes=gpu.total_bytes) for gpu in machine.gpus
                                           if gpu.index in gpus))
     wanted = {name: value.replace("{WORK}", str(directory.parent)) for name, value in case.get("settings", {}).items()}

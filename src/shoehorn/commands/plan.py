@@ -11,6 +11,7 @@ from shoehorn.common import disk
 from shoehorn.common.errors import EXIT_DOES_NOT_FIT, EXIT_DONE
 from shoehorn.common.units import format_size
 from shoehorn.config import settings as settings_module
+from shoehorn.config.setting_values import SPECULATIVE_KEYWORDS
 from shoehorn.config.settings import Settings
 from shoehorn.deployment import inputs
 from shoehorn.hardware import detect
@@ -50,7 +51,7 @@ def run(arguments: argparse.Namespace, environment: Mapping[str, str]) -> int:
     def made(draft: Draft | None) -> Plan | Refusal:
         return make_plan(PlanInputs(PlanSettings.of(settings), machine, profile, shape, free, draft=draft))
 
-    if settings.speculative in settings_module.GUESSES:
+    if settings.speculative in SPECULATIVE_KEYWORDS:
         plan = made(None)
     else:
         from shoehorn.deployment import draft_model  # slow to import, as below

@@ -26,6 +26,7 @@ from shoehorn.common.atomic_file import write_atomic
 from shoehorn.common.errors import SettingsError
 from shoehorn.config import secrets
 from shoehorn.config import settings as settings_module
+from shoehorn.config.models_dir import ModelsDir
 from shoehorn.config.settings import Settings
 from shoehorn.deployment import inputs
 from shoehorn.gateway import nginx_config, tls
@@ -136,8 +137,9 @@ def _prepare_run_dir(paths: RunDir) -> int:
 
 def _require_volume(models_dir: Path) -> None:
     try:
-        (models_dir / ".shoehorn").mkdir(parents=True, exist_ok=True)
-        probe = models_dir / ".shoehorn" / f".probe-{os.getpid()}"
+        state = ModelsDir(models_dir).state
+        state.mkdir(parents=True, exist_ok=True)
+        probe = state / f".probe-{os.getpid()}"
         probe.touch()
         probe.unlink()
     except OSError as error:

@@ -65,11 +65,11 @@ def _gpu(index: int, word: str) -> Gpu:
     size, _, name = word.partition(":")
     total = _size("--gpu", size)
     if size.strip().lower().endswith("gb"):
-        total = gpu_specs.total_of_sold(total / 10**9, name)
+        total = gpu_specs.usable_bytes(total / 10**9, name)
     if total < GIB:
         raise SettingsError(f"--gpu {word}: a card of {format_size(total)} is none.",
                             "Give the size with its unit, as --gpu 24GB:RTX4090.")
-    generation, width = gpu_specs.usual_link(name)
+    generation, width = gpu_specs.typical_pcie(name)
     return Gpu(index, "", name, total, total, (0, 0), generation, width, False)
 
 

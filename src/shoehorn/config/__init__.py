@@ -1,4 +1,4 @@
-"""Configuration: settings, secrets, profiles, vLLM's options.
+"""Configuration: settings, secrets, profiles, vLLM options.
 
 May import: common.
 """

@@ -1,11 +1,11 @@
-"""Profiles: one YAML file a class of machine -> `Profile`, by name or by path; or `auto`, which leaves all to the plan.
+"""Profiles: one YAML file for each class of machine -> `Profile`, by name or path; or `auto`, which sets nothing.
 
 Rules:
-- a profile is data only: `name`, `description`, `match` (what machine it is for), `engine` (vLLM's own options) and
-  `environment` (the engine's variables); any other key is refused by name, and so is an option that vLLM lacks;
-- `cpu-offload-gb` and `max-model-len` are upper bounds: the plan takes less where the model needs or allows less;
-- what a profile leaves open, the plan fills in for the machine and the model;
-- a profile for the CPU is never used unasked.
+- a profile contains data only: `name`, `description`, `match` (class of machine), `engine` (vLLM options) and
+  `environment` (the engine's variables); any other key and any unknown vLLM option is an error that names it;
+- `cpu-offload-gb` and `max-model-len` are upper bounds: the plan uses less if the model needs or allows less;
+- the plan chooses every option that a profile does not set;
+- `auto` never selects a profile for the CPU.
 """
 
 from __future__ import annotations
@@ -27,10 +27,15 @@ AUTO = "auto"
 
 _KEYS = {"name", "description", "match", "engine", "environment"}
 
+
 @dataclass(frozen=True)
 class Match:
-    """The machine that a profile is for: `device` is `cuda` or `cpu`; `vram_bytes` is that of each GPU, 0 where the
-    file says nothing (then it is used when named, never chosen)."""
+    """Class of machine that a profile serves.
+
+    Attributes:
+        device: `cuda` or `cpu`.
+        vram_bytes: memory of each GPU; 0 if the file does not state it.
+    """
 
     device: str
     gpus: int
@@ -39,9 +44,11 @@ class Match:
 
 @dataclass(frozen=True)
 class Profile:
-    """A profile; `engine` maps vLLM's option names, without dashes in front, to their values.
+    """A profile.
 
-    `notes` say what was dropped or translated of a file for an older engine.
+    Attributes:
+        engine: values by vLLM option name, without leading dashes.
+        notes: options of an older vLLM that were dropped or translated.
     """
 
     name: str
@@ -53,12 +60,12 @@ class Profile:
 
     @property
     def is_auto(self) -> bool:
-        """Whether everything is left to the plan."""
+        """Whether the plan chooses every option."""
         return self.name == AUTO
 
 
 def names(directory: Path = PROFILES) -> tuple[str, ...]:
-    """The names of the profiles in a folder."""
+    """Return the names of the profiles in a folder."""
     return tuple(sorted(path.stem for path in directory.glob("*.yaml")))
 
 
@@ -66,24 +73,31 @@ def load(name_or_path: str, directory: Path = PROFILES) -> Profile:
     """Read a profile.
 
     Raises:
-        SettingsError: there is no such profile, or it holds mistakes; names every one.
+        SettingsError: unknown or invalid profile; lists every mistake.
     """
     is_path = "/" in name_or_path or name_or_path.endswith((".yaml", ".yml"))
     if not is_path and name_or_path not in names(directory):
-        raise SettingsError(f"VRAM_PROFILE={name_or_path} is no profile.",
-                            f"Use one of {', '.join(names(directory))}, auto, or the path of a file.")
+        raise SettingsError(f"VRAM_PROFILE={name_or_path}: unknown profile.",
+                            f"Use one of {', '.join(names(directory))}, auto, or the path of a file.",
+                            code="unknown_profile")
     path = Path(name_or_path) if is_path else directory / f"{name_or_path}.yaml"
     try:
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"The profile {path} cannot be read: {error}", "Correct VRAM_PROFILE.") from error
+        raise SettingsError(f"Profile {path}: cannot be read: {error}.", "Correct VRAM_PROFILE.",
+                            code="unreadable_profile") from error
     except (yaml.YAMLError, RecursionError) as error:
-        raise SettingsError(f"The profile {path} is no YAML: {error}", "Correct the file.") from error
+        raise SettingsError(f"Profile {path}: invalid YAML: {error}.", "Correct the file.",
+                            code="invalid_profile") from error
     return parse(document, str(path), path.stem)
 
 
 def parse(document: object, where: str, name: str) -> Profile:
-    """A profile of its YAML document; `where` names it in errors, `name` is used when it has none.
+    """Parse a YAML document.
+
+    Args:
+        where: path for errors.
+        name: of the profile if the document does not contain one.
 
     Raises:
         SettingsError: with every mistake, one a line.
@@ -91,18 +105,18 @@ def parse(document: object, where: str, name: str) -> Profile:
     mistakes: list[str] = []
     sections: dict[str, Any] = document if isinstance(document, dict) else {}
     if not isinstance(document, dict):
-        mistakes.append(f"holds no mapping; it needs {', '.join(sorted(_KEYS))}")
+        mistakes.append(f"not a mapping; expected keys: {', '.join(sorted(_KEYS))}")
     notes: list[str] = []
     if vllm_yaml.is_engine_config(sections):
         translated, notes, mistakes = vllm_yaml.translate(sections)
-        sections = {"description": "vLLM's own configuration", "engine": translated}
-    mistakes += [f"has the unknown key {key!r}; known are {', '.join(sorted(_KEYS))}"
+        sections = {"description": "vLLM configuration file", "engine": translated}
+    mistakes += [f"unknown key {key!r}; known keys: {', '.join(sorted(_KEYS))}"
                  for key in sections if key not in _KEYS]
     for key in ("match", "engine", "environment"):
         if not isinstance(sections.get(key) or {}, dict):
-            mistakes.append(f"{key} is not a mapping")
+            mistakes.append(f"{key}: not a mapping")
     if mistakes:
-        raise _refused(where, mistakes)
+        raise _invalid(where, mistakes)
     engine: dict[str, object] = {}
     for option, value in (sections.get("engine") or {}).items():
         try:
@@ -112,44 +126,44 @@ def parse(document: object, where: str, name: str) -> Profile:
     environment: dict[str, str] = {}
     for variable, value in (sections.get("environment") or {}).items():
         if not re.fullmatch(r"[A-Z][A-Z0-9_]*", str(variable)) or type(value) not in (str, int):
-            mistakes.append(f"environment: {variable!r} is not a variable with a text or whole number as value")
+            mistakes.append(f"environment: {variable!r} must be an uppercase name with a string or integer value")
         environment[str(variable)] = str(value)
     try:
         match = _match(sections.get("match") or {})
     except ValueError as error:
         mistakes.append(f"match: {error}")
     if mistakes:
-        raise _refused(where, mistakes)
+        raise _invalid(where, mistakes)
     return Profile(str(sections.get("name", name)), str(sections.get("description", "")).strip(), match, engine,
                    environment, tuple(notes))
 
 
 def automatic() -> Profile:
-    """The profile that leaves everything to the plan."""
-    return Profile(AUTO, "the best that this machine can do with this model", Match("cuda", 1, 0), {}, {})
+    """Return the profile that sets nothing."""
+    return Profile(AUTO, "chosen by the plan for this machine and model", Match("cuda", 1, 0), {}, {})
 
 
 def _match(section: Mapping[str, Any]) -> Match:
-    """What a profile is for. Raises ValueError."""
+    """Parse the section `match`. Raises ValueError."""
     if not section:
         return Match("cuda", 1, 0)
     unknown = set(section) - {"device", "gpus", "vram"}
     if unknown:
-        raise ValueError(f"{', '.join(sorted(map(str, unknown)))} is unknown; known are device, gpus, vram")
+        raise ValueError(f"unknown key {', '.join(sorted(map(str, unknown)))}; known keys: device, gpus, vram")
     device, gpus, vram = section.get("device", "cuda"), section.get("gpus", 1), section.get("vram")
     if device not in ("cuda", "cpu"):
-        raise ValueError(f"device {device!r} is neither cuda nor cpu")
+        raise ValueError(f"invalid device {device!r}; write cuda or cpu")
     if device == "cpu":
         if "gpus" in section or "vram" in section:
-            raise ValueError("a profile for the CPU has neither gpus nor vram")
+            raise ValueError("gpus and vram are not allowed with device cpu")
         return Match("cpu", 0, 0)
     if type(gpus) is not int or gpus < 1:
-        raise ValueError(f"gpus {gpus!r} is not a whole number from 1 on")
+        raise ValueError(f"gpus {gpus!r} is not a positive integer")
     if vram is None:
-        raise ValueError("vram is missing; write what each GPU has, like 24GB")
+        raise ValueError("vram is missing; write the memory of each GPU, like 24GB")
     return Match("cuda", gpus, parse_size(str(vram)))
 
 
-def _refused(where: str, mistakes: list[str]) -> SettingsError:
-    return SettingsError("\n".join(f"The profile {where}: {mistake}." for mistake in mistakes),
-                         "Correct the file and start again.")
+def _invalid(where: str, mistakes: list[str]) -> SettingsError:
+    return SettingsError("\n".join(f"Profile {where}: {mistake}." for mistake in mistakes),
+                         "Correct the file and restart.", code="invalid_profile")

@@ -9,10 +9,10 @@ _SECRET = re.compile(r"(?:^|_)(?:API_?KEY|ACCESS_KEY|AUTH|CREDENTIALS?|PASSWD|PA
 
 
 def is_secret(name: str) -> bool:
-    """Whether a variable is named like a secret, or like the path of one."""
+    """Return whether a variable's name is that of a secret, or of a secret's file."""
     return bool(_SECRET.search(name.upper()))
 
 
 def without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment for a program that needs none of the secrets."""
+    """Return the environment without its secrets."""
     return {name: value for name, value in environment.items() if not is_secret(name)}

@@ -1,10 +1,10 @@
-"""The options of the engine's command line, recorded as data: VLLM_EXTRA_ARGS and profiles are checked without vLLM.
+"""Command-line options of vLLM as recorded data: validates VLLM_EXTRA_ARGS and profiles without importing vLLM.
 
 Rules:
-- `vllm_options.json` is written by tools/record_engine_options.py from vLLM's real parser; a test makes it again;
-- an unknown option is refused with the nearest known one, a removed one with what became of it, one that the
-  appliance fixes itself with the setting to use instead;
-- names are vLLM's long ones without the leading dashes; all mistakes are reported together.
+- tools/record_engine_options.py writes `vllm_options.json` from vLLM's real parser; a test compares the two;
+- the error of an unknown option suggests the nearest name, that of a removed option its replacement, and that of an
+  option set by Shoehorn the setting to use;
+- names are vLLM's long names without leading dashes; all mistakes are reported together.
 """
 
 from __future__ import annotations
@@ -32,39 +32,39 @@ OWNED = {
                      "sse-keep-alive-interval", "trust-request-chat-template", "trust-request-mm-kwargs",
                      "data-parallel-supervisor-port"), ""),
 }
-"""Options that the appliance fixes: the setting to use instead, or nothing where there is none."""
+"""Options that Shoehorn sets: the setting to use instead, or "" if there is none."""
 
 REMOVED = {
-    "swap-space": "sequences are recomputed, not swapped",
+    "swap-space": "preempted sequences are recomputed, not swapped",
     "max-seq-len-to-capture": "use max-cudagraph-capture-size, which counts tokens of a batch",
-    "disable-log-requests": "requests are not logged unless asked for",
-    "calculate-kv-scales": "scales belong into the checkpoint",
-    "use-v2-block-manager": "there is only one block manager",
-    "device": "the installed engine decides",
+    "disable-log-requests": "requests are not logged by default",
+    "calculate-kv-scales": "the checkpoint must contain the scales",
+    "use-v2-block-manager": "vLLM has one block manager",
+    "device": "the vLLM build determines the device",
     "task": "use runner and convert",
     "guided-decoding-backend": "use structured-outputs-config",
-    "num-scheduler-steps": "scheduling overlaps with the model by itself",
+    "num-scheduler-steps": "asynchronous scheduling is always enabled",
     "preemption-mode": "preempted sequences are recomputed",
     "worker-use-ray": "use distributed-executor-backend",
-    "disable-frontend-multiprocessing": "the engine always has a process of its own",
-    "disable-async-output-proc": "output is always handled aside",
-    "multi-step-stream-outputs": "there are no multiple steps any more",
-    "num-lookahead-slots": "the speculation's own number of tokens decides",
-    "scheduler-delay-factor": "the scheduler has no delay",
-    "max-num-partial-prefills": "the scheduler decides",
-    "max-long-partial-prefills": "the scheduler decides",
-    "enable-reasoning": "reasoning-parser alone does it",
+    "disable-frontend-multiprocessing": "the engine always runs in a separate process",
+    "disable-async-output-proc": "output is always processed asynchronously",
+    "multi-step-stream-outputs": "multi-step scheduling was removed",
+    "num-lookahead-slots": "use num_speculative_tokens of speculative-config",
+    "scheduler-delay-factor": "the scheduler does not delay requests",
+    "max-num-partial-prefills": "the scheduler limits partial prefills",
+    "max-long-partial-prefills": "the scheduler limits partial prefills",
+    "enable-reasoning": "use reasoning-parser",
     "enable-prompt-adapter": "prompt adapters are gone",
     "max-prompt-adapters": "prompt adapters are gone",
     "max-prompt-adapter-token": "prompt adapters are gone",
     "qlora-adapter-name-or-path": "use lora-modules",
-    "lora-extra-vocab-size": "adapters bring no vocabulary any more",
-    "long-lora-scaling-factors": "the adapter's own config decides",
+    "lora-extra-vocab-size": "adapters cannot extend the vocabulary",
+    "long-lora-scaling-factors": "use the configuration of the adapter",
     "tokenizer-pool-size": "tokenizing has its own threads",
     "tokenizer-pool-type": "tokenizing has its own threads",
     "tokenizer-pool-extra-config": "tokenizing has its own threads",
-    "quantization-param-path": "scales belong into the checkpoint",
-    "override-neuron-config": "other accelerators are not served here",
+    "quantization-param-path": "the checkpoint must contain the scales",
+    "override-neuron-config": "unsupported accelerator",
     "override-pooler-config": "use pooler-config",
     "ngram-prompt-lookup-max": "use speculative-config",
     "ngram-prompt-lookup-min": "use speculative-config",
@@ -83,7 +83,7 @@ REMOVED = {
     "speculative-model": "use speculative-config",
     "num-speculative-tokens": "use speculative-config",
 }
-"""Options of older engines, which guides still show: what to do instead."""
+"""Options of older vLLM versions that guides still mention: the replacement."""
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)([kKmMgGtT]?)")
 _MULTIPLIERS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12,
@@ -97,8 +97,8 @@ class Option:
 
     Attributes:
         takes: `value`, `list` (one or more) or `switch`.
-        kind: of its values: `int`, `size` (an int that may be written 8k), `float`, `json` or `text`.
-        short: other spellings, dashes included.
+        kind: of its values: `int`, `size` (an integer that may be written 8k), `float`, `json` or `text`.
+        short: aliases, including dashes.
         negatable: `--no-NAME` exists.
     """
 
@@ -111,7 +111,7 @@ class Option:
 
 @functools.cache
 def recorded() -> Mapping[str, Option]:
-    """Every option by its name."""
+    """Return every option by name."""
     document = json.loads(resources.files("shoehorn.config").joinpath("vllm_options.json").read_text(encoding="utf-8"))
     return {name: Option(entry["takes"], entry.get("kind", "text"), tuple(entry.get("choices", ())),
                          tuple(entry.get("short", ())), entry.get("negatable", False))
@@ -119,9 +119,9 @@ def recorded() -> Mapping[str, Option]:
 
 
 def parse_arguments(words: Sequence[str]) -> dict[str, object]:
-    """Words of a command line -> values by option name, as the engine's own parser would read them.
+    """Parse words of a command line as vLLM's parser does; return values by option name.
 
-    Values are int, float, str, dict (JSON objects), bool (switches) or a list of them; a later one wins.
+    Values are int, float, str, dict (JSON objects), bool (switches) or a list of them; the last one wins.
 
     Raises:
         SettingsError: with every mistake in VLLM_EXTRA_ARGS, one a line.
@@ -138,40 +138,40 @@ def parse_arguments(words: Sequence[str]) -> dict[str, object]:
         before = parsed.get(name)
         parsed[name] = _merged(before, value) if isinstance(before, dict) and isinstance(value, dict) else value
     if mistakes:
-        raise SettingsError("\n".join(mistakes), "Correct VLLM_EXTRA_ARGS and start again.")
+        raise SettingsError("\n".join(mistakes), "Correct VLLM_EXTRA_ARGS and restart.")
     return parsed
 
 
 def check(name: str, value: object) -> object:
-    """One option of a profile, as YAML gives it; returns the value to use.
+    """Check one option of a profile, as YAML returns it, and return the value to use.
 
     Raises:
-        ValueError: the option or its value cannot be used; says why and what to write.
+        ValueError: invalid option or value; says what to write.
     """
     option = _option(name)
     if option.takes == "switch":
         if not isinstance(value, bool):
-            raise ValueError(f"{name} is a switch: write true or false, not {value!r}")
+            raise ValueError(f"{name}: {value!r} is not true or false")
         if not value and not option.negatable:
-            raise ValueError(f"{name} cannot be switched off: leave it out")
+            raise ValueError(f"{name}: cannot be switched off; remove it")
         return value
     if isinstance(value, dict) and option.kind == "json":
         return value
     values = value if isinstance(value, list) and option.takes == "list" else [value]
     if not values or any(isinstance(each, bool | list | dict) or each is None for each in values):
-        raise ValueError(f"{name} needs a {option.takes}, not {value!r}")
+        raise ValueError(f"{name}: {value!r} is not a {option.takes}")
     converted = [_convert(name, option, str(each)) for each in values]
     return converted if option.takes == "list" else converted[0]
 
 
 def _take(rest: list[str]) -> tuple[str, object]:
-    """Take one option and its values off the front. Raises ValueError after taking at least a word."""
+    """Remove one option with its values from the front. Raises ValueError after removing at least a word."""
     word = rest.pop(0)
     spelled, given, text = word.partition("=")
     if re.fullmatch(r"-O=?\d", word):
         return "optimization-level", word[-1]
     if not spelled.startswith("-") or spelled in ("-", "--"):
-        raise ValueError(f"{word!r} is no option; options begin with --")
+        raise ValueError(f"{word!r} is not an option; options begin with --")
     name, dot, path = spelled.partition(".")
     name = name[2:].replace("_", "-") if name.startswith("--") else _long_name(name)
     no = name.removeprefix("no-")
@@ -182,7 +182,7 @@ def _take(rest: list[str]) -> tuple[str, object]:
         option = _option(name)
     except ValueError:
         while rest and not rest[0].startswith("-"):
-            rest.pop(0)  # its values are no mistake of their own
+            rest.pop(0)  # report the option once, not each of its values
         raise
     if option.takes == "switch":
         return _switch(name, True, bool(given))
@@ -191,7 +191,7 @@ def _take(rest: list[str]) -> tuple[str, object]:
             not values or (option.takes == "list" and not given)):
         values.append(rest.pop(0))
     if not values:
-        raise ValueError(f"--{name} needs a value")
+        raise ValueError(f"--{name}: value missing")
     if dot:
         return name, _nested(name, option, path, values[0])
     converted = [_convert(name, option, value) for value in values]
@@ -202,34 +202,34 @@ def _long_name(spelled: str) -> str:
     for name, option in recorded().items():
         if spelled in option.short:
             return name
-    raise ValueError(f"{spelled} is no option of the engine; options begin with --")
+    raise ValueError(f"unknown vLLM option {spelled}; options begin with --")
 
 
 def _option(name: str) -> Option:
-    """A known option that is free to use. Raises ValueError for the others."""
+    """Return a known option that a user may set. Raises ValueError for others."""
     if name in OWNED:
         instead = f"; set {OWNED[name]} instead" if OWNED[name] else ""
-        raise ValueError(f"--{name} is fixed by Shoehorn{instead}")
+        raise ValueError(f"--{name} is set by Shoehorn{instead}")
     if name in REMOVED:
-        raise ValueError(f"--{name} is gone from this engine: {REMOVED[name]}")
+        raise ValueError(f"--{name} was removed from vLLM: {REMOVED[name]}")
     if name not in recorded():
-        near = difflib.get_close_matches(name, recorded().keys() - OWNED.keys(), 1)
-        raise ValueError(f"--{name} is no option of the engine" + (f"; did you mean --{near[0]}?" if near else ""))
+        similar = difflib.get_close_matches(name, recorded().keys() - OWNED.keys(), 1)
+        raise ValueError(f"unknown vLLM option --{name}" + (f"; did you mean --{similar[0]}?" if similar else ""))
     return recorded()[name]
 
 
 def _switch(name: str, on: bool, given: bool) -> tuple[str, bool]:
     if given:
-        raise ValueError(f"--{name} is a switch and takes no value" +
+        raise ValueError(f"--{name}: a switch has no value" +
                          (f"; write --{name} or --no-{name}" if recorded()[name].negatable else ""))
     return name, on
 
 
 def _convert(name: str, option: Option, text: str) -> object:
-    """A value of the option's kind. Raises ValueError."""
+    """Convert a text to the kind of the option. Raises ValueError."""
     if option.kind == "int":
         if not re.fullmatch(r"-?\d+", text):
-            raise ValueError(f"--{name}: {text!r} is not a whole number")
+            raise ValueError(f"--{name}: {text!r} is not an integer")
         value: Any = int(text)
     elif option.kind == "size":
         match = _SIZE.fullmatch(text)
@@ -242,12 +242,12 @@ def _convert(name: str, option: Option, text: str) -> object:
         except ValueError:
             raise ValueError(f"--{name}: {text!r} is not a number") from None
         if not 0 <= value < float("inf"):
-            raise ValueError(f"--{name}: {text!r} is not a number from 0 on")
+            raise ValueError(f"--{name}: {text!r} is not a finite number >= 0")
     elif option.kind == "json" and text.lstrip().startswith("{"):
         try:
             value = json.loads(text)
         except ValueError as error:
-            raise ValueError(f"--{name}: {text!r} is no JSON ({error})") from error
+            raise ValueError(f"--{name}: {text!r} is not valid JSON ({error})") from error
     else:
         value = text
     if option.choices and text not in option.choices and text.replace("-", "_") not in option.choices:
@@ -256,9 +256,9 @@ def _convert(name: str, option: Option, text: str) -> object:
 
 
 def _nested(name: str, option: Option, path: str, text: str) -> dict[str, object]:
-    """`--NAME.a.b 1` -> {"a": {"b": 1}}, as the engine reads it."""
+    """Convert `--NAME.a.b 1` to {"a": {"b": 1}}, as vLLM does."""
     if option.kind != "json" or not all(path.split(".")):
-        raise ValueError(f"--{name} takes no parts (--{name}.{path})")
+        raise ValueError(f"--{name}.{path}: --{name} has no keys")
     try:
         value = json.loads(text)
     except ValueError:

@@ -1,7 +1,7 @@
-"""vLLM's own `config.yaml`, also one written for an older vLLM, as a profile: VRAM_PROFILE=/config.yaml.
+"""Import of a `config.yaml` of vLLM, current or older, as a profile: VRAM_PROFILE=/config.yaml.
 
-Rules: an option that is gone is dropped or translated, each with a note; one that the appliance fixes is dropped, with
-the setting to use; an unknown one is refused by name. Names may have dashes or underscores.
+Rules: a removed option is dropped or translated, with a note; an option that Shoehorn sets is dropped, with a note that
+names the setting; an unknown option is an error. Names may contain dashes or underscores.
 
 Source: vLLM's release notes from 0.8 to 0.32, and the parsers of 0.8.5 and 0.32.0.
 """
@@ -17,18 +17,18 @@ from shoehorn.config import vllm_options
 
 
 def _capture_size(value: object, engine: dict[str, object]) -> str:
-    """max-seq-len-to-capture counted tokens of a sequence; graphs are captured by tokens of a batch now."""
+    """Translate a limit in tokens of a sequence; current limits count tokens of a batch."""
     if value == 0:
         engine["enforce-eager"] = True
-        return "0 meant no CUDA graphs: enforce-eager"
-    return "graphs are captured by batch size, not by length; left out (max-cudagraph-capture-size sets that)"
+        return "replaced by enforce-eager, since 0 disabled CUDA graphs"
+    return "dropped; CUDA graphs are now limited by batch size (max-cudagraph-capture-size)"
 
 
 def _ray(value: object, engine: dict[str, object]) -> str:
     if value:
         engine["distributed-executor-backend"] = "ray"
-        return "distributed-executor-backend: ray"
-    return "left out"
+        return "replaced by distributed-executor-backend: ray"
+    return "dropped"
 
 
 def _rope(name: str) -> Callable[[object, dict[str, object]], str]:
@@ -39,7 +39,7 @@ def _rope(name: str) -> Callable[[object, dict[str, object]], str]:
         overrides = engine.setdefault("hf-overrides", {})
         if isinstance(overrides, dict):
             overrides[key] = loaded
-        return f"hf-overrides: {key}"
+        return f"replaced by hf-overrides: {key}"
 
     return translate
 
@@ -47,13 +47,13 @@ def _rope(name: str) -> Callable[[object, dict[str, object]], str]:
 def _runner(value: object, engine: dict[str, object]) -> str:
     if value in ("embedding", "embed", "classify", "score", "reward"):
         engine["runner"] = "pooling"
-        return "runner: pooling"
-    return "left out: the model decides"
+        return "replaced by runner: pooling"
+    return "dropped; the model determines the runner"
 
 
 def _structured(value: object, engine: dict[str, object]) -> str:
     engine["structured-outputs-config"] = {"backend": str(value).split(":")[0]}
-    return "structured-outputs-config"
+    return "replaced by structured-outputs-config"
 
 
 def _speculative(value: object, engine: dict[str, object]) -> str:
@@ -63,14 +63,14 @@ def _speculative(value: object, engine: dict[str, object]) -> str:
             config["method"] = "ngram"
         else:
             config["model"] = value
-    return "speculative-config"
+    return "replaced by speculative-config"
 
 
 def _speculative_tokens(value: object, engine: dict[str, object]) -> str:
     config = engine.setdefault("speculative-config", {})
     if isinstance(config, dict):
         config["num_speculative_tokens"] = value
-    return "speculative-config"
+    return "replaced by speculative-config"
 
 
 _TRANSLATED: Mapping[str, Callable[[object, dict[str, object]], str]] = {
@@ -81,14 +81,14 @@ _TRANSLATED: Mapping[str, Callable[[object, dict[str, object]], str]] = {
 
 
 def is_engine_config(document: Mapping[Any, Any]) -> bool:
-    """Whether a YAML mapping is vLLM's own rather than a profile: no key of a profile, and one of an option's form."""
+    """Return whether a mapping is a configuration of vLLM: contains vLLM options and no key of a profile."""
     names = {str(key).replace("_", "-") for key in document}
     return not names & {"match", "engine", "environment", "description"} and bool(
         names & (vllm_options.recorded().keys() | _TRANSLATED.keys() | vllm_options.REMOVED.keys()))
 
 
 def translate(document: Mapping[Any, Any]) -> tuple[dict[str, object], list[str], list[str]]:
-    """(options for a profile, notes, mistakes), each note and mistake one sentence about one key."""
+    """Translate to (options of a profile, notes, mistakes); each note and mistake concerns one key."""
     engine: dict[str, object] = {}
     notes: list[str] = []
     mistakes: list[str] = []
@@ -96,19 +96,19 @@ def translate(document: Mapping[Any, Any]) -> tuple[dict[str, object], list[str]
         name = str(key).replace("_", "-")
         if name in vllm_options.OWNED:
             setting = vllm_options.OWNED[name]
-            notes.append(f"{key} is left out: " + (f"set {setting}" if setting else "Shoehorn fixes it"))
+            notes.append(f"{key} dropped: " + (f"set {setting} instead" if setting else "set by Shoehorn"))
         elif name in _TRANSLATED:
-            notes.append(f"{key} is gone: {_TRANSLATED[name](value, engine)}")
+            notes.append(f"{key} was removed from vLLM: {_TRANSLATED[name](value, engine)}")
         elif name in vllm_options.REMOVED:
-            notes.append(f"{key} is gone and left out: {vllm_options.REMOVED[name]}")
+            notes.append(f"{key} was removed from vLLM, dropped: {vllm_options.REMOVED[name]}")
         elif name not in vllm_options.recorded():
-            near = difflib.get_close_matches(name, vllm_options.recorded(), 1)
-            mistakes.append(f"{key} is no option of the engine" + (f"; did you mean {near[0]}?" if near else ""))
+            similar = difflib.get_close_matches(name, vllm_options.recorded(), 1)
+            mistakes.append(f"unknown vLLM option {key}" + (f"; did you mean {similar[0]}?" if similar else ""))
         elif value is False and vllm_options.recorded()[name].takes == "switch" \
                 and not vllm_options.recorded()[name].negatable:
-            continue  # switched off is how it is anyway
+            continue  # off is the default
         elif name == "block-size" and value not in (16, 32, 64, 128, 256):
-            notes.append(f"block_size {value} is none that the engine has any more: left out")
+            notes.append(f"block_size {value} dropped: no longer supported by vLLM")
         else:
             engine[name] = value
     return engine, notes, mistakes

@@ -20,6 +20,7 @@ from shoehorn.common.errors import ModelUnavailableError, SettingsError
 from shoehorn.common.units import format_size
 from shoehorn.config import settings as settings_module
 from shoehorn.config import vllm_options
+from shoehorn.config.setting_values import SPECULATIVE_KEYWORDS
 from shoehorn.config.settings import Settings
 from shoehorn.deployment import served_model
 from shoehorn.int4 import artifact
@@ -37,7 +38,7 @@ USEFUL_CONTEXT = 2048
 
 def is_named(settings: Settings) -> bool:
     """Whether SPECULATIVE names a model, and VLLM_EXTRA_ARGS does not say otherwise."""
-    return settings.speculative not in settings_module.GUESSES and \
+    return settings.speculative not in SPECULATIVE_KEYWORDS and \
         "speculative-config" not in vllm_options.parse_arguments(settings.vllm_extra_args)
 
 

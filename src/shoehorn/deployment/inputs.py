@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from shoehorn.common.paths import PROFILES
+from shoehorn.config.models_dir import ModelsDir
 from shoehorn.config.profiles import AUTO, Profile, automatic, load
 from shoehorn.config.settings import Settings
 from shoehorn.deployment import auto_quantization
@@ -19,7 +20,7 @@ def settled(settings: Settings) -> Settings:
     Raises:
         ShoehornError: the machine or the model cannot be used.
     """
-    machine = bandwidth_probe.probed(detect.detect(), settings.models_dir)
+    machine = bandwidth_probe.with_measured_bandwidths(detect.detect(), ModelsDir(settings.models_dir).bandwidths)
     return auto_quantization.settled(settings, machine, select(settings, machine))
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from shoehorn import __version__
 from shoehorn.common.atomic_file import write_atomic
+from shoehorn.config.models_dir import ModelsDir
 from shoehorn.config.profiles import Profile
 from shoehorn.config.settings import Settings
 from shoehorn.hardware.types import Hardware
@@ -34,7 +35,7 @@ def location(settings: Settings, hardware: Hardware, profile: Profile, shape: Mo
         "settings": {name: getattr(settings, name) for name in _SETTINGS},
         "profile": asdict(profile), "model": (shape.architecture, shape.weights_bytes, shape.disk_bytes)}
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:24]
-    return settings.models_dir / ".shoehorn" / "worked" / f"{digest}.json"
+    return ModelsDir(settings.models_dir).known_good / f"{digest}.json"
 
 
 def recall(path: Path) -> Mapping[str, object]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from shoehorn.common import disk
 from shoehorn.common.atomic_file import write_atomic
 from shoehorn.common.units import format_size
+from shoehorn.config.models_dir import ModelsDir
 from shoehorn.config.settings import Settings
 from shoehorn.deployment import draft_model, inputs, known_good, served_model
 from shoehorn.engine import memory_report
@@ -42,7 +43,8 @@ class Planner:
 
     def __init__(self, settings: Settings, directory: Path | None) -> None:
         self._settings = settings
-        self._machine = bandwidth_probe.probed(detect.detect(), settings.models_dir)
+        self._machine = bandwidth_probe.with_measured_bandwidths(
+            detect.detect(), ModelsDir(settings.models_dir).bandwidths)
         self._profile = inputs.select(settings, self._machine)
         self._shape = served_model.shape(settings, directory)
         fetched = settings.model_source != "local" or settings.quantization == "int4"

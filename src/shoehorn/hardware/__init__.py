@@ -1,4 +1,4 @@
-"""The machine: GPUs, host, specifications, requirements, bandwidth probes.
+"""The machine: GPUs, host, specifications, minimum requirements, measured bandwidths.
 
 May import: common.
 """

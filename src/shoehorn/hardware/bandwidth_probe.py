@@ -1,10 +1,10 @@
-"""How fast the link and the cards are: measured once in about a second, kept in the volume.
+"""Measurement of host-to-device and memory bandwidth: about one second for each GPU, cached in a file.
 
-Rules: it runs in a process of its own, so that no CUDA context is left on the card; whatever fails, the figure is
-unknown and the plan uses the table's; a result holds for this card, driver and slot.
+Rules: a separate process measures, so that no CUDA context remains on the GPU; after any failure the bandwidth is
+unknown and the plan uses the table in `gpu_specs`; a result is valid for one GPU, driver and PCIe link.
 
-`python -m shoehorn.hardware.bandwidth_probe INDEX` prints one JSON object: `link` and `device`, bytes per second.
-Source of the calls: NVIDIA's CUDA driver API, through the cuda-bindings that torch brings.
+`python -m shoehorn.hardware.bandwidth_probe INDEX` prints one JSON object: `link` (host to device) and `device`, in
+bytes a second. API: NVIDIA's CUDA driver API through cuda-bindings, a dependency of torch.
 """
 
 from __future__ import annotations
@@ -27,64 +27,62 @@ log = logging.getLogger("engine")
 
 _BUFFER_BYTES = 128 * MIB
 _FREE_BYTES = 1024 * MIB
-"""Less than this free, and the card is left alone: context and buffers need most of it."""
+"""Minimum free memory for a measurement: CUDA context and buffers."""
 
 _SECONDS = 0.4
 _TIMEOUT_SECONDS = 30.0
 
 
-def probed(hardware: Hardware, models_dir: Path) -> Hardware:
-    """The machine with measured speeds where they can be had."""
+def with_measured_bandwidths(hardware: Hardware, cache: Path) -> Hardware:
+    """Return the machine with measured bandwidths, read from the file `cache` or measured now."""
     if not hardware.gpus or importlib.util.find_spec("cuda") is None:
         return hardware
-    path = models_dir / ".shoehorn" / "speed.json"
-    known = _read(path)
-    gpus, measured = [], False
+    bandwidths = _read(cache)
+    gpus, changed = [], False
     for gpu in hardware.gpus:
         key = f"{gpu.uuid} {hardware.driver_version} {gpu.pcie_generation}x{gpu.pcie_width}"
-        if key not in known and gpu.free_bytes >= _FREE_BYTES:
-            found = _measure(gpu)
-            if found:
-                known[key], measured = found, True
-        speeds = known.get(key, {})
-        gpus.append(replace(gpu, link_bytes_per_second=float(speeds.get("link", 0)),
-                            device_bytes_per_second=float(speeds.get("device", 0))))
-    if measured:
+        if key not in bandwidths and gpu.free_bytes >= _FREE_BYTES:
+            measurement = _measure(gpu)
+            if measurement:
+                bandwidths[key], changed = measurement, True
+        values = bandwidths.get(key, {})
+        gpus.append(replace(gpu, link_bytes_per_second=float(values.get("link", 0)),
+                            device_bytes_per_second=float(values.get("device", 0))))
+    if changed:
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(path, json.dumps(known, indent=1) + "\n")
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(cache, json.dumps(bandwidths, indent=1) + "\n")
         except OSError as error:
-            log.warning("the measured speeds cannot be kept in %s: %s", path, error)
+            log.warning("Cannot save measured bandwidths path=%s error=%s", cache, error)
     return replace(hardware, gpus=tuple(gpus))
 
 
 def _read(path: Path) -> dict[str, dict[str, float]]:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-        return {str(key): {name: float(speed) for name, speed in speeds.items()} for key, speeds in document.items()}
+        return {str(key): {name: float(value) for name, value in values.items()} for key, values in document.items()}
     except (OSError, ValueError, TypeError, AttributeError):
         return {}
 
 
 def _measure(gpu: Gpu) -> dict[str, float]:
-    """What the child process found; empty when it failed, which it says on its own standard error."""
+    """Measure one GPU in a child process; empty after a failure."""
     try:
-        done = subprocess.run([sys.executable, "-m", "shoehorn.hardware.bandwidth_probe", str(gpu.index)],
-                              capture_output=True,
-                              text=True, timeout=_TIMEOUT_SECONDS, check=True)
-        found = json.loads(done.stdout)
-        return {"link": float(found["link"]), "device": float(found["device"])}
+        child = subprocess.run([sys.executable, "-m", "shoehorn.hardware.bandwidth_probe", str(gpu.index)],
+                               capture_output=True, text=True, timeout=_TIMEOUT_SECONDS, check=True)
+        result = json.loads(child.stdout)
+        return {"link": float(result["link"]), "device": float(result["device"])}
     except (OSError, ValueError, KeyError, subprocess.SubprocessError) as error:
-        log.warning("the speed of GPU %d could not be measured (%s); the plan uses usual figures", gpu.index, error)
+        log.warning("Cannot measure bandwidth, using datasheet values gpu=%d error=%s", gpu.index, error)
         return {}
 
 
 def main(index: int) -> None:
-    """Measure one card and print."""
+    """Measure one GPU and print the result."""
     from cuda.bindings import driver
 
     def call(result: tuple[Any, ...]) -> Any:
-        """A driver call's value. Raises RuntimeError on its error."""
+        """Return the value of a driver call. Raises RuntimeError after an error."""
         if result[0] != driver.CUresult.CUDA_SUCCESS:
             raise RuntimeError(f"CUDA: {result[0]}")
         return result[1] if len(result) > 1 else None

@@ -1,11 +1,10 @@
-"""The machine: GPUs from NVML, host memory and processors as this container may use them -> `Hardware`.
+"""Detection of GPUs (NVML), host memory and CPUs -> `Hardware`.
 
 Rules:
-- both sources are arguments, so that a captured machine can stand in: `nvml` is a module like pynvml, `root` is where
-  /proc and /sys/fs/cgroup are found;
-- what cannot be read is said in `notes`, in words; a machine without a GPU is no error here;
-- sizes are what a program can have: a card's memory without what the driver reserves (as CUDA reports it), host
-  memory within the limits of every control group above this process, of cgroup v2 or v1.
+- both sources are arguments: `nvml` is a module like pynvml, `root` contains /proc and /sys/fs/cgroup;
+- a value that cannot be read is noted in `notes`; a machine without a GPU is not an error;
+- sizes are usable sizes: GPU memory without the driver's reserve (as CUDA reports it), host memory within the limits
+  of all cgroups of this process, v2 or v1.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from shoehorn.hardware.types import Gpu, Hardware
 
 
 def detect(nvml: ModuleType | None = None, root: Path = Path("/")) -> Hardware:
-    """Look at the machine. Never fails: what cannot be read is in `notes`."""
+    """Detect the machine. Never fails: `notes` lists what could not be read."""
     notes: list[str] = []
     gpus, driver = _gpus(nvml or importlib.import_module("pynvml"), notes)
     total, available = memory(root, notes)
@@ -43,7 +42,7 @@ def _gpus(nvml: Any, notes: list[str]) -> tuple[tuple[Gpu, ...], str]:
             try:
                 gpus.append(_gpu(nvml, index, notes))
             except nvml.NVMLError as error:
-                notes.append(f"NVML: GPU {index} is left out: {error}")
+                notes.append(f"NVML: GPU {index} ignored: {error}")
     except nvml.NVMLError as error:
         notes.append(f"NVML: {error}")
         return (), ""
@@ -55,24 +54,24 @@ def _gpus(nvml: Any, notes: list[str]) -> tuple[tuple[Gpu, ...], str]:
 def _gpu(nvml: Any, index: int, notes: list[str]) -> Gpu:
     handle = nvml.nvmlDeviceGetHandleByIndex(index)
 
-    def ask(function: Callable[..., Any], default: Any, what: str, *arguments: Any) -> Any:
-        """The answer; where the card or driver has none the default, noted unless `what` is empty."""
+    def query(function: Callable[..., Any], default: Any, quantity: str, *arguments: Any) -> Any:
+        """Return a value, or the default if unsupported, noted unless `quantity` is empty."""
         try:
             return function(handle, *arguments)
         except (nvml.NVMLError, nvml.NVMLLibraryMismatchError) as error:
-            if what:
-                notes.append(f"NVML: GPU {index} does not tell its {what}: {error}")
+            if quantity:
+                notes.append(f"NVML: GPU {index}: {quantity} unavailable: {error}")
             return default
 
-    memory = ask(nvml.nvmlDeviceGetMemoryInfo, None, "", nvml.nvmlMemory_v2)
+    memory = query(nvml.nvmlDeviceGetMemoryInfo, None, "", nvml.nvmlMemory_v2)
     reserved = 0 if memory is None else int(memory.reserved)
     memory = memory or nvml.nvmlDeviceGetMemoryInfo(handle)
-    mig = bool(ask(nvml.nvmlDeviceGetMigMode, (0, 0), "")[0])
+    mig = bool(query(nvml.nvmlDeviceGetMigMode, (0, 0), "")[0])
     if mig:
-        notes.append(f"GPU {index} is divided by MIG: its sizes here are those of the whole card, not of a slice")
+        notes.append(f"GPU {index} is divided by MIG: sizes are those of the whole GPU, not of a slice")
     return Gpu(
         index=index, uuid=nvml.nvmlDeviceGetUUID(handle), name=nvml.nvmlDeviceGetName(handle),
         total_bytes=int(memory.total) - reserved, free_bytes=int(memory.free),
-        compute_capability=tuple(ask(nvml.nvmlDeviceGetCudaComputeCapability, (0, 0), "compute capability")),
-        pcie_generation=int(ask(nvml.nvmlDeviceGetMaxPcieLinkGeneration, 0, "PCIe generation")),
-        pcie_width=int(ask(nvml.nvmlDeviceGetMaxPcieLinkWidth, 0, "PCIe width")), mig=mig)
+        compute_capability=tuple(query(nvml.nvmlDeviceGetCudaComputeCapability, (0, 0), "compute capability")),
+        pcie_generation=int(query(nvml.nvmlDeviceGetMaxPcieLinkGeneration, 0, "PCIe generation")),
+        pcie_width=int(query(nvml.nvmlDeviceGetMaxPcieLinkWidth, 0, "PCIe width")), mig=mig)

@@ -1,27 +1,27 @@
-"""The host as this container sees it: memory and CPUs, within cgroup limits."""
+"""Host memory and CPUs within the cgroup limits of this container."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 _V1_UNLIMITED = 1 << 62
-"""cgroup v1 writes a number close to 2^63 where there is no limit."""
+"""cgroup v1 reports a number close to 2^63 if no limit is set."""
 
 
 def memory_kills(root: Path = Path("/")) -> int:
-    """How many processes of this one's control group the kernel has killed for memory; 0 where that cannot be read."""
+    """Count the processes of this cgroup that the kernel killed for memory; 0 if unreadable."""
     counts = [_fields(group / name).get("oom_kill", 0)
               for group in _groups(root, "memory") for name in ("memory.events", "memory.oom_control")]
     return max(counts, default=0)
 
 
 def memory(root: Path, notes: list[str]) -> tuple[int, int]:
-    """(total, available) in bytes; (0, 0) when /proc/meminfo cannot be read."""
+    """Return (total, available) bytes; (0, 0) if /proc/meminfo is unreadable."""
     fields = _fields(root / "proc/meminfo")
     try:
         total, available = fields["MemTotal:"] * 1024, fields.get("MemAvailable:", fields["MemFree:"]) * 1024
     except KeyError:
-        notes.append("/proc/meminfo: cannot be read, so host memory counts as none")
+        notes.append("/proc/meminfo: unreadable; host memory counted as 0")
         return 0, 0
     for group in _groups(root, "memory"):
         v1 = (group / "memory.limit_in_bytes").exists()
@@ -36,23 +36,23 @@ def memory(root: Path, notes: list[str]) -> tuple[int, int]:
 
 
 def cpus(root: Path, notes: list[str]) -> float:
-    """Processors' worth of time; 1 when nothing can be read."""
-    cpus = float(_affinity(root))
-    if not cpus:
-        notes.append("/proc/self/status: the processors cannot be read, so they count as one")
-        cpus = 1.0
+    """Return the CPU time in CPUs; 1 if unreadable."""
+    count = float(_affinity(root))
+    if not count:
+        notes.append("/proc/self/status: CPUs unreadable; counted as 1")
+        count = 1.0
     for group in _groups(root, "cpu"):
         quota, period = _number(group / "cpu.cfs_quota_us"), _number(group / "cpu.cfs_period_us")
         if quota is None:
             words = text(group / "cpu.max").split()
             quota, period = (int(words[0]), int(words[1])) if len(words) == 2 and words[0] != "max" else (None, None)
         if quota and period and quota > 0:
-            cpus = min(cpus, quota / period)
-    return cpus
+            count = min(count, quota / period)
+    return count
 
 
 def _affinity(root: Path) -> int:
-    """The number of processors that this process may run on; 0 when unknown."""
+    """Return the number of CPUs that this process may run on; 0 if unknown."""
     for line in text(root / "proc/self/status").splitlines():
         if line.startswith("Cpus_allowed_list:"):
             ranges = [part.split("-") for part in line.split(":")[1].strip().split(",")]
@@ -61,10 +61,10 @@ def _affinity(root: Path) -> int:
 
 
 def _groups(root: Path, controller: str) -> list[Path]:
-    """The folders of this process's control group and of all above it: limits add up.
+    """Return the folders of this process's cgroup and of all its ancestors, whose limits also apply.
 
-    Inside a container the path of /proc/self/cgroup may be the host's, which is not there: the mount's top is then
-    the container's own group.
+    In a container /proc/self/cgroup may contain the host's path, which does not exist there: the root of the mount is
+    then the container's cgroup.
     """
     folders: list[Path] = []
     for line in text(root / "proc/self/cgroup").splitlines():
@@ -94,7 +94,7 @@ def _number(path: Path) -> int | None:
 
 
 def text(path: Path) -> str:
-    """The file's text; empty when it cannot be read."""
+    """Return the text of a file; empty if unreadable."""
     try:
         return path.read_text(encoding="utf-8")
     except OSError:

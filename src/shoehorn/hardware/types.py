@@ -9,14 +9,16 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Gpu:
-    """One card.
+    """One GPU.
 
     Attributes:
-        total_bytes: what CUDA reports as total.
-        free_bytes: of these, what no process holds at this moment.
-        pcie_generation, pcie_width: the most that card and slot can do together; 0 where unknown. The current link is
-            no use: it idles at generation 1.
-        link_bytes_per_second, device_bytes_per_second: as `link_probe` measured them; 0 where unknown.
+        total_bytes: total memory as CUDA reports it.
+        free_bytes: memory that no process uses.
+        pcie_generation, pcie_width: maximum of GPU and slot; 0 if unknown. The current values are useless: an idle
+            GPU reports generation 1.
+        link_bytes_per_second: measured host-to-device bandwidth; 0 if unknown.
+        device_bytes_per_second: measured memory bandwidth; 0 if unknown.
+        mig: divided by MIG.
     """
 
     index: int
@@ -34,14 +36,14 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Hardware:
-    """A machine as this container sees it.
+    """A machine within the limits of this container.
 
     Attributes:
-        host_memory_bytes: the smallest of the control groups' limits and the machine's memory.
-        host_available_bytes: of these, what can be had now, file caches given up.
-        cpus: processors' worth of time: the smaller of affinity and quota.
-        amx: the processor is known to have Intel's matrix instructions.
-        notes: what could not be read, in words.
+        host_memory_bytes: minimum of physical memory and cgroup limits.
+        host_available_bytes: memory available now, reclaimable file caches included.
+        cpus: CPU time in CPUs: minimum of affinity and quota.
+        amx: the CPU supports Intel AMX.
+        notes: values that could not be read.
     """
 
     gpus: tuple[Gpu, ...]
@@ -53,12 +55,12 @@ class Hardware:
     amx: bool = False
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON-ready copy, for captures."""
+        """Return a JSON-ready copy, for captures."""
         return asdict(self)
 
     @staticmethod
     def from_json(document: Mapping[str, Any]) -> Hardware:
-        """The inverse of `to_json`."""
+        """Invert `to_json`."""
         gpus = tuple(Gpu(**{**gpu, "compute_capability": tuple(gpu["compute_capability"])})
                      for gpu in document["gpus"])
         return Hardware(**{**document, "gpus": gpus, "notes": tuple(document["notes"])})

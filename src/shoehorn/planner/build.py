@@ -116,11 +116,11 @@ def _remarks(hardware: Hardware, profile: Profile, shape: ModelShape, decisions:
     if len({each.name for each in decisions.gpus}) > 1:
         remarks.append(Reason("gpus", len(decisions.gpus), "machine", "unequal cards: all run as the smallest"))
     if offloaded_bytes(shape, decisions.choices):
-        link, known = gpu_specs.link_bytes_per_second(gpu)
+        link, known = gpu_specs.host_to_device_bandwidth(gpu)
         remarks.append(Reason("host-to-device", f"{link / 1e9:.3g} GB/s", "machine", "pinned memory over " + (
             f"PCIe {gpu.pcie_generation} with {gpu.pcie_width} lanes" if known else
             "an unknown link; PCIe 4 with 16 lanes is assumed")))
-    if gpu_specs.device_bytes_per_second(gpu.name) is None:
+    if gpu_specs.memory_bandwidth(gpu.name) is None:
         remarks.append(Reason("device-memory", None, "machine",
                               f"nothing is known of the speed of {gpu.name or 'this card'}"))
     return remarks

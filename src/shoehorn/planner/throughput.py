@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from shoehorn.hardware.gpu_specs import SLOWEST_BYTES_PER_SECOND, device_bytes_per_second, link_bytes_per_second
+from shoehorn.hardware.gpu_specs import SLOWEST_BYTES_PER_SECOND, host_to_device_bandwidth, memory_bandwidth
 from shoehorn.hardware.types import Gpu
 from shoehorn.model.shape import ModelShape
 from shoehorn.planner.memory.activations import captured_sizes, unpacked_bytes
@@ -73,7 +73,7 @@ def expected(shape: ModelShape, choices: Choices, gpu: Gpu) -> Mapping[str, floa
     Args:
         gpu: the slowest card.
     """
-    device = gpu.device_bytes_per_second / _COPY_SHARE or device_bytes_per_second(gpu.name)
+    device = gpu.device_bytes_per_second / _COPY_SHARE or memory_bandwidth(gpu.name)
     streamed, _ = moved_bytes(shape, choices)
     if device is None and not streamed:
         return {"batch_1": None, "batch_8": None}
@@ -81,7 +81,7 @@ def expected(shape: ModelShape, choices: Choices, gpu: Gpu) -> Mapping[str, floa
     for most in (1, 8):
         requests = min(most, choices.max_num_seqs)
         found[f"batch_{most}"] = round(requests / _token_seconds(
-            shape, choices, device or SLOWEST_BYTES_PER_SECOND, link_bytes_per_second(gpu)[0], requests), 2)
+            shape, choices, device or SLOWEST_BYTES_PER_SECOND, host_to_device_bandwidth(gpu)[0], requests), 2)
     found["batch_8"] = max(found.values())  # where eight together would be slower, they can be served in turn
     return found
 

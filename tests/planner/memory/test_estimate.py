@@ -122,13 +122,13 @@ def test_an_unknown_card_has_no_expectation_unless_the_link_decides(shape_8b: Mo
     ("RTX A5000", None, (0, 0)), ("", None, (0, 0)),
 ])
 def test_cards_are_known_by_name(name: str, bandwidth: float | None, link: tuple[int, int]) -> None:
-    assert gpu_specs.device_bytes_per_second(name) == bandwidth
-    assert gpu_specs.usual_link(name) == link
+    assert gpu_specs.memory_bandwidth(name) == bandwidth
+    assert gpu_specs.typical_pcie(name) == link
 
 
 def test_an_unknown_link_is_taken_as_generation_4_and_lanes_count() -> None:
-    assert gpu_specs.link_bytes_per_second(replace(H200, pcie_generation=0)) == (25e9, False)
-    assert gpu_specs.link_bytes_per_second(replace(H200, pcie_generation=3, pcie_width=8)) == (6.15e9, True)
+    assert gpu_specs.host_to_device_bandwidth(replace(H200, pcie_generation=0)) == (25e9, False)
+    assert gpu_specs.host_to_device_bandwidth(replace(H200, pcie_generation=3, pcie_width=8)) == (6.15e9, True)
 
 
 def test_the_parts_add_up_and_the_cache_takes_what_is_left(shape_8b: ModelShape) -> None:

@@ -19,7 +19,7 @@ from datetime import UTC, date, datetime
 from typing import Any
 
 from shoehorn.common.units import parse_size
-from shoehorn.config.settings import parse_key
+from shoehorn.config.setting_values import parse_key
 
 DEFAULT_NAME = "default"
 """The name of the key from API_KEY, and of the one that is generated at the first start."""

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from shoehorn.common.atomic_file import write_atomic
 from shoehorn.common.errors import SettingsError
+from shoehorn.config.models_dir import ModelsDir
 from shoehorn.gateway.keys.api_key import DEFAULT_NAME, Key, new_token
 
 log = logging.getLogger("keys")
@@ -64,7 +65,7 @@ class KeyStore:
     """The key file below a models directory, which need not exist yet."""
 
     def __init__(self, models_dir: Path) -> None:
-        self.file = models_dir / ".shoehorn" / "keys.json"
+        self.file = ModelsDir(models_dir).keys
         self._used = self.file.with_name("keys-used.json")
 
     def read(self) -> tuple[Key, ...]:

@@ -1,0 +1,127 @@
+"""Parsers of the values of settings: text -> value.
+
+Rules: each raises a ValueError that says which form is expected; none returns a default in place of an invalid value.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+import shlex
+from collections.abc import Callable
+
+from shoehorn.common.units import parse_size
+
+SPECULATIVE_KEYWORDS = ("auto", "off", "ngram")
+"""Values of SPECULATIVE besides the name of a draft model."""
+
+_MODEL_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+_KEY = re.compile(r"[A-Za-z0-9._~+/=-]{8,512}")
+_ORIGIN = re.compile(r"https?://(?:[a-z0-9](?:[a-z0-9.-]*[a-z0-9])?|\[[0-9a-f:.]+\])(?::[0-9]{1,5})?")
+_SWITCH_WORDS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False,
+                 "off": False}
+
+
+def one_of(*choices: str) -> Callable[[str], str]:
+    """Return a parser that accepts exactly these words."""
+    def parse(text: str) -> str:
+        if text not in choices:
+            raise ValueError(f"{text!r} is not one of {', '.join(choices)}")
+        return text
+
+    return parse
+
+
+def integer(minimum: int, maximum: int) -> Callable[[str], int]:
+    """Return a parser of integers within inclusive limits."""
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"[0-9]{1,9}", text) or not minimum <= int(text) <= maximum:
+            raise ValueError(f"{text!r} is not an integer from {minimum} to {maximum}")
+        return int(text)
+
+    return parse
+
+
+def switch(text: str) -> bool:
+    """Parse yes or no."""
+    if text.lower() not in _SWITCH_WORDS:
+        raise ValueError(f"{text!r} is not yes or no")
+    return _SWITCH_WORDS[text.lower()]
+
+
+def is_repository_name(text: str) -> bool:
+    """Return whether a text has the form OWNER/NAME."""
+    return bool(_MODEL_ID.fullmatch(text))
+
+
+def model_id(text: str) -> str:
+    """Parse OWNER/NAME or a path."""
+    if not is_repository_name(text) and not text.startswith(("/", "./", "../")):
+        raise ValueError(f"{text!r} is neither OWNER/NAME nor a path; write ./NAME for a relative path")
+    return text
+
+
+def speculative(text: str) -> str:
+    """Parse a keyword of SPECULATIVE or the name of a draft model."""
+    if text not in SPECULATIVE_KEYWORDS and "/" not in text:
+        raise ValueError(f"{text!r} is not one of {', '.join(SPECULATIVE_KEYWORDS)}, nor a model OWNER/NAME")
+    return text if text in SPECULATIVE_KEYWORDS else model_id(text)
+
+
+def revision(text: str) -> str:
+    """Parse the name of a branch, tag or commit."""
+    if not re.fullmatch(r"\w[\w.-]*", text, re.ASCII):
+        raise ValueError(f"{text!r} is not a branch, tag or commit")
+    return text
+
+
+def served_name(text: str) -> str:
+    """Parse the model name that clients send."""
+    if not re.fullmatch(r"\w[\w./:-]*", text, re.ASCII):
+        raise ValueError(f"invalid model name {text!r}; use letters, digits and . / : - _")
+    return text
+
+
+def parse_key(text: str) -> str:
+    """Parse an API key as a client sends it. The error never shows the key."""
+    if not _KEY.fullmatch(text):
+        raise ValueError("invalid key; use 8 to 512 characters of A-Z a-z 0-9 . _ ~ + / = -")
+    return text
+
+
+def networks(text: str) -> tuple[str, ...]:
+    """Parse IP addresses and networks, separated by commas or blanks."""
+    parsed = []
+    for word in re.split(r"[\s,]+", text.strip(" ,")):
+        try:
+            parsed.append(str(ipaddress.ip_network(word)))
+        except ValueError:
+            raise ValueError(f"invalid address or network {word!r}; write 10.0.0.1 or 10.0.0.0/8") from None
+    return tuple(parsed)
+
+
+def origins(text: str) -> tuple[str, ...]:
+    """Parse web origins, separated by commas or blanks, or `*` alone."""
+    words = tuple(re.split(r"[\s,]+", text.strip(" ,")))
+    if words == ("*",):
+        return words
+    for word in words:
+        if not _ORIGIN.fullmatch(word):
+            raise ValueError(f"invalid origin {word!r}; expected scheme://host[:port], lowercase, no path; or * alone")
+    return words
+
+
+def arguments(text: str) -> tuple[str, ...]:
+    """Split a command line as a shell does."""
+    try:
+        return tuple(shlex.split(text))
+    except ValueError as error:
+        raise ValueError(f"cannot be split into arguments: {error}") from error
+
+
+def rate(text: str) -> int:
+    """Parse bytes a second, at least 1 MB."""
+    bytes_per_second = parse_size(text.removesuffix("/s"))
+    if bytes_per_second < 1_000_000:
+        raise ValueError(f"{text!r} is less than 1MB a second; write 1MB or more")
+    return bytes_per_second
