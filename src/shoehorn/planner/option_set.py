@@ -51,6 +51,10 @@ class Options:
         """Add a remark to an option's reason."""
         self.reasons[option] = replace(self.reasons[option], text=f"{self.reasons[option].text}; {text}")
 
+    def remark(self, subject: str, value: object, source: str, text: str) -> None:
+        """Add a reason that is not about an option; the engine gets no value."""
+        self.reasons[subject] = Reason(subject, value, source, text)
+
     def number(self, option: str, default: float = 0) -> float:
         """A numerical value."""
         value = self.values.get(option, default)

@@ -55,7 +55,7 @@ def _spread(options: Options, cards: tuple[Gpu, ...], shape: ModelShape) -> tupl
     sizes = [round(gpu.total_bytes / GIB) for gpu in cards]
     equal = max((sizes.count(size) * size, sizes.count(size)) for size in sizes)[1]
     if equal < len(cards):
-        options.set("gpus", equal, "machine", f"the {len(cards)} cards are not equal; only equal ones work together")
+        options.remark("gpus", equal, "machine", f"the {len(cards)} cards are not equal; only equal ones work together")
     if equal == 1:
         return 1, 1
     if shape.quantization == "bitsandbytes":
