@@ -16,6 +16,7 @@ from fakes.hub import Hub
 from shoehorn import cli
 from shoehorn.common.errors import ModelUnavailableError
 from shoehorn.model.files import LocalFiles
+from shoehorn.model.reference import ModelRef
 from shoehorn.store import inventory, manifest, pull
 from support.pulling import MODEL, WEIGHTS, WEIGHTS_BYTES, Volume, write_model, write_weights
 
@@ -80,7 +81,7 @@ def test_a_model_in_use_or_being_pulled_or_unknown_is_never_removed(
     assert "is being served" in capsys.readouterr().err
     from shoehorn.store import locks as volumes
 
-    with volumes.only_writer(volume.settings):
+    with volumes.only_writer(volume.models, MODEL):
         assert shoehorn(volume, monkeypatch, "models", "rm", MODEL) == 4
     assert "is being pulled" in capsys.readouterr().err
     for name in ("owner/other", "../outside", "."):
@@ -138,7 +139,7 @@ def test_offline_asks_nobody_and_serves_what_was_carried_over(volume: Volume, tm
 
 def test_planning_offline_for_a_model_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelUnavailableError, match="OFFLINE=yes"):
-        pull.hub_files(Volume(tmp_path, OFFLINE="yes").settings)
+        pull.hub_files(Volume(tmp_path, OFFLINE="yes").settings, ModelRef(MODEL, "modelscope", "master"))
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
@@ -156,7 +157,7 @@ def carried(volume: Volume, tmp_path: Path) -> Volume:
     shutil.copytree(stick, tmp_path / "here" / "models")
     away = Volume(tmp_path / "here", OFFLINE="yes", MODEL_SOURCE="local",
                   MODEL_ID=str(tmp_path / "here" / "models" / MODEL))
-    assert pull.locate(away.settings) == away.folder
+    assert pull.locate(away.settings.models_dir, away.ref) == away.folder
     return away
 
 
@@ -184,18 +185,18 @@ def test_a_carried_model_is_held_to_its_manifest(carried: Volume, damage: str) -
     assert words in err
     assert "Traceback" not in out + err
     with suppress(ModelUnavailableError):  # or it has to be read first
-        assert pull.locate(carried.settings) is None
+        assert pull.locate(carried.settings.models_dir, carried.ref) is None
 
 
 def test_a_carried_model_with_other_times_is_read_once(carried: Volume) -> None:
     for path in carried.folder.iterdir():
         os.utime(path, ns=(1, 1))
-    assert pull.locate(carried.settings) is None, "its content decides"
-    assert isinstance(pull.hub_files(carried.settings), LocalFiles), "to plan, before that"
+    assert pull.locate(carried.settings.models_dir, carried.ref) is None, "its content decides"
+    assert isinstance(pull.hub_files(carried.settings, carried.ref), LocalFiles), "to plan, before that"
     code, out, _ = carried.pull()
     assert code == 0
     assert "verifying" in out
-    assert pull.locate(carried.settings) == carried.folder
+    assert pull.locate(carried.settings.models_dir, carried.ref) == carried.folder
     assert carried.pull("--verify")[0] == 0
     times = (carried.folder / WEIGHTS).stat().st_mtime_ns
     (carried.folder / WEIGHTS).write_bytes(bytes(len((carried.folder / WEIGHTS).read_bytes())))
@@ -218,5 +219,5 @@ def test_a_carried_model_that_cannot_be_noted_as_read_is_read_each_time(carried:
     os.utime(carried.folder / WEIGHTS, ns=(1, 1))
     monkeypatch.setattr(manifest, "write", write)
     for _ in range(2):
-        assert pull.locate(carried.settings) is None
+        assert pull.locate(carried.settings.models_dir, carried.ref) is None
         assert carried.pull_here()[-1].phase == "verifying"

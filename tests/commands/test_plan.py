@@ -21,6 +21,7 @@ from shoehorn.common import disk
 from shoehorn.common.errors import ModelUnavailableError, SettingsError
 from shoehorn.hardware import detect
 from shoehorn.hardware.types import Gpu, Hardware
+from shoehorn.model.reference import ModelRef
 from shoehorn.planner.memory.estimate import CONTEXT_BYTES
 from shoehorn.store import pull
 
@@ -56,8 +57,8 @@ def serve_from_hub(monkeypatch: pytest.MonkeyPatch, files: CheckpointFiles) -> l
     """The hub answers with these files; returns the models that were asked for."""
     asked: list[str] = []
 
-    def hub_files(settings: Any) -> CheckpointFiles:
-        asked.append(f"{settings.model_source}:{settings.model_id}")
+    def hub_files(_: object, ref: ModelRef) -> CheckpointFiles:
+        asked.append(f"{ref.source}:{ref.id}")
         return files
 
     monkeypatch.setattr(pull, "hub_files", hub_files)
@@ -217,7 +218,7 @@ def test_a_small_model_runs_everywhere_and_a_limit_is_a_small_card(
 
 def test_without_a_gpu_or_a_hub_the_profiles_are_named_all_the_same(
         monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def unreachable(_: object) -> None:
+    def unreachable(_: object, _ref: ModelRef) -> None:
         raise ModelUnavailableError("The hub cannot be reached.", "")
 
     monkeypatch.setattr(pull, "hub_files", unreachable)

@@ -14,6 +14,7 @@ from shoehorn.common.atomic_file import write_atomic
 from shoehorn.common.units import GIB, format_size, parse_size
 from shoehorn.engine.log_file import EngineLog
 from shoehorn.engine.restart_budget import LIMIT, WINDOW_SECONDS, Restarts
+from shoehorn.engine.timing import Timing
 
 
 @pytest.mark.parametrize(("text", "size"), [
@@ -77,7 +78,7 @@ def test_a_damaged_budget_counts_as_empty(tmp_path: Path) -> None:
 
 
 def test_the_pause_grows_and_is_bounded() -> None:
-    assert [Restarts.delay_seconds(failures) for failures in (0, 1, 2, 3, 4, 50)] == [1, 1, 2, 4, 8, 30]
+    assert [Timing().restart_delay(failures) for failures in (0, 1, 2, 3, 4, 50)] == [1, 1, 2, 4, 8, 30]
 
 
 def test_json_logging_is_one_object_a_line(capsys: pytest.CaptureFixture[str]) -> None:

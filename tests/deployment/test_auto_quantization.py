@@ -12,6 +12,7 @@ from shoehorn.config import settings as settings_module
 from shoehorn.config.settings import Settings
 from shoehorn.deployment import auto_quantization, inputs
 from shoehorn.int4 import artifact
+from shoehorn.model.reference import ModelRef
 from shoehorn.store import pull
 from support.plans import LARGE, MIDDLE, SMALL, machine
 
@@ -23,11 +24,11 @@ LITTLE = ("made up", 2.0)
 def settled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> object:
     """(model, card, free disk, settings) -> what becomes of QUANTIZATION."""
     def settle(model: str, card: tuple[str, float], disk: int = 1000 * GIB, **environment: str) -> str:
-        monkeypatch.setattr(pull, "hub_files", lambda settings: captured.files(model))
+        monkeypatch.setattr(pull, "hub_files", lambda _, ref: captured.files(model))
         monkeypatch.setattr(disk_module, "disk_free", lambda path: disk)
         loaded = settings_module.load({"MODEL_ID": "a/b", "MODELS_DIR": str(tmp_path), **environment})
         here = machine(card) if card else machine()
-        return auto_quantization.settled(loaded, here, inputs.select(loaded, here)).quantization
+        return auto_quantization.resolve_quantization(loaded, here, inputs.select(loaded, here)).quantization
 
     return settle
 
@@ -60,10 +61,10 @@ def test_a_volume_without_room_for_the_conversion_means_nf4(settled: object,
 
 
 def test_what_was_converted_is_used_without_a_look_at_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    def unreachable(settings: Settings) -> None:
+    def unreachable(settings: Settings, ref: ModelRef) -> None:
         raise AssertionError("the hub is asked")
 
     monkeypatch.setattr(pull, "hub_files", unreachable)
-    monkeypatch.setattr(artifact, "locate", lambda settings: Path("/there"))
+    monkeypatch.setattr(artifact, "locate", lambda models_dir, ref: Path("/there"))
     loaded, here = settings_module.load({"MODEL_ID": "a/b"}), machine(MIDDLE)
-    assert auto_quantization.settled(loaded, here, inputs.select(loaded, here)).quantization == "int4"
+    assert auto_quantization.resolve_quantization(loaded, here, inputs.select(loaded, here)).quantization == "int4"

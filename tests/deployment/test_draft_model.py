@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ from shoehorn.common.errors import ModelUnavailableError, SettingsError
 from shoehorn.config import settings
 from shoehorn.config.settings import Settings
 from shoehorn.deployment import draft_model, inputs, served_model
+from shoehorn.engine import fetch
 from shoehorn.hardware.types import Hardware
 from shoehorn.model import checkpoint
 from shoehorn.model.shape import ModelShape
@@ -51,7 +51,7 @@ class Files:
 def tokenizers(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
     """Tokenizers by model, as the hub has them."""
     found: dict[str, object] = {name: {"model": {"vocab": WORDS}} for name in MODELS}
-    monkeypatch.setattr(pull, "hub_files", lambda wanted: Files(MODELS[wanted.model_id], found[wanted.model_id]))
+    monkeypatch.setattr(pull, "hub_files", lambda _, ref: Files(MODELS[ref.id], found[ref.id]))
     return found
 
 
@@ -60,8 +60,12 @@ def asked(tmp_path: Path, **environment: str) -> Settings:
                           "MODELS_DIR": str(tmp_path), **environment})
 
 
+def shape_of(wanted: Settings) -> ModelShape:
+    return served_model.served_shape(wanted, served_model.served_reference(wanted), None)
+
+
 def consider(wanted: Settings, hardware: Hardware, free_bytes: int | None = None) -> Plan | Refusal:
-    shape: ModelShape = served_model.shape(wanted, None)
+    shape = shape_of(wanted)
 
     def made(draft: Draft | None) -> Plan | Refusal:
         return make_plan(PlanInputs(PlanSettings.of(wanted), hardware, inputs.select(wanted, hardware), shape,
@@ -127,15 +131,15 @@ def test_a_draft_is_used_where_a_pass_waits_for_the_link(tmp_path: Path, tokeniz
     plan = consider(asked(tmp_path), machine(TEN))
     assert isinstance(plan, Plan)
     assert plan.draft is not None
-    assert plan.draft.quantization == "int4", "as the model is"
+    assert plan.draft.ref.is_int4, "as the model is"
     assert plan.engine_args["speculative-config"] == {
         "method": "draft_model", "num_speculative_tokens": 7, "model": str(tmp_path / "a/8b.int4")}
     assert int(str(plan.engine_args["max-num-batched-tokens"])) >= 2 * plan.choices.max_num_seqs
     alone = consider(asked(tmp_path, SPECULATIVE="off"), machine(TEN))
     assert isinstance(alone, Plan)
     more = plan.vram[0].weights_bytes - alone.vram[0].weights_bytes
-    assert 3.5 * GIB < more + offloaded_bytes(served_model.shape(asked(tmp_path), None), plan.choices) - \
-        offloaded_bytes(served_model.shape(asked(tmp_path), None), alone.choices) < 4.5 * GIB, \
+    assert 3.5 * GIB < more + offloaded_bytes(shape_of(asked(tmp_path)), plan.choices) - \
+        offloaded_bytes(shape_of(asked(tmp_path)), alone.choices) < 4.5 * GIB, \
         "all of the draft's weights"
     assert plan.vram[0].total_bytes <= plan.vram[0].limit_bytes
     faster, slower = (each.expected_tokens_per_second["batch_1"] or 0 for each in (plan, alone))
@@ -223,9 +227,8 @@ def test_the_command_that_fetches_the_draft_is_told_of_nothing_else(tmp_path: Pa
     assert isinstance(plan, Plan)
     assert plan.draft
     inherited = {"MODELS_DIR": str(tmp_path), "MODEL_REVISION": "v1"}
-    told = settings.load(draft_model.environment(inherited, wanted, plan.draft))
-    assert (told.model_id, told.quantization, told.speculative) == ("a/8b", "int4", "off")
-    assert told.model_revision == replace(told, model_revision="").model_revision or told.model_revision != "v1"
+    told = settings.load(fetch.model_environment(inherited, plan.draft.ref))
+    assert (told.model_id, told.model_source, told.model_revision) == ("a/8b", "modelscope", "master")
 
 
 @pytest.mark.parametrize(("value", "said"), [

@@ -10,9 +10,12 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from shoehorn.engine import readiness, watchdog
-from shoehorn.engine.watchdog import LOOK_SECONDS, QUIET_SECONDS, Watchdog
+from shoehorn.engine.timing import Timing
+from shoehorn.engine.watchdog import Watchdog
 from shoehorn_vllm.api import middleware
 from shoehorn_vllm.api.metrics import Counts
+
+TIMING = Timing()
 
 
 class Engine:
@@ -26,7 +29,7 @@ class Engine:
         self.moves_while_probed = False
         self.probes = 0
         self.client = httpx.Client(transport=httpx.MockTransport(self.answer))
-        self.watchdog = Watchdog(self.client, "model", 0.0, lambda: self.now)
+        self.watchdog = Watchdog(self.client, "model", 0.0, TIMING, lambda: self.now)
 
     def answer(self, request: httpx.Request) -> httpx.Response:
         if request.url.path == "/metrics":
@@ -45,7 +48,7 @@ class Engine:
         """Whether it is hung at some look within these seconds."""
         end, hung = self.now + seconds, False
         while self.now < end:
-            self.now += LOOK_SECONDS
+            self.now += TIMING.look
             self.tokens += moving
             hung = hung or self.watchdog.hung()
         return hung
@@ -60,21 +63,21 @@ def test_an_engine_that_moves_is_never_asked() -> None:
 def test_an_idle_engine_writes_a_token_now_and_then() -> None:
     engine = Engine()
     assert not engine.after(300)
-    assert 3 <= engine.probes <= 300 / QUIET_SECONDS
+    assert 3 <= engine.probes <= 300 / TIMING.quiet
 
 
 def test_an_engine_that_hangs_is_found_after_it_was_quiet() -> None:
     engine = Engine()
     engine.probe = httpx.ReadTimeout("nothing came")
-    assert not engine.after(QUIET_SECONDS - LOOK_SECONDS)
-    assert engine.after(2 * QUIET_SECONDS)
+    assert not engine.after(TIMING.quiet - TIMING.look)
+    assert engine.after(2 * TIMING.quiet)
     assert engine.probes >= 1
 
 
 def test_counters_that_hang_with_it_make_no_difference() -> None:
     engine = Engine()
     engine.metrics, engine.probe = False, httpx.ReadTimeout("nothing came")
-    assert engine.after(3 * QUIET_SECONDS)
+    assert engine.after(3 * TIMING.quiet)
 
 
 def test_a_token_that_waits_in_a_queue_that_moves_is_no_hang() -> None:
@@ -108,7 +111,7 @@ def test_clients_that_leave_a_hung_engine_are_no_sign_of_its_life() -> None:
         return httpx.Response(200, text=usual(request).text + more)
 
     engine.client._transport = httpx.MockTransport(answer)
-    assert engine.after(3 * QUIET_SECONDS)
+    assert engine.after(3 * TIMING.quiet)
 
 
 def test_the_probe_reaches_the_engine_although_the_queue_is_full() -> None:

@@ -19,6 +19,7 @@ from shoehorn.int4 import journal as journal_module
 from shoehorn.int4.convert import Wish
 from shoehorn.int4.layout import BOUND, KEPT, Bits, Outline
 from shoehorn.model import checkpoint
+from shoehorn.model.reference import ModelRef
 from shoehorn.planner.plan import Plan
 from shoehorn.store import pull
 from support.converting import HIDDEN, VOCAB, all_tensors, in_here, local, write_model
@@ -119,8 +120,9 @@ def test_on_a_gpu_the_same_comes_out(tmp_path: Path, model: Path, monkeypatch: p
 
 def test_what_is_planned_before_is_what_comes_out(tmp_path: Path, model: Path) -> None:
     wanted = settings.load(local(tmp_path, model))
-    before = served_model.shape(wanted, None)
-    after = served_model.shape(wanted, in_here(local(tmp_path, model), Wish(8)))
+    ref = served_model.served_reference(wanted)
+    before = served_model.served_shape(wanted, ref, None)
+    after = served_model.served_shape(wanted, ref, in_here(local(tmp_path, model), Wish(8)))
     assert before.tensor_bytes == after.tensor_bytes
     assert before.kv_layers == after.kv_layers
 
@@ -189,7 +191,7 @@ def test_a_weight_that_is_no_number_is_refused_by_name(tmp_path: Path) -> None:
     save_file(tensors, shard)
     with pytest.raises(ModelUnavailableError, match=r"mlp\.up_proj\.weight holds a number that is not finite"):
         in_here(local(tmp_path, model))
-    assert artifact.locate(settings.load(local(tmp_path, model))) is None
+    assert artifact.locate(tmp_path / "models", ModelRef(str(model), "local", "master")) is None
 
 
 def test_embedding_and_head_get_8_bits_where_4_lose_too_much(tmp_path: Path) -> None:
@@ -213,7 +215,8 @@ def test_for_the_cpu_both_stay_as_they_are(tmp_path: Path, model: Path) -> None:
 def test_a_quantized_embedding_is_refused_on_the_cpu_with_what_to_type(tmp_path: Path, model: Path) -> None:
     in_here(local(tmp_path, model), Wish(4))
     wanted = settings.load(local(tmp_path, model, VRAM_PROFILE="cpu"))
-    shape = served_model.shape(wanted, served_model.served(wanted))
+    ref = served_model.served_reference(wanted)
+    shape = served_model.served_shape(wanted, ref, served_model.served_folder(wanted.models_dir, ref))
     with pytest.raises(SettingsError, match="embedding is quantized") as error:
         planned(machine(), shape, VRAM_PROFILE="cpu", QUANTIZATION="int4")
     assert "shoehorn models rm" in error.value.remedy

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import psutil
@@ -28,7 +28,9 @@ from shoehorn.int4 import artifact, layout, shard_writer
 from shoehorn.int4.convert import Wish
 from shoehorn.int4.layout import BOUND, Shard
 from shoehorn.int4.shard_writer import Made
+from shoehorn.model.reference import ModelRef
 from shoehorn.store import pull
+from shoehorn.store.reference import model_reference
 from support.converting import (
     LAYERS,
     MODEL,
@@ -41,6 +43,16 @@ from support.converting import (
     start_held,
     write_model,
 )
+
+
+def volume_and_ref(environment: Mapping[str, str]) -> tuple[Path, ModelRef]:
+    loaded = settings.load(environment)
+    return loaded.models_dir, model_reference(loaded)
+
+
+def volume_and_conversion(environment: Mapping[str, str]) -> tuple[Path, ModelRef]:
+    models_dir, ref = volume_and_ref(environment)
+    return models_dir, ref.converted
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +76,7 @@ def whole(tmp_path: Path, model: Path) -> dict[str, str]:
                    "Nothing is served; it goes on with the shard that it was at, and ends with the same bytes.")
 def test_a_killed_conversion_goes_on_to_the_same_bytes(tmp_path: Path, model: Path, whole: dict[str, str]) -> None:
     environment = local(tmp_path, model)
-    folder = artifact.folder(settings.load(environment))
+    folder = artifact.folder(*volume_and_ref(environment))
     done: dict[str, int] = {}
     for most in (0, 2, 5):
         with start_held(environment, most, "--embedding", "8") as process:
@@ -73,7 +85,7 @@ def test_a_killed_conversion_goes_on_to_the_same_bytes(tmp_path: Path, model: Pa
             process.kill()
             process.communicate()
         assert not psutil.wait_procs(workers, 10)[1], "workers outlive it"
-        assert artifact.locate(settings.load(environment)) is None
+        assert artifact.locate(*volume_and_ref(environment)) is None
         times = {name: (folder / name).stat().st_mtime_ns for name in journalled(folder)}
         assert done.items() <= times.items(), "a finished shard was made again"
         done = times
@@ -93,7 +105,7 @@ def wait(condition: object, seconds: float = 300) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_conversion_leaves_no_process(tmp_path: Path, model: Path, number: signal.Signals) -> None:
     environment = local(tmp_path, model)
-    folder = artifact.folder(settings.load(environment))
+    folder = artifact.folder(*volume_and_ref(environment))
     with start(environment) as process:
         wait(lambda: process.poll() is not None or list(folder.glob("*.partial")))
         children = psutil.Process(process.pid).children(recursive=True)
@@ -108,7 +120,7 @@ def test_a_stopped_conversion_leaves_no_process(tmp_path: Path, model: Path, num
 def test_a_shard_that_reads_back_changed_does_not_count(tmp_path: Path, hub: Hub,
                                                         monkeypatch: pytest.MonkeyPatch) -> None:
     volume = Pulled(tmp_path, hub, KEEP_ORIGINAL="no")
-    original = pull.locate(volume.settings)
+    original = pull.locate(volume.settings.models_dir, volume.ref)
     assert original is not None
     bad = volume.originals()[2]
     verified = shard_writer.verified
@@ -125,7 +137,7 @@ def test_a_shard_that_reads_back_changed_does_not_count(tmp_path: Path, hub: Hub
     with pytest.raises(ModelUnavailableError, match=f"{bad}.partial reads back other than it was written") as error:
         in_here(volume.environment)
     assert "Check the disk" in error.value.remedy
-    folder = artifact.folder(volume.settings)
+    folder = artifact.folder(volume.settings.models_dir, volume.ref)
     assert bad in volume.originals()
     assert journalled(folder) == {path.name for path in folder.glob("*.safetensors")}
     assert len(journalled(folder)) == 2
@@ -187,7 +199,8 @@ def test_too_little_space_is_told_before_a_shard_is_made(tmp_path: Path, model: 
 def test_the_converted_model_is_one_of_the_volume(tmp_path: Path, hub: Hub) -> None:
     volume = Pulled(tmp_path, hub)
     folder = in_here(volume.environment)
-    assert served_model.served(volume.settings) == folder == tmp_path / "models" / f"{MODEL}.int4"
+    assert folder == tmp_path / "models" / f"{MODEL}.int4"
+    assert served_model.served_folder(volume.settings.models_dir, volume.ref.converted) == folder
     assert len(volume.originals()) == LAYERS + 1
     listed = subprocess.run([sys.executable, "-m", "shoehorn.cli", "models", "--json"], capture_output=True, text=True,
                             check=True, env={**os.environ, **volume.environment}).stdout
@@ -205,11 +218,11 @@ def test_ones_own_folder_that_changed_is_converted_again(tmp_path: Path) -> None
     tensors = load_file(shard)
     tensors["model.layers.0.mlp.up_proj.weight"].neg_()
     save_file(tensors, shard)
-    assert served_model.served(settings.load(environment)) is None
+    assert served_model.served_folder(*volume_and_conversion(environment)) is None
     after = content(in_here(environment))
     assert [name for name in before if before[name] != after[name]] == ["conversion.json", shard.name]
     shutil.rmtree(model)
-    assert artifact.locate(settings.load(environment)) is not None
+    assert artifact.locate(*volume_and_ref(environment)) is not None
 
 
 def test_a_flipped_byte_of_the_result_is_found(tmp_path: Path, hub: Hub) -> None:
@@ -219,7 +232,7 @@ def test_a_flipped_byte_of_the_result_is_found(tmp_path: Path, hub: Hub) -> None
     data = bytearray(shard.read_bytes())
     data[-1] ^= 1
     shard.write_bytes(data)
-    assert served_model.served(volume.settings) is None
+    assert served_model.served_folder(volume.settings.models_dir, volume.ref.converted) is None
     assert in_here(volume.environment) == folder
     assert content(folder)[shard.name] == json.loads((folder / "conversion.json").read_text())["shards"][shard.name][
         "sha256"]
@@ -229,32 +242,33 @@ def test_a_flipped_byte_of_the_result_is_found(tmp_path: Path, hub: Hub) -> None
                    "It goes on with what is left of the original, without the hub.")
 def test_originals_make_way_and_a_killed_conversion_goes_on_without_the_hub(tmp_path: Path, hub: Hub) -> None:
     volume = Pulled(tmp_path, hub, KEEP_ORIGINAL="no")
-    folder, original = artifact.folder(volume.settings), pull.locate(volume.settings)
+    folder = artifact.folder(volume.settings.models_dir, volume.ref)
+    original = pull.locate(volume.settings.models_dir, volume.ref)
     assert original is not None
     copies = shutil.copytree(original, tmp_path / "copies")
     with start_held(volume.environment, 2) as process:
         wait(lambda: process.poll() is not None or len(journalled(folder)) > 2)
         process.kill()
         process.communicate()
-    assert served_model.served(volume.settings) is None
+    assert served_model.served_folder(volume.settings.models_dir, volume.ref.converted) is None
     left = volume.originals()
     assert left, "it was killed in the middle"
     assert len(set(left) & journalled(folder)) <= 1
     noted = sorted(journalled(folder))[0]
     shutil.copyfile(copies / noted, original / noted)  # as a kill between the note and the removal leaves it
-    assert pull.locate(volume.settings) is None, "what has holes is not served"
+    assert pull.locate(volume.settings.models_dir, volume.ref) is None, "what has holes is not served"
     asked = len(hub.requests)
-    assert artifact.source(volume.settings) is not None, "it need not be pulled again"
+    assert artifact.source(volume.settings.models_dir, volume.ref) is not None, "it need not be pulled again"
     assert in_here(volume.environment) == folder
     assert len(hub.requests) == asked
     assert volume.originals() == []
-    assert served_model.served(volume.settings) == folder
+    assert served_model.served_folder(volume.settings.models_dir, volume.ref.converted) == folder
 
 
 def test_a_volume_a_seventh_larger_than_the_original_suffices(tmp_path: Path, hub: Hub) -> None:
     """As 160 GB are for 140 GB."""
     volume = Pulled(tmp_path, hub, KEEP_ORIGINAL="no")
-    original = pull.locate(volume.settings)
+    original = pull.locate(volume.settings.models_dir, volume.ref)
     assert original is not None
     size = sum(path.stat().st_size for path in original.iterdir())
     script = textwrap.dedent(f"""

@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from shoehorn.config.settings import TABLE
-from shoehorn.engine.restart_budget import LIMIT, Restarts
+from shoehorn.engine.restart_budget import LIMIT
+from shoehorn.engine.timing import Timing
 from shoehorn.runtime import shutdown
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -84,7 +85,7 @@ def test_the_probes_for_kubernetes_wait_for_a_pull_and_outlast_the_appliances_ow
         "/livez", "/livez", "/readyz"]  # live while it pulls, for hours
     assert {probes[name]["httpGet"]["port"] for name in probes if name.endswith("Probe")} == {int(DEFAULTS["PORT"])}
     patience = probes["livenessProbe"]["periodSeconds"] * probes["livenessProbe"]["failureThreshold"]
-    assert patience > shutdown.MARGIN_SECONDS + Restarts.delay_seconds(LIMIT - 1) + 10
+    assert patience > shutdown.MARGIN_SECONDS + Timing().restart_delay(LIMIT - 1) + 10
     assert probes["terminationGracePeriodSeconds"] >= int(DEFAULTS["DRAIN_TIMEOUT"]) + 30
 
 

@@ -27,7 +27,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_header_is_read_by_a_short_range(tmp_path: Path, model: Path) -> None:
     with Hub({MODEL: model}) as hub:
-        files = pull.hub_files(Volume(tmp_path, hub).settings)
+        volume = Volume(tmp_path, hub)
+        files = pull.hub_files(volume.settings, volume.ref)
         assert files.names()[WEIGHTS] == (model / WEIGHTS).stat().st_size
         length = int.from_bytes(files.read(WEIGHTS, 0, 8), "little")
         assert b"model.norm.weight" in files.read(WEIGHTS, 8, length)
@@ -36,7 +37,7 @@ def test_a_header_is_read_by_a_short_range(tmp_path: Path, model: Path) -> None:
 
 
 def test_a_range_ends_where_the_file_ends(tmp_path: Path, model: Path) -> None:
-    with Hub({MODEL: model}) as hub, Client(Volume(tmp_path, hub).settings) as client:
+    with Hub({MODEL: model}) as hub, Client(*Volume(tmp_path, hub).hub_arguments) as client:
         content = (model / WEIGHTS).read_bytes()
         assert client.read(WEIGHTS, len(content) - 3, 100) == content[-3:]
         assert client.read("config.json") == (model / "config.json").read_bytes()
@@ -46,7 +47,7 @@ def test_a_range_ends_where_the_file_ends(tmp_path: Path, model: Path) -> None:
 def test_a_hub_that_ignores_ranges_is_understood_and_not_read_to_its_end(tmp_path: Path, model: Path) -> None:
     content = (model / WEIGHTS).read_bytes()
     with (Hub({MODEL: model}, fault="norange", bytes_per_second=100_000) as hub,  # 40 s for the whole file
-          Client(Volume(tmp_path, hub).settings) as client):
+          Client(*Volume(tmp_path, hub).hub_arguments) as client):
         begun = time.monotonic()
         assert client.read(WEIGHTS, 100_000, 1000) == content[100_000:101_000]
         assert time.monotonic() - begun < 20
@@ -57,7 +58,7 @@ def test_the_token_goes_to_the_hub_and_not_where_it_redirects(tmp_path: Path, mo
     with Hub({MODEL: model}) as storage, Hub({MODEL: model}, token=TOKEN, redirect=storage.url.replace(
             "127.0.0.1", "localhost")) as hub:
         volume = Volume(tmp_path, hub, MODELSCOPE_API_TOKEN=TOKEN)
-        with Client(volume.settings) as client:
+        with Client(*volume.hub_arguments) as client:
             assert client.read("tokenizer.json") == b"{}"
         code, out, err = volume.pull()
         assert code == 0, err
@@ -70,13 +71,13 @@ def test_the_token_goes_to_the_hub_and_not_where_it_redirects(tmp_path: Path, mo
 
 def test_without_the_token_the_setting_is_named(tmp_path: Path, model: Path) -> None:
     with Hub({MODEL: model}, token=TOKEN) as hub, pytest.raises(ModelUnavailableError) as refusal:
-        Client(Volume(tmp_path, hub).settings).names()
+        Client(*Volume(tmp_path, hub).hub_arguments).names()
     assert "MODELSCOPE_API_TOKEN" in refusal.value.remedy
 
 
 @pytest.mark.fault("The hub redirects for ever, or to another protocol", "Refused in words.")
 def test_a_redirect_without_end_and_one_to_elsewhere_are_refused(tmp_path: Path, model: Path) -> None:
-    with Hub({MODEL: model}) as hub, Client(Volume(tmp_path, hub).settings) as client:
+    with Hub({MODEL: model}) as hub, Client(*Volume(tmp_path, hub).hub_arguments) as client:
         hub.redirect = hub.url
         with pytest.raises(ModelUnavailableError, match="without end"):
             client.read("config.json")
@@ -93,7 +94,7 @@ def test_a_redirect_without_end_and_one_to_elsewhere_are_refused(tmp_path: Path,
 @pytest.mark.fault("The hub refuses: 401, 403, 404, 429, 503", "Exit code 4 with the cause and the setting to change.")
 def test_a_refusal_says_what_to_do(tmp_path: Path, model: Path, fault: str, cause: str, remedy: str) -> None:
     with Hub({MODEL: model}, fault=fault) as hub, pytest.raises(ModelUnavailableError, match=cause) as refusal:
-        Client(Volume(tmp_path, hub).settings).names()
+        Client(*Volume(tmp_path, hub).hub_arguments).names()
     assert remedy in refusal.value.remedy
 
 
@@ -102,7 +103,7 @@ def test_a_refusal_says_what_to_do(tmp_path: Path, model: Path, fault: str, caus
 @pytest.mark.fault("The address is no hub", "Exit code 4 with the address.")
 def test_a_hub_that_is_none_is_told_in_words(tmp_path: Path, address: str) -> None:
     with pytest.raises(ModelUnavailableError, match="cannot be reached") as refusal:
-        Client(Volume(tmp_path, MODELSCOPE_ENDPOINT=address).settings).names()
+        Client(*Volume(tmp_path, MODELSCOPE_ENDPOINT=address).hub_arguments).names()
     assert "MODELSCOPE_ENDPOINT" in refusal.value.remedy
 
 
@@ -116,7 +117,7 @@ def test_a_file_that_is_listed_but_not_given_is_named(tmp_path: Path, model: Pat
     with Hub({MODEL: model}, fault="absent") as hub:
         volume = Volume(tmp_path, hub)
         with pytest.raises(ModelUnavailableError, match=f"no file {WEIGHTS}"):
-            pull.hub_files(volume.settings).read(WEIGHTS, 0, 8)
+            pull.hub_files(volume.settings, volume.ref).read(WEIGHTS, 0, 8)
         code, _, err = volume.pull()
     assert code == 4
     assert f"does not have {WEIGHTS}" in err
@@ -126,7 +127,7 @@ def test_a_file_that_is_listed_but_not_given_is_named(tmp_path: Path, model: Pat
 def listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, entries: Any) -> list[str]:
     """The names in a listing with these entries."""
     monkeypatch.setattr(Client, "_entries", lambda self, recursive: entries)
-    with Client(Volume(tmp_path).settings) as client:
+    with Client(*Volume(tmp_path).hub_arguments) as client:
         return list(client.names())
 
 
@@ -177,7 +178,7 @@ def test_a_cut_listing_is_asked_for_without_folders(tmp_path: Path, monkeypatch:
         return [entry(f"{number}.json") for number in range(3000 if recursive else 2)]
 
     monkeypatch.setattr(Client, "_entries", entries)
-    with Client(Volume(tmp_path).settings) as client:
+    with Client(*Volume(tmp_path).hub_arguments) as client:
         assert len(client.names()) == 2
     assert asked == [True, False]
 
@@ -187,4 +188,4 @@ def test_a_body_that_is_no_listing_is_told(tmp_path: Path, model: Path, monkeypa
                                            body: bytes) -> None:
     monkeypatch.setattr(json, "dumps", lambda _: body.decode())  # of the stand-in: its listing becomes this
     with Hub({MODEL: model}) as hub, pytest.raises(ModelUnavailableError, match="cannot be read"):
-        Client(Volume(tmp_path, hub).settings).names()
+        Client(*Volume(tmp_path, hub).hub_arguments).names()

@@ -24,12 +24,14 @@ from shoehorn.gateway.keys.api_key import Key
 from shoehorn.gateway.keys.store import KeyStore
 from shoehorn.hub.files import ModelFile
 from shoehorn.hub.repository import HubFiles
+from shoehorn.model.reference import ModelRef
 from shoehorn.runtime.state import Phase, StateFile
 from shoehorn.store import manifest, pull
 from shoehorn.store.manifest import Manifest
 from support.pulling import MODEL, write_model
 
 SIZE_BYTES = 12 << 20
+REF = ModelRef(MODEL, "modelscope", "master")
 OLD = Manifest(MODEL, "master", "https://hub", False, (ModelFile("config.json", 7, "ab" * 32),))
 
 
@@ -104,9 +106,8 @@ def write_keys(root: Path, number: int) -> Path:
 
 
 def write_manifest(root: Path, number: int) -> Path:
-    here = settings.load({"MODEL_ID": MODEL, "MODELS_DIR": str(root)})
-    manifest.write(here, replace(OLD, complete=number > 1))
-    return manifest.location(here)
+    manifest.write(root, REF, replace(OLD, complete=number > 1))
+    return manifest.location(root, REF)
 
 
 @pytest.mark.fault("The power goes at any moment of a write of state, keys or manifest, on a real ext4",
@@ -148,7 +149,7 @@ def test_whenever_the_power_goes_a_model_is_whole_or_incomplete(disk: Disk, tmp_
         for file in needed:  # as the libraries leave them: not synced
             shutil.copyfile(model / file.path, directory / file.path)
 
-    monkeypatch.setattr("pulling.WEIGHTS_BYTES", 1 << 20)
+    monkeypatch.setattr("support.pulling.WEIGHTS_BYTES", 1 << 20)
     monkeypatch.setattr(pull, "download", download)
     model = write_model(tmp_path / "hub")
     with Hub({MODEL: model}) as hub:
@@ -158,7 +159,7 @@ def test_whenever_the_power_goes_a_model_is_whole_or_incomplete(disk: Disk, tmp_
     complete, moments = list[str](), len(disk.cuts)
     monkeypatch.undo()
     for moment, root in disk.left():
-        if pull.locate(replace(here, models_dir=root)):
+        if pull.locate(root, REF):
             complete.append(moment)
             pull.verify(replace(here, models_dir=root), lambda _progress: None)
     assert complete

@@ -20,7 +20,9 @@ from shoehorn.config import settings
 from shoehorn.config.settings import Settings
 from shoehorn.hub.files import ModelFile
 from shoehorn.model.files import LocalFiles
+from shoehorn.model.reference import ModelRef
 from shoehorn.store import pull, selection
+from shoehorn.store.reference import model_reference
 from support.pulling import MODEL, WEIGHTS, Volume, stop_when_arrived, write_model, write_weights
 
 
@@ -67,13 +69,13 @@ def test_a_complete_model_asks_no_hub(volume: Volume, tmp_path: Path) -> None:
     (volume.models / ".shoehorn" / "locks").touch()  # nor a lock: the volume may be read-only
     assert volume.complete()
     assert volume.pull_here() == []
-    assert isinstance(pull.hub_files(volume.settings), LocalFiles)
+    assert isinstance(pull.hub_files(volume.settings, volume.ref), LocalFiles)
 
 
 def test_other_times_are_settled_by_the_content_without_a_hub(volume: Volume) -> None:
     os.utime(volume.folder / WEIGHTS, ns=(1, 1))
     assert not volume.complete()
-    assert isinstance(pull.hub_files(volume.settings), LocalFiles), "to plan, before it is settled"
+    assert isinstance(pull.hub_files(volume.settings, volume.ref), LocalFiles), "to plan, before it is settled"
     assert {progress.phase for progress in volume.pull_here()} == {"verifying"}
     assert volume.complete()
 
@@ -160,7 +162,7 @@ def test_a_killed_pull_goes_on_where_it_stopped(tmp_path: Path, model: Path) -> 
         volume = Volume(tmp_path, hub)
         with volume.start("--json") as process:
             stop_when_arrived(process, 1 << 20)
-        assert pull.locate(volume.settings) is None, "half a model is no model"
+        assert pull.locate(volume.settings.models_dir, volume.ref) is None, "half a model is no model"
         hub.hold_at_bytes = 0
         assert volume.pull()[0] == 0
         first, second = hub.downloads(WEIGHTS)
@@ -358,11 +360,12 @@ def test_a_full_volume_is_told_before_the_first_byte(tmp_path: Path, model: Path
 
 def test_a_local_folder_is_used_where_it_lies(tmp_path: Path, model: Path) -> None:
     there = settings.load({"MODEL_SOURCE": "local", "MODEL_ID": str(model), "MODELS_DIR": str(tmp_path / "none")})
-    assert pull.locate(there) == pull.pull(there, lambda _: None) == model.resolve()
-    assert isinstance(pull.hub_files(there), LocalFiles)
+    ref = model_reference(there)
+    assert pull.locate(there.models_dir, ref) == pull.pull(there, lambda _: None) == model.resolve()
+    assert isinstance(pull.hub_files(there, ref), LocalFiles)
     for folder, words in ((tmp_path, "are needed"), (tmp_path / "absent", "No such file")):
         with pytest.raises(ModelUnavailableError, match=words):
-            pull.locate(settings.load({"MODEL_SOURCE": "local", "MODEL_ID": str(folder)}))
+            pull.locate(tmp_path, ModelRef(str(folder), "local", "master"))
 
 
 def test_the_store_is_imported_without_the_hubs_library() -> None:

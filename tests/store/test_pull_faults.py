@@ -64,7 +64,7 @@ def left(volume: Volume) -> list[psutil.Process]:
 
 
 def nothing_is_served(volume: Volume) -> None:
-    assert pull_module.locate(volume.settings) is None
+    assert pull_module.locate(volume.models, volume.ref) is None
 
 
 def refused(volume: Volume, outcome: tuple[int, str, str], *words: str) -> None:

@@ -92,7 +92,7 @@ def test_a_pull_fetches_what_serving_needs_at_one_commit(pulled: Path, model: Pa
 def test_a_complete_model_asks_no_hub(volume: Volume) -> None:
     assert volume.complete()
     assert volume.pull_here() == []
-    assert isinstance(pull.hub_files(volume.settings), LocalFiles)
+    assert isinstance(pull.hub_files(volume.settings, volume.ref), LocalFiles)
 
 
 def test_a_manifest_of_before_commits_were_kept_is_still_good(volume: Volume) -> None:
@@ -119,7 +119,8 @@ def test_what_both_hubs_have_is_not_fetched_twice(volume: Volume, model: Path) -
 
 def test_planning_reads_ranges_only(tmp_path: Path, model: Path) -> None:
     with HuggingFaceHub({MODEL: model}, fault="pages") as hub:
-        files = pull.hub_files(Volume(tmp_path, hub).settings)
+        volume = Volume(tmp_path, hub)
+        files = pull.hub_files(volume.settings, volume.ref)
         assert len(files.names()) == 6, "all pages"
         assert files.read(WEIGHTS, 8, 4) == (model / WEIGHTS).read_bytes()[8:12]
         assert hub.downloads(WEIGHTS) == ["bytes=8-11"]
@@ -133,7 +134,7 @@ def test_a_killed_pull_goes_on_where_it_stopped(tmp_path: Path, model: Path) -> 
         volume = Volume(tmp_path, hub)
         with volume.start("--json") as process:
             stop_when_arrived(process, 1 << 20)
-        assert pull.locate(volume.settings) is None, "half a model is no model"
+        assert pull.locate(volume.settings.models_dir, volume.ref) is None, "half a model is no model"
         arrived = (volume.folder / f"{WEIGHTS}.incomplete").stat().st_size
         hub.hold_at_bytes = 0
         assert volume.pull()[0] == 0
@@ -193,7 +194,7 @@ def test_a_file_larger_than_one_answer_comes_in_pieces(tmp_path: Path, model: Pa
                                                        monkeypatch: pytest.MonkeyPatch) -> None:
     piece = 1_000_000
     monkeypatch.setattr(huggingface_download, "_PIECE_BYTES", piece)
-    with HuggingFaceHub({MODEL: model}) as hub, Client(Volume(tmp_path, hub).settings) as client:
+    with HuggingFaceHub({MODEL: model}) as hub, Client(*Volume(tmp_path, hub).hub_arguments) as client:
         settings = Volume(tmp_path, hub).settings
         size = client.names()[WEIGHTS]
         library = huggingface_download._library(settings, client)
@@ -229,7 +230,7 @@ def test_a_file_that_is_listed_but_not_given_is_named(tmp_path: Path, model: Pat
 def test_a_refusal_says_what_to_do(tmp_path: Path, model: Path, fault: str, cause: str, remedy: str) -> None:
     with HuggingFaceHub({MODEL: model}, fault=fault) as hub, \
             pytest.raises(ModelUnavailableError, match=cause) as refusal:
-        Client(Volume(tmp_path, hub).settings).names()
+        Client(*Volume(tmp_path, hub).hub_arguments).names()
     assert remedy in refusal.value.remedy
 
 
@@ -238,7 +239,7 @@ def test_a_refusal_says_what_to_do(tmp_path: Path, model: Path, fault: str, caus
 def test_a_refusal_during_the_download_is_told_in_words(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch,
                                                         fault: str, words: str) -> None:
     monkeypatch.setattr(huggingface_download, "_MOST_TRIES", 1)
-    with HuggingFaceHub({MODEL: model}) as hub, Client(Volume(tmp_path, hub).settings) as client:
+    with HuggingFaceHub({MODEL: model}) as hub, Client(*Volume(tmp_path, hub).hub_arguments) as client:
         wanted = [file for file in client.listing() if file.path == WEIGHTS]
         hub.faults.add(fault)
         with pytest.raises(ModelUnavailableError, match=words) as refusal:
@@ -250,7 +251,7 @@ def test_the_token_goes_to_the_hub_and_not_where_it_redirects(tmp_path: Path, mo
     with HuggingFaceHub({MODEL: model}) as storage, HuggingFaceHub(
             {MODEL: model}, token=TOKEN, redirect=storage.url.replace("127.0.0.1", "localhost")) as hub:
         volume = Volume(tmp_path, hub, HF_TOKEN=TOKEN)
-        with Client(volume.settings) as client:
+        with Client(*volume.hub_arguments) as client:
             assert client.read(WEIGHTS, 0, 8) == (model / WEIGHTS).read_bytes()[:8]
         code, out, err = volume.pull("--json")
         assert code == 0, err
@@ -281,7 +282,7 @@ def test_without_the_token_the_setting_is_named(tmp_path: Path, model: Path) -> 
 
 
 def test_the_manifest_tells_a_source_from_another(volume: Volume) -> None:
-    found = manifest.read(volume.settings)
+    found = manifest.read(volume.models, volume.ref)
     assert found is not None
-    assert found.is_of(volume.settings)
-    assert not found.is_of(Volume(volume.models.parent, MODEL_REVISION="main").settings)
+    assert found.is_of(volume.ref)
+    assert not found.is_of(Volume(volume.models.parent, MODEL_REVISION="main").ref)

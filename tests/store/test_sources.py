@@ -51,7 +51,7 @@ def test_a_branch_that_moves_on_modelscope_does_not_mix_versions_either(tmp_path
     newer = newer_than(model, tmp_path / "newer")
     with Hub({MODEL: model}, then={MODEL: newer}) as hub:
         volume = Volume(tmp_path, hub)
-        with modelscope.Hub(volume.settings) as client:
+        with modelscope.Hub(*volume.hub_arguments) as client:
             assert client.names()["tokenizer.json"] == 2
             assert client.read("tokenizer.json") == b"{}"
         hub.models = {MODEL: model}
@@ -75,7 +75,7 @@ def test_the_commit_of_a_modelscope_listing_is_worked_out_or_left_open(latest: o
 
 def test_a_revision_that_modelscope_does_not_have_is_told(tmp_path: Path, model: Path) -> None:
     with Hub({MODEL: model}) as running, pytest.raises(HubFailedError, match=f"no model {MODEL} at revision {HEAD}"):
-        modelscope.Hub(Volume(tmp_path, running, MODEL_REVISION=HEAD).settings).names()
+        modelscope.Hub(*Volume(tmp_path, running, MODEL_REVISION=HEAD).hub_arguments).names()
 
 
 @pytest.mark.parametrize("sha", ["main", "", None, 7, "A" * 40])
@@ -83,7 +83,7 @@ def test_a_commit_that_is_none_is_refused(tmp_path: Path, model: Path, monkeypat
                                           sha: object) -> None:
     monkeypatch.setattr("fakes.hf_hub.commit_of", lambda _: sha)
     with HuggingFaceHub({MODEL: model}) as running, pytest.raises(ModelUnavailableError, match="cannot be read"):
-        Client(Volume(tmp_path, running).settings).names()
+        Client(*Volume(tmp_path, running).hub_arguments).names()
 
 
 def test_a_pace_is_shared_and_a_pause_is_no_credit() -> None:

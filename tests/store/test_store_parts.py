@@ -15,6 +15,7 @@ from shoehorn.common.errors import ModelUnavailableError
 from shoehorn.common.progress import Meter, Progress, reported
 from shoehorn.hub.files import ModelFile
 from shoehorn.hub.transfer import bytes_there, partial_path
+from shoehorn.model.reference import ModelRef
 from shoehorn.store import locks, pull
 from support.pulling import MODEL, Volume
 
@@ -120,15 +121,15 @@ def test_a_network_volume_without_true_locks_is_refused(tmp_path: Path, monkeypa
     assert found.local_locks == named
     monkeypatch.setattr(mounts, "of", lambda _folder: found)
     if not named:
-        with locks.only_writer(user.settings):
+        with locks.only_writer(user.models, MODEL):
             return
     with pytest.raises(ModelUnavailableError, match=f"{kind} volume mounted with {named}"), \
-            locks.only_writer(user.settings):
+            locks.only_writer(user.models, MODEL):
         pass
 
 
 def test_a_disk_error_while_checking_is_told_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def locate(_settings: object) -> None:
+    def locate(_models_dir: Path, _ref: ModelRef) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO), "/models/owner/tiny")
 
     monkeypatch.setattr(pull, "locate", locate)
@@ -138,8 +139,8 @@ def test_a_disk_error_while_checking_is_told_in_words(tmp_path: Path, monkeypatc
 
 def test_locks_of_different_models_do_not_meet(tmp_path: Path) -> None:
     user = Volume(tmp_path)
-    with locks.only_writer(user.settings):
+    with locks.only_writer(user.models, MODEL):
         user.environment["MODEL_ID"] = "owner/other"
-        with locks.only_writer(user.settings):
+        with locks.only_writer(user.models, MODEL):
             names = sorted(path.name for path in (user.models / ".shoehorn" / "locks").iterdir())
     assert names == ["owner--other.lock", f"{MODEL.replace('/', '--')}.lock"]

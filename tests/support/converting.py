@@ -23,7 +23,9 @@ from shoehorn.config.settings import Settings
 from shoehorn.int4 import convert, shard_writer
 from shoehorn.int4 import journal as journal_module
 from shoehorn.int4.convert import Wish
+from shoehorn.model.reference import ModelRef
 from shoehorn.store import pull
+from shoehorn.store.reference import model_reference
 
 MODEL = "owner/little"
 HIDDEN, INNER, VOCAB, LAYERS = 256, 512, 512, 6
@@ -126,6 +128,10 @@ class Pulled:
     @property
     def settings(self) -> Settings:
         return settings_module.load(self.environment)
+
+    @property
+    def ref(self) -> ModelRef:
+        return model_reference(self.settings)
 
     def originals(self) -> list[str]:
         return sorted(path.name for path in (self.settings.models_dir / MODEL).glob("*.safetensors"))

@@ -16,7 +16,9 @@ from fakes.hub import Hub
 from shoehorn.common.progress import Progress
 from shoehorn.config import settings as settings_module
 from shoehorn.config.settings import Settings
+from shoehorn.model.reference import ModelRef
 from shoehorn.store import pull as pull_module
+from shoehorn.store.reference import model_reference
 
 MODEL = "owner/tiny"
 WEIGHTS = "model.safetensors"
@@ -59,12 +61,21 @@ class Volume:
         return settings_module.load(self.environment)
 
     @property
+    def ref(self) -> ModelRef:
+        return model_reference(self.settings)
+
+    @property
+    def hub_arguments(self) -> tuple[Settings, str, str]:
+        """Arguments of a hub client for the model."""
+        return self.settings, self.ref.id, self.ref.revision
+
+    @property
     def manifest(self) -> Path:
         return self.models / ".shoehorn" / "manifests" / f"{MODEL.replace('/', '--')}.json"
 
     def complete(self) -> bool:
         """Whether the store says so."""
-        return pull_module.locate(self.settings) == self.folder
+        return pull_module.locate(self.models, self.ref) == self.folder
 
     def start(self, *arguments: str, program: Sequence[str] = ("-m", "shoehorn.cli")) -> subprocess.Popen[str]:
         """A running `shoehorn pull`; `program` is what Python runs for it."""

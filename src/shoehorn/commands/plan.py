@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace, environment: Mapping[str, str]) -> int:
     if machine.gpus:
         from shoehorn.deployment import auto_quantization  # slow to import, as below
 
-        settings = auto_quantization.settled(settings, machine, profile, disk=not arguments.gpu)
+        settings = auto_quantization.resolve_quantization(settings, machine, profile, disk=not arguments.gpu)
     shape = shape_of(settings)
 
     def made(draft: Draft | None) -> Plan | Refusal:

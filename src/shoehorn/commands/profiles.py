@@ -50,8 +50,9 @@ def run(arguments: argparse.Namespace, environment: Mapping[str, str]) -> int:
         if machine.gpus:
             from shoehorn.deployment import auto_quantization  # slow to import
 
-            settled = auto_quantization.settled(settings, machine, profiles.automatic(), disk=not arguments.gpu)
-            converted = (settled, shape_of(settled)) if settled is not settings else None
+            resolved = auto_quantization.resolve_quantization(settings, machine, profiles.automatic(),
+                                                              disk=not arguments.gpu)
+            converted = (resolved, shape_of(resolved)) if resolved is not settings else None
     except ModelUnavailableError as error:
         trouble = error.cause
     rows = listing(settings, machine, shape, converted=converted)

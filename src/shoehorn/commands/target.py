@@ -86,4 +86,5 @@ def shape_of(settings: Settings) -> ModelShape:
         return checkpoint.read(LocalFiles(Path(settings.model_id)))
     from shoehorn.deployment import served_model  # the hub's client is slow to import, and not needed for a folder
 
-    return served_model.shape(settings, served_model.served(settings))
+    ref = served_model.served_reference(settings)
+    return served_model.served_shape(settings, ref, served_model.served_folder(settings.models_dir, ref))

@@ -23,11 +23,12 @@ from shoehorn.planner.build import make_plan
 from shoehorn.planner.inputs import PlanInputs, PlanSettings
 from shoehorn.planner.plan import Plan
 from shoehorn.store import pull
+from shoehorn.store.reference import model_reference
 
 log = logging.getLogger("plan")
 
 
-def settled(settings: Settings, machine: Hardware, profile: Profile, disk: bool = True) -> Settings:
+def resolve_quantization(settings: Settings, machine: Hardware, profile: Profile, disk: bool = True) -> Settings:
     """The settings, with `int4` in the place of `auto` where that is better.
 
     Args:
@@ -41,16 +42,18 @@ def settled(settings: Settings, machine: Hardware, profile: Profile, disk: bool 
             "quantization" in {*profile.engine, *vllm_options.parse_arguments(settings.vllm_extra_args)}:
         return settings
     int4 = replace(settings, quantization="int4")
-    if disk and artifact.locate(int4):
+    ref = model_reference(settings)
+    if disk and artifact.locate(settings.models_dir, ref):
         return int4
-    shape = served_model.shape(settings, pull.locate(settings))
+    shape = served_model.served_shape(settings, ref, pull.locate(settings.models_dir, ref))
     plan = make_plan(PlanInputs(PlanSettings.of(settings), machine, profile, shape))
     resident = isinstance(plan, Plan) and not plan.choices.quantization and not plan.offloaded_bytes
     if shape.quantization or not shape.understood or resident:
         return settings
     try:
-        room = served_model.room(int4) if disk else None
-        found = make_plan(PlanInputs(PlanSettings.of(int4), machine, profile, served_model.shape(int4, None), room))
+        free_bytes = served_model.available_bytes(settings.models_dir, ref.converted) if disk else None
+        converted = served_model.served_shape(int4, ref.converted, None)
+        found = make_plan(PlanInputs(PlanSettings.of(int4), machine, profile, converted, free_bytes))
     except SettingsError as refusal:
         log.info("not converted to INT4: %s", refusal.cause)
         return settings

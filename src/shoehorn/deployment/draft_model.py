@@ -12,7 +12,7 @@ Rules:
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 
 from shoehorn.common import disk
@@ -25,6 +25,7 @@ from shoehorn.config.settings import Settings
 from shoehorn.deployment import served_model
 from shoehorn.int4 import artifact
 from shoehorn.model.files import Files, LocalFiles
+from shoehorn.model.reference import ModelRef
 from shoehorn.model.shape import ModelShape
 from shoehorn.planner import parallelism
 from shoehorn.planner.inputs import Draft
@@ -74,26 +75,27 @@ def find(settings: Settings, plan: Plan, shape: ModelShape, free_bytes: int | No
         SettingsError: it does not go with the model.
         ModelUnavailableError: its config and headers cannot be read.
     """
-    own = settings_for(settings, settings.speculative, "none")
+    models_dir = settings.models_dir
+    ref = ModelRef(settings.speculative, settings.model_source,
+                   settings_module.default_revision(settings.model_source))
     nf4 = plan.choices.quantization == "bitsandbytes"
-    int4 = replace(own, quantization="int4")
     wants_int4 = bool(plan.vram) and not nf4 and settings.quantization != "none"
-    if wants_int4 and artifact.locate(int4):
-        own = int4
-    found = served_model.shape(own, served_model.served(own))
-    if wants_int4 and own is not int4 and not found.quantization:
-        own, found = _converted(own, int4, found)
+    if wants_int4 and artifact.locate(models_dir, ref):
+        ref = ref.converted
+    found = served_model.served_shape(settings, ref, served_model.served_folder(models_dir, ref))
+    if wants_int4 and not ref.is_int4 and not found.quantization:
+        ref, found = _converted(settings, ref, found)
     _require_match(settings, shape, found, nf4)
-    if (mine := _vocabulary(_files(settings))) and (its := _vocabulary(_files(own))) and mine != its:
+    target = served_model.served_reference(settings)
+    if (mine := _vocabulary(_files(settings, target))) and (its := _vocabulary(_files(settings, ref))) and mine != its:
         raise SettingsError(f"SPECULATIVE={settings.speculative} has other tokens than {settings.model_id}, so that "
                             "its guesses would mean something else.", _REMEDY)
-    directory = served_model.served(own)
+    directory = served_model.served_folder(models_dir, ref)
     lacking = 0
     if directory is None and free_bytes is not None:
-        there = disk.disk_used(own.models_dir / own.model_id)
+        there = disk.disk_used(ref.original.directory(models_dir))
         lacking = max(0, found.disk_bytes - there - free_bytes)
-    return Draft(own.model_id, own.quantization, directory or (artifact.folder(own) if own.quantization == "int4" else
-                                    own.models_dir / own.model_id), found, lacking)
+    return Draft(ref, directory or ref.directory(models_dir), found, lacking)
 
 
 def chosen(plan: Plan, drafted: Plan | Refusal, draft: Draft) -> Plan:
@@ -102,31 +104,18 @@ def chosen(plan: Plan, drafted: Plan | Refusal, draft: Draft) -> Plan:
     if why is None and isinstance(drafted, Plan):
         return drafted
     return replace(plan, reasons=(*plan.reasons, Reason(
-        "speculative-config", None, "machine", f"SPECULATIVE={draft.model_id} is left out: {why}")))
-
-
-def environment(environment: Mapping[str, str], settings: Settings, draft: Draft) -> dict[str, str]:
-    """The environment of a command that fetches the draft."""
-    own = settings_for(settings, draft.model_id, draft.quantization)
-    return {**environment, "MODEL_ID": own.model_id, "MODEL_REVISION": own.model_revision,
-            "QUANTIZATION": own.quantization, "SPECULATIVE": own.speculative}
-
-
-def settings_for(settings: Settings, model_id: str, quantization: str) -> Settings:
-    """The settings with the draft in the model's place."""
-    return replace(settings, model_id=model_id, quantization=quantization, speculative="off",
-                   model_revision=settings_module.default_revision(settings.model_source))
+        "speculative-config", None, "machine", f"SPECULATIVE={draft.ref.id} is left out: {why}")))
 
 
 _REMEDY = "Name a smaller model of the same family in SPECULATIVE, or set SPECULATIVE=off."
 
 
-def _converted(own: Settings, int4: Settings, found: ModelShape) -> tuple[Settings, ModelShape]:
-    """The draft in INT4, or as it is where it cannot be converted."""
+def _converted(settings: Settings, ref: ModelRef, shape: ModelShape) -> tuple[ModelRef, ModelShape]:
+    """The draft in INT4, or as published where it cannot be converted."""
     try:
-        return int4, served_model.shape(int4, None)
+        return ref.converted, served_model.served_shape(settings, ref.converted, None)
     except SettingsError:
-        return own, found
+        return ref, shape
 
 
 def _require_match(settings: Settings, shape: ModelShape, draft: ModelShape, nf4: bool) -> None:
@@ -139,9 +128,9 @@ def _require_match(settings: Settings, shape: ModelShape, draft: ModelShape, nf4
                             "Name the draft's unquantized checkpoint, or set QUANTIZATION=int4.")
 
 
-def _files(settings: Settings) -> Files:
-    directory = served_model.served(settings)
-    return LocalFiles(directory) if directory else pull.hub_files(settings)
+def _files(settings: Settings, ref: ModelRef) -> Files:
+    directory = served_model.served_folder(settings.models_dir, ref)
+    return LocalFiles(directory) if directory else pull.hub_files(settings, ref.original)
 
 
 def _vocabulary(files: Files) -> object:

@@ -14,14 +14,14 @@ from shoehorn.hardware.requirements import require_gpus
 from shoehorn.hardware.types import Hardware
 
 
-def settled(settings: Settings) -> Settings:
+def resolve_quantization(settings: Settings) -> Settings:
     """The settings with `auto` decided, on this machine.
 
     Raises:
         ShoehornError: the machine or the model cannot be used.
     """
     machine = bandwidth_probe.with_measured_bandwidths(detect.detect(), ModelsDir(settings.models_dir).bandwidths)
-    return auto_quantization.settled(settings, machine, select(settings, machine))
+    return auto_quantization.resolve_quantization(settings, machine, select(settings, machine))
 
 
 def select(settings: Settings, hardware: Hardware, directory: Path = PROFILES) -> Profile:

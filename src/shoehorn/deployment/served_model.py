@@ -12,44 +12,53 @@ from shoehorn.int4.artifact import folder, locate
 from shoehorn.int4.layout import BOUND, KEPT, Outline
 from shoehorn.model import checkpoint
 from shoehorn.model.files import LocalFiles
+from shoehorn.model.reference import ModelRef
 from shoehorn.model.safetensors import shards
 from shoehorn.model.shape import ModelShape
 from shoehorn.store import pull
+from shoehorn.store.reference import model_reference
 
 
-def served(settings: Settings) -> Path | None:
-    """The complete folder that the engine will load by these settings, or None."""
-    return locate(settings) if settings.quantization == "int4" else pull.locate(settings)
+def served_reference(settings: Settings) -> ModelRef:
+    """Return the reference of the model that is served: its INT4 conversion with QUANTIZATION=int4."""
+    ref = model_reference(settings)
+    return ref.converted if settings.quantization == "int4" else ref
 
 
-def room(settings: Settings) -> int:
-    """Bytes on the volume for what the settings ask for: what an earlier pull or conversion left counts as free."""
-    there = disk.disk_used(settings.models_dir / settings.model_id)
-    if settings.quantization == "int4":
-        there += disk.disk_used(folder(settings))
-    return disk.disk_free(settings.models_dir) + there
+def served_folder(models_dir: Path, ref: ModelRef) -> Path | None:
+    """Return the complete folder that the engine will load, or None."""
+    return locate(models_dir, ref) if ref.is_int4 else pull.locate(models_dir, ref)
 
 
-def shape(settings: Settings, directory: Path | None) -> ModelShape:
-    """What will be served: the model in `directory`, or else what the settings will make of it.
+def available_bytes(models_dir: Path, ref: ModelRef) -> int:
+    """Return the free bytes on the volume plus those that an earlier pull or conversion of the model occupies."""
+    occupied = disk.disk_used(ref.original.directory(models_dir))
+    if ref.is_int4:
+        occupied += disk.disk_used(folder(models_dir, ref))
+    return disk.disk_free(models_dir) + occupied
+
+
+def served_shape(settings: Settings, ref: ModelRef, directory: Path | None) -> ModelShape:
+    """Read the shape of the model that is served.
 
     Args:
-        directory: as `served` found it.
+        settings: access to the hub, and the settings of a conversion.
+        directory: its complete folder; None reads the headers at the hub, or derives the conversion's from them.
 
     Raises:
-        SettingsError: QUANTIZATION=int4 and the model cannot be converted.
-        ModelUnavailableError: the model cannot be had.
+        SettingsError: the model cannot be converted to INT4.
+        ModelUnavailableError: the model is unavailable.
     """
     if directory:
         return checkpoint.read(LocalFiles(directory))
-    files = pull.hub_files(settings)
-    if settings.quantization != "int4":
+    files = pull.hub_files(settings, ref.original)
+    if not ref.is_int4:
         return checkpoint.read(files)
-    made = layout.layout(files, KEPT if settings.vram_profile == "cpu" else BOUND)
-    found = checkpoint.read(Outline(files, made))
+    conversion = layout.layout(files, KEPT if settings.vram_profile == "cpu" else BOUND)
+    shape = checkpoint.read(Outline(files, conversion))
     sizes = files.names()
-    more = sum(sizes[name] for name in shards(files, sizes))
-    if not settings.keep_original:  # each original shard makes way for more than its own
-        new = [shard.size for shard in made.shards]
-        more += layout.two_in_turn(new) - sum(new)
-    return replace(found, disk_bytes=found.disk_bytes + more)
+    peak_bytes = sum(sizes[name] for name in shards(files, sizes))
+    if not settings.keep_original:  # each original shard is removed after its conversion, so both never coexist whole
+        new = [shard.size for shard in conversion.shards]
+        peak_bytes += layout.two_in_turn(new) - sum(new)
+    return replace(shape, disk_bytes=shape.disk_bytes + peak_bytes)

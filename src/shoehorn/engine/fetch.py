@@ -15,6 +15,7 @@ from shoehorn.common.errors import DoesNotFitError, ModelUnavailableError, Setti
 from shoehorn.common.units import format_size
 from shoehorn.config.settings import Settings
 from shoehorn.int4 import artifact
+from shoehorn.model.reference import ModelRef
 from shoehorn.runtime.child_process import Child
 from shoehorn.runtime.run_dir import RunDir
 from shoehorn.runtime.state import Phase, StateFile
@@ -24,20 +25,26 @@ log = logging.getLogger("engine")
 _LOGGED = re.compile(r"([\w.]+) (INFO|WARNING|ERROR) (.*)")
 
 
-def fetch(settings: Settings, environment: Mapping[str, str], states: StateFile) -> Path:
-    """Pull, and convert where that is asked for. Returns the directory that is served."""
-    if settings.quantization != "int4":
-        return _work("pull", settings, environment, states)
-    if artifact.source(settings) is None:
-        _work("pull", settings, environment, states)
-    return _work("convert", settings, environment, states)
+def fetch(settings: Settings, ref: ModelRef, environment: Mapping[str, str], states: StateFile) -> Path:
+    """Pull the model, and convert it for an INT4 reference. Returns the folder that is served."""
+    if not ref.is_int4:
+        return _work("pull", settings, ref, environment, states)
+    if artifact.source(settings.models_dir, ref) is None:
+        _work("pull", settings, ref, environment, states)
+    return _work("convert", settings, ref, environment, states)
 
 
-def _work(command: str, settings: Settings, environment: Mapping[str, str], states: StateFile) -> Path:
+def model_environment(environment: Mapping[str, str], ref: ModelRef) -> dict[str, str]:
+    """Return the environment of a command that fetches this model, which need not be the one that is served."""
+    return {**environment, "MODEL_ID": ref.id, "MODEL_SOURCE": ref.source, "MODEL_REVISION": ref.revision}
+
+
+def _work(command: str, settings: Settings, ref: ModelRef, environment: Mapping[str, str],
+          states: StateFile) -> Path:
     """`shoehorn pull` or `convert` in a child process, whose progress lines become state. Returns its directory."""
     phase = Phase.PULLING if command == "pull" else Phase.CONVERTING
-    log.info("%s %s", phase.value, settings.model_id)
-    states.update(phase=phase, progress=0.0, detail=settings.model_id)
+    log.info("%s %s", phase.value, ref.id)
+    states.update(phase=phase, progress=0.0, detail=ref.id)
     complaints: list[str] = []
     outcome: dict[str, str] = {}
     said = {"at": time.monotonic()}
@@ -63,8 +70,8 @@ def _work(command: str, settings: Settings, environment: Mapping[str, str], stat
             log.info("%s: %s of %s (%.0f %%), %s/s%s", message["phase"], format_size(done), format_size(total),
                      100 * done / total if total else 0, format_size(int(rate or 0)), left)
 
-    child = Child([sys.executable, "-m", "shoehorn.cli", command, "--json"], environment, line,
-                  RunDir(settings.run_dir).pull_group)
+    child = Child([sys.executable, "-m", "shoehorn.cli", command, "--json"],
+                  model_environment(environment, ref), line, RunDir(settings.run_dir).pull_group)
     try:
         while (status := child.wait(0.5)) is None:
             pass

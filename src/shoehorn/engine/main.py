@@ -23,14 +23,13 @@ from shoehorn.common.atomic_file import write_atomic
 from shoehorn.common.errors import EXIT_DONE, ShoehornError
 from shoehorn.config import settings as settings_module
 from shoehorn.config.settings import Settings
-from shoehorn.deployment import draft_model, inputs, served_model
-from shoehorn.engine import launch_config, memory_report, readiness, step_down
+from shoehorn.deployment import inputs, served_model
+from shoehorn.engine import launch_config, memory_report, readiness, step_down, timing
 from shoehorn.engine.environment import engine_environment
 from shoehorn.engine.fetch import fetch
 from shoehorn.engine.replanner import Planner
 from shoehorn.engine.restart_budget import Restarts
 from shoehorn.engine.server import Server, StartFailedError
-from shoehorn.int4 import artifact
 from shoehorn.planner import plan as plan_module
 from shoehorn.planner.plan import Plan
 from shoehorn.runtime import parent_watch
@@ -84,25 +83,24 @@ def _run(settings: Settings, states: StateFile) -> int:
 
 def _serve(settings: Settings, environment: Mapping[str, str], states: StateFile) -> None:
     restarts = _take_over(settings, states)
-    settings = inputs.settled(settings)
-    directory = served_model.served(settings)
+    settings = inputs.resolve_quantization(settings)
+    ref = served_model.served_reference(settings)
+    directory = served_model.served_folder(settings.models_dir, ref)
     planner = Planner(settings, directory)
     plan = planner.plan()
     states.update(plan=plan_module.of(plan), memory=())
     if directory is None:
-        directory = fetch(settings, environment, states)
+        directory = fetch(settings, ref, environment, states)
         if settings.quantization == "int4":  # what was expected of the conversion is known now
             planner = Planner(settings, directory)
             plan = planner.plan()
             states.update(plan=plan_module.of(plan))
-    draft = draft_model.settings_for(settings, plan.draft.model_id, plan.draft.quantization) if plan.draft else None
-    if plan.draft and draft and served_model.served(draft) is None:
-        fetch(draft, draft_model.environment(environment, settings, plan.draft), states)
+    if plan.draft and served_model.served_folder(settings.models_dir, plan.draft.ref) is None:
+        fetch(settings, plan.draft.ref, environment, states)
     with ExitStack() as stack:
-        for each in (settings, *([draft] if draft else [])):
-            model = artifact.target(each) if each.quantization == "int4" else each
-            if model.model_source != "local":
-                stack.enter_context(inventory.used(model.models_dir, model.model_id))
+        for each in (ref, *([plan.draft.ref] if plan.draft else [])):
+            if not each.is_local:
+                stack.enter_context(inventory.used(settings.models_dir, each.stored_id))
         while True:
             try:
                 _start(settings, environment, states, restarts, planner, plan, directory)
@@ -125,7 +123,7 @@ def _start(settings: Settings, environment: Mapping[str, str], states: StateFile
 
     def announce(seconds: float) -> None:
         log.info("ready after %.0f s", seconds)
-        planner.settle(plan, states)
+        planner.record_start(plan, states)
         if paths.welcome.exists():  # holds a generated key: shown once
             text = paths.welcome.read_text(encoding="utf-8")
             paths.welcome.unlink()
@@ -137,7 +135,8 @@ def _start(settings: Settings, environment: Mapping[str, str], states: StateFile
            states, restarts, announce, paths.engine_log if settings.engine_log == "file" else None,
            settings.drain_timeout,
            lambda transport: readiness.prove(transport, plan.engine_args, settings.served_model_name),
-           settings.served_model_name, step_down.speculates(plan.engine_args, plan.fixed)).serve()
+           settings.served_model_name, step_down.speculates(plan.engine_args, plan.fixed),
+           timing.load(environment)).serve()
 
 
 def _address(environment: Mapping[str, str], plan: Plan) -> dict[str, str]:

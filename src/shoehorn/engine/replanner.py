@@ -46,9 +46,11 @@ class Planner:
         self._machine = bandwidth_probe.with_measured_bandwidths(
             detect.detect(), ModelsDir(settings.models_dir).bandwidths)
         self._profile = inputs.select(settings, self._machine)
-        self._shape = served_model.shape(settings, directory)
+        ref = served_model.served_reference(settings)
+        self._shape = served_model.served_shape(settings, ref, directory)
         fetched = settings.model_source != "local" or settings.quantization == "int4"
-        self._disk_free = served_model.room(settings) if directory is None and fetched else None
+        self._disk_free = served_model.available_bytes(settings.models_dir, ref) \
+            if directory is None and fetched else None
         self._beside = disk.disk_free(settings.models_dir) if self._disk_free is None else \
             self._disk_free - self._shape.disk_bytes
         self._memory = known_good.location(settings, self._machine, self._profile, self._shape)
@@ -98,7 +100,7 @@ class Planner:
                     step.text)
         return self.plan()
 
-    def settle(self, plan: Plan, states: StateFile) -> None:
+    def record_start(self, plan: Plan, states: StateFile) -> None:
         """After the load: remember steps that were made, and compare what was expected with what is there."""
         if self._steps:
             known_good.remember(self._memory, self._stepped, "; ".join(self._steps))

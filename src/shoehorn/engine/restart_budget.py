@@ -33,11 +33,6 @@ class Restarts:
         """No further start is allowed."""
         return len(self._recent()) >= LIMIT
 
-    @staticmethod
-    def delay_seconds(failures: int) -> float:
-        """The pause before the start that follows: 1, 2, 4, 8, ... s, at most 30 s."""
-        return min(30.0, 2.0 ** max(0, failures - 1))
-
     def _recent(self) -> list[float]:
         try:
             times = [float(moment) for moment in json.loads(self._path.read_text(encoding="utf-8"))]

@@ -28,6 +28,7 @@ from shoehorn.engine import drain
 from shoehorn.engine.diagnosis import HUNG, Diagnosis, diagnose
 from shoehorn.engine.log_file import EngineLog
 from shoehorn.engine.restart_budget import Restarts
+from shoehorn.engine.timing import Timing
 from shoehorn.engine.watchdog import Watchdog
 from shoehorn.hardware import host
 from shoehorn.runtime.child_process import Child
@@ -37,7 +38,6 @@ from shoehorn.runtime.state import Phase, StateFile
 
 log = logging.getLogger("engine")
 
-_TICK_SECONDS = 0.5
 _PATIENCE = 10.0
 """So many times what the first full batch took, a quiet engine gets for one token."""
 
@@ -48,9 +48,6 @@ _STAGES = (
     (re.compile(r"Starting vLLM server"), "opening the API"),
 )
 _WORKER_FAILED = re.compile(r"WorkerProc hit an exception")
-_GRACE_SECONDS = 20.0
-"""For an engine to end by itself after one of its workers failed; else the others wait for that one for ever."""
-
 _SHARDS = re.compile(r"Loading safetensors checkpoint shards:\s+(\d+)% Completed")
 
 
@@ -75,12 +72,13 @@ class Server:
         prove: asks the engine, through the given transport, for what the plan promises; False when it failed.
         model: the name that it serves.
         guesses: its plan has guessed tokens, without which it may start where it does not with them.
+        timing: of waits and pauses.
     """
 
     def __init__(self, config: Path, environment: Mapping[str, str], socket: Path, states: StateFile,
                  restarts: Restarts, on_ready: Callable[[float], None], engine_log: Path | None,
                  drain_seconds: int, prove: Callable[[httpx.BaseTransport], bool], model: str,
-                 guesses: bool = False) -> None:
+                 guesses: bool = False, timing: Timing = Timing()) -> None:  # noqa: B008  # it is frozen
         self._command = [sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry", "--config", str(config)]
         self._environment = environment
         self._socket = socket
@@ -92,6 +90,7 @@ class Server:
         self._prove = prove
         self._model = model
         self._guesses = guesses
+        self._timing = timing
         self._tail: deque[str] = deque(maxlen=400)
         self._worker_failed_at: float | None = None
 
@@ -116,7 +115,7 @@ class Server:
             if diagnosis.final or self._restarts.exhausted:
                 self._show_tail()
                 raise EngineFailedError(diagnosis.cause, diagnosis.remedy)
-            delay = self._restarts.delay_seconds(failures)
+            delay = self._timing.restart_delay(failures)
             log.warning("%s It is started again in %.0f s (failure %d).", diagnosis.cause, delay, failures)
             self._states.update(phase=Phase.LOADING, progress=None, detail="starting the engine again",
                                 restarts=self._states.read().restarts + 1, engine_down=True)
@@ -135,19 +134,20 @@ class Server:
         child = Child(self._command, self._environment, self._line, RunDir(self._states.run_dir).engine_group)
         try:
             with httpx.Client(transport=httpx.HTTPTransport(uds=str(self._socket)), timeout=2.0) as client:
-                while (status := child.wait(_TICK_SECONDS)) is None:
+                while (status := child.wait(self._timing.tick)) is None:
                     if not ready and _healthy(client):
                         proving = time.monotonic()
                         ready = self._prove(httpx.HTTPTransport(uds=str(self._socket)))
                         if not ready:
                             child.stop(ENGINE_STOP_SECONDS)
                             continue
-                        watchdog = Watchdog(client, self._model, _PATIENCE * (time.monotonic() - proving))
+                        watchdog = Watchdog(client, self._model, _PATIENCE * (time.monotonic() - proving),
+                                            self._timing)
                         if not drain.requested(self._states.run_dir):
                             self._on_ready(time.monotonic() - started)
                             self._states.update(phase=Phase.READY, progress=None, detail="serving")
                     failed_at = self._worker_failed_at
-                    if not ready and failed_at and time.monotonic() - failed_at > _GRACE_SECONDS:
+                    if not ready and failed_at and time.monotonic() - failed_at > self._timing.worker_grace:
                         log.error("a worker of the engine failed, and the others wait for it: the start is ended")
                         child.stop(0.0)
                         return diagnose(self._tail, 1), False

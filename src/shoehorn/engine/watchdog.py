@@ -17,14 +17,8 @@ from collections.abc import Callable
 import httpx
 
 from shoehorn.engine.readiness import TOKEN
+from shoehorn.engine.timing import Timing
 
-LOOK_SECONDS = 5.0
-"""How often the counters are looked at."""
-
-QUIET_SECONDS = 20.0
-"""How long nothing may move before a token is asked for."""
-
-LEAST_PATIENCE_SECONDS = 20.0
 _COUNTERS = ("vllm:prompt_tokens_total", "vllm:generation_tokens_total", "vllm:iteration_tokens_total_count")
 _PROBE = "http://engine/-/probe"  # shoehorn_vllm.api.middleware.PROBE_PATH
 
@@ -36,23 +30,24 @@ class Watchdog:
         client: reaches the engine as `http://engine`.
         model: the name that it serves.
         patience_seconds: for one token, when nothing moves; several times what the longest batch took.
+        timing: of the looks and the probe.
         clock: seconds.
     """
 
-    def __init__(self, client: httpx.Client, model: str, patience_seconds: float,
+    def __init__(self, client: httpx.Client, model: str, patience_seconds: float, timing: Timing,
                  clock: Callable[[], float] = time.monotonic) -> None:
-        self._client, self._model, self._clock = client, model, clock
-        self._patience = max(LEAST_PATIENCE_SECONDS, patience_seconds)
+        self._client, self._model, self._timing, self._clock = client, model, timing, clock
+        self._patience = max(timing.patience, patience_seconds)
         self._seen: float | None = None
         self._moved_at = self._looked_at = clock()
 
     def hung(self) -> bool:
         """Whether the engine hangs. Cheap, but for the token that a quiet engine is asked for."""
         now = self._clock()
-        if now - self._looked_at < LOOK_SECONDS:
+        if now - self._looked_at < self._timing.look:
             return False
         self._looked_at = now
-        if self._moves() or self._clock() - self._moved_at < QUIET_SECONDS:
+        if self._moves() or self._clock() - self._moved_at < self._timing.quiet:
             return False
         if self._answers() or self._moves():
             self._moved_at = self._clock()
@@ -62,7 +57,7 @@ class Watchdog:
     def _moves(self) -> bool:
         """Whether any counter has changed since the last look; counters that cannot be had do not move."""
         try:
-            text = self._client.get("http://engine/metrics", timeout=LOOK_SECONDS).text
+            text = self._client.get("http://engine/metrics", timeout=self._timing.look).text
             seen = sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.startswith(_COUNTERS))
         except (httpx.TransportError, ValueError, IndexError):
             return False

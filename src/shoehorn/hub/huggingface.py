@@ -29,9 +29,9 @@ class HuggingFaceHub(HubFiles):
     endpoint_setting = "HF_ENDPOINT"
     token_setting = "HF_TOKEN"  # noqa: S105  # the name of a setting
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, model: str, revision: str) -> None:
         secret = {"Authorization": f"Bearer {settings.hf_token}"} if settings.hf_token else {}
-        super().__init__(settings.model_id, settings.model_revision, settings.hf_endpoint or DEFAULT_ENDPOINT, secret)
+        super().__init__(model, revision, settings.hf_endpoint or DEFAULT_ENDPOINT, secret)
 
     def _listed(self) -> Iterator[ModelFile]:
         document, _ = self._document(self._url(f"api/models/{self.model}/revision/{self.revision}"))

@@ -27,10 +27,10 @@ class Hub(HubFiles):
     endpoint_setting = "MODELSCOPE_ENDPOINT"
     token_setting = "MODELSCOPE_API_TOKEN"  # noqa: S105  # the name of a setting
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, model: str, revision: str) -> None:
         token = settings.modelscope_api_token
         secret = {"Authorization": f"Bearer {token}", "Cookie": f"m_session_id={token}"} if token else {}
-        super().__init__(settings.model_id, settings.model_revision, endpoint(settings), secret)
+        super().__init__(model, revision, endpoint(settings), secret)
 
     def _listed(self) -> Iterator[ModelFile]:
         entries = self._entries(recursive=True)

@@ -9,41 +9,33 @@ Rules:
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
 from pathlib import Path
 
 from shoehorn.common.errors import ModelUnavailableError
-from shoehorn.config.settings import Settings
 from shoehorn.int4.journal import Journal, read_journal
 from shoehorn.model.files import LocalFiles
+from shoehorn.model.reference import ModelRef
 from shoehorn.model.safetensors import shards
 from shoehorn.store import manifest, pull
 
 log = logging.getLogger("convert")
 
 
-def target(settings: Settings) -> Settings:
-    """The settings with the converted model in the original's place."""
-    name = Path(settings.model_id).resolve().name if settings.model_source == "local" else settings.model_id
-    owner = "local/" if settings.model_source == "local" else ""
-    return replace(settings, model_id=f"{owner}{name}.int4", model_source="int4", model_fallback=False)
+def folder(models_dir: Path, ref: ModelRef) -> Path:
+    """Return the folder of the conversion, which need not exist."""
+    return ref.converted.directory(models_dir)
 
 
-def folder(settings: Settings) -> Path:
-    """Where the converted model lies, or will."""
-    return settings.models_dir / target(settings).model_id
-
-
-def locate(settings: Settings) -> Path | None:
-    """The complete converted model, or None; `settings` name the original."""
-    found = pull.locate(target(settings))
+def locate(models_dir: Path, ref: ModelRef) -> Path | None:
+    """Return the folder of the complete conversion, or None."""
+    found = pull.locate(models_dir, ref.converted)
     if found is None:
         return None
     journal = read_journal(found)
-    if journal is None or journal.source["model"] != settings.model_id:
+    if journal is None or journal.source["model"] != ref.id:
         return None
-    if has_changed(journal, settings):
-        log.warning("%s changed since it was converted; it is converted again", settings.model_id)
+    if has_changed(journal, ref):
+        log.warning("%s changed since it was converted; it is converted again", ref.id)
         return None
     return found
 
@@ -55,30 +47,30 @@ def stamps(directory: Path) -> dict[str, str]:
     return {name: f"{status.st_size} bytes, {status.st_mtime_ns}" for name, status in found.items()}
 
 
-def has_changed(journal: Journal, settings: Settings) -> bool:
+def has_changed(journal: Journal, ref: ModelRef) -> bool:
     """Whether one's own folder has other weights now; the hub's have a revision instead."""
-    if settings.model_source != "local" or not any(journal.source["shards"].values()):
+    if ref.source != "local" or not any(journal.source["shards"].values()):
         return False
     try:
-        return stamps(Path(settings.model_id)) != dict(journal.source["shards"])
+        return stamps(Path(ref.id)) != dict(journal.source["shards"])
     except ModelUnavailableError:
         return False  # it is gone, and what was made of it is not
 
 
-def source(settings: Settings) -> Path | None:
+def source(models_dir: Path, ref: ModelRef) -> Path | None:
     """The original's folder, when all of it that is not converted yet is there as it was checked; else None."""
-    whole = pull.locate(settings)
-    if whole or settings.model_source == "local":
+    original = ref.original
+    whole = pull.locate(models_dir, original)
+    if whole or original.is_local:
         return whole
-    known, journal = manifest.read(settings), read_journal(folder(settings))
-    if not known or not known.is_of(settings) or not journal or not _same(journal, settings, known.commit):
+    known, journal = manifest.read(models_dir, original), read_journal(folder(models_dir, ref))
+    if not known or not known.is_of(original) or not journal or not _same(journal, original, known.commit):
         return None
-    directory = settings.models_dir / settings.model_id
+    directory = original.directory(models_dir)
     left = [file for file in known.files if file.path not in journal.shards]
     return directory if all(manifest.unchanged(directory, file) for file in left) else None
 
 
-def _same(journal: Journal, settings: Settings, commit: str) -> bool:
+def _same(journal: Journal, ref: ModelRef, commit: str) -> bool:
     made = journal.source
-    return bool((made["model"], made["revision"], made["commit"]) == (settings.model_id, settings.model_revision,
-                                                                     commit))
+    return bool((made["model"], made["revision"], made["commit"]) == (ref.id, ref.revision, commit))

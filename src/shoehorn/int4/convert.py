@@ -33,9 +33,11 @@ from shoehorn.int4.journal import Journal
 from shoehorn.int4.layout import INDEX, KEPT, Bits, Shard
 from shoehorn.int4.shard_writer import Made
 from shoehorn.model.files import LocalFiles
+from shoehorn.model.reference import ModelRef
 from shoehorn.model.safetensors import Tensor, header, shards
 from shoehorn.store import inventory, locks, manifest, pull
 from shoehorn.store.manifest import Manifest
+from shoehorn.store.reference import model_reference
 
 log = logging.getLogger("convert")
 
@@ -62,33 +64,34 @@ def convert(settings: Settings, wish: Wish, report: Report) -> Path:
         ModelUnavailableError: the original is not there, or the volume fails.
         SettingsError: it cannot be converted.
     """
+    ref, models_dir = model_reference(settings), settings.models_dir
     try:
-        if found := artifact.locate(settings):
+        if found := artifact.locate(models_dir, ref):
             return found
-        with locks.only_writer(artifact.target(settings)), _held(settings):
-            return artifact.locate(settings) or _convert(settings, wish, report)
+        with locks.only_writer(models_dir, ref.converted.stored_id), _held(models_dir, ref):
+            return artifact.locate(models_dir, ref) or _convert(settings, ref, wish, report)
     except OSError as error:
         raise disk.trouble(settings.models_dir, error) from error
 
 
-def _convert(settings: Settings, wish: Wish, report: Report) -> Path:
-    source = pull.pull(settings, report) if settings.model_source == "local" else artifact.source(settings)
-    directory = artifact.folder(settings)
+def _convert(settings: Settings, ref: ModelRef, wish: Wish, report: Report) -> Path:
+    models_dir = settings.models_dir
+    source = pull.pull(settings, report) if ref.is_local else artifact.source(models_dir, ref)
+    directory = artifact.folder(models_dir, ref)
     journal = journal_module.read_journal(directory)
-    if journal and source and _is_wanted(journal, settings, wish):
+    if journal and source and _is_wanted(journal, models_dir, ref, wish):
         journal = _checked(journal, directory, report)
     else:
         journal = None
     if source is None or (journal and not _is_left(journal, source)):
-        raise ModelUnavailableError(f"{settings.model_id} is not complete in {settings.models_dir}.",
-                                    f"Type: shoehorn pull {settings.model_id}")
-    journal = journal or _begin(settings, wish, source, directory)
+        raise ModelUnavailableError(f"{ref.id} is not complete in {models_dir}.", f"Type: shoehorn pull {ref.id}")
+    journal = journal or _begin(settings, ref, wish, source)
     files = LocalFiles(source)
     left = [name for name in journal.source["shards"] if name not in journal.shards]
     made = [layout.shard(files, name, journal.bits, journal.group) for name in left]
     sizes = [shard.size for shard in made]
     if not settings.keep_original:
-        _make_way(settings, source, journal)  # a kill can have come between the note and the removal
+        _make_way(models_dir, ref, source, journal)  # a kill can have come between the note and the removal
     disk.require_space(directory, sum(sizes) if settings.keep_original else layout.two_in_turn(sizes))
     done = 0
 
@@ -102,25 +105,25 @@ def _convert(settings: Settings, wish: Wish, report: Report) -> Path:
         for shard in made:  # one is verified while the next one is made
             result = shard_writer.make(pool, shard, source, directory, journal.group, count)
             journal = noted.result() if noted else journal
-            noted = verifier.submit(_note, settings, journal, shard, result, source, directory)
+            noted = verifier.submit(_note, settings, ref, journal, shard, result, source)
         journal = noted.result() if noted else journal
-    return _complete(settings, directory, journal)
+    return _complete(models_dir, ref, journal)
 
 
-def _held(settings: Settings) -> AbstractContextManager[None]:
+def _held(models_dir: Path, ref: ModelRef) -> AbstractContextManager[None]:
     """Keeps the original from being removed meanwhile."""
-    if settings.model_source == "local":
+    if ref.is_local:
         return nullcontext()
-    return inventory.used(settings.models_dir, settings.model_id)
+    return inventory.used(models_dir, ref.stored_id)
 
 
-def _is_wanted(journal: Journal, settings: Settings, wish: Wish) -> bool:
+def _is_wanted(journal: Journal, models_dir: Path, ref: ModelRef, wish: Wish) -> bool:
     """Whether what was begun is what is wanted now."""
-    known = manifest.read(settings)
+    known = manifest.read(models_dir, ref)
     same = (journal.source["model"], journal.source["revision"], journal.source["commit"]) == (
-        settings.model_id, settings.model_revision, known.commit if known else "")
+        ref.id, ref.revision, known.commit if known else "")
     as_wished = wish.embedding in (None, journal.embedding) and wish.group in (None, journal.group)
-    return same and as_wished and not artifact.has_changed(journal, settings)
+    return same and as_wished and not artifact.has_changed(journal, ref)
 
 
 def _is_left(journal: Journal, source: Path) -> bool:
@@ -146,22 +149,22 @@ def _checked(journal: Journal, directory: Path, report: Report) -> Journal:
     return replace(journal, shards=kept)
 
 
-def _begin(settings: Settings, wish: Wish, source: Path, directory: Path) -> Journal:
+def _begin(settings: Settings, ref: ModelRef, wish: Wish, source: Path) -> Journal:
     """Decide, and write what is known before the weights: config, index, tokenizer, journal, manifest."""
-    files = LocalFiles(source)
+    models_dir, files = settings.models_dir, LocalFiles(source)
+    directory = artifact.folder(models_dir, ref)
     names = files.names()
     layout.layout(files, KEPT, wish.group)  # refuses what cannot be converted
     bits = _chosen(files, settings, wish)
     made = layout.layout(files, bits, wish.group)
-    known = manifest.read(settings)
+    known = manifest.read(models_dir, ref)
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
     hashes = {file.path: file.sha256 for file in known.files} if known else artifact.stamps(source)
-    journal = Journal({"model": settings.model_id, "revision": settings.model_revision,
-                       "commit": known.commit if known else "",
+    journal = Journal({"model": ref.id, "revision": ref.revision, "commit": known.commit if known else "",
                        "shards": {name: hashes.get(name, "") for name in shards(files, names)}},
                       made.bits.embedding, made.bits.head, made.group)
-    manifest.write(artifact.target(settings), _manifest(settings, known, (), complete=False))
+    manifest.write(models_dir, ref.converted, _manifest(ref, known, (), complete=False))
     for name in names:
         if not any(fnmatchcase(name, pattern) for pattern in _NOT_COPIED):
             shutil.copyfile(source / name, directory / name)
@@ -169,7 +172,7 @@ def _begin(settings: Settings, wish: Wish, source: Path, directory: Path) -> Jou
     if made.index:
         write_atomic(directory / INDEX, json.dumps(made.index, indent=1) + "\n")
     journal.write(directory)
-    log.info("converting %s: groups of %d, embedding %d bits, head %d bits", settings.model_id, journal.group,
+    log.info("converting %s: groups of %d, embedding %d bits, head %d bits", ref.id, journal.group,
              journal.embedding, journal.head)
     return journal
 
@@ -209,8 +212,9 @@ def _sampled_error(files: LocalFiles, name: str, tensor: Tensor, group: int) -> 
     return float((lost / whole) ** 0.5) if whole else 0.0
 
 
-def _note(settings: Settings, journal: Journal, shard: Shard, made: Made, source: Path, directory: Path) -> Journal:
+def _note(settings: Settings, ref: ModelRef, journal: Journal, shard: Shard, made: Made, source: Path) -> Journal:
     """Make a shard that is written count: verified, renamed, noted; then its original may go."""
+    directory = artifact.folder(settings.models_dir, ref)
     sha256 = shard_writer.verified(shard, made, directory)
     os.replace(directory / shard_writer.partial(shard), directory / shard.name)
     sync_directory(directory)
@@ -218,21 +222,21 @@ def _note(settings: Settings, journal: Journal, shard: Shard, made: Made, source
     journal = replace(journal, shards={**journal.shards, shard.name: entry})
     journal.write(directory)
     if not settings.keep_original:
-        _make_way(settings, source, journal)
+        _make_way(settings.models_dir, ref, source, journal)
     return journal
 
 
-def _make_way(settings: Settings, source: Path, journal: Journal) -> None:
+def _make_way(models_dir: Path, ref: ModelRef, source: Path, journal: Journal) -> None:
     """Remove each original whose successor is noted; from the first one on the original is not complete."""
     there = [source / name for name in journal.shards if (source / name).exists()]
-    if there and (known := manifest.read(settings)):
-        manifest.write(settings, replace(known, complete=False))
+    if there and (known := manifest.read(models_dir, ref)):
+        manifest.write(models_dir, ref, replace(known, complete=False))
     for path in there:
         path.unlink()
 
 
-def _complete(settings: Settings, directory: Path, journal: Journal) -> Path:
-    files = []
+def _complete(models_dir: Path, ref: ModelRef, journal: Journal) -> Path:
+    directory, files = artifact.folder(models_dir, ref), []
     for name, size in LocalFiles(directory).names().items():
         known = journal.shards.get(name)
         with (directory / name).open("rb") as file:
@@ -240,12 +244,12 @@ def _complete(settings: Settings, directory: Path, journal: Journal) -> Path:
             sha256 = known["sha256"] if known else hashlib.file_digest(file, "sha256").hexdigest()
         files.append(ModelFile(name, size, sha256, (directory / name).stat().st_mtime_ns))
     sync_directory(directory)
-    manifest.write(artifact.target(settings),
-                   _manifest(settings, manifest.read(settings), tuple(files), complete=True))
+    manifest.write(models_dir, ref.converted,
+                   _manifest(ref, manifest.read(models_dir, ref), tuple(files), complete=True))
     return directory
 
 
-def _manifest(settings: Settings, known: Manifest | None, files: tuple[ModelFile, ...], *, complete: bool) -> Manifest:
-    target = artifact.target(settings)
-    return Manifest(target.model_id, target.model_revision, known.endpoint if known else "", complete, files,
-                    known.commit if known else "", target.model_source)
+def _manifest(ref: ModelRef, known: Manifest | None, files: tuple[ModelFile, ...], *, complete: bool) -> Manifest:
+    target = ref.converted
+    return Manifest(target.stored_id, target.revision, known.endpoint if known else "", complete, files,
+                    known.commit if known else "", target.stored_source)

@@ -12,6 +12,7 @@ from pathlib import Path
 from shoehorn.config.profiles import Profile
 from shoehorn.config.settings import Settings
 from shoehorn.hardware.types import Hardware
+from shoehorn.model.reference import ModelRef
 from shoehorn.model.shape import ModelShape
 
 
@@ -40,14 +41,12 @@ class Draft:
     """The draft model of speculative decoding.
 
     Attributes:
-        model_id: as SPECULATIVE names it.
-        quantization: as the setting QUANTIZATION: `int4` where the draft is converted, else `none`.
+        ref: of the draft model, in the format that is served.
         directory: of its files, which need not exist yet.
         lacking_bytes: disk space that the volume lacks for it.
     """
 
-    model_id: str
-    quantization: str
+    ref: ModelRef
     directory: Path
     shape: ModelShape
     lacking_bytes: int = 0

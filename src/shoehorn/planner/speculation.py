@@ -29,7 +29,7 @@ def apply(options: Options, settings: PlanSettings) -> None:
 def apply_draft(options: Options, draft: Draft) -> None:
     """The draft that SPECULATIVE names."""
     options.fix(OPTION, {**DRAFT, "model": str(draft.directory)},
-                f"SPECULATIVE={draft.model_id}; expected speeds are for {ACCEPTED:g} tokens a pass")
+                f"SPECULATIVE={draft.ref.id}; expected speeds are for {ACCEPTED:g} tokens a pass")
 
 
 def load_as_nf4(options: Options, draft: Draft) -> None:

@@ -15,7 +15,6 @@ from pathlib import Path
 from shoehorn.common import mounts
 from shoehorn.common.disk import trouble
 from shoehorn.common.errors import ModelUnavailableError
-from shoehorn.config.settings import Settings
 
 log = logging.getLogger("store")
 
@@ -26,13 +25,12 @@ def lock_path(models_dir: Path, model: str) -> Path:
 
 
 @contextmanager
-def only_writer(settings: Settings) -> Iterator[None]:
+def only_writer(models_dir: Path, model: str) -> Iterator[None]:
     """Hold the model's lock. The kernel drops it with the process, so that a crash leaves none behind.
 
     Raises:
         ModelUnavailableError: the volume is absent, cannot be written, or knows no locks that hold for all.
     """
-    models_dir = settings.models_dir
     if not models_dir.is_dir():
         raise ModelUnavailableError(f"MODELS_DIR={models_dir} does not exist.",
                                     f"Mount a volume there, or: mkdir -p {models_dir}")
@@ -42,7 +40,7 @@ def only_writer(settings: Settings) -> Iterator[None]:
             f"{models_dir} is a {mount.kind} volume mounted with {mount.local_locks}: its locks hold on this machine "
             "only, so nothing keeps two machines from writing the same model.",
             f"Mount it without {mount.local_locks}, then start again; NFS 4 has locks of its own.")
-    path = lock_path(models_dir, settings.model_id)
+    path = lock_path(models_dir, model)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)
@@ -52,7 +50,7 @@ def only_writer(settings: Settings) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            log.info("another process pulls %s; waiting for it", settings.model_id)
+            log.info("another process pulls %s; waiting for it", model)
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         except OSError as error:
             raise ModelUnavailableError(f"The file system of {models_dir} has no locks ({error.strerror}).",

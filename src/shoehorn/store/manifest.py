@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from shoehorn.common.atomic_file import write_atomic
-from shoehorn.config.settings import Settings
 from shoehorn.hub.files import ModelFile, is_plain
+from shoehorn.model.reference import ModelRef
 
 log = logging.getLogger("store")
 
@@ -44,20 +44,19 @@ class Manifest:
     commit: str = ""
     source: str = "modelscope"
 
-    def is_of(self, settings: Settings) -> bool:
-        """Whether it describes the model, the revision and the hub that the settings name."""
-        return (self.model, self.revision, self.source) == (
-            settings.model_id, settings.model_revision, settings.model_source)
+    def is_of(self, ref: ModelRef) -> bool:
+        """Whether it describes this model, revision and source."""
+        return (self.model, self.revision, self.source) == (ref.stored_id, ref.revision, ref.stored_source)
 
 
-def location(settings: Settings) -> Path:
-    """Where the model's manifest lies."""
-    return settings.models_dir / ".shoehorn" / "manifests" / f"{settings.model_id.replace('/', '--')}.json"
+def location(models_dir: Path, ref: ModelRef) -> Path:
+    """Path of the model's manifest."""
+    return models_dir / ".shoehorn" / "manifests" / f"{ref.stored_id.replace('/', '--')}.json"
 
 
-def read(settings: Settings) -> Manifest | None:
+def read(models_dir: Path, ref: ModelRef) -> Manifest | None:
     """The model's manifest, or None where there is none that can be understood."""
-    path = location(settings)
+    path = location(models_dir, ref)
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
         if document.pop("version") != VERSION:
@@ -82,9 +81,9 @@ def _parse(document: dict[str, Any]) -> Manifest:
     return found
 
 
-def write(settings: Settings, manifest: Manifest) -> None:
+def write(models_dir: Path, ref: ModelRef, manifest: Manifest) -> None:
     """Replace the model's manifest; durable when it returns."""
-    path = location(settings)
+    path = location(models_dir, ref)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, json.dumps({"version": VERSION, **asdict(manifest)}, indent=1) + "\n")
 

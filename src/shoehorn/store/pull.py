@@ -29,10 +29,12 @@ from shoehorn.hub.files import ModelFile
 from shoehorn.hub.repository import HubFailedError, HubFiles
 from shoehorn.hub.transfer import bytes_there, partial_path
 from shoehorn.model.files import Files, LocalFiles
+from shoehorn.model.reference import ModelRef
 from shoehorn.store import locks, manifest, sources
 from shoehorn.store.check import check_file, first_mismatch, foreign, marked, size, unlisted_files
 from shoehorn.store.local_folder import folder_of, local, verified_local
 from shoehorn.store.manifest import Manifest
+from shoehorn.store.reference import model_reference
 from shoehorn.store.selection import choose
 from shoehorn.store.sources import download
 
@@ -41,15 +43,15 @@ log = logging.getLogger("store")
 _FETCHES = 2
 
 
-def locate(settings: Settings) -> Path | None:
+def locate(models_dir: Path, ref: ModelRef) -> Path | None:
     """The complete local folder of the model, or None. Asks no hub.
 
     Raises:
         ModelUnavailableError: MODEL_SOURCE=local and the folder holds no model, or not what its manifest says.
     """
-    if settings.model_source == "local":
-        return local(settings, None)
-    directory, found = _directory(settings), _completed(settings)
+    if ref.is_local:
+        return local(ref, None)
+    directory, found = ref.directory(models_dir), _completed(models_dir, ref)
     if found is None:
         return None
     for file in found.files:
@@ -59,15 +61,16 @@ def locate(settings: Settings) -> Path | None:
     return None if unlisted_files(directory, found.files) else directory
 
 
-def hub_files(settings: Settings) -> Files:
+def hub_files(settings: Settings, ref: ModelRef) -> Files:
     """The model's files, for a look at them: local ones when all are there, else on the hub, read by ranges."""
-    directory = Path(settings.model_id).resolve() if settings.model_source == "local" else locate(settings)
-    if directory is None and (known := _completed(settings)):  # `pull` settles these without the hub, most likely
-        here = _directory(settings)
+    models_dir = settings.models_dir
+    directory = Path(ref.id).resolve() if ref.is_local else locate(models_dir, ref)
+    if directory is None and (known := _completed(models_dir, ref)):  # `pull` most likely accepts these without the hub
+        here = ref.directory(models_dir)
         directory = here if all(size(here, file) == file.size_bytes for file in known.files) else None
     if directory is None:
-        _require_online(settings)
-    return LocalFiles(directory) if directory else sources.chosen(settings, manifest.read(settings))
+        _require_online(settings, ref)
+    return LocalFiles(directory) if directory else sources.chosen(settings, ref, manifest.read(models_dir, ref))
 
 
 def pull(settings: Settings, report: Report) -> Path:
@@ -76,16 +79,17 @@ def pull(settings: Settings, report: Report) -> Path:
     Raises:
         ModelUnavailableError: hub, volume, or a file that fails its check twice.
     """
+    ref = model_reference(settings)
     try:
-        if settings.model_source == "local":
-            return local(settings, report) or folder_of(settings)
-        if found := locate(settings):  # needs no lock, and so no volume that can be written
+        if ref.is_local:
+            return local(ref, report) or folder_of(ref)
+        if found := locate(settings.models_dir, ref):  # needs no lock, and so no volume that can be written
             return found
-        with locks.only_writer(settings):
-            if settled := _settle(settings, report):
-                return settled
-            _require_online(settings)
-            return _fetch(settings, report)
+        with locks.only_writer(settings.models_dir, ref.stored_id):
+            if accepted := _accept_existing(settings.models_dir, ref, report):
+                return accepted
+            _require_online(settings, ref)
+            return _fetch(settings, ref, report)
     except OSError as error:
         raise disk.trouble(settings.models_dir, error) from error
 
@@ -96,76 +100,79 @@ def verify(settings: Settings, report: Report) -> Path:
     Raises:
         ModelUnavailableError: the model is not complete, or a file is not what it was; it is marked for the next pull.
     """
-    if settings.model_source == "local":
-        return verified_local(settings, report)
-    directory, known = _directory(settings), _completed(settings)
+    ref, models_dir = model_reference(settings), settings.models_dir
+    if ref.is_local:
+        return verified_local(ref, report)
+    directory, known = ref.directory(models_dir), _completed(models_dir, ref)
     if known is None:
-        raise ModelUnavailableError(f"{settings.model_id} is not complete in {settings.models_dir}.",
-                                    f"Type: shoehorn pull {settings.model_id}")
+        raise ModelUnavailableError(f"{ref.id} is not complete in {models_dir}.",
+                                    f"Type: shoehorn pull {ref.id}")
     try:
-        with locks.only_writer(settings):
+        with locks.only_writer(models_dir, ref.stored_id):
             checked = check_file(directory, known.files, (), report)
             if wrong := first_mismatch(known.files, checked):
-                manifest.write(settings, replace(known, complete=False, files=marked(known.files, checked)))
+                manifest.write(models_dir, ref, replace(known, complete=False, files=marked(known.files, checked)))
                 names = ", ".join(file.path for file in wrong)
                 raise ModelUnavailableError(f"Not what was pulled, by size or SHA-256: {names}.",
-                                            f"Type: shoehorn pull {settings.model_id} (only these are fetched again)")
+                                            f"Type: shoehorn pull {ref.id} (only these are fetched again)")
     except OSError as error:
         raise disk.trouble(settings.models_dir, error) from error
     return directory
 
 
-def _require_online(settings: Settings) -> None:
+def _require_online(settings: Settings, ref: ModelRef) -> None:
     if settings.offline:
         raise ModelUnavailableError(
-            f"{settings.model_id} is not complete in {settings.models_dir}, and OFFLINE=yes forbids asking a hub.",
-            f"On a machine with a network: shoehorn pull {settings.model_id}, then copy its MODELS_DIR here; or unset "
+            f"{ref.id} is not complete in {settings.models_dir}, and OFFLINE=yes forbids asking a hub.",
+            f"On a machine with a network: shoehorn pull {ref.id}, then copy its MODELS_DIR here; or unset "
             "OFFLINE.")
 
 
-def _completed(settings: Settings) -> Manifest | None:
+def _completed(models_dir: Path, ref: ModelRef) -> Manifest | None:
     """The manifest, when it says that this model was complete at this revision."""
-    found = manifest.read(settings)
-    return found if found and found.complete and found.is_of(settings) else None
+    found = manifest.read(models_dir, ref)
+    return found if found and found.complete and found.is_of(ref) else None
 
 
-def _settle(settings: Settings, report: Report) -> Path | None:
-    """The folder, when all that speaks against it are times, or a file that is not the model's. Asks no hub."""
-    directory, known = _directory(settings), _completed(settings)
+def _accept_existing(models_dir: Path, ref: ModelRef, report: Report) -> Path | None:
+    """Return the folder when its content is still as recorded, whatever its times say. Asks no hub."""
+    directory, known = ref.directory(models_dir), _completed(models_dir, ref)
     if known is None:
         return None
     checked = check_file(directory, known.files, known.files, report)
     if wrong := first_mismatch(known.files, checked):
         log.warning("not what was checked, and fetched again: %s", ", ".join(file.path for file in wrong))
-        manifest.write(settings, replace(known, complete=False, files=marked(known.files, checked)))
+        manifest.write(models_dir, ref, replace(known, complete=False, files=marked(known.files, checked)))
         _remove(directory, wrong)
         return None
-    return _complete(settings, directory, known, known.files, checked)
+    return _complete(models_dir, ref, known, known.files, checked)
 
 
-def _fetch(settings: Settings, report: Report) -> Path:
-    hub = sources.chosen(settings, manifest.read(settings))
+def _fetch(settings: Settings, ref: ModelRef, report: Report) -> Path:
+    hub = sources.chosen(settings, ref, manifest.read(settings.models_dir, ref))
     try:
-        return _fetch_from(hub, settings, report)
+        return _fetch_from(hub, settings, ref, report)
     except HubFailedError as error:  # the manifest holds the listing of this hub by now, if it gave one
-        return _fetch_from(sources.fallback(settings, hub, manifest.read(settings), error), settings, report)
+        known = manifest.read(settings.models_dir, ref)
+        return _fetch_from(sources.fallback(settings, ref, hub, known, error), settings, ref, report)
 
 
-def _fetch_from(hub: HubFiles, settings: Settings, report: Report) -> Path:
-    directory, known = _directory(settings), manifest.read(settings)
+def _fetch_from(hub: HubFiles, settings: Settings, ref: ModelRef, report: Report) -> Path:
+    models_dir = settings.models_dir
+    directory, known = ref.directory(models_dir), manifest.read(models_dir, ref)
     before = known.files if known else ()
     with hub:
         wanted = choose(hub, hub.listing(), settings)
         _require_no_code(hub, settings)
     directory.mkdir(parents=True, exist_ok=True)
-    if known is None or not known.is_of(settings):  # without a checksum nothing tells what is there from what should be
+    if known is None or not known.is_of(ref):  # without a checksum nothing tells what is there from what should be
         _remove(directory, [file for file in wanted if not file.sha256 and not file.blob_id], partial=True)
     checked = check_file(directory, wanted, before, report)
     paths = {file.path for file in wanted}
     leftovers = [file for file in before if file.path not in paths]
-    begun = Manifest(settings.model_id, settings.model_revision, hub.endpoint, False,
-                     (*marked(wanted, checked), *leftovers), hub.commit, settings.model_source)
-    manifest.write(settings, begun)
+    begun = Manifest(ref.stored_id, ref.revision, hub.endpoint, False, (*marked(wanted, checked), *leftovers),
+                     hub.commit, ref.stored_source)
+    manifest.write(models_dir, ref, begun)
     _remove(directory, leftovers, partial=True)
     for _ in range(_FETCHES):
         wrong = first_mismatch(wanted, checked)
@@ -182,7 +189,7 @@ def _fetch_from(hub: HubFiles, settings: Settings, report: Report) -> Path:
                                     f"Try again later, or another {hub.endpoint_setting}; nothing wrong was kept.")
     if bare := sum(not file.sha256 and not file.blob_id for file in wanted):
         log.warning("the hub gives no checksum for %d of %d files: only the sizes could be checked", bare, len(wanted))
-    return _complete(settings, directory, begun, wanted, checked)
+    return _complete(models_dir, ref, begun, wanted, checked)
 
 
 def _require_no_code(hub: HubFiles, settings: Settings) -> None:
@@ -197,15 +204,16 @@ def _require_no_code(hub: HubFiles, settings: Settings) -> None:
                                     "Set TRUST_REMOTE_CODE=yes only if you trust its author.")
 
 
-def _complete(settings: Settings, directory: Path, begun: Manifest, files: Iterable[ModelFile],
+def _complete(models_dir: Path, ref: ModelRef, begun: Manifest, files: Iterable[ModelFile],
               checked: Mapping[str, ModelFile]) -> Path:
+    directory = ref.directory(models_dir)
     files = tuple(checked[file.path] for file in files)
     if strangers := unlisted_files(directory, files):
         raise foreign(directory, strangers)
     for folder in {parent for file in files for parent in (directory / file.path).parents
-                   if parent.is_relative_to(settings.models_dir)}:
+                   if parent.is_relative_to(models_dir)}:
         sync_directory(folder)
-    manifest.write(settings, replace(begun, complete=True, files=files))
+    manifest.write(models_dir, ref, replace(begun, complete=True, files=files))
     return directory
 
 
@@ -214,7 +222,3 @@ def _remove(directory: Path, files: Iterable[ModelFile], *, partial: bool = Fals
         (directory / file.path).unlink(missing_ok=True)
         if partial:
             partial_path(directory / file.path).unlink(missing_ok=True)
-
-
-def _directory(settings: Settings) -> Path:
-    return settings.models_dir / settings.model_id

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from shoehorn.common.errors import ModelUnavailableError
@@ -23,6 +22,7 @@ from shoehorn.hub.modelscope import Hub
 from shoehorn.hub.repository import HubFailedError, HubFiles
 from shoehorn.hub.transfer import bytes_there
 from shoehorn.model import safetensors
+from shoehorn.model.reference import ModelRef
 from shoehorn.store.manifest import Manifest
 
 log = logging.getLogger("store")
@@ -32,7 +32,7 @@ _DOWNLOADS = {"modelscope": modelscope_download.download, "huggingface": hugging
 _OTHER = {"modelscope": "huggingface", "huggingface": "modelscope"}
 
 
-def chosen(settings: Settings, known: Manifest | None) -> HubFiles:
+def chosen(settings: Settings, ref: ModelRef, known: Manifest | None) -> HubFiles:
     """The hub to read the model from: the one of MODEL_SOURCE, or in its place the other.
 
     Args:
@@ -41,35 +41,36 @@ def chosen(settings: Settings, known: Manifest | None) -> HubFiles:
     Raises:
         ModelUnavailableError: the fallback was needed, and refused.
     """
-    hub = _HUBS[settings.model_source](settings)
+    hub = _HUBS[ref.source](settings, ref.id, ref.revision)
     if settings.model_fallback:
         try:
             hub.listing()
         except HubFailedError as error:
-            return fallback(settings, hub, known, error)
+            return fallback(settings, ref, hub, known, error)
     return hub
 
 
-def fallback(settings: Settings, hub: HubFiles, known: Manifest | None, cause: HubFailedError) -> HubFiles:
+def fallback(settings: Settings, ref: ModelRef, hub: HubFiles, known: Manifest | None,
+             cause: HubFailedError) -> HubFiles:
     """The other hub, in place of `hub` that failed with `cause`.
 
     Raises:
         HubFailedError: `cause`, when no other hub may be asked.
         ModelUnavailableError: the other hub's weights are not known to be the same.
     """
-    if not settings.model_fallback or hub.source != settings.model_source:
+    if not settings.model_fallback or hub.source != ref.source:
         raise cause
     hub.close()
     source = _OTHER[hub.source]
-    revision = settings.model_revision if "MODEL_REVISION" in settings.given else default_revision(source)
+    revision = default_revision(source) if ref.revision == default_revision(ref.source) else ref.revision
     weights = {file.path: file.sha256 for file in known.files if file.path.endswith(".safetensors")
-               } if known and known.is_of(settings) else {}
+               } if known and known.is_of(ref) else {}
     if not weights or not all(weights.values()):
         raise ModelUnavailableError(
-            f"{cause.cause} MODEL_FALLBACK does not help: no SHA-256 of the weights of {settings.model_id} is known, "
+            f"{cause.cause} MODEL_FALLBACK does not help: no SHA-256 of the weights of {ref.id} is known, "
             f"and so nothing tells whether {source} has the same.",
             f"Try again later, or trust the other hub as it is: MODEL_SOURCE={source}")
-    other = _HUBS[source](replace(settings, model_source=source, model_revision=revision))
+    other = _HUBS[source](settings, ref.id, revision)
     try:
         there = {file.path: file.sha256 for file in other.listing()}
     except HubFailedError as error:
@@ -80,7 +81,7 @@ def fallback(settings: Settings, hub: HubFiles, known: Manifest | None, cause: H
     if different:
         other.close()
         raise ModelUnavailableError(
-            f"{cause.cause} {source} has other weights of {settings.model_id} at revision {revision}, by their "
+            f"{cause.cause} {source} has other weights of {ref.id} at revision {revision}, by their "
             f"SHA-256: {', '.join(different)}.",
             f"Try again later, or take what that hub has: MODEL_SOURCE={source}")
     log.warning("%s; the weights at %s are the same, and it is used instead", cause.cause.rstrip("."), other.endpoint)
