@@ -149,7 +149,7 @@ def test_lines_become_keys() -> None:
     ("", "has no key"), ("# only\n\n", "has no key"), (f"alice {TOKEN}", "line 1: it has no newline"),
     (f"alice {TOKEN}\nbob {OTHER} max_tok", "line 2: it has no newline"), (f"{TOKEN}\n", "write NAME KEY"),
     (f"alice {TOKEN}\nalice {OTHER}\n", "line 2: its name or its key"),
-    (f"alice {TOKEN}\nbob {TOKEN}\n", "line 2: its name or its key"), ("alice short\n", "a key has 8 to 512"),
+    (f"alice {TOKEN}\nbob {TOKEN}\n", "line 2: its name or its key"), ("alice short\n", "8 to 512 characters"),
     (f"alice {TOKEN} {OTHER}\n", "LIMIT=VALUE"), (f"alice {TOKEN} concurrent=2 concurrent=3\n", "each limit once"),
     (f"alice {TOKEN} rpm=3\n", "'rpm' is no limit"), (f"alice {TOKEN} expires=30d\n", "is no day"),
     (f"a/b {TOKEN}\n", "a name has"), (f"alice: {TOKEN}\n", "a name has")])
