@@ -70,12 +70,12 @@ def test_a_full_disk_is_waited_for(appliance: Appliance) -> None:
     appliance.find("VLLM::Worker").kill()
     stream.finish()
     assert stream.last.startswith(ERROR_ENDS[stream.path]), stream.text[-500:]
-    wait_until(lambda: f"{appliance.run_dir} is full, so nothing can be served" in appliance.output, 60,
+    wait_until(lambda: f"No space left on {appliance.run_dir}" in appliance.output, 60,
                lambda: f"it says so\n{appliance.output[-3000:]}")
     answer = chat(appliance)
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "model_not_ready")
     assert appliance.output.count("the engine's lines come here instead") == 1
-    assert appliance.output.count("is full, so nothing can be served") == 1
+    assert appliance.output.count("No space left on") == 1
     assert not appliance.runs("VLLM::")
     filling.end()
     appliance.wait_for(Phase.LOADING, 20)

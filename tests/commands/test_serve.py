@@ -76,8 +76,8 @@ def test_a_volume_that_nobody_named_is_told(tmp_path: Path, monkeypatch: pytest.
     table = tmp_path / "mountinfo"
     table.write_text("22 1 8:1 / / rw,relatime shared:1 - overlay overlay rw\n"
                      f"40 22 8:2 {root} {tmp_path} rw,relatime - ext4 /dev/sda1 rw\nnothing\n")
-    found = mounts.of(tmp_path / "models", table)
-    monkeypatch.setattr(mounts, "of", lambda _folder: found)
+    found = mounts.find_mount(tmp_path / "models", table)
+    monkeypatch.setattr(mounts, "find_mount", lambda _folder: found)
     _require_volume(tmp_path)
     said = capsys.readouterr().out
     assert ("no volume is mounted" in said) != named
@@ -85,8 +85,8 @@ def test_a_volume_that_nobody_named_is_told(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_without_a_table_of_mounts_nothing_is_said(tmp_path: Path) -> None:
-    assert mounts.of(tmp_path, tmp_path / "none") is None
-    assert mounts.of(tmp_path) is not None
+    assert mounts.find_mount(tmp_path, tmp_path / "none") is None
+    assert mounts.find_mount(tmp_path) is not None
 
 
 @pytest.mark.parametrize(("most", "limit"), [(resource.RLIM_INFINITY, 1), (4096, 1), (1, 1), (0, 0)])

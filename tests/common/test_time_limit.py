@@ -1,4 +1,4 @@
-"""Calls that hang are left behind, one at a time."""
+"""Time limit: at most one call hangs, and its late result is discarded."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from shoehorn.common.time_limit import TimeLimited
+from shoehorn.common.time_limit import TimeLimitedCall
 
 
 @pytest.fixture
 def release() -> Iterator[threading.Event]:
-    made = threading.Event()
-    yield made
-    made.set()
+    event = threading.Event()
+    yield event
+    event.set()
     _join()
 
 
@@ -26,13 +26,13 @@ def _join() -> None:
             thread.join(60)
 
 
-def test_each_question_gets_a_fresh_answer() -> None:
+def test_sequential_callers_get_separate_results() -> None:
     answers = iter([1, 2, 3])
-    limited = TimeLimited(lambda: next(answers), 60.0)
+    limited = TimeLimitedCall(lambda: next(answers), 60.0)
     assert [limited.get(), limited.get(), limited.get()] == [1, 2, 3]
 
 
-def test_a_hanging_call_is_waited_for_once_and_not_started_again(release: threading.Event) -> None:
+def test_hanging_call_is_waited_for_once_and_not_repeated(release: threading.Event) -> None:
     started = []
 
     def call() -> int:
@@ -40,17 +40,17 @@ def test_a_hanging_call_is_waited_for_once_and_not_started_again(release: thread
         release.wait()
         return len(started)
 
-    limited = TimeLimited(call, 0.5)
+    limited = TimeLimitedCall(call, 0.5)
     begun = time.monotonic()
     assert limited.get() is None
     assert time.monotonic() - begun > 0.4
     begun = time.monotonic()
     assert [limited.get() for _ in range(50)] == [None] * 50
-    assert time.monotonic() - begun < 50 * 0.5 / 2  # the limit is over already
+    assert time.monotonic() - begun < 50 * 0.5 / 2  # the limit has expired
     assert len(started) == 1
 
 
-def test_the_late_result_is_thrown_away(release: threading.Event) -> None:
+def test_late_result_is_discarded(release: threading.Event) -> None:
     ages = iter(["old", "new"])
 
     def call() -> str:
@@ -58,7 +58,7 @@ def test_the_late_result_is_thrown_away(release: threading.Event) -> None:
         release.wait()
         return age
 
-    limited = TimeLimited(call, 0.05)
+    limited = TimeLimitedCall(call, 0.05)
     assert limited.get() is None
     release.set()
     _join()
@@ -66,7 +66,7 @@ def test_the_late_result_is_thrown_away(release: threading.Event) -> None:
     assert limited.get() == "new"
 
 
-def test_callers_at_the_same_time_share_one_call(release: threading.Event) -> None:
+def test_concurrent_callers_share_one_call(release: threading.Event) -> None:
     started = []
 
     def call() -> int:
@@ -75,30 +75,30 @@ def test_callers_at_the_same_time_share_one_call(release: threading.Event) -> No
         return 7
 
     class Counted:
-        """A lock; whoever left it has its call."""
+        """A lock that counts its releases."""
 
-        left, lock = 0, threading.Lock()
+        releases, lock = 0, threading.Lock()
 
         def __enter__(self) -> None:
             self.lock.acquire()
 
         def __exit__(self, *_: object) -> None:
-            self.left += 1
+            self.releases += 1
             self.lock.release()
 
-    limited = TimeLimited(call, 60.0)
+    limited = TimeLimitedCall(call, 60.0)
     limited._lock = counted = Counted()  # type: ignore[assignment]
     with ThreadPoolExecutor(4) as pool:
         answers = [pool.submit(limited.get) for _ in range(4)]
         end = time.monotonic() + 60
-        while counted.left < 4 and time.monotonic() < end:
+        while counted.releases < 4 and time.monotonic() < end:
             time.sleep(0.005)
         release.set()
         assert [answer.result() for answer in answers] == [7] * 4
     assert len(started) == 1
 
 
-def test_a_call_that_raises_is_shown_counts_as_no_answer_and_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_exception_goes_to_the_hook_and_the_next_caller_retries(monkeypatch: pytest.MonkeyPatch) -> None:
     answers = iter([1, 2])
     shown: list[str] = []
     monkeypatch.setattr(threading, "excepthook", lambda arguments: shown.append(str(arguments.exc_value)))
@@ -108,7 +108,7 @@ def test_a_call_that_raises_is_shown_counts_as_no_answer_and_is_tried_again(monk
             raise ValueError("a defect")
         return answer
 
-    limited = TimeLimited(call, 60.0)
+    limited = TimeLimitedCall(call, 60.0)
     assert limited.get() is None
     _join()
     assert shown == ["a defect"]

@@ -184,7 +184,7 @@ def test_a_disk_that_fills_is_told_and_gone_on_with(tmp_path: Path, model: Path,
                           env={**environment, "PATH": os.environ["PATH"],
                                "PYTHONPATH": str(Path(pull.__file__).parents[2])})
     told, rest = done.stdout.split("\n  -> ")
-    assert re.fullmatch(r"full: 4 .*\nshoehorn: The volume \S+ is full\.", told), done.stdout + done.stderr
+    assert re.fullmatch(r"full: 4 .*\nshoehorn: Volume \S+: disk full\.", told), done.stdout + done.stderr
     assert {line.split()[1]: line.split()[0] for line in rest.splitlines()[1:]} == whole
 
 

@@ -1,4 +1,4 @@
-"""The captures of public models and machines, and the sparse checkpoints that are made of them."""
+"""Captures of public models and machines, and sparse checkpoints written from them."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from shoehorn.model.files import LocalFiles
 
 sys.path.append(str(HOME / "tests" / "gpu"))
 
-import sparse_checkpoint  # its folder is no package: the path is set just above
+import sparse_checkpoint  # its folder is not a package: the path is set just above
 
 GIB = 1 << 30
 
 
 @pytest.mark.parametrize("name", captured.names())
-def test_the_tensors_have_the_bytes_that_the_publisher_says(name: str) -> None:
+def test_tensors_have_the_size_that_the_publisher_states(name: str) -> None:
     document, tensors = captured.document(name), captured.tensors(name)
     total = sum(tensor.bytes for tensor in tensors)
     assert document["total_size"] in (None, total)
@@ -37,14 +37,14 @@ def test_the_tensors_have_the_bytes_that_the_publisher_says(name: str) -> None:
     assert document["source"]
 
 
-def test_a_wrong_shape_would_be_noticed() -> None:
+def test_missing_tensor_changes_the_total_size() -> None:
     document = captured.document("llama-3.1-8b-instruct")
     total = sum(tensor.bytes for tensor in captured.tensors("llama-3.1-8b-instruct")[1:])
     assert total != document["total_size"]
 
 
 @pytest.mark.parametrize("name", captured.names())
-def test_planning_reads_the_captured_checkpoint_and_no_weights(name: str) -> None:
+def test_planning_reads_a_captured_checkpoint_without_its_weights(name: str) -> None:
     files = captured.files(name)
     shape = checkpoint.read(files)
     assert shape.weights_bytes == sum(tensor.bytes for tensor in captured.tensors(name))
@@ -52,7 +52,7 @@ def test_planning_reads_the_captured_checkpoint_and_no_weights(name: str) -> Non
     assert shape.layers == (captured.config(name).get("text_config") or captured.config(name))["num_hidden_layers"]
 
 
-def test_reading_weights_fails() -> None:
+def test_reading_weights_of_a_capture_fails() -> None:
     files = captured.files("qwen3-8b")
     with pytest.raises(AssertionError, match="weights of"):
         files.read("model-00001-of-00004.safetensors")
@@ -62,8 +62,7 @@ def test_reading_weights_fails() -> None:
     ("llama-3.1-8b-instruct", None), ("llama-3.1-8b-bnb-4bit", 2), ("llama-3.1-8b-instruct-gptq", 2),
     ("llama-3.1-8b-instruct-w4a16", 2), ("llama-3.1-8b-instruct-fp8", 2), ("gemma-3-12b-it", 6),
     ("qwen2.5-32b-instruct-awq", 1)])
-def test_a_sparse_checkpoint_is_a_checkpoint_and_takes_little_disk(tmp_path: Path, name: str,
-                                                                   layers: int | None) -> None:
+def test_sparse_checkpoint_is_valid_and_small_on_disk(tmp_path: Path, name: str, layers: int | None) -> None:
     config, tensors = captured.config(name), captured.tensors(name)
     if layers:
         config, tensors = sparse_checkpoint.first_layers(config, tensors, layers)
@@ -74,17 +73,17 @@ def test_a_sparse_checkpoint_is_a_checkpoint_and_takes_little_disk(tmp_path: Pat
     assert not any("layers" in note for note in shape.notes)
     used = sum(path.stat().st_blocks * 512 for path in tmp_path.iterdir())
     assert used < 100_000_000 < sum(path.stat().st_size for path in tmp_path.iterdir())
-    found = {}
+    shapes = {}
     for path in tmp_path.glob("*.safetensors"):
         with safe_open(path, "np") as opened:
-            found |= {tensor: tuple(opened.get_slice(tensor).get_shape()) for tensor in opened.offset_keys()}
-    assert found == {tensor.name: tensor.shape for tensor in tensors}
+            shapes |= {tensor: tuple(opened.get_slice(tensor).get_shape()) for tensor in opened.offset_keys()}
+    assert shapes == {tensor.name: tensor.shape for tensor in tensors}
     vocabulary = Tokenizer.from_file(str(tmp_path / "tokenizer.json")).get_vocab_size()
     assert vocabulary == next(tensor.shape[0] for tensor in tensors if tensor.name.endswith("embed_tokens.weight"))
 
 
-def test_what_may_not_be_zero_is_written(tmp_path: Path) -> None:
-    def of(name: str, tensor: str) -> bytes:
+def test_data_that_must_not_be_zero_is_written(tmp_path: Path) -> None:
+    def data_of(name: str, tensor: str) -> bytes:
         directory = tmp_path / name
         if not directory.exists():
             sparse_checkpoint.write(directory, *sparse_checkpoint.first_layers(
@@ -97,20 +96,20 @@ def test_what_may_not_be_zero_is_written(tmp_path: Path) -> None:
 
     gptq, packed, state = "llama-3.1-8b-instruct-gptq", "llama-3.1-8b-instruct-w4a16", "llama-3.1-8b-bnb-4bit"
     layer = "model.layers.0."
-    assert np.all(np.frombuffer(of(gptq, layer + "input_layernorm.weight"), np.float16) == 1)
-    groups = np.frombuffer(of(gptq, layer + "mlp.down_proj.g_idx"), np.int32)
+    assert np.all(np.frombuffer(data_of(gptq, layer + "input_layernorm.weight"), np.float16) == 1)
+    groups = np.frombuffer(data_of(gptq, layer + "mlp.down_proj.g_idx"), np.int32)
     assert (groups[127], groups[128], groups[-1]) == (0, 1, 14336 // 128 - 1)
-    assert np.frombuffer(of(packed, layer + "mlp.down_proj.weight_shape"), np.int64).tolist() == [4096, 14336]
-    written = json.loads(of(state, layer + "mlp.down_proj.weight.quant_state.bitsandbytes__nf4"))
+    assert np.frombuffer(data_of(packed, layer + "mlp.down_proj.weight_shape"), np.int64).tolist() == [4096, 14336]
+    written = json.loads(data_of(state, layer + "mlp.down_proj.weight.quant_state.bitsandbytes__nf4"))
     assert written["shape"] == [4096, 14336]
-    scales = of("llama-3.1-8b-instruct-fp8", layer + "mlp.down_proj.input_scale")
+    scales = data_of("llama-3.1-8b-instruct-fp8", layer + "mlp.down_proj.input_scale")
     assert np.frombuffer(scales, np.uint16).tolist() == [0x3F80]  # 1.0 in bfloat16
-    router = np.frombuffer(of("qwen3-30b-a3b", layer + "mlp.gate.weight"), np.uint16)
+    router = np.frombuffer(data_of("qwen3-30b-a3b", layer + "mlp.gate.weight"), np.uint16)
     assert len(set(router.tolist())) > 100
-    assert not any(of(gptq, layer + "mlp.down_proj.qweight"))
+    assert not any(data_of(gptq, layer + "mlp.down_proj.qweight"))
 
 
-def test_a_model_cut_short_says_so_everywhere_in_its_config() -> None:
+def test_config_of_a_shortened_model_is_consistent() -> None:
     config, _ = sparse_checkpoint.first_layers(captured.config("gpt-oss-20b"), captured.tensors("gpt-oss-20b"), 3)
     assert config["layer_types"] == ["sliding_attention", "full_attention", "sliding_attention"]
     config, tensors = sparse_checkpoint.first_layers(captured.config("deepseek-v3"), captured.tensors("deepseek-v3"), 4)
@@ -118,7 +117,7 @@ def test_a_model_cut_short_says_so_everywhere_in_its_config() -> None:
     assert not any(".layers.61." in tensor.name for tensor in tensors)
 
 
-def test_the_command_writes_a_capture(tmp_path: Path) -> None:
+def test_command_writes_a_capture(tmp_path: Path) -> None:
     subprocess.run([sys.executable, HOME / "tests" / "gpu" / "sparse_checkpoint.py", "mistral-7b-instruct-v0.3",
                     tmp_path / "out", "--layers", "2"], check=True, timeout=60, env=dict(os.environ))
     config = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -127,7 +126,7 @@ def test_the_command_writes_a_capture(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", captured.machines())
-def test_a_captured_machine_is_one_that_can_be(name: str) -> None:
+def test_captured_machine_is_plausible(name: str) -> None:
     machine = captured.machine(name)
     assert json.loads(json.dumps(machine.to_json())) == json.loads((captured.MACHINES / f"{name}.json").read_text())
     assert machine.gpus
@@ -140,13 +139,13 @@ def test_a_captured_machine_is_one_that_can_be(name: str) -> None:
     assert len({gpu.uuid for gpu in machine.gpus}) == len(machine.gpus)
 
 
-def test_the_machines_asked_about_are_there_with_plenty_and_with_little_host_memory() -> None:
-    cards = {captured.machine(name).gpus[0].name for name in captured.machines()}
-    assert len(cards) == 11
+def test_machines_cover_eleven_gpus_with_much_and_little_host_memory() -> None:
+    names = {captured.machine(name).gpus[0].name for name in captured.machines()}
+    assert len(names) == 11
     assert {len(captured.machine(name).gpus) for name in captured.machines()} == {1, 2, 4}
-    by_card: dict[tuple[str, int], set[int]] = {}
+    memory_sizes: dict[tuple[str, int], set[int]] = {}
     for name in captured.machines():
         machine = captured.machine(name)
-        by_card.setdefault((machine.gpus[0].name, machine.gpus[0].total_bytes * len(machine.gpus)), set()).add(
+        memory_sizes.setdefault((machine.gpus[0].name, machine.gpus[0].total_bytes * len(machine.gpus)), set()).add(
             machine.host_memory_bytes // GIB)
-    assert sum(len(memories) > 1 for memories in by_card.values()) >= 5
+    assert sum(len(sizes) > 1 for sizes in memory_sizes.values()) >= 5

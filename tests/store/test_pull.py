@@ -318,7 +318,7 @@ def test_only_the_weights_that_the_engine_loads_are_chosen() -> None:
     assert choose(Listing("config.json", index, *shards, *others, index=shards)) == ["config.json", index, *shards]
     assert choose(Listing("config.json", "model.safetensors", "consolidated.safetensors", "fp8/model.safetensors")) == [
         "config.json", "model.safetensors"]
-    with pytest.raises(ModelUnavailableError, match=r"b\.safetensors is named by .*index\.json but not there"):
+    with pytest.raises(ModelUnavailableError, match=r"b\.safetensors.*index\.json"):
         choose(Listing("config.json", index, "a.safetensors", index=shards))
 
 
@@ -339,7 +339,7 @@ def test_what_serving_does_not_need_is_not_chosen(name: str) -> None:
 
 @pytest.mark.parametrize(("names", "words"), [
     (["pytorch_model.bin", "config.json"], r"only as pytorch_model\.bin; pickled files can run code"),
-    (["config.json", "model.gguf"], r"holds no \*\.safetensors"),
+    (["config.json", "model.gguf"], r"no \*\.safetensors"),
     ([WEIGHTS], r"has no config\.json")])
 @pytest.mark.fault("Only `.bin`, `.pt`, GGUF or no weights",
                    "Refused with the reason: pickled weights are never loaded.")
@@ -353,7 +353,7 @@ def test_a_full_volume_is_told_before_the_first_byte(tmp_path: Path, model: Path
                                                      monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.statvfs(tmp_path)
     monkeypatch.setattr(os, "statvfs", lambda _: os.statvfs_result((*real[:4], 0, *real[5:])))
-    with Hub({MODEL: model}) as hub, pytest.raises(ModelUnavailableError, match="4 MiB are still needed, 0 B are free"):
+    with Hub({MODEL: model}) as hub, pytest.raises(ModelUnavailableError, match="4 MiB needed, 0 B free"):
         Volume(tmp_path, hub).pull_here()
     assert hub.downloads(WEIGHTS) == []
 

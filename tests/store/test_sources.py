@@ -124,8 +124,8 @@ def test_a_pull_stops_once_the_rest_has_no_room(tmp_path: Path, model: Path, kin
         pulled = Volume(tmp_path, running)
         with monkeypatch.context() as patch:
             patch.setattr(os, "statvfs", statvfs)
-            patch.setattr(disk, "_LOOK_SECONDS", 0.0)
-            with pytest.raises(ModelUnavailableError, match="is full"):
+            patch.setattr(disk, "_CHECK_SECONDS", 0.0)
+            with pytest.raises(ModelUnavailableError, match="disk full"):
                 pull.pull(pulled.settings, lambda _: None)
         assert "it stops now instead of filling the volume" in caplog.text
         assert 0 < arrived() < WEIGHTS_BYTES
@@ -141,9 +141,9 @@ def test_the_room_is_looked_at_every_few_seconds_only(tmp_path: Path) -> None:
         asked.append(now[0])
         return 1
 
-    watch = disk.Watch(tmp_path, left, lambda: now[0])
+    watch = disk.FreeSpaceMonitor(tmp_path, left, lambda: now[0])
     for now[0] in (1.0, 4.9, 5.0, 9.9, 10.0):
-        watch.look()
+        watch.check()
     assert asked == [5.0, 10.0]
 
 

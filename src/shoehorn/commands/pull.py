@@ -45,5 +45,5 @@ def _folder(path: Path) -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise disk.trouble(path, error) from error
+        raise disk.volume_error(path, error) from error
     return path

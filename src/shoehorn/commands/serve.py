@@ -153,7 +153,7 @@ def _require_volume(models_dir: Path) -> None:
         raise SettingsError(
             f"MODELS_DIR={models_dir} cannot be written by user {os.geteuid()}: {error.strerror}.",
             f"Mount a volume there, or on the host: sudo chown -R {os.geteuid()} THE_MOUNTED_FOLDER") from error
-    mount = mounts.of(models_dir)
+    mount = mounts.find_mount(models_dir)
     if mount and mount.is_anonymous:
         print(f"shoehorn: no volume is mounted at MODELS_DIR={models_dir}: what is pulled goes with the container\n"
               f"  -> Type: docker run -v models:{models_dir} ..., or use docker compose", flush=True)

@@ -1,4 +1,4 @@
-"""Parts that every room may use: errors, units, atomic files, locks, disk space, API error forms.
+"""Building blocks for every room: errors, units, atomic files, locks, disk space, API error forms.
 
 May import: nothing of Shoehorn.
 """

@@ -1,4 +1,4 @@
-"""Files that survive a crash: written beside their place, synced, then renamed over it."""
+"""Atomic file replacement: write a temporary file, sync it, rename it."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 
 
 def write_atomic(path: Path, text: str, mode: int = 0o644) -> None:
-    """Write `text` to `path` so that a reader sees the old content or the new, never a part, also after a power cut.
+    """Replace the content of `path`; readers see the old or the new content, also after a power cut.
 
-    The file has `mode` from its first byte on; secrets are written with 0o600.
+    The temporary file has `mode` before anything is written; use 0o600 for secrets.
     """
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:

@@ -21,4 +21,4 @@ def configure(log_format: str) -> None:
     handler.setFormatter(_JsonFormatter() if log_format == "json"
                          else logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s", "%H:%M:%S"))
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # its INFO lines are one per health probe
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # one INFO line per health probe

@@ -1,4 +1,4 @@
-"""What is mounted where a folder lies: the kernel's own table, for traps that no call tells of.
+"""Mounts of the kernel's mount table: detects anonymous volumes and machine-local locks.
 
 Format: proc_pid_mountinfo(5).
 """
@@ -16,7 +16,12 @@ _LOCAL_LOCKS = {"nfs": ("nolock", "local_lock=all", "local_lock=flock"), "cifs":
 
 @dataclass(frozen=True)
 class Mount:
-    """One mount: the folder of the mounted file system that appears at `point`, its type, and its options."""
+    """One mount.
+
+    Attributes:
+        root: folder of the mounted file system that appears at `point`.
+        kind: type of the file system.
+    """
 
     root: str
     point: str
@@ -25,36 +30,36 @@ class Mount:
 
     @property
     def is_anonymous(self) -> bool:
-        """Whether it is a volume that a container engine made because nobody named one, and that goes with it."""
+        """Whether it is an anonymous container volume, which is deleted with its container."""
         return bool(_ANONYMOUS.search(self.root))
 
     @property
     def local_locks(self) -> str:
-        """The option by which its locks hold on this machine only, and not for the others that share it; or ""."""
+        """The mount option that makes file locks invisible to other machines; "" if there is none."""
         kind = "nfs" if self.kind == "nfs4" else self.kind
         return next((option for option in _LOCAL_LOCKS.get(kind, ()) if option in self.options), "")
 
 
-def of(folder: Path, table: Path = _TABLE) -> Mount | None:
-    """The mount that holds `folder`; None where the kernel tells none."""
+def find_mount(folder: Path, table: Path = _TABLE) -> Mount | None:
+    """Return the mount that contains `folder`; None if the mount table is unreadable."""
     try:
         lines = table.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
     except OSError:
         return None
-    there = folder.resolve()
-    found = None
+    path = folder.resolve()
+    innermost = None
     for line in lines:
-        before, _, after = line.partition(" - ")
-        fields, more = before.split(), after.split()
-        if len(fields) < 6 or len(more) < 3:
+        mount_part, _, system_part = line.partition(" - ")
+        fields, system = mount_part.split(), system_part.split()
+        if len(fields) < 6 or len(system) < 3:
             continue
-        mount = Mount(_plain(fields[3]), _plain(fields[4]), more[0], frozenset([*fields[5].split(","),
-                                                                                 *more[2].split(",")]))
-        if there.is_relative_to(mount.point) and (found is None or len(mount.point) >= len(found.point)):
-            found = mount
-    return found
+        options = frozenset([*fields[5].split(","), *system[2].split(",")])
+        mount = Mount(_unescape(fields[3]), _unescape(fields[4]), system[0], options)
+        if path.is_relative_to(mount.point) and (innermost is None or len(mount.point) >= len(innermost.point)):
+            innermost = mount
+    return innermost
 
 
-def _plain(path: str) -> str:
-    """A path as it is; the kernel writes blanks and the like as three octal digits."""
+def _unescape(path: str) -> str:
+    """Decode the three octal digits by which the kernel writes blanks and the like."""
     return re.sub(r"\\([0-7]{3})", lambda digits: chr(int(digits[1], 8)), path)

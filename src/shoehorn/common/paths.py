@@ -1,4 +1,4 @@
-"""Where the appliance's own data files lie: the root of the checkout, or /opt/shoehorn in the image."""
+"""Paths of Shoehorn's data files below the root of the checkout, or /opt/shoehorn in the image."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How far a long phase is: told at least every half second, only rising, never above the total."""
+"""Progress of long phases: reported every half second, monotonic, never above the total."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _WINDOW_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class Progress:
-    """A moment of a pull.
+    """Progress at one moment.
 
     Attributes:
-        phase: `pulling`, `verifying` or `converting`; each can come more than once.
-        rate_bytes_per_second: over the last ten seconds; 0 while unknown.
+        phase: `pulling`, `verifying` or `converting`; each can occur more than once.
+        rate_bytes_per_second: average of the last ten seconds; 0 if unknown.
     """
 
     phase: str
@@ -31,36 +31,36 @@ Report = Callable[[Progress], None]
 
 
 class Meter:
-    """Turns measured bytes into `Progress`. `clock` gives seconds."""
+    """Conversion of measured bytes to `Progress`. `clock` returns seconds."""
 
     def __init__(self, phase: str, total_bytes: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._phase, self._total, self._clock = phase, total_bytes, clock
-        self._most = 0
+        self._maximum = 0
         self._moments: deque[tuple[float, int]] = deque()
 
     def at(self, bytes_done: int) -> Progress:
-        """The progress at this moment. A measure that fell back, or is too large, does not show."""
-        self._most = max(self._most, min(bytes_done, self._total))
+        """Return the progress now; a value below an earlier one or above the total is corrected."""
+        self._maximum = max(self._maximum, min(bytes_done, self._total))
         now = self._clock()
-        self._moments.append((now, self._most))
+        self._moments.append((now, self._maximum))
         while now - self._moments[0][0] > _WINDOW_SECONDS:
             self._moments.popleft()
-        seconds, gained = now - self._moments[0][0], self._most - self._moments[0][1]
-        return Progress(self._phase, self._most, self._total, gained / seconds if seconds > 0 else 0.0)
+        seconds, count = now - self._moments[0][0], self._maximum - self._moments[0][1]
+        return Progress(self._phase, self._maximum, self._total, count / seconds if seconds > 0 else 0.0)
 
 
 @contextmanager
-def reported(phase: str, total_bytes: int, measure: Callable[[], int], report: Report,
-             period_seconds: float = 0.5) -> Iterator[None]:
-    """Report the progress of what is inside: at its start, every period, and at its end when that is a good one.
+def report_progress(phase: str, total_bytes: int, measure: Callable[[], int], report: Report,
+                    period_seconds: float = 0.5) -> Iterator[None]:
+    """Report the progress of a `with` block: at its start, every period, and at its end unless it raised.
 
     Args:
-        measure: the bytes done so far; called from another thread, must not raise.
+        measure: returns the bytes done so far; called from another thread, must not raise.
     """
-    meter, ended = Meter(phase, total_bytes), threading.Event()
+    meter, finished = Meter(phase, total_bytes), threading.Event()
 
     def watch() -> None:
-        while not ended.wait(period_seconds):
+        while not finished.wait(period_seconds):
             report(meter.at(measure()))
 
     report(meter.at(measure()))
@@ -69,6 +69,6 @@ def reported(phase: str, total_bytes: int, measure: Callable[[], int], report: R
     try:
         yield
     finally:
-        ended.set()
+        finished.set()
         thread.join()
     report(meter.at(measure()))

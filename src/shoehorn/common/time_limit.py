@@ -1,7 +1,7 @@
-"""Calls that may hang, such as those into a driver: waited for no longer than a limit.
+"""Time limit for calls that may hang, for example in a driver.
 
-Rules: a hanging call cannot be ended, only left behind in its thread; while it hangs no second one is started beside
-it; its result, should it still come, is thrown away as too old.
+Rules: a hanging call cannot be cancelled and keeps its thread; no second call starts while it hangs; its late result is
+discarded.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 
 
-class TimeLimited(Generic[T]):
-    """`call`, in a thread of its own; thread-safe, and callers at the same time share one call.
+class TimeLimitedCall(Generic[T]):
+    """A call in a separate thread; thread-safe: concurrent callers share one call.
 
     Args:
-        call: its exceptions are shown by its thread and count as no answer.
+        call: its exceptions go to the thread's exception hook; the result is then None.
     """
 
     def __init__(self, call: Callable[[], T], limit_seconds: float) -> None:
@@ -28,19 +28,19 @@ class TimeLimited(Generic[T]):
         self._attempt: _Attempt[T] | None = None
 
     def get(self) -> T | None:
-        """The call's result, or None when there was none within the limit."""
+        """Return the result, or None if the call did not finish within the limit."""
         with self._lock:
-            if self._attempt is None or self._attempt.ended.is_set():
+            if self._attempt is None or self._attempt.finished.is_set():
                 self._attempt = _Attempt(self._call)
             attempt = self._attempt
-        attempt.ended.wait(max(0.0, attempt.begun + self._limit_seconds - time.monotonic()))
+        attempt.finished.wait(max(0.0, attempt.started_at + self._limit_seconds - time.monotonic()))
         return attempt.result
 
 
 class _Attempt(Generic[T]):
     def __init__(self, call: Callable[[], T]) -> None:
-        self.begun = time.monotonic()
-        self.ended = threading.Event()
+        self.started_at = time.monotonic()
+        self.finished = threading.Event()
         self.result: T | None = None
         threading.Thread(target=self._run, args=(call,), name="time-limited", daemon=True).start()
 
@@ -48,4 +48,4 @@ class _Attempt(Generic[T]):
         try:
             self.result = call()
         finally:
-            self.ended.set()
+            self.finished.set()

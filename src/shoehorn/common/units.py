@@ -1,4 +1,4 @@
-"""Sizes: inside the code they are `int` bytes; GB and GiB appear only where people read and write."""
+"""Sizes: integers in bytes inside the code; GB and GiB only in text for users."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*)\s*")
 
 
 def parse_size(text: str) -> int:
-    """Bytes of a size as people write it: `7GiB`, `7 GB`, `512M`, `1073741824`; single letters are binary.
+    """Parse a size like `7GiB`, `7 GB`, `512M`, `1073741824`; single letters are binary units.
 
     Raises:
-        ValueError: the text is no size, or is zero.
+        ValueError: invalid size, or zero.
     """
     match = _SIZE.fullmatch(text)
     if not match or match[2].lower() not in _UNITS:
@@ -26,7 +26,7 @@ def parse_size(text: str) -> int:
 
 
 def format_size(size_bytes: int) -> str:
-    """A size for people, in binary units: `6.93 GiB`, `512 MiB`, `17 KiB`."""
+    """Format a size in binary units: `6.93 GiB`, `512 MiB`, `17 KiB`."""
     for unit, name in ((GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
         if abs(size_bytes) >= unit:
             value = size_bytes / unit

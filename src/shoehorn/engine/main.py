@@ -62,7 +62,7 @@ def main() -> int:
         except OSError as error:
             if error.errno not in disk.FULL:
                 raise
-            disk.wait_for(settings.run_dir, settings.models_dir)
+            disk.wait_for_free_space(settings.run_dir, settings.models_dir)
             code = _AGAIN
     except Stopped:
         pass

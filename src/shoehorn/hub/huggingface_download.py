@@ -161,7 +161,7 @@ def _in_a_line(record: logging.LogRecord) -> bool:
 def _in_words(failed: dict[str, Exception], settings: Settings) -> ModelUnavailableError:
     for error in failed.values():
         if isinstance(error, OSError) and error.errno and _status(error) is None:
-            return disk.trouble(settings.models_dir, error)
+            return disk.volume_error(settings.models_dir, error)
     names, cause = ", ".join(sorted(failed)), next(iter(failed.values()))
     status = _status(cause)
     if status in (401, 403):

@@ -88,7 +88,7 @@ def _in_words(library: ModuleType, error: Exception, settings: Settings) -> Mode
     failed: dict[str, BaseException] = getattr(error, "failed_files", None) or {"": error}
     for cause in failed.values():
         if isinstance(cause, OSError) and cause.errno and not isinstance(cause, library.HubError):
-            return disk.trouble(settings.models_dir, cause)
+            return disk.volume_error(settings.models_dir, cause)
     names = ", ".join(sorted(name for name in failed if name)) or settings.model_id
     cause = next(iter(failed.values()))
     if isinstance(cause, library.FileSizeMismatchError):

@@ -19,11 +19,11 @@ def arrivals(settings: Settings, directory: Path, needed: Sequence[ModelFile]) -
     It raises OSError (ENOSPC) where the volume would be full before the end.
     """
     pace, total = Pace(settings.pull_rate_limit), sum(file.size_bytes for file in needed)
-    watch = disk.Watch(directory, lambda: total - bytes_there(directory, needed))
+    monitor = disk.FreeSpaceMonitor(directory, lambda: total - bytes_there(directory, needed))
 
     def arrived(count_bytes: int) -> None:
         pace.take(count_bytes)
-        watch.look()
+        monitor.check()
 
     return arrived
 

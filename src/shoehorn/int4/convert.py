@@ -24,7 +24,7 @@ from pathlib import Path
 from shoehorn.common import disk
 from shoehorn.common.atomic_file import sync_directory, write_atomic
 from shoehorn.common.errors import ModelUnavailableError
-from shoehorn.common.progress import Report, reported
+from shoehorn.common.progress import Report, report_progress
 from shoehorn.config.settings import Settings
 from shoehorn.hub.files import ModelFile
 from shoehorn.int4 import artifact, layout, shard_writer
@@ -71,7 +71,7 @@ def convert(settings: Settings, wish: Wish, report: Report) -> Path:
         with locks.only_writer(models_dir, ref.converted.stored_id), _held(models_dir, ref):
             return artifact.locate(models_dir, ref) or _convert(settings, ref, wish, report)
     except OSError as error:
-        raise disk.trouble(settings.models_dir, error) from error
+        raise disk.volume_error(settings.models_dir, error) from error
 
 
 def _convert(settings: Settings, ref: ModelRef, wish: Wish, report: Report) -> Path:
@@ -99,7 +99,7 @@ def _convert(settings: Settings, ref: ModelRef, wish: Wish, report: Report) -> P
         nonlocal done
         done += source_bytes
 
-    with reported("converting", sum(shard.source_bytes for shard in made), lambda: done, report), \
+    with report_progress("converting", sum(shard.source_bytes for shard in made), lambda: done, report), \
             shard_writer.workers() as pool, ThreadPoolExecutor(1) as verifier:
         noted: Future[Journal] | None = None
         for shard in made:  # one is verified while the next one is made
@@ -138,7 +138,7 @@ def _checked(journal: Journal, directory: Path, report: Report) -> Journal:
     there = LocalFiles(directory).names()
     left = {name: entry for name, entry in journal.shards.items() if there.get(name) == entry["size"]}
     kept, hashed = {}, 0
-    with reported("verifying", sum(entry["size"] for entry in left.values()), lambda: hashed, report):
+    with report_progress("verifying", sum(entry["size"] for entry in left.values()), lambda: hashed, report):
         for name, entry in left.items():
             with (directory / name).open("rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() == entry["sha256"]:

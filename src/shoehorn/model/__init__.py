@@ -1,4 +1,4 @@
-"""What a checkpoint is: its files, safetensors headers and shape.
+"""Checkpoints: files, safetensors headers, and the shape of the model.
 
 May import: common.
 """

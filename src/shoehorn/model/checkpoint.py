@@ -1,8 +1,8 @@
-"""A checkpoint's `config.json` and safetensors headers -> `ModelShape`: true bytes per tensor, never the model's name.
+"""Reader of `config.json` and safetensors headers -> `ModelShape`: bytes of real tensors, never the model's name.
 
-Rules: every tensor counts in exactly one group; what the engine does with attention, experts and compressed caches is
-read from the config's own keys; what is not understood is said in `notes` and counted as resident, unquantized and at
-full length, which is the safe side.
+Rules: every tensor counts in exactly one group; attention, experts and compressed caches follow from keys of the
+config; an unsupported property is noted in `notes` and counted as resident, unquantized and at full length, which
+overestimates.
 
 Sources: config classes of transformers, and the models and kv_cache_interface.py of vLLM 0.32.0.
 """
@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from shoehorn.model.files import Files, damaged, read_json
+from shoehorn.model.files import WEIGHTS_SUFFIXES, Files, invalid_file, read_json
 from shoehorn.model.safetensors import Tensor, header, shards
 from shoehorn.model.shape import KNOWN, Experts, KvLayers, ModelShape, TensorBytes, TensorGroup
 from shoehorn.model.tensor_names import (
@@ -28,35 +28,33 @@ from shoehorn.model.tensor_names import (
     PACKED,
 )
 
-_NOT_STORED = (".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
-
 
 def read(files: Files) -> ModelShape:
-    """Look at a checkpoint.
+    """Read the shape of a checkpoint.
 
     Raises:
-        ModelUnavailableError: a file is missing, damaged or lies; it names the file.
+        ModelUnavailableError: a file is missing or damaged; names the file.
     """
     names = files.names()
     config = read_json(files, names, "config.json")
     weights = shards(files, names)
     tensors = [tensor for name in weights for tensor in header(files, name, names[name])]
     disk = sum(size for name, size in names.items()
-               if name in weights or (not name.endswith((*_NOT_STORED, ".safetensors")) and "/" not in name))
+               if name in weights or (not name.endswith(WEIGHTS_SUFFIXES) and "/" not in name))
     return shape_of(config, tensors, disk)
 
 
 def shape_of(config: Mapping[str, Any], tensors: Iterable[Tensor], disk_bytes: int) -> ModelShape:
-    """The shape that a config and tensors describe.
+    """Derive the shape from a config and tensors.
 
     Raises:
-        ModelUnavailableError: config.json lacks what no plan can do without.
+        ModelUnavailableError: config.json lacks a required key.
     """
     notes: list[str] = []
     tensors = list(tensors)
     text = _section(config, "text_config") or config
     if text is not config:
-        notes.append("the model takes more than text; what its other parts need while they work is not estimated")
+        notes.append("multimodal model: activations of the non-text parts are not estimated")
     architectures = config.get("architectures")
     architecture = str(architectures[0]) if isinstance(architectures, list) and architectures else "unknown"
     layers, hidden, heads = (_count(text, key) for key in ("num_hidden_layers", "hidden_size", "num_attention_heads"))
@@ -65,10 +63,10 @@ def shape_of(config: Mapping[str, Any], tensors: Iterable[Tensor], disk_bytes: i
     quantized = _section(config, "quantization_config") or _section(config, "compression_config")
     quantization = quantized.get("quant_method")
     if architecture not in KNOWN:
-        notes.append(f"{architecture} is none of the known architectures: what is no plain linear layer or expert is "
-                     "counted as resident and unquantized, and its activations with half as much again")
+        notes.append(f"unknown architecture {architecture}: tensors other than linear layers and experts are counted "
+                     "as resident and unquantized; activation estimate +50 %")
     if quantized.get("load_in_8bit"):
-        notes.append("8-bit bitsandbytes is not understood: its state is counted as stored")
+        notes.append("8-bit bitsandbytes is unsupported: its state is counted as stored")
     kv_heads = _count(text, "num_key_value_heads", heads)
     head_dim = _count(text, "head_dim", _head_dim(tensors, kv_heads) or hidden // heads)
     latent = _count(text, "kv_lora_rank", 0)
@@ -92,19 +90,19 @@ def shape_of(config: Mapping[str, Any], tensors: Iterable[Tensor], disk_bytes: i
 
 
 def _column_groups(tensors: list[Tensor]) -> int:
-    """The greatest common divisor of the numbers of groups in matrices that several GPUs divide by their columns.
+    """Return the greatest common divisor of the group counts of matrices that are divided by columns.
 
-    A group of weights shares a scale, and the engine refuses to divide one; rows may have one scale each, which
-    nobody divides. Source: vllm/model_executor/kernels/linear/mixed_precision/marlin.py, can_implement.
+    A group of weights shares a scale, and the engine rejects the division of a group; a single group per row is not
+    divided. Source: vllm/model_executor/kernels/linear/mixed_precision/marlin.py, can_implement.
     """
-    scales = [(tensor.shape, found[1]) for tensor in tensors
-              if len(tensor.shape) == 2 and (found := COLUMN_SCALES.fullmatch(tensor.name))]
+    scales = [(tensor.shape, match[1]) for tensor in tensors
+              if len(tensor.shape) == 2 and (match := COLUMN_SCALES.fullmatch(tensor.name))]
     return math.gcd(*(groups for groups in (shape[0 if kind == "scales" else 1] for shape, kind in scales)
                       if groups > 1))
 
 
 def _unreadable(quantized: Mapping[str, Any]) -> str:
-    """Why vLLM 0.32 refuses a quantized checkpoint, although it knows the method; empty where it takes it.
+    """Return the reason why vLLM 0.32 rejects a quantized checkpoint of a supported method; "" if it does not.
 
     Source: vllm/model_executor/layers/quantization/utils/gptq_utils.py and compressed_tensors/compressed_tensors.py.
     """
@@ -123,12 +121,12 @@ def _unreadable(quantized: Mapping[str, Any]) -> str:
 
 def _group(tensors: Iterable[Tensor], layers: int, notes: list[str]) -> TensorBytes:
     groups: dict[str, list[tuple[int, int]]] = {name: [] for name in TensorBytes.__dataclass_fields__}
-    seen: set[int] = set()
+    indices: set[int] = set()
     for tensor in tensors:
         name, elements = tensor.name, tensor.elements
         layer = IN_LAYER.fullmatch(name)
         if layer:
-            seen.add(int(layer[1]))
+            indices.add(int(layer[1]))
         if layer and int(layer[1]) >= layers:
             kind = "unused"
         elif BNB_STATE.fullmatch(name):
@@ -144,15 +142,15 @@ def _group(tensors: Iterable[Tensor], layers: int, notes: list[str]) -> TensorBy
         else:
             kind = "other"
         groups[kind].append((tensor.bytes, elements))
-    if len(seen) < layers:
-        notes.append(f"config.json names {layers} layers, the weights hold {len(seen)}")
-    return TensorBytes(**{kind: TensorGroup(sum(size for size, _ in found), sum(number for _, number in found))
-                          for kind, found in groups.items()})
+    if len(indices) < layers:
+        notes.append(f"config.json names {layers} layers, the weights contain {len(indices)}")
+    return TensorBytes(**{kind: TensorGroup(sum(size for size, _ in sizes), sum(number for _, number in sizes))
+                          for kind, sizes in groups.items()})
 
 
 def _kv_layers(text: Mapping[str, Any], layers: int, kv_heads: int, head_dim: int, latent: int,
                notes: list[str]) -> tuple[KvLayers, ...]:
-    """The KV cache of all layers, by kind, those that keep everything first."""
+    """Return the kinds of KV cache, full attention first."""
     if latent:
         return (KvLayers(layers, 1, latent + _count(text, "qk_rope_head_dim", 64), latent=True),)
     width = 2 * head_dim
@@ -160,18 +158,17 @@ def _kv_layers(text: Mapping[str, Any], layers: int, kv_heads: int, head_dim: in
     if type(window) is not int or window <= 0 or not text.get("use_sliding_window", True):
         window = 0
     kinds = Counter(_windowed(text, layers, bool(window), notes))
-    found = [KvLayers(kinds[False], kv_heads, width)] if kinds[False] else []
-    return (*found, KvLayers(kinds[True], kv_heads, width, window)) if kinds[True] else tuple(found)
+    full = (KvLayers(kinds[False], kv_heads, width),) if kinds[False] else ()
+    return (*full, KvLayers(kinds[True], kv_heads, width, window)) if kinds[True] else full
 
 
 def _windowed(text: Mapping[str, Any], layers: int, has_window: bool, notes: list[str]) -> list[bool]:
-    """Which layers keep a window only, as the models of vLLM decide it."""
+    """Return for each layer whether its cache is limited to the window, as in vLLM's models."""
     types = text.get("layer_types")
     if isinstance(types, list) and len(types) == layers:
-        strange = set(map(str, types)) - {"full_attention", "sliding_attention"}
-        if strange:
-            notes.append(f"layers of type {', '.join(sorted(strange))} are not understood: their cache is counted as "
-                         "that of full attention")
+        unknown = set(map(str, types)) - {"full_attention", "sliding_attention"}
+        if unknown:
+            notes.append(f"unknown layer types {', '.join(sorted(unknown))}: cache counted as full attention")
         return [has_window and kind == "sliding_attention" for kind in types]
     if not has_window:
         return [False] * layers
@@ -183,7 +180,7 @@ def _windowed(text: Mapping[str, Any], layers: int, has_window: bool, notes: lis
 
 
 def _experts(text: Mapping[str, Any], groups: TensorBytes) -> Experts | None:
-    """The mixture that the config describes; None for a dense model."""
+    """Return the mixture of experts; None for a dense model."""
     count = next((text[key] for key in ("num_local_experts", "num_experts", "n_routed_experts") if text.get(key)), 0)
     if type(count) is not int or not count or not groups.experts.bytes:
         return None
@@ -192,21 +189,21 @@ def _experts(text: Mapping[str, Any], groups: TensorBytes) -> Experts | None:
 
 
 def _head_dim(tensors: Iterable[Tensor], kv_heads: int) -> int:
-    """As the key projection has it, for configs that leave it to their class; 0 where that does not tell."""
-    found = next((tensor for tensor in tensors if tensor.name.endswith(".self_attn.k_proj.weight")
-                  and len(tensor.shape) == 2 and tensor.dtype in ("BF16", "F16", "F32")), None)
-    return found.shape[0] // kv_heads if found else 0
+    """Derive the head size from the key projection, for configs without it; 0 if impossible."""
+    projection = next((tensor for tensor in tensors if tensor.name.endswith(".self_attn.k_proj.weight")
+                       and len(tensor.shape) == 2 and tensor.dtype in ("BF16", "F16", "F32")), None)
+    return projection.shape[0] // kv_heads if projection else 0
 
 
 def _dtype(config: Mapping[str, Any], text: Mapping[str, Any], embedding: Tensor | None) -> str:
-    for found in (text.get("torch_dtype"), text.get("dtype"), config.get("torch_dtype"), config.get("dtype")):
-        if isinstance(found, str):
-            return found.removeprefix("torch.")
+    for name in (text.get("torch_dtype"), text.get("dtype"), config.get("torch_dtype"), config.get("dtype")):
+        if isinstance(name, str):
+            return name.removeprefix("torch.")
     return {"F16": "float16", "F32": "float32"}.get(embedding.dtype if embedding else "", "bfloat16")
 
 
 def _rotary_positions(text: Mapping[str, Any]) -> int:
-    """Rows of the tables that vLLM makes (model_executor/layers/rotary_embedding/): scaled ones are longer."""
+    """Count the rows of vLLM's rotary tables (model_executor/layers/rotary_embedding/); scaling adds rows."""
     longest = _count(text, "max_position_embeddings", 131072 if _is_gemma3(text) else 2048)
     rope = _section(text, "rope_scaling") or _section(text, "rope_parameters")
     kind, factor = rope.get("rope_type", rope.get("type", "default")), rope.get("factor") or 1.0
@@ -222,7 +219,7 @@ def _is_gemma3(text: Mapping[str, Any]) -> bool:
 
 
 def _max_position(text: Mapping[str, Any], notes: list[str]) -> int:
-    """As vLLM 0.32.0 derives it (vllm/config/model.py, _get_and_verify_max_len)."""
+    """Derive the maximum context like vLLM 0.32.0 (vllm/config/model.py, _get_and_verify_max_len)."""
     longest = _count(text, "max_position_embeddings", *((131072,) if _is_gemma3(text) else (2048, notes)))
     rope = _section(text, "rope_scaling") or _section(text, "rope_parameters")
     kind = rope.get("rope_type", rope.get("type", "default"))
@@ -234,18 +231,18 @@ def _max_position(text: Mapping[str, Any], notes: list[str]) -> int:
 
 
 def _section(document: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    """An object within an object; empty where there is none."""
+    """Return an object within an object; empty if missing."""
     value = document.get(key)
     return value if isinstance(value, dict) else {}
 
 
 def _count(text: Mapping[str, Any], key: str, default: int | None = None, notes: list[str] | None = None) -> int:
-    """A positive integer of config.json; the default, noted where `notes` is given, when it is absent."""
+    """Return a positive integer of config.json, or the default, which is noted in `notes` if given."""
     value = text.get(key)
     if value is None and default is not None:
         if notes is not None and default:
-            notes.append(f"config.json lacks {key}: {default} is assumed")
+            notes.append(f"{key} missing in config.json: {default} assumed")
         return default
     if type(value) is not int or not 0 < value < 1 << 40:
-        raise damaged("config.json", f"gives {key} as {value!r}, not as a positive whole number")
+        raise invalid_file("config.json", f"{key} is {value!r}, not a positive integer")
     return value

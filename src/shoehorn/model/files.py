@@ -1,4 +1,4 @@
-"""Access to a checkpoint's files, wherever they are stored."""
+"""Files of a checkpoint: access, and classification by suffix."""
 
 from __future__ import annotations
 
@@ -9,27 +9,33 @@ from typing import Any, Protocol
 
 from shoehorn.common.errors import ModelUnavailableError
 
-_MOST_JSON_BYTES = 64 << 20
+PICKLED_SUFFIXES = (".bin", ".pt", ".pth", ".pickle", ".pkl", ".ckpt")
+"""Weights in formats that can execute code when they are loaded."""
+
+WEIGHTS_SUFFIXES = (".safetensors", *PICKLED_SUFFIXES, ".gguf", ".onnx", ".h5", ".msgpack")
+"""Weights in any format; only safetensors are loaded."""
+
+_MAX_JSON_BYTES = 64 << 20
 
 
 class Files(Protocol):
-    """A checkpoint's files, wherever they lie."""
+    """The files of a checkpoint in a folder or on a hub."""
 
     def names(self) -> Mapping[str, int]:
-        """Size in bytes by file name."""
+        """Return the size in bytes by file name."""
 
     def read(self, name: str, start: int = 0, length: int | None = None) -> bytes:
-        """Up to `length` bytes from `start`; all when None."""
+        """Read up to `length` bytes from `start`; all if None."""
 
 
 class LocalFiles:
-    """The files of a folder, without its subfolders."""
+    """The files of a folder, without subfolders."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
 
     def names(self) -> Mapping[str, int]:
-        """Size in bytes by file name.
+        """Return the size in bytes by file name.
 
         Raises:
             ModelUnavailableError: the folder cannot be listed.
@@ -37,11 +43,12 @@ class LocalFiles:
         try:
             return {path.name: path.stat().st_size for path in sorted(self._directory.iterdir()) if path.is_file()}
         except OSError as error:
-            raise ModelUnavailableError(f"The model's folder {self._directory} cannot be read: {error.strerror}.",
-                                        "Set MODEL_ID to a folder with config.json and *.safetensors.") from error
+            raise ModelUnavailableError(f"Model folder {self._directory}: cannot be read: {error.strerror}.",
+                                        "Set MODEL_ID to a folder with config.json and *.safetensors.",
+                                        code="unreadable_model_folder") from error
 
     def read(self, name: str, start: int = 0, length: int | None = None) -> bytes:
-        """Up to `length` bytes from `start`; all when None.
+        """Read up to `length` bytes from `start`; all if None.
 
         Raises:
             ModelUnavailableError: the file cannot be read.
@@ -51,23 +58,33 @@ class LocalFiles:
                 file.seek(start)
                 return file.read(-1 if length is None else length)
         except OSError as error:
-            raise damaged(name, f"cannot be read ({error.strerror})") from error
+            raise invalid_file(name, f"cannot be read ({error.strerror})") from error
 
 
 def read_json(files: Files, names: Mapping[str, int], name: str) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Args:
+        names: `files.names()`.
+
+    Raises:
+        ModelUnavailableError: missing, too large, or not a JSON object.
+    """
     if name not in names:
-        raise damaged(name, "is not there")
-    if names[name] > _MOST_JSON_BYTES:
-        raise damaged(name, f"has {names[name]} bytes, too many for what it should be")
+        raise invalid_file(name, "not found")
+    if names[name] > _MAX_JSON_BYTES:
+        raise invalid_file(name, f"too large ({names[name]} bytes)")
     try:
         document = json.loads(files.read(name).decode())
     except (ValueError, RecursionError) as error:
-        raise damaged(name, f"is no JSON ({error})") from error
+        raise invalid_file(name, f"invalid JSON ({error})") from error
     if not isinstance(document, dict):
-        raise damaged(name, "holds no JSON object")
+        raise invalid_file(name, "not a JSON object")
     return document
 
 
-def damaged(name: str, what: str) -> ModelUnavailableError:
-    return ModelUnavailableError(f"The model's file {name} {what}.",
-                                 "Run `shoehorn pull` again, or choose another MODEL_ID or MODEL_REVISION.")
+def invalid_file(name: str, problem: str) -> ModelUnavailableError:
+    """Return the error for a missing or damaged file."""
+    return ModelUnavailableError(f"Model file {name}: {problem}.",
+                                 "Run `shoehorn pull` again, or choose another MODEL_ID or MODEL_REVISION.",
+                                 code="invalid_model_file")

@@ -1,4 +1,4 @@
-"""The shape of a model: sizes of its tensors, attention, experts and vocabulary."""
+"""Shape of a model: sizes of its tensors, attention, experts and vocabulary."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ KNOWN = frozenset({
     "Gemma2ForCausalLM", "Gemma3ForCausalLM", "Gemma3ForConditionalGeneration", "MixtralForCausalLM",
     "Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM", "DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM",
     "GptOssForCausalLM"})
-"""Architectures whose layers are understood: attention (of any kind below) and one MLP or experts."""
+"""Supported architectures: layers of attention (of the kinds below) and one MLP or experts."""
 
 
 @dataclass(frozen=True)
 class TensorGroup:
-    """Tensors of one kind: their bytes in the checkpoint, and their elements as stored (packed ones count packed)."""
+    """Tensors of one kind: bytes in the checkpoint, and stored elements (of packed tensors, the packed ones)."""
 
     bytes: int = 0
     parameters: int = 0
@@ -25,11 +25,11 @@ class TensorBytes:
     """Every tensor that the engine loads, in exactly one group.
 
     Attributes:
-        linears: linear layers of the decoder layers, with the scales and zeros of packed formats.
-        experts: those of mixtures of experts, likewise.
-        quant_state: bitsandbytes' own state; `parameters` counts the absmax entries alone.
-        other: norms, biases, vision, and whatever else.
-        unused: layers beyond the config's count, as for multi-token prediction, which are not loaded.
+        linears: linear layers of the decoder layers, including scales and zeros of packed formats.
+        experts: experts of mixtures of experts, including scales and zeros.
+        quant_state: state of bitsandbytes; `parameters` counts the absmax entries only.
+        other: norms, biases, vision and all other tensors.
+        unused: layers beyond the configured number, for multi-token prediction, which are not loaded.
     """
 
     embedding: TensorGroup = TensorGroup()
@@ -43,13 +43,13 @@ class TensorBytes:
 
 @dataclass(frozen=True)
 class KvLayers:
-    """Layers whose KV cache is of the same kind.
+    """Layers with the same kind of KV cache.
 
     Attributes:
-        heads: that hold keys and values; 1 for a compressed cache (MLA), which every GPU keeps whole.
+        heads: KV heads; 1 for a compressed cache (MLA), which every GPU stores completely.
         width: entries of one head and token, key and value together.
-        window: tokens that are kept; 0 for all of them.
-        latent: compressed (MLA).
+        window: cached tokens; 0 for all.
+        latent: compressed cache (MLA).
     """
 
     layers: int
@@ -61,7 +61,7 @@ class KvLayers:
 
 @dataclass(frozen=True)
 class Experts:
-    """A mixture of experts: how many a layer has, how many a token passes, and the inner width of each."""
+    """A mixture of experts: number per layer, number per token, and inner width of each."""
 
     count: int
     per_token: int
@@ -70,22 +70,24 @@ class Experts:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What planning needs to know of a model.
+    """Properties of a model that planning requires.
 
     Attributes:
-        intermediate: inner width of a dense MLP, the widest one.
-        head_dim: of the rotary embedding's table; rotary_positions: the rows of all such tables together.
-        kv_layers: one entry a kind; their layers add up to `layers`.
-        absorbed_parameters: of bf16 copies that the engine makes of projections beside the weights (MLA).
-        max_position: the longest context, rotary scaling counted as the engine does.
-        dtype: the checkpoint's number format, as `bfloat16`.
-        tied_embeddings: the output head is the embedding, so no second one is held.
-        quantization: the checkpoint's `quantization_config.quant_method`; None where it is not quantized.
-        weights_bytes: all tensors; disk_bytes: all files that are kept.
-        notes: what was not understood, in words.
-        unreadable: why the engine would refuse this checkpoint; empty where it does not.
-        packed_embedding: the embedding is quantized, which the engine reads on a GPU only.
-        column_groups: a number of GPUs divides the quantized matrices where it divides this; 0: any does.
+        intermediate: inner width of the widest dense MLP.
+        head_dim: width of the rotary embedding.
+        rotary_positions: rows of all rotary tables together.
+        kv_layers: one entry per kind; their layers add up to `layers`.
+        absorbed_parameters: parameters of bf16 copies of projections that the engine creates (MLA).
+        max_position: maximum context length, with the engine's rotary scaling.
+        dtype: dtype of the checkpoint, as `bfloat16`.
+        tied_embeddings: the output head shares the weights of the embedding.
+        quantization: `quantization_config.quant_method` of the checkpoint; None if unquantized.
+        weights_bytes: size of all tensors.
+        disk_bytes: size of all stored files.
+        notes: unsupported properties.
+        unreadable: reason why the engine rejects this checkpoint; "" if it does not.
+        packed_embedding: the embedding is quantized, which the engine supports on GPUs only.
+        column_groups: the number of GPUs must divide this number to divide the quantized matrices; 0: any number.
     """
 
     architecture: str
@@ -114,5 +116,5 @@ class ModelShape:
 
     @property
     def understood(self) -> bool:
-        """Whether its layers are of a known architecture, so that they can be quantized and estimated closely."""
+        """Whether the architecture is supported, so that quantization and accurate estimates are possible."""
         return self.architecture in KNOWN

@@ -13,6 +13,6 @@ BNB_STATE = re.compile(r".*\.weight\.(absmax|nested_absmax|quant_map|nested_quan
 PACKED = re.compile(r".*\.(qweight|qzeros|scales|g_idx|weight_g_idx|weight_packed|weight_shape|weight_scale(_inv)?|"
                      r"weight_zero_point|input_scale)")
 COLUMNS = r"(?:o_proj|down_proj|w2)"
-"""What several GPUs divide by its columns; other matrices are divided by their rows."""
+"""Matrices that tensor parallelism divides by columns; others are divided by rows."""
 COLUMN_SCALES = re.compile(rf".*\.{COLUMNS}\.(scales|weight_scale(?:_inv)?)")
 EXPERTS = re.compile(r".*\.experts\..*")

@@ -26,7 +26,7 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from shoehorn import __version__
 from shoehorn.common import logging_config as logs
 from shoehorn.common.errors import ShoehornError
-from shoehorn.common.time_limit import TimeLimited
+from shoehorn.common.time_limit import TimeLimitedCall
 from shoehorn.config import settings as settings_module
 from shoehorn.observability import metrics, vram_usage
 from shoehorn.observability.engine_scrape import EngineScrape, EngineSource
@@ -135,8 +135,8 @@ def _figures(gpu: Gpu) -> dict[str, float | None]:
 class Exporter:
     """Makes the text of a scrape; thread-safe."""
 
-    def __init__(self, states: StateFile, engine: EngineSource, gpus: TimeLimited[GpuReading],
-                 models: TimeLimited[_Values]) -> None:
+    def __init__(self, states: StateFile, engine: EngineSource, gpus: TimeLimitedCall[GpuReading],
+                 models: TimeLimitedCall[_Values]) -> None:
         self._states, self._engine, self._gpus, self._models = states, engine, gpus, models
         self._lock = threading.Lock()
         self._last_success: float | None = None
@@ -251,8 +251,8 @@ def main(environment: Mapping[str, str], nvml: Any) -> int:
     logs.configure(settings.log_format)
     exporter = Exporter(StateFile(settings.run_dir),
                         EngineSource(RunDir(settings.run_dir).engine_socket, ENGINE_LIMIT_SECONDS),
-                        TimeLimited(NvmlReader(nvml).read, GPU_LIMIT_SECONDS),
-                        TimeLimited(lambda: volume_samples(settings.models_dir), VOLUME_LIMIT_SECONDS))
+                        TimeLimitedCall(NvmlReader(nvml).read, GPU_LIMIT_SECONDS),
+                        TimeLimitedCall(lambda: volume_samples(settings.models_dir), VOLUME_LIMIT_SECONDS))
     port = settings.metrics_port
     try:
         server = Server(("0.0.0.0", port), exporter)  # noqa: S104  # the container's network; compose publishes on 127.0.0.1

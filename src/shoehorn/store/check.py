@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from shoehorn.common.errors import ModelUnavailableError
-from shoehorn.common.progress import Report, reported
+from shoehorn.common.progress import Report, report_progress
 from shoehorn.hub.files import ModelFile
 from shoehorn.store import manifest
 
@@ -31,7 +31,7 @@ def check_file(directory: Path, files: Iterable[ModelFile], known: Iterable[Mode
     hashed = 0
     if not present:
         return checked
-    with reported("verifying", sum(file.size_bytes for file in present), lambda: hashed, report):
+    with report_progress("verifying", sum(file.size_bytes for file in present), lambda: hashed, report):
         for file in present:
             digest = hashlib.sha256()
             blob = hashlib.sha1(b"blob %d\0" % file.size_bytes, usedforsecurity=False)

@@ -82,7 +82,7 @@ def remove(models_dir: Path, model: str) -> int:
             shutil.rmtree(models_dir / model, ignore_errors=False)
             _use_lock(models_dir, model).unlink(missing_ok=True)
     except OSError as error:
-        raise disk.trouble(models_dir, error) from error
+        raise disk.volume_error(models_dir, error) from error
     return freed
 
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from shoehorn.common import mounts
-from shoehorn.common.disk import trouble
+from shoehorn.common.disk import volume_error
 from shoehorn.common.errors import ModelUnavailableError
 
 log = logging.getLogger("store")
@@ -34,7 +34,7 @@ def only_writer(models_dir: Path, model: str) -> Iterator[None]:
     if not models_dir.is_dir():
         raise ModelUnavailableError(f"MODELS_DIR={models_dir} does not exist.",
                                     f"Mount a volume there, or: mkdir -p {models_dir}")
-    mount = mounts.of(models_dir)
+    mount = mounts.find_mount(models_dir)
     if mount and mount.local_locks:
         raise ModelUnavailableError(
             f"{models_dir} is a {mount.kind} volume mounted with {mount.local_locks}: its locks hold on this machine "
@@ -45,7 +45,7 @@ def only_writer(models_dir: Path, model: str) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)
     except OSError as error:
-        raise trouble(models_dir, error) from error
+        raise volume_error(models_dir, error) from error
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

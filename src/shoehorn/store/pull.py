@@ -91,7 +91,7 @@ def pull(settings: Settings, report: Report) -> Path:
             _require_online(settings, ref)
             return _fetch(settings, ref, report)
     except OSError as error:
-        raise disk.trouble(settings.models_dir, error) from error
+        raise disk.volume_error(settings.models_dir, error) from error
 
 
 def verify(settings: Settings, report: Report) -> Path:
@@ -116,7 +116,7 @@ def verify(settings: Settings, report: Report) -> Path:
                 raise ModelUnavailableError(f"Not what was pulled, by size or SHA-256: {names}.",
                                             f"Type: shoehorn pull {ref.id} (only these are fetched again)")
     except OSError as error:
-        raise disk.trouble(settings.models_dir, error) from error
+        raise disk.volume_error(settings.models_dir, error) from error
     return directory
 
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from shoehorn.common.errors import ModelUnavailableError
-from shoehorn.common.progress import Report, reported
+from shoehorn.common.progress import Report, report_progress
 from shoehorn.config.settings import Settings, default_revision
 from shoehorn.hub import huggingface_download, modelscope_download
 from shoehorn.hub.files import ModelFile
@@ -95,5 +95,6 @@ def download(settings: Settings, hub: HubFiles, directory: Path, wanted: Sequenc
     Raises:
         ModelUnavailableError: some file could not be had; the others and partial ones are kept.
     """
-    with reported("pulling", sum(file.size_bytes for file in wanted), lambda: bytes_there(directory, wanted), report):
+    with report_progress("pulling", sum(file.size_bytes for file in wanted), lambda: bytes_there(directory, wanted),
+                         report):
         _DOWNLOADS[hub.source](settings, hub, directory, needed)

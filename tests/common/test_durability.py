@@ -1,4 +1,4 @@
-"""What a power cut, a clock that jumps or another version may do to state, keys and records."""
+"""Power cuts, clock jumps and files of newer versions: effect on state, keys and records."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from shoehorn.runtime.state import Phase, StateFile
 
 
 class Disk:
-    """Records what is made durable in which order, and what would lie there had the power been cut before each step."""
+    """Recorder of syncs and renames, in order."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.steps: list[tuple[str, str]] = []
@@ -39,9 +39,9 @@ class Disk:
 
 
 @pytest.mark.fault("Power cut while state, keys or manifests are written",
-                   "The old content or the new: synced, renamed, and the folder synced, in this order.")
-def test_a_file_is_synced_before_it_is_renamed_and_its_folder_after(tmp_path: Path,
-                                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+                   "Old or new content: the file is synced, renamed, then its folder is synced.")
+def test_file_is_synced_before_its_rename_and_the_folder_after(tmp_path: Path,
+                                                               monkeypatch: pytest.MonkeyPatch) -> None:
     disk = Disk(monkeypatch)
     write_atomic(tmp_path / "manifest.json", "{}")
     [(first, written), (second, renamed), third] = disk.steps
@@ -51,14 +51,14 @@ def test_a_file_is_synced_before_it_is_renamed_and_its_folder_after(tmp_path: Pa
     assert third == ("sync folder", tmp_path.name)
 
 
-@pytest.mark.fault("Power cut before the folder was synced", "The file that was there before is there whole.")
+@pytest.mark.fault("Power cut before the folder was synced", "The previous file is complete.")
 @pytest.mark.parametrize("step", ["fsync", "replace"])
-def test_until_the_rename_the_old_file_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+def test_old_file_is_unchanged_until_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
     path = tmp_path / "state.json"
     write_atomic(path, "old")
 
     class PowerCutError(Exception):
-        """No cleaning up happens after it."""
+        """A failure without cleanup."""
 
     def cut(*_arguments: object) -> None:
         raise PowerCutError
@@ -69,11 +69,11 @@ def test_until_the_rename_the_old_file_stands(tmp_path: Path, monkeypatch: pytes
     monkeypatch.undo()
     assert path.read_text() == "old"
     write_atomic(path, "newer")
-    assert path.read_text() == "newer", "what the cut left behind is in nobody's way"
+    assert path.read_text() == "newer", "leftovers of the power cut do no harm"
 
 
-@pytest.mark.fault("Keys and state are written by anything but the durable way", "A test fails.")
-def test_keys_and_state_go_through_the_durable_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.fault("Keys or state are not written durably", "A test fails.")
+def test_keys_and_state_are_written_durably(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     disk = Disk(monkeypatch)
     KeyStore(tmp_path).first(0.0)
     StateFile(tmp_path).update(phase=Phase.PULLING)
@@ -88,9 +88,9 @@ def test_keys_and_state_go_through_the_durable_way(tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.fault("The clock jumps back an hour, or a day ahead",
-                   "No restart is forgiven or forged: they are counted by the monotonic clock.")
+                   "Restarts are counted by the monotonic clock: none is lost or added.")
 @pytest.mark.parametrize("jump", [-3600.0, 86400.0])
-def test_a_jump_of_the_clock_changes_no_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jump: float) -> None:
+def test_clock_jump_changes_no_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jump: float) -> None:
     restarts = Restarts(tmp_path / "restarts.json")
     for number in range(4):
         assert restarts.record() == number + 1
@@ -101,8 +101,8 @@ def test_a_jump_of_the_clock_changes_no_count(tmp_path: Path, monkeypatch: pytes
     assert restarts.exhausted
 
 
-@pytest.mark.fault("A state file of a newer version", "Read as far as it is known, and replaced by the next change.")
-def test_a_state_of_a_newer_version_is_replaced(tmp_path: Path) -> None:
+@pytest.mark.fault("A state file of a newer version", "Known fields are read; the next update replaces the file.")
+def test_state_of_a_newer_version_is_replaced(tmp_path: Path) -> None:
     states = StateFile(tmp_path)
     states.update(phase=Phase.READY)
     document = json.loads((tmp_path / "state.json").read_text())
@@ -113,8 +113,8 @@ def test_a_state_of_a_newer_version_is_replaced(tmp_path: Path) -> None:
     assert "invented_later" not in (tmp_path / "state.json").read_text()
 
 
-@pytest.mark.fault("`kill -9` while a file is written, over and over", "A reader never sees a part.")
-def test_no_reader_ever_sees_a_part(tmp_path: Path) -> None:
+@pytest.mark.fault("Repeated `kill -9` while a file is written", "Readers never see a partial file.")
+def test_readers_never_see_a_partial_file(tmp_path: Path) -> None:
     path = tmp_path / "state.json"
     write_atomic(path, "0" * 100_000)
     script = ("import sys; from pathlib import Path; from shoehorn.common.atomic_file import write_atomic\n"
