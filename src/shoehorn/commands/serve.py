@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import errno
-import fcntl
 import json
 import os
 import pwd
@@ -21,7 +20,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from shoehorn import __version__
-from shoehorn.common import disk, mounts
+from shoehorn.common import disk, locks, mounts
 from shoehorn.common.atomic_file import write_atomic
 from shoehorn.common.errors import SettingsError
 from shoehorn.config import secrets
@@ -117,8 +116,7 @@ def _prepare_run_dir(paths: RunDir) -> int:
         paths.path.mkdir(parents=True, exist_ok=True)
         if paths.path.stat().st_uid == os.geteuid():  # under another uid of the image's group it is not ours to change
             paths.path.chmod(0o700)
-        lock = os.open(paths.lock, os.O_CREAT | os.O_RDWR, 0o600)
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock = locks.acquire(paths.lock, wait=False)
     except BlockingIOError:
         raise SettingsError(f"Another Shoehorn runs with RUN_DIR={paths.path}.",
                             "Stop it, or set another RUN_DIR.") from None

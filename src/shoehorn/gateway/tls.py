@@ -16,12 +16,11 @@ from pathlib import Path
 
 from shoehorn.common.atomic_file import write_atomic
 from shoehorn.common.errors import SettingsError
+from shoehorn.common.file_stamp import FileStamp, stamp
 from shoehorn.config.settings import Settings
 from shoehorn.runtime.run_dir import RunDir
 
 log = logging.getLogger("tls")
-
-Mark = tuple[tuple[int, int, int], ...] | None
 
 
 def install(settings: Settings) -> bool:
@@ -82,26 +81,19 @@ class Watch:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._files = [file for file in (settings.tls_cert_file, settings.tls_key_file) if file]
-        self._mark: Mark = ()  # unlike any, so that the first look compares the contents
+        self._stamps: list[FileStamp | None] = []  # unlike any, so that the first check compares the contents
 
     def look(self) -> None:
         """Install the pair when a file changed; what is wrong with it is logged once for each change."""
-        mark = self._marks()
-        if mark == self._mark:
+        stamps = [stamp(file) for file in self._files]
+        if stamps == self._stamps:
             return
-        self._mark = mark
+        self._stamps = stamps
         try:
             if install(self._settings):
                 log.info("a new certificate is in force")
         except (SettingsError, OSError) as error:
             log.error("the certificate in force goes on, for the new one cannot be used: %s", error)
-
-    def _marks(self) -> Mark:
-        try:
-            found = [file.stat() for file in self._files]
-        except OSError:
-            return None
-        return tuple((each.st_ino, each.st_size, each.st_mtime_ns) for each in found)
 
 
 def _read(name: str, file: Path) -> str:

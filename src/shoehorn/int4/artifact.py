@@ -12,6 +12,7 @@ import logging
 from pathlib import Path
 
 from shoehorn.common.errors import ModelUnavailableError
+from shoehorn.common.file_stamp import stamp
 from shoehorn.int4.journal import Journal, read_journal
 from shoehorn.model.files import LocalFiles
 from shoehorn.model.reference import ModelRef
@@ -43,8 +44,8 @@ def locate(models_dir: Path, ref: ModelRef) -> Path | None:
 def stamps(directory: Path) -> dict[str, str]:
     """By the name of each shard of one's own folder, what changes when it does."""
     files = LocalFiles(directory)
-    found = {name: (directory / name).stat() for name in shards(files, files.names())}
-    return {name: f"{status.st_size} bytes, {status.st_mtime_ns}" for name, status in found.items()}
+    found = {name: stamp(directory / name) for name in shards(files, files.names())}
+    return {name: f"{each.size_bytes} bytes, {each.mtime_ns}" if each else "missing" for name, each in found.items()}
 
 
 def has_changed(journal: Journal, ref: ModelRef) -> bool:

@@ -8,18 +8,18 @@ Rules:
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from shoehorn.common import disk
 from shoehorn.common.errors import ModelUnavailableError
+from shoehorn.common.locks import exclusive, is_locked, shared
 from shoehorn.hub.files import is_plain
 from shoehorn.store import locks
 
@@ -59,7 +59,7 @@ def models(models_dir: Path) -> list[StoredModel]:
             log.warning("%s cannot be read (%s)", path, error)
             continue
         found.append(StoredModel(model, str(revision), disk.disk_used(models_dir / model), complete is True,
-                                 _used(models_dir, model), _is_used(models_dir, model),
+                                 _used(models_dir, model), is_locked(_use_lock(models_dir, model)),
                                  str(document.get("commit", ""))))
     return found
 
@@ -90,33 +90,24 @@ def remove(models_dir: Path, model: str) -> int:
 def used(models_dir: Path, model: str) -> Iterator[None]:
     """Mark a model as served, and note the time. A volume that cannot be written has no mark, and needs none."""
     path = _use_lock(models_dir, model)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)
-    except OSError:
+    with ExitStack() as stack:
+        with suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(shared(path))
+            os.utime(path)
         yield
-        return
-    try:
-        os.utime(path)
-        fcntl.flock(descriptor, fcntl.LOCK_SH)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager
 def _alone(path: Path, cause: str, remedy: str) -> Iterator[None]:
     """Hold a lock that nobody else holds, or refuse."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)
-    try:
+    with ExitStack() as stack:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            stack.enter_context(exclusive(path, wait=False))
         except BlockingIOError:
             raise ModelUnavailableError(cause, remedy) from None
         yield
-    finally:
-        os.close(descriptor)
 
 
 def _use_lock(models_dir: Path, model: str) -> Path:
@@ -128,17 +119,3 @@ def _used(models_dir: Path, model: str) -> float | None:
         return _use_lock(models_dir, model).stat().st_mtime
     except OSError:
         return None
-
-
-def _is_used(models_dir: Path, model: str) -> bool:
-    try:
-        descriptor = os.open(_use_lock(models_dir, model), os.O_RDONLY)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return False
-    except OSError:
-        return True
-    finally:
-        os.close(descriptor)

@@ -5,14 +5,13 @@ Every trouble with it ends in one `ModelUnavailableError` that says what to type
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from shoehorn.common import mounts
+from shoehorn.common import locks, mounts
 from shoehorn.common.disk import volume_error
 from shoehorn.common.errors import ModelUnavailableError
 
@@ -43,18 +42,13 @@ def only_writer(models_dir: Path, model: str) -> Iterator[None]:
     path = lock_path(models_dir, model)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)
+        lock = locks.acquire(path, on_wait=lambda: log.info("another process pulls %s; waiting for it", model))
+    except locks.LocksUnsupportedError as error:
+        raise ModelUnavailableError(f"The file system of {models_dir} has no locks ({error.strerror}).",
+                                    "Mount a volume at MODELS_DIR whose file system has them.") from error
     except OSError as error:
         raise volume_error(models_dir, error) from error
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            log.info("another process pulls %s; waiting for it", model)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        except OSError as error:
-            raise ModelUnavailableError(f"The file system of {models_dir} has no locks ({error.strerror}).",
-                                        "Mount a volume at MODELS_DIR whose file system has them.") from error
         yield
     finally:
-        os.close(descriptor)
+        os.close(lock)

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from shoehorn.common.atomic_file import write_atomic
+from shoehorn.common.file_stamp import stamp
 from shoehorn.hub.files import ModelFile, is_plain
 from shoehorn.model.reference import ModelRef
 
@@ -90,8 +90,5 @@ def write(models_dir: Path, ref: ModelRef, manifest: Manifest) -> None:
 
 def unchanged(directory: Path, file: ModelFile) -> bool:
     """Whether a checked file still has the size and the time at which it was checked."""
-    try:
-        status = os.stat(directory / file.path)
-    except OSError:
-        return False
-    return (status.st_size, status.st_mtime_ns) == (file.size_bytes, file.mtime_ns)
+    current = stamp(directory / file.path)
+    return current is not None and (current.size_bytes, current.mtime_ns) == (file.size_bytes, file.mtime_ns)

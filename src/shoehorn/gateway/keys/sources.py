@@ -21,6 +21,7 @@ from pathlib import Path
 
 from shoehorn.common.atomic_file import write_atomic
 from shoehorn.common.errors import SettingsError
+from shoehorn.common.file_stamp import FileStamp, stamp
 from shoehorn.config.settings import Settings
 from shoehorn.gateway.keys.api_key import DEFAULT_NAME, Key, Keyring, Limits, parse_day
 from shoehorn.gateway.keys.store import KeyStore, NewKey, dump, parse
@@ -28,8 +29,6 @@ from shoehorn.runtime.run_dir import RunDir
 
 _RECHECK_SECONDS = 0.2
 """A file that is written twice within its clock's tick looks unchanged the second time; so it is read once more."""
-
-Mark = tuple[int, int, int, int] | None
 
 
 def prepare(settings: Settings) -> NewKey | None:
@@ -81,7 +80,7 @@ class KeySources:
         self._files = [_setting_file(settings), self._store.file]
         if settings.api_keys_file:
             self._files.append(settings.api_keys_file)
-        self._marks: list[Mark] | None = None
+        self._stamps: list[FileStamp | None] | None = None
         self._recheck_at = math.inf
         self._state: Keyring | SettingsError = SettingsError("Not read yet.")
 
@@ -91,10 +90,10 @@ class KeySources:
         Raises:
             SettingsError: there are none, or a source cannot be trusted.
         """
-        marks = [_mark(file) for file in self._files]
-        changed, due = marks != self._marks, self._clock() >= self._recheck_at
+        stamps = [stamp(file) for file in self._files]
+        changed, due = stamps != self._stamps, self._clock() >= self._recheck_at
         if changed or due:
-            self._marks = marks
+            self._stamps = stamps
             self._recheck_at = self._clock() + _RECHECK_SECONDS if changed else math.inf
             try:
                 self._state = self._read()
@@ -173,12 +172,3 @@ def _read_file(file: Path) -> tuple[Key, ...]:
 
 def _setting_file(settings: Settings) -> Path:
     return RunDir(settings.run_dir).setting_key
-
-
-def _mark(file: Path) -> Mark:
-    """What changes when a file does; None when it is not there or cannot be seen."""
-    try:
-        found = file.stat()
-    except OSError:
-        return None
-    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns

@@ -9,7 +9,6 @@ Rules:
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
@@ -19,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from shoehorn.common import locks
 from shoehorn.common.atomic_file import write_atomic
 from shoehorn.common.errors import SettingsError
 from shoehorn.config.models_dir import ModelsDir
@@ -187,14 +187,13 @@ class KeyStore:
         """One process at a time, also from other containers on the same volume."""
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(self.file.with_name("keys.lock"), os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+            lock = locks.acquire(self.file.with_name("keys.lock"))
         except OSError as error:
             raise self._unusable(error) from error
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
             yield
         finally:
-            os.close(descriptor)
+            os.close(lock)
 
     def _unusable(self, error: OSError) -> SettingsError:
         return SettingsError(
