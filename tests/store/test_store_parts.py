@@ -87,7 +87,6 @@ def test_a_disk_error_while_checking_is_told_in_words(tmp_path: Path, monkeypatc
 
 def test_locks_of_different_models_do_not_meet(tmp_path: Path) -> None:
     user = Volume(tmp_path)
-    with locks.only_writer(user.models, MODEL):
-        with locks.only_writer(user.models, "owner/other"):
-            names = sorted(path.name for path in (user.models / ".shoehorn" / "locks").iterdir())
+    with locks.only_writer(user.models, MODEL), locks.only_writer(user.models, "owner/other"):
+        names = sorted(path.name for path in (user.models / ".shoehorn" / "locks").iterdir())
     assert names == ["owner--other.lock", f"{MODEL.replace('/', '--')}.lock"]
