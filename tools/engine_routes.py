@@ -70,15 +70,15 @@ def everything() -> Found:
         os.environ[name] = "1"
     add("everything at once", _routes(every_task, embedder, *(word for option, values in OPTIONS.items()
                                                               for word in (option, *values))))
-    add("what is not installed", (route for route in in_sources() if route.split()[0] in METHODS))
+    from vllm import entrypoints
+
+    add("what is not installed", (route for route in in_sources(Path(entrypoints.__path__[0])) if route.split()[0] in METHODS))
     return found
 
 
-def in_sources() -> Iterator[str]:
-    """Every route that a decorator or `add_api_route` in the engine's sources names by a literal path."""
-    from vllm import entrypoints
-
-    for path in sorted(Path(entrypoints.__path__[0]).rglob("*.py")):
+def in_sources(folder: Path) -> Iterator[str]:
+    """Yield every route that a decorator or `add_api_route` in the engine's sources names by a literal path."""
+    for path in sorted(folder.rglob("*.py")):
         for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call.args
                     and isinstance(call.args[0], ast.Constant) and str(call.args[0].value).startswith("/")):

@@ -1,6 +1,6 @@
-"""Writes the generated documents: `make docs`. A test compares each with what this makes, so that none can go stale.
+"""Generator of documents (`make docs`): settings, metrics, routes, failure modes, and measured figures.
 
-Settings, metrics and routes come from their tables, figures from bench/results and nowhere else.
+Figures come only from bench/results. A test compares every document with the generated text.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ RESULTS = HOME / "bench" / "results"
 _INTRODUCTION = """# Configuration
 
 Every setting is an environment variable; with compose, put them into `.env` (start from `.env.example`).
-An empty variable counts as not set. A wrong value stops the start with exit code 2 and one line for each mistake.
-A setting marked *secret* may instead be read from the file that `NAME_FILE` names; setting both is an error.
+An empty variable counts as unset. An invalid value stops the start with exit code 2 and one line per error. A setting
+marked *secret* can be read from a file instead: `NAME_FILE` names the file. Setting both is an error.
 
-Precedence: `VLLM_EXTRA_ARGS` wins over the settings, a setting over the profile, the profile over what is worked out
-from model and machine. One thing in a profile is an upper bound, not a value: `cpu-offload-gb`. The plan offloads the
-least that leaves room for two requests of full length, and nothing when everything fits on the card.
+Precedence, highest first: `VLLM_EXTRA_ARGS`, settings, the profile, values computed from model and machine. One value in a
+profile is an upper bound: `cpu-offload-gb`. The plan offloads the smallest amount that leaves enough KV cache for two
+requests of full length, and nothing if all weights fit on the GPU.
 
 | setting | default | meaning |
 |---|---|---|
@@ -39,7 +39,7 @@ least that leaves room for two requests of full length, and nothing when everyth
 
 
 def configuration() -> str:
-    """The text of docs/configuration.md."""
+    """Generate docs/configuration.md."""
     rows = []
     for setting in TABLE:
         default = f"`{setting.default}`" if setting.default else ""
@@ -49,42 +49,54 @@ def configuration() -> str:
 
 
 def example() -> str:
-    """The text of .env.example: every setting, commented out, with its default."""
-    lines = ["# Copy to .env and remove the # of what you change. docs/configuration.md says more.\n"]
+    """Generate .env.example: every setting, commented out, with its default."""
+    lines = ["# Copy to .env and uncomment the settings to change. Reference: docs/configuration.md.\n"]
     for setting in TABLE:
         lines.append(f"\n# {setting.help}\n#{setting.name}={setting.default}\n")
     return "".join(lines)
 
 
 _BEGIN, _END = "<!-- measured: begin -->\n", "<!-- measured: end -->\n"
-_STARTS = {"bf16": "bf16, on the card", "nf4": "NF4, on the card",
-           "nf4-offloaded": "NF4 in 5 GiB (`VRAM_LIMIT=5GiB`), partly in host memory"}
+_STARTS = {"bf16": "bf16, resident", "nf4": "NF4, resident",
+           "nf4-offloaded": "NF4 in 5 GiB (`VRAM_LIMIT=5GiB`), partly offloaded"}
 _LOW_VRAM = {"70b-int4-3072mib": "INT4, all layers offloaded", "70b-int4-7168mib": "INT4, all layers offloaded",
              "70b-int4-3584mib-4096": "INT4, all layers offloaded by UVA, 4,096 tokens",
              "70b-int4-7168mib-fp8": "INT4, all layers offloaded, fp8 KV cache",
              "70b-nf4-7168mib": "NF4, all layers offloaded",
-             "70b-int4-8192mib-draft": "INT4, all layers offloaded, with an 8B in INT4 as draft (acceptance drawn, 5)",
-             "70b-int4-32gb": "INT4, a third of the layers offloaded", "70b-int4-40gib": "INT4, on the card",
-             "70b-int4-3072mib-ngram": "INT4, all layers offloaded, tokens guessed from the text (zeros: all right)",
-             "70b-int4-2x20gib": "INT4, on two cards (each)"}
+             "70b-int4-8192mib-draft": "INT4, all layers offloaded, with an 8B INT4 draft model (simulated acceptance length 5)",
+             "70b-int4-32gb": "INT4, a third of the layers offloaded", "70b-int4-40gib": "INT4, resident",
+             "70b-int4-3072mib-ngram": "INT4, all layers offloaded, n-gram draft tokens (zero weights: all accepted)",
+             "70b-int4-2x20gib": "INT4, resident, two GPUs (each)"}
+_CHINESE = {"bf16, resident": "bf16，全部驻留", "NF4, resident": "NF4，全部驻留",
+            "NF4 in 5 GiB (`VRAM_LIMIT=5GiB`), partly offloaded": "NF4，限 5 GiB（`VRAM_LIMIT=5GiB`），部分卸载",
+            "INT4, all layers offloaded": "INT4，所有层卸载", "NF4, all layers offloaded": "NF4，所有层卸载",
+            "INT4, all layers offloaded by UVA, 4,096 tokens": "INT4，所有层以 UVA 卸载，上下文 4,096 token",
+            "INT4, all layers offloaded, fp8 KV cache": "INT4，所有层卸载，fp8 KV 缓存",
+            "INT4, all layers offloaded, with an 8B INT4 draft model (simulated acceptance length 5)":
+                "INT4，所有层卸载，8B INT4 草稿模型（模拟接受长度 5）",
+            "INT4, a third of the layers offloaded": "INT4，三分之一的层卸载", "INT4, resident": "INT4，全部驻留",
+            "INT4, all layers offloaded, n-gram draft tokens (zero weights: all accepted)":
+                "INT4，所有层卸载，n-gram 草稿 token（零权重，全部接受）",
+            "INT4, resident, two GPUs (each)": "INT4，全部驻留，两张 GPU（每张）"}
 
 
 def filled(path: str, template: str, **files: str) -> Callable[[], str]:
-    """What makes a document whose figures, between its two marks, are those of `files` of bench/results."""
+    """Return the generator of a document whose figures, between its two marks, come from `files` of bench/results."""
 
     def document() -> str:
         results = {name: json.loads((RESULTS / file).read_text(encoding="utf-8")) for name, file in files.items()}
         environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True)  # noqa: S701  # for Markdown
         text = (HOME / "tools" / template).read_text(encoding="utf-8")
         head, rest = (HOME / path).read_text(encoding="utf-8").split(_BEGIN)
-        made = environment.from_string(text).render(**results, starts=_STARTS, low_vram=_LOW_VRAM)
-        return head + _BEGIN + made + _END + rest.split(_END)[1]
+        figures = environment.from_string(text).render(**results, starts=_STARTS, low_vram=_LOW_VRAM, zh=_CHINESE)
+        return head + _BEGIN + figures + _END + rest.split(_END)[1]
 
     return document
 
 
-DOCUMENTS = {Path("README.md"): filled("README.md", "measured.md.j2", gpu="appliance-h200.json", demo="demo.json",
-                                       soak="soak.json", vram="low-vram.json"),
+_README_RESULTS = {"gpu": "appliance-h200.json", "demo": "demo.json", "soak": "soak.json", "vram": "low-vram.json"}
+DOCUMENTS = {Path("README.md"): filled("README.md", "measured.md.j2", **_README_RESULTS),
+             Path("README.zh-CN.md"): filled("README.zh-CN.md", "measured.zh-CN.md.j2", **_README_RESULTS),
              Path("docs/low-vram.md"): filled("docs/low-vram.md", "low-vram.md.j2", vram="low-vram.json"),
              Path("docs/int4.md"): filled("docs/int4.md", "int4.md.j2", quality="int4-quality.json",
                                           speed="convert-speed.json"),

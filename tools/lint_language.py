@@ -47,7 +47,7 @@ def _compiled() -> list[tuple[re.Pattern[str], re.Pattern[str] | None, str]]:
 
 def check_prose(text: str) -> list[str]:
     """Return one message per rejected construction in a piece of prose."""
-    text = re.sub(r"`[^`]*`", "`code`", text)
+    text = re.sub(r"`[^`]*`|{{.*?}}|{%.*?%}", "`code`", text)
     return [f"{match[0].lower()!r}: use {say}" for pattern, unless, say in _compiled()
             for match in pattern.finditer(text)
             if not (unless and any(permitted.start() <= match.start() < permitted.end()
