@@ -45,8 +45,10 @@ def definition(root: Path, module: str, name: str, depth: int = 4) -> ast.AST | 
     body: list[ast.stmt] = getattr(tree(module_file(root, module)), "body", [])
     outer, _, inner = name.partition(".")
     for node in ast.walk(ast.Module(body, [])):
-        if isinstance(node, ast.ImportFrom) and depth and any((each.asname or each.name) == outer for each in node.names):
-            original = next(each.name for each in node.names if (each.asname or each.name) == outer)
+        aliases = {} if not isinstance(node, ast.ImportFrom) else {each.asname or each.name: each.name
+                                                                   for each in node.names}
+        if isinstance(node, ast.ImportFrom) and depth and outer in aliases:
+            original = aliases[outer]
             target = node.module or ""
             if node.level:
                 target = ".".join(module.split(".")[: 1 - node.level or None] + ([target] if target else []))
@@ -157,14 +159,16 @@ def compare_texts(new: Path) -> Iterator[str]:
 
 
 def run(new: Path, *command: str) -> subprocess.CompletedProcess[str]:
-    """Run Python with the new sources in front."""
-    return subprocess.run([sys.executable, *command], env={**os.environ, "PYTHONPATH": str(new), "VLLM_PLUGINS": ""}, text=True,
-                          capture_output=True, timeout=600, check=False)
+    """Run Python with the new sources first on its path, without plugins."""
+    environment = {**os.environ, "PYTHONPATH": str(new), "VLLM_PLUGINS": ""}
+    return subprocess.run([sys.executable, *command], env=environment, text=True, capture_output=True, timeout=600,
+                          check=False)
 
 
 def compare_options(new: Path) -> Iterator[str]:
-    """Yield a line for each option that was added, removed or changed; one line where the parser cannot be imported."""
-    code = (f"import sys, json, importlib; sys.path.insert(0, {str(HOME / 'tools')!r}); import record_engine_options as r\n"
+    """Yield a line for each option that was added, removed or changed, or one that the parser cannot be imported."""
+    code = (f"import sys, json, importlib; sys.path.insert(0, {str(HOME / 'tools')!r})\n"
+            f"import record_engine_options as r\n"
             f"import vllm.platforms; from vllm.platforms.cpu import CpuPlatform\n"
             f"vllm.platforms._current_platform = CpuPlatform()\n"
             f"from vllm.utils.argparse_utils import FlexibleArgumentParser\n"

@@ -72,7 +72,8 @@ def everything() -> Found:
                                                               for word in (option, *values))))
     from vllm import entrypoints
 
-    add("what is not installed", (route for route in in_sources(Path(entrypoints.__path__[0])) if route.split()[0] in METHODS))
+    sources = Path(entrypoints.__path__[0])
+    add("what is not installed", (route for route in in_sources(sources) if route.split()[0] in METHODS))
     return found
 
 

@@ -29,8 +29,8 @@ Every setting is an environment variable; with compose, put them into `.env` (st
 An empty variable counts as unset. An invalid value stops the start with exit code 2 and one line per error. A setting
 marked *secret* can be read from a file instead: `NAME_FILE` names the file. Setting both is an error.
 
-Precedence, highest first: `VLLM_EXTRA_ARGS`, settings, the profile, values computed from model and machine. One value in a
-profile is an upper bound: `cpu-offload-gb`. The plan offloads the smallest amount that leaves enough KV cache for two
+Precedence, highest first: `VLLM_EXTRA_ARGS`, settings, the profile, values computed from model and machine. One value
+in a profile is an upper bound: `cpu-offload-gb`. The plan offloads the smallest amount that leaves enough KV cache for two
 requests of full length, and nothing if all weights fit on the GPU.
 
 | setting | default | meaning |
@@ -65,7 +65,7 @@ _LOW_VRAM = {"70b-int4-3072mib": "INT4, all layers offloaded", "70b-int4-7168mib
              "70b-nf4-7168mib": "NF4, all layers offloaded",
              "70b-int4-8192mib-draft": "INT4, all layers offloaded, with an 8B INT4 draft model (simulated acceptance length 5)",
              "70b-int4-32gb": "INT4, a third of the layers offloaded", "70b-int4-40gib": "INT4, resident",
-             "70b-int4-3072mib-ngram": "INT4, all layers offloaded, n-gram draft tokens (zero weights: all accepted)",
+             "70b-int4-3072mib-ngram": "INT4, all layers offloaded, n-gram draft tokens (zero weights, all accepted)",
              "70b-int4-2x20gib": "INT4, resident, two GPUs (each)"}
 _CHINESE = {"bf16, resident": "bf16，全部驻留", "NF4, resident": "NF4，全部驻留",
             "NF4 in 5 GiB (`VRAM_LIMIT=5GiB`), partly offloaded": "NF4，限 5 GiB（`VRAM_LIMIT=5GiB`），部分卸载",
@@ -75,7 +75,7 @@ _CHINESE = {"bf16, resident": "bf16，全部驻留", "NF4, resident": "NF4，全
             "INT4, all layers offloaded, with an 8B INT4 draft model (simulated acceptance length 5)":
                 "INT4，所有层卸载，8B INT4 草稿模型（模拟接受长度 5）",
             "INT4, a third of the layers offloaded": "INT4，三分之一的层卸载", "INT4, resident": "INT4，全部驻留",
-            "INT4, all layers offloaded, n-gram draft tokens (zero weights: all accepted)":
+            "INT4, all layers offloaded, n-gram draft tokens (zero weights, all accepted)":
                 "INT4，所有层卸载，n-gram 草稿 token（零权重，全部接受）",
             "INT4, resident, two GPUs (each)": "INT4，全部驻留，两张 GPU（每张）"}
 
