@@ -63,7 +63,7 @@ _LOW_VRAM = {"70b-int4-3072mib": "INT4, all layers offloaded", "70b-int4-7168mib
              "70b-int4-3584mib-4096": "INT4, all layers offloaded by UVA, 4,096 tokens",
              "70b-int4-7168mib-fp8": "INT4, all layers offloaded, fp8 KV cache",
              "70b-nf4-7168mib": "NF4, all layers offloaded",
-             "70b-int4-8192mib-draft": "INT4, all layers offloaded, 8B INT4 draft model (simulated acceptance length 5)",
+             "70b-int4-8192mib-draft": "INT4, all layers offloaded, 8B INT4 draft (simulated acceptance length 5)",
              "70b-int4-32gb": "INT4, a third of the layers offloaded", "70b-int4-40gib": "INT4, resident",
              "70b-int4-3072mib-ngram": "INT4, all layers offloaded, n-gram draft tokens (zero weights, all accepted)",
              "70b-int4-2x20gib": "INT4, resident, two GPUs (each)"}
@@ -72,7 +72,7 @@ _CHINESE = {"bf16, resident": "bf16，全部驻留", "NF4, resident": "NF4，全
             "INT4, all layers offloaded": "INT4，所有层卸载", "NF4, all layers offloaded": "NF4，所有层卸载",
             "INT4, all layers offloaded by UVA, 4,096 tokens": "INT4，所有层以 UVA 卸载，上下文 4,096 token",
             "INT4, all layers offloaded, fp8 KV cache": "INT4，所有层卸载，fp8 KV 缓存",
-            "INT4, all layers offloaded, 8B INT4 draft model (simulated acceptance length 5)":
+            "INT4, all layers offloaded, 8B INT4 draft (simulated acceptance length 5)":
                 "INT4，所有层卸载，8B INT4 草稿模型（模拟接受长度 5）",
             "INT4, a third of the layers offloaded": "INT4，三分之一的层卸载", "INT4, resident": "INT4，全部驻留",
             "INT4, all layers offloaded, n-gram draft tokens (zero weights, all accepted)":
