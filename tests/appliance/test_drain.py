@@ -22,7 +22,7 @@ from support.clients import ERROR_ENDS, HELLO, LONG, Asking
 from support.running import Appliance
 from support.waiting import wait_until
 
-pytestmark = pytest.mark.e2e
+pytestmark = pytest.mark.engine
 
 Start = Callable[..., Appliance]
 SHORT = {"model": "shoehorn-demo", "messages": HELLO, "max_tokens": 4}

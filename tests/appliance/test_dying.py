@@ -18,7 +18,7 @@ from support.clients import ERROR_ENDS, HELLO, Asking
 from support.running import TEST_KEY, Appliance, Filling
 from support.waiting import wait_until
 
-pytestmark = pytest.mark.e2e
+pytestmark = pytest.mark.engine
 
 PARTS = ("api_server.entry", "VLLM::EngineCor", "VLLM::Worker")
 

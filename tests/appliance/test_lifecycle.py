@@ -22,7 +22,7 @@ from support.clients import ERROR_ENDS, Asking
 from support.running import DEMO_MODEL, Appliance, gone
 from support.waiting import wait_until
 
-pytestmark = pytest.mark.e2e
+pytestmark = pytest.mark.engine
 
 Start = Callable[..., Appliance]
 

@@ -28,7 +28,7 @@ from shoehorn.runtime.state import StateFile
 from support.running import Appliance
 from support.waiting import wait_until
 
-pytestmark = pytest.mark.e2e
+pytestmark = pytest.mark.engine
 
 DASHBOARDS = sorted((HOME / "monitoring" / "grafana" / "dashboards").glob("*.json"))
 EXPORTER = """
@@ -91,13 +91,14 @@ class Prometheus:
 
 
 @pytest.fixture(scope="module")
-def prometheus(shared: Appliance, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
+def prometheus(shared_appliance: Appliance, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
     home = tmp_path_factory.mktemp("prometheus")
-    before = StateFile(shared.run_dir).read()
-    StateFile(shared.run_dir).update(memory=MEMORY, failures={"killed": 1}, bytes_done=7, bytes_total=7, progress=1.0)
+    before = StateFile(shared_appliance.run_dir).read()
+    StateFile(shared_appliance.run_dir).update(memory=MEMORY, failures={"killed": 1}, bytes_done=7, bytes_total=7,
+                                               progress=1.0)
     port = free_port()
     environment = {"PATH": os.environ["PATH"], "PYTHONPATH": f"{HOME / 'src'}:{HOME / 'tests'}",
-                   "RUN_DIR": str(shared.run_dir), "MODELS_DIR": str(shared.models_dir),
+                   "RUN_DIR": str(shared_appliance.run_dir), "MODELS_DIR": str(shared_appliance.models_dir),
                    "METRICS_PORT": str(port)}
     with subprocess.Popen([sys.executable, "-c", EXPORTER, str(HOME / "tests" / "captures" / "nvml-h200.json")],
                           env=environment) as exporter:
@@ -107,7 +108,7 @@ def prometheus(shared: Appliance, tmp_path_factory: pytest.TempPathFactory) -> I
             for crowd, bars in CROWDS.items():
                 seen, queries = threading.Event(), by_concurrency(bars)
                 with ThreadPoolExecutor(crowd) as pool:
-                    asking = [pool.submit(ask_until, shared, seen) for _ in range(crowd)]
+                    asking = [pool.submit(ask_until, shared_appliance, seen) for _ in range(crowd)]
                     try:
                         time.sleep(5.0)  # so many samples, more where the machine is busy
                         wait_until(lambda queries=queries: all(map(running.values, queries)), 60, f"{crowd} at a time")
@@ -121,8 +122,9 @@ def prometheus(shared: Appliance, tmp_path_factory: pytest.TempPathFactory) -> I
             running.process.terminate()
             running.process.wait(60)
             exporter.terminate()
-            StateFile(shared.run_dir).update(memory=before.memory, failures=before.failures, progress=before.progress,
-                                             bytes_done=before.bytes_done, bytes_total=before.bytes_total)
+            StateFile(shared_appliance.run_dir).update(
+                memory=before.memory, failures=before.failures, progress=before.progress, bytes_done=before.bytes_done,
+                bytes_total=before.bytes_total)
 
 
 def ask_until(appliance: Appliance, seen: threading.Event) -> None:

@@ -21,7 +21,7 @@ from support.pulling import Volume
 from support.running import DEMO_MODEL, TEST_KEY, Appliance
 from support.waiting import wait_until
 
-pytestmark = pytest.mark.e2e
+pytestmark = pytest.mark.engine
 
 _LOOPBACK_UP = """
 import fcntl, os, socket, struct, sys

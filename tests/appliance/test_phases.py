@@ -21,7 +21,7 @@ from shoehorn.store import inventory
 from support.running import DEMO_MODEL, TEST_KEY, Appliance, Filling, gone
 from support.waiting import wait_until
 
-pytestmark = pytest.mark.e2e
+pytestmark = pytest.mark.engine
 
 Start = Callable[..., Appliance]
 WORKERS = {Phase.PULLING: "shoehorn.cli pull", Phase.CONVERTING: "shoehorn.cli convert",

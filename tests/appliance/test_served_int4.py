@@ -18,7 +18,7 @@ from support.clients import answers
 from support.running import DEMO_MODEL, Appliance
 from support.waiting import wait_until
 
-pytestmark = pytest.mark.e2e
+pytestmark = pytest.mark.engine
 
 Start = Callable[..., Appliance]
 
@@ -49,6 +49,7 @@ def test_pulled_converted_once_and_served(start: Start, appliance: Appliance, tm
     assert third.end() == 0
 
 
+@pytest.mark.contract
 def test_two_workers_divide_it(tmp_path: Path) -> None:
     """Tensor parallelism; half of a matrix of 640 columns is no whole number of groups of 128, so they are of 64."""
     (tmp_path / "models").mkdir()

@@ -17,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from shoehorn.common.paths import HOME
 from support.running import Appliance
 
-pytestmark = pytest.mark.e2e
+pytestmark = pytest.mark.engine
 
 ENGLISH, CHINESE = "What is your name?", "你叫啥?"
 

@@ -19,7 +19,7 @@ from shoehorn.runtime.state import Phase
 from support.clients import answers
 from support.running import DEMO_MODEL, Appliance
 
-pytestmark = pytest.mark.e2e
+pytestmark = pytest.mark.engine
 
 Start = Callable[..., Appliance]
 

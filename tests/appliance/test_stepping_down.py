@@ -23,7 +23,7 @@ from support.waiting import wait_until
 ROOT = Path(__file__).resolve().parents[2]
 MACHINE = ROOT / "tests" / "fakes" / "gpu_machine"
 
-pytestmark = pytest.mark.e2e
+pytestmark = pytest.mark.process
 
 
 @pytest.fixture(scope="module")

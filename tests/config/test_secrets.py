@@ -96,10 +96,12 @@ def _boot(planted: Path, environment: dict[str, str]) -> bool:
     return (planted.parent / "ran").exists()
 
 
+@pytest.mark.contract
 def test_a_planted_model_py_runs_in_a_bare_environment(planted: Path) -> None:
     assert _boot(planted, dict(os.environ))
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize("named", [False, True])
 def test_a_planted_model_py_does_not_run_in_the_engines(planted: Path, tmp_path: Path, named: bool) -> None:
     outside = {**os.environ, **({"SAGEMAKER_MODEL_PATH": str(planted)} if named else {})}

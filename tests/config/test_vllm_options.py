@@ -95,12 +95,14 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Real:
     return Real(result["options"], {Path(path).stem: options for path, options in result["parsed"].items()})
 
 
+@pytest.mark.contract
 def test_recording_equals_the_real_parser(real: Real) -> None:
     document = json.loads((HOME / "src" / "shoehorn" / "config" / "vllm_options.json").read_text())
     assert document["engine"] == "vllm 0.32.0"
     assert document["options"] == real.options, "run tools/record_engine_options.py"
 
 
+@pytest.mark.contract
 def test_every_profile_passes_the_real_parser(real: Real) -> None:
     for name in profiles.names():
         parsed = real.parsed[f"profile-{name}"]
@@ -109,6 +111,7 @@ def test_every_profile_passes_the_real_parser(real: Real) -> None:
             assert parsed[option.replace("-", "_")] == value, option
 
 
+@pytest.mark.contract
 def test_every_plan_passes_the_real_parser_unchanged(real: Real) -> None:
     for name, options in plans().items():
         parsed = real.parsed[f"plan-{name}"]
@@ -118,6 +121,7 @@ def test_every_plan_passes_the_real_parser_unchanged(real: Real) -> None:
             assert parsed_value == value or json.loads(json.dumps(parsed_value)) == value, option
 
 
+@pytest.mark.contract
 def test_removed_options_are_rejected_by_the_real_parser(real: Real) -> None:
     for name in REMOVED:
         assert str(real.parsed[f"removed-{name}"]).startswith("refused"), name

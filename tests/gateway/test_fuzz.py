@@ -18,7 +18,7 @@ import pytest
 from shoehorn.gateway.nginx_config import ROUTES
 from support.gateway_process import KEY, Gateway, authorization, request
 
-pytestmark = pytest.mark.e2e
+pytestmark = pytest.mark.process
 
 NUMBER = 10_000
 TARGETS = (

@@ -12,7 +12,7 @@ from fakes.engine import FakeEngine
 from shoehorn.gateway.nginx_config import ROUTES, Route
 from support.gateway_process import BEARER, KEY, MODEL, Gateway, authorization, error_of, openai_error, request
 
-pytestmark = pytest.mark.e2e
+pytestmark = pytest.mark.process
 
 # What vLLM 0.32 can list beyond what is served here, with every switch on.
 _ENGINE_ROUTES = """

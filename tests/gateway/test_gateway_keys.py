@@ -19,7 +19,7 @@ from shoehorn.commands import keys as command
 from support.gateway_process import BEARER, KEY, Gateway, anthropic_error, authorization, openai_error, request
 from support.waiting import wait_until
 
-pytestmark = pytest.mark.e2e
+pytestmark = pytest.mark.process
 
 OTHER = "sk-another-key-0123456789"
 

@@ -24,7 +24,7 @@ from shoehorn.runtime.state import Phase
 from support.gateway_process import BEARER, KEY, Gateway, authorization, error_of, openai_error, request
 from support.waiting import wait_until
 
-pytestmark = pytest.mark.e2e
+pytestmark = pytest.mark.process
 
 
 def _secure(home: Path, **settings: str) -> Gateway:

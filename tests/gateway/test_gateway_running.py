@@ -24,7 +24,7 @@ from shoehorn.runtime.state import Phase
 from support.gateway_process import BEARER, KEY, MODEL, Gateway, authorization, openai_error
 from support.waiting import wait_until
 
-pytestmark = pytest.mark.e2e
+pytestmark = pytest.mark.process
 
 
 # --- not ready, failed, health

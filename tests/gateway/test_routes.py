@@ -24,11 +24,13 @@ def engine() -> dict[str, list[str]]:
     return found
 
 
+@pytest.mark.contract
 def test_every_route_of_the_engine_has_a_decision_under_its_condition(engine: dict[str, list[str]]) -> None:
     real = {route: condition for condition, routes in engine.items() for route in routes}
     assert {route.name: route.when for route in TABLE} == real, "decide about new routes in gateway/routes.yaml"
 
 
+@pytest.mark.contract
 def test_the_list_is_complete_enough_to_trust(engine: dict[str, list[str]]) -> None:
     known = {"POST /v1/chat/completions", "POST /invocations", "MOUNT /metrics", "GET /openapi.json"}
     assert known <= set(engine[""])

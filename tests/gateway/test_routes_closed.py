@@ -14,7 +14,7 @@ from shoehorn.gateway import route_policy
 from shoehorn.gateway.route_policy import Decided
 from support.gateway_process import KEY, Gateway, authorization, request
 
-pytestmark = pytest.mark.e2e
+pytestmark = pytest.mark.process
 
 _UPGRADE = "Upgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
 _METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS")

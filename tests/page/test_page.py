@@ -20,7 +20,7 @@ from support.browser import NARROW, Visits
 from support.gateway_process import KEY, MODEL, Gateway
 from support.page_states import SERVED, chatting, loaded, plan_of_the_70b, pull, say, usage
 
-pytestmark = [pytest.mark.e2e, pytest.mark.browser]
+pytestmark = pytest.mark.browser
 
 LANGUAGES, SCHEMES = ("en-US", "zh-CN"), ("light", "dark")
 

@@ -19,7 +19,7 @@ from support.browser import Visit, Visits
 from support.running import DEMO_MODEL, Appliance
 from support.waiting import wait_until
 
-pytestmark = [pytest.mark.e2e, pytest.mark.browser]
+pytestmark = pytest.mark.browser
 
 CHAT = "**/v1/chat/completions"
 NAME = "What is your name?"

@@ -31,6 +31,7 @@ def test_it_speaks_of_the_version_that_is_locked() -> None:
     assert f"| in {version[1]} |" in TEXT
 
 
+@pytest.mark.contract
 def test_the_penalty_kernel_still_has_no_bound(engine: Path) -> None:
     """CVE-2026-105922: once this fails the engine is mended, and SECURITY.md has to say so."""
     source = (engine / "v1" / "worker" / "gpu" / "sample" / "penalties.py").read_text(encoding="utf-8")
@@ -38,6 +39,7 @@ def test_the_penalty_kernel_still_has_no_bound(engine: Path) -> None:
     assert "vocab" not in kernel
 
 
+@pytest.mark.contract
 def test_the_scheduler_still_has_no_budget_for_log_probabilities(engine: Path) -> None:
     """CVE-2026-9540: as above."""
     sources = [path.read_text(encoding="utf-8") for path in (engine / "v1" / "core" / "sched").glob("*.py")]
@@ -45,6 +47,7 @@ def test_the_scheduler_still_has_no_budget_for_log_probabilities(engine: Path) -
     assert "max_logprobs: int = Field(default=20" in (engine / "config" / "model.py").read_text(encoding="utf-8")
 
 
+@pytest.mark.contract
 def test_the_bounds_that_it_names_are_the_engines(engine: Path) -> None:
     source = (engine / "envs.py").read_text(encoding="utf-8")
     for line in ("VLLM_MAX_N_SEQUENCES: int = 16384", "VLLM_MAX_COMPLETION_PROMPTS: int = 1024",

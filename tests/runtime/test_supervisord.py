@@ -18,7 +18,7 @@ from shoehorn.runtime.child_process import end_group
 from shoehorn.runtime.supervisord_config import write_supervisord_config
 from support.waiting import wait_until
 
-pytestmark = pytest.mark.e2e
+pytestmark = pytest.mark.process
 
 _PROGRAM = """
 import os, pathlib, signal, sys, time

@@ -30,10 +30,12 @@ def wait(plugins: str) -> str:
     return done.stdout + done.stderr
 
 
+@pytest.mark.contract
 def test_the_engine_on_a_cpu_sleeps_where_it_waits() -> None:
     assert "SLEPT" in wait("shoehorn")
 
 
+@pytest.mark.contract
 def test_it_would_spin_without() -> None:
     assert "SPUN" in wait(""), "it sleeps by itself: drop the mend"
 

@@ -62,6 +62,7 @@ def by_vllm(engine: Any, kinds: tuple[KvLayers, ...], length: int, block: int, b
     return kv_cache_utils.get_kv_cache_capacity(engine, config)[0]
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize("kinds", [FULL_80, GEMMA, ALTERNATING, NEARLY, WINDOW, LATENT])
 @pytest.mark.parametrize(("length", "block", "batch"), [(512, 16, 512), (8192, 16, 2048), (32768, 32, 8192),
                                                         (5000, 16, 300)])

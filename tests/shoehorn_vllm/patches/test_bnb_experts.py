@@ -14,6 +14,8 @@ from safetensors.numpy import save_file
 
 from fakes import captured as captured_models
 
+pytestmark = pytest.mark.contract
+
 HIDDEN, INNER, EXPERT_COUNT = 128, 64, 4
 LOAD = """
 import sys

@@ -23,7 +23,9 @@ with warnings.catch_warnings():
 
     from shoehorn_vllm.patches import offload, pinned_memory
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+pytestmark = [pytest.mark.contract,
+              pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")]
+
 
 @pytest.fixture
 def mended(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:

@@ -17,6 +17,8 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what the engine imports calls some of it deprecated
     from shoehorn_vllm.patches import pinned_memory
 
+pytestmark = pytest.mark.contract
+
 MIB = 1 << 20
 
 
