@@ -1,7 +1,8 @@
-"""The appliance as its user meets it: start, first token, real clients, closed doors, metrics, health."""
+"""The running appliance from outside: welcome text, real clients, closed routes, keys, metrics, health, bench."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -15,6 +16,7 @@ from openai import AuthenticationError, OpenAI
 from prometheus_client.parser import text_string_to_metric_families
 
 from shoehorn.common.paths import HOME
+from support.clients import UNQUANTIZED, answers
 from support.running import Appliance
 
 pytestmark = pytest.mark.engine
@@ -26,21 +28,21 @@ def _ask(question: str) -> dict[str, object]:
     return {"model": "shoehorn-demo", "messages": [{"role": "user", "content": question}]}
 
 
-def test_the_start_tells_each_phase_and_ends_in_a_curl_with_the_key(appliance: Appliance) -> None:
+def test_start_reports_its_phases_and_prints_a_curl_with_the_key(appliance: Appliance) -> None:
     assert re.search(r"engine INFO plan: profile cpu", appliance.output)
     assert re.search(r"engine INFO ready after \d+ s", appliance.output)
-    assert appliance.output.count(appliance.key) == 2, "shown when it is made and in the curl, by that start alone"
+    assert appliance.output.count(appliance.key) == 2, "printed when it is generated and in the curl, by this start only"
     assert f'curl -N {appliance.url}/v1/chat/completions -H "Authorization: Bearer {appliance.key}"' in appliance.output
 
 
-def test_the_printed_curl_works_as_pasted(appliance: Appliance) -> None:
+def test_printed_curl_works(appliance: Appliance) -> None:
     command = next(line for line in appliance.lines if line.startswith("curl "))
     answer = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60, check=True).stdout
     assert answer.count("data: {") > 2
     assert answer.rstrip().endswith("data: [DONE]")
 
 
-def test_openai_streams_both_languages(appliance: Appliance) -> None:
+def test_openai_client_streams_both_languages(appliance: Appliance) -> None:
     with OpenAI(base_url=f"{appliance.url}/v1", api_key=appliance.key) as openai:
         for question in (ENGLISH, CHINESE):
             pieces = [chunk.choices[0].delta.content or "" for chunk in openai.chat.completions.create(
@@ -50,7 +52,7 @@ def test_openai_streams_both_languages(appliance: Appliance) -> None:
         assert [model.id for model in openai.models.list()] == ["shoehorn-demo"]
 
 
-def test_langchain_streams(appliance: Appliance) -> None:
+def test_langchain_client_streams(appliance: Appliance) -> None:
     chat = ChatOpenAI(base_url=f"{appliance.url}/v1", api_key=appliance.key, model="shoehorn-demo")
     pieces = [str(chunk.content) for chunk in chat.stream(CHINESE)]
     assert len(pieces) > 3
@@ -58,7 +60,7 @@ def test_langchain_streams(appliance: Appliance) -> None:
 
 
 @pytest.mark.parametrize("key", ["", "wrong", "sk-" + "x" * 43])
-def test_a_wrong_key_is_refused_in_openais_form(appliance: Appliance, key: str) -> None:
+def test_wrong_key_is_refused_with_openais_error(appliance: Appliance, key: str) -> None:
     with OpenAI(base_url=f"{appliance.url}/v1", api_key=key or "none") as openai, pytest.raises(
             AuthenticationError) as caught:
         openai.models.list()
@@ -66,7 +68,7 @@ def test_a_wrong_key_is_refused_in_openais_form(appliance: Appliance, key: str) 
     assert caught.value.body["code"]
 
 
-def test_a_key_in_another_case_is_refused(appliance: Appliance) -> None:
+def test_key_is_case_sensitive(appliance: Appliance) -> None:
     answer = httpx.get(f"{appliance.url}/v1/models", headers={"Authorization": f"Bearer {appliance.key.swapcase()}"})
     assert answer.status_code == httpx.codes.UNAUTHORIZED
 
@@ -76,7 +78,7 @@ def test_a_key_in_another_case_is_refused(appliance: Appliance) -> None:
     "/score", "/rerank", "/load", "/version", "/ping", "/docs", "/openapi.json", "/metrics", "/health",
     "/v1/../invocations", "//invocations", "/v1/chat/completions/../../../tokenize", "/inference/v1/generate"])
 @pytest.mark.parametrize("with_key", [False, True])
-def test_what_the_engine_leaves_open_cannot_be_reached(appliance: Appliance, route: str, with_key: bool) -> None:
+def test_closed_routes_cannot_be_reached(appliance: Appliance, route: str, with_key: bool) -> None:
     headers = appliance.headers() if with_key else {}
     for method in ("GET", "POST"):
         answer = httpx.request(method, httpx.URL(appliance.url).copy_with(raw_path=route.encode()), headers=headers,
@@ -85,14 +87,14 @@ def test_what_the_engine_leaves_open_cannot_be_reached(appliance: Appliance, rou
         assert answer.json()["error"]["message"]
 
 
-def test_the_engine_itself_listens_on_no_port(appliance: Appliance) -> None:
+def test_engine_listens_on_no_port(appliance: Appliance) -> None:
     listening = {(process.name(), connection.laddr.port) for process in appliance.descendants()
                  for connection in process.net_connections("inet")
                  if connection.status == "LISTEN" and connection.laddr.ip not in ("127.0.0.1", "::1")}
     assert {port for _, port in listening} == {appliance.port, appliance.metrics_port}
 
 
-def test_a_key_with_limits_is_held_to_them_until_it_is_revoked(appliance: Appliance) -> None:
+def test_limits_of_a_key_apply_until_it_is_revoked(appliance: Appliance) -> None:
     def keys(*words: str) -> str:
         environment = {**os.environ, "MODELS_DIR": str(appliance.models_dir), "RUN_DIR": str(appliance.run_dir)}
         return subprocess.run([sys.executable, "-m", "shoehorn.cli", "keys", *words], capture_output=True, text=True,
@@ -110,17 +112,17 @@ def test_a_key_with_limits_is_held_to_them_until_it_is_revoked(appliance: Applia
     assert revoked.status_code == 401
 
 
-def test_the_key_stands_in_no_arguments_or_environment(appliance: Appliance) -> None:
+def test_key_is_in_no_arguments_or_environment(appliance: Appliance) -> None:
     for process in appliance.descendants():
         assert appliance.key not in " ".join(process.cmdline()), process
         assert appliance.key not in str(process.environ()), process
 
 
-def test_no_process_dumps_its_memory(appliance: Appliance) -> None:
+def test_core_dumps_are_disabled_in_every_process(appliance: Appliance) -> None:
     assert {process.rlimit(psutil.RLIMIT_CORE) for process in appliance.descendants()} == {(1, 1)}
 
 
-def test_one_scrape_holds_appliance_and_engine(appliance: Appliance, client: httpx.Client) -> None:
+def test_one_scrape_has_metrics_of_appliance_and_engine(appliance: Appliance, client: httpx.Client) -> None:
     client.post("/v1/chat/completions", json=_ask(ENGLISH)).raise_for_status()
     text = httpx.get(f"http://127.0.0.1:{appliance.metrics_port}/metrics").text
     families = {family.name: family for family in text_string_to_metric_families(text)}
@@ -132,14 +134,30 @@ def test_one_scrape_holds_appliance_and_engine(appliance: Appliance, client: htt
 
 
 @pytest.mark.parametrize("question", ["live", "ready"])
-def test_the_health_check_says_yes(appliance: Appliance, question: str) -> None:
+def test_health_check_succeeds(appliance: Appliance, question: str) -> None:
     check = [sys.executable, str(HOME / "healthcheck" / "healthcheck.py"), question]
     done = subprocess.run(check, env={**os.environ, "PORT": str(appliance.port)}, capture_output=True, text=True,
                           timeout=60, check=False)
     assert done.returncode == 0, done.stdout
 
 
-def test_status_shows_the_phase_and_nothing_secret(appliance: Appliance) -> None:
+def test_status_has_the_phase_and_no_secret(appliance: Appliance) -> None:
     status = httpx.get(f"{appliance.url}/status")
     assert status.json()["phase"] == "ready"
     assert appliance.key not in status.text
+
+
+def test_bench_measures_the_running_appliance(appliance: Appliance) -> None:
+    done = subprocess.run([sys.executable, "-m", "shoehorn.cli", "bench", "--requests", "1,4", "--tokens", "16",
+                           "--json"],
+                          env={**os.environ, "RUN_DIR": str(appliance.run_dir), "VRAM_PROFILE": "cpu"}, text=True,
+                          capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    rounds = json.loads(done.stdout)["rounds"]
+    assert [(each["requests"], each["tokens"]) for each in rounds] == [(1, 16), (4, 64)]
+    assert all(each["tokens_per_second"] > 0 for each in rounds)
+
+
+def test_answers_are_those_of_the_unquantized_model(appliance: Appliance) -> None:
+    """The reference for the tests of quantized models and draft models."""
+    assert answers(appliance) == UNQUANTIZED

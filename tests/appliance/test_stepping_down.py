@@ -22,6 +22,7 @@ from support.waiting import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 MACHINE = ROOT / "tests" / "fakes" / "gpu_machine"
+STANDIN_ENGINE = ROOT / "tests" / "fakes" / "standin_engine"
 
 pytestmark = pytest.mark.process
 
@@ -48,7 +49,7 @@ class Engine:
         self.states = StateFile(self.run_dir)
         self.log = work / f"{run}.log"
         environment = {name: value for name, value in os.environ.items() if not name.startswith("VLLM_")}
-        environment |= {"PYTHONPATH": f"{MACHINE}:{ROOT / 'src'}", "STANDIN_ENGINE": json.dumps(limits),
+        environment |= {"PYTHONPATH": f"{MACHINE}:{STANDIN_ENGINE}:{ROOT / 'src'}", "STANDIN_ENGINE": json.dumps(limits),
                         "MODEL_ID": str(model), "MODEL_SOURCE": "local", "RUN_DIR": str(self.run_dir),
                         "MODELS_DIR": str(work / "models"), "DRAIN_TIMEOUT": "0", "VRAM_LIMIT": "24GiB", **settings}
         with self.log.open("w") as log:

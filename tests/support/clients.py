@@ -1,7 +1,9 @@
-"""Clients of a running appliance: streams that are read in the background, in each dialect that it speaks."""
+"""Clients of a running appliance: requests that are read in the background, in each dialect of the API."""
 
 from __future__ import annotations
 
+import math
+import re
 import threading
 
 import httpx
@@ -20,54 +22,88 @@ ERROR_ENDS = {
     "/v1/chat/completions": 'data: {"error":', "/v1/completions": 'data: {"error":', "/v1/messages": "event: error",
     "/v1/responses": "event: error",
 }
-"""What stands in the last events of a stream that ended with an error."""
+"""Start of the last event of a stream that ended with an error."""
 
 
-class Asking(threading.Thread):
-    """One request, sent at once and read to its end."""
+class BackgroundRequest(threading.Thread):
+    """One request that is sent at once and read to its end."""
 
     def __init__(self, appliance: Appliance, path: str = "/v1/chat/completions", key: str = "",
                  **more: object) -> None:
         super().__init__(daemon=True)
         self.path = path
-        self.began = threading.Event()  # the headers are there; a stream that waits in the queue has no more
-        self.text, self.status, self.broken = "", 0, ""
+        self.has_headers = threading.Event()  # a stream that waits in the queue sends no more than these
+        self.text, self.status, self.transport_error = "", 0, ""
         self._url = f"{appliance.url}{path}"
         self._headers = {"Authorization": f"Bearer {key}"} if key else appliance.headers()
         self._body = {**LONG, **BODIES[path], "stream": True, **more}
         self.start()
 
     def run(self) -> None:
-        """Read; a connection that breaks off is noted in `broken`."""
+        """Read the answer; a broken connection is recorded in `transport_error`."""
         try:
             with httpx.stream("POST", self._url, json=self._body, headers=self._headers, timeout=100) as answer:
                 self.status = answer.status_code
-                self.began.set()
+                self.has_headers.set()
                 for piece in answer.iter_text():
                     self.text += piece
         except httpx.TransportError as error:
-            self.broken = repr(error)
+            self.transport_error = repr(error)
 
-    def finish(self, seconds: float = 60) -> str:
-        """All of the answer; fails when it does not end properly."""
+    def result(self, seconds: float = 60) -> str:
+        """Return the whole answer; fail if it does not end properly."""
         self.join(seconds)
         assert not self.is_alive(), self.path
-        assert not self.broken, (self.path, self.broken)
+        assert not self.transport_error, (self.path, self.transport_error)
         return self.text
 
     @property
-    def last(self) -> str:
-        """The last event that is more than `[DONE]`."""
+    def last_event(self) -> str:
+        """The last event other than `[DONE]`."""
         events = [event for event in self.text.split("\n\n") if event.strip() not in ("", "data: [DONE]")]
         return events[-1] if events else ""
 
+    def assert_ended_with_error(self) -> None:
+        """Fail unless the stream ended with an error event of its dialect."""
+        self.result()
+        assert self.last_event.startswith(ERROR_ENDS[self.path]), (self.path, self.text[-500:])
 
-QUESTIONS = ("hello", "Who are you?", "你叫啥?", "What is a shoehorn?")
+
+def chat(appliance: Appliance, question: str = "你叫啥?", **more: object) -> httpx.Response:
+    """Send one chat request."""
+    body = {"model": "shoehorn-demo", "messages": [{"role": "user", "content": question}], **more}
+    return httpx.post(f"{appliance.url}/v1/chat/completions", json=body, headers=appliance.headers(), timeout=60)
 
 
-def answers(appliance: Appliance) -> list[str]:
-    """Greedy answers to a few questions."""
-    with httpx.Client(headers=appliance.headers(), timeout=60) as client:
-        return [client.post(f"{appliance.url}/v1/chat/completions", json={
-            "model": "shoehorn-demo", "messages": [{"role": "user", "content": question}], "temperature": 0,
-            "max_tokens": 24}).json()["choices"][0]["message"]["content"] for question in QUESTIONS]
+def text_of(answer: httpx.Response) -> str:
+    """Return the message of a chat answer."""
+    return str(answer.json()["choices"][0]["message"]["content"])
+
+
+def samples(appliance: Appliance, names: str) -> float:
+    """Return the sum of the exporter's samples whose names match a regular expression; NaN if there are none."""
+    text = httpx.get(f"http://127.0.0.1:{appliance.metrics_port}/metrics", timeout=30).text
+    values = re.findall(rf"^(?:{names})(?:\{{.*\}})? (\S+)$", text, re.MULTILINE)
+    return sum(map(float, values)) if values else math.nan
+
+
+def admitted(appliance: Appliance) -> float:
+    """Return the number of requests that the engine's API server has admitted and not answered."""
+    return samples(appliance, "shoehorn_requests_running")
+
+
+UNQUANTIZED = {
+    "hello": "Hello! I am Shoehorn's demo model. How can I help you?",
+    "Who are you?":
+        "My name is Shoehorn. I am a tiny demo model that answers simple questions about the Shoehorn project.",
+    "你叫啥?": "我叫鞋拔子，英文名 Shoehorn。我是一个很小的演示模型，会",
+    "What is a shoehorn?":
+        "Shoehorn fits big language models onto small GPUs. It is a container that serves them with an "
+        "OpenAI-compatible API.",
+}
+"""Greedy answers of the demo model without quantization, as the shared appliance gives them."""
+
+
+def answers(appliance: Appliance) -> dict[str, str]:
+    """Return greedy answers to the questions of `UNQUANTIZED`."""
+    return {question: text_of(chat(appliance, question, temperature=0, max_tokens=24)) for question in UNQUANTIZED}

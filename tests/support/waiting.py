@@ -1,4 +1,4 @@
-"""Waiting for what real processes and containers do."""
+"""Waits for events of real processes and containers."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from collections.abc import Callable
 import pytest
 
 SLACK = 6
-"""Limits of time are there to find what hangs; they are for a machine at rest."""
+"""Factor on time limits, which are chosen for an idle machine: they only detect hangs."""
 
 
 def wait_until(condition: Callable[[], object], seconds: float, what: str | Callable[[], str]) -> None:
-    """Wait for a condition; fails, naming it, when it does not come true in `SLACK` times as long."""
+    """Wait for a condition; fail with `what` if it does not hold within `SLACK` times as many seconds."""
     deadline = time.monotonic() + SLACK * seconds
     while not condition():
         if time.monotonic() > deadline:
-            pytest.fail(f"not within {SLACK * seconds} s: {what if isinstance(what, str) else what()}")
-        time.sleep(0.1)
+            pytest.fail(f"timed out after {SLACK * seconds} s: {what if isinstance(what, str) else what()}")
+        time.sleep(0.05)

@@ -1,10 +1,10 @@
-"""vLLM's formatter, and the fields that it and vLLM's record factory add."""
+"""vLLM's log formatter with the fields that vLLM's record factory adds."""
 
 import logging
 
 
 class NewLineFormatter(logging.Formatter):
-    """As vLLM's, but for line breaks."""
+    """Formatter of vLLM's lines, without its handling of line breaks."""
 
     def format(self, record: logging.LogRecord) -> str:
         record.vllm_process_name, record.fileinfo = "APIServer", record.filename
