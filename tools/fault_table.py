@@ -1,6 +1,6 @@
-"""docs/reliability.md: what may go wrong and what is promised then, from the marks of the tests that show it.
+"""Generator of docs/reliability.md: failures and promises, from the `fault(FAILURE, PROMISE)` marks of the tests.
 
-A test says so with `@pytest.mark.fault(WHAT, PROMISE)`; the table's groups are the tests' folders and files.
+The groups of the table are folders and files of the tests.
 """
 
 from __future__ import annotations
@@ -15,58 +15,60 @@ GROUPS = (
     ("Pulling and storing a model", ("tests/store/", "tests/commands/", "tests/appliance/test_offline")),
     ("Converting a model", ("tests/int4/", "tests/appliance/test_served_int4")),
     ("State, keys and other files", ("tests/common/", "tests/runtime/test_state", "tests/config/", "tests/gateway/")),
-    ("Starts, stops and kills, in every phase", ("tests/appliance/test_phases", "tests/appliance/test_dying",
-                                                 "tests/appliance/test_lifecycle")),
+    ("Starts, stops and kills, in every phase", (
+        "tests/appliance/test_phases", "tests/appliance/test_engine_deaths",
+        "tests/appliance/test_installation", "tests/appliance/test_lifecycle")),
     ("In the container", ("tests/container/test_",)),
     ("Starting and serving", ("tests/",)),
 )
 
 _INTRODUCTION = """# Reliability
 
-What may go wrong, what is promised then, and the test that shows it. The table is made from the tests' own marks, so a
-promise without a test cannot stand here. The engine in these tests is the real vLLM on the CPU, with nginx, supervisord
-and the hubs' own client libraries; a stand-in takes the place of the hub, and of the GPU where one is needed.
+Failures, the guaranteed behaviour, and the test that covers each. The table is generated from marks in the tests, so it
+contains no promise without a test. nginx, supervisord and the client libraries of the hubs are real in these tests. The
+engine is the real vLLM on the CPU, or a stand-in where many starts are needed. Stand-ins take the place of the hubs and
+of GPUs.
 
-Exit codes: 2 settings, 3 does not fit, 4 no model, 5 the engine; the container's last lines say the cause and what to
-type. After a failure the engine is started again with growing pauses, at most five times an hour.
+Exit codes: 2 settings, 3 does not fit, 4 no model, 5 engine. The last lines of the container's output contain cause and
+remedy. After a failure the engine is restarted with growing pauses, at most five times an hour.
 
-Beside what the table says, the tests of pulls, kills and full disks check after each of them that no key or token
-stands in any output, that nothing unverified would be served, and that no process is left.
+The tests of pulls, kills and full disks also check that no key or token is in any output, that nothing unverified would
+be served, and that no process remains.
 """
 
 
 class Fault(NamedTuple):
-    """One promise: what goes wrong, what is promised, and the test's place."""
+    """A failure, the promised behaviour, and the test that covers it."""
 
-    what: str
+    failure: str
     promise: str
     file: str
     test: str
 
 
 def faults() -> Iterator[Fault]:
-    """Every marked test, in the order of files and lines."""
+    """Yield every marked test, in the order of files and lines."""
     for path in sorted((HOME / "tests").rglob("test_*.py")):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             for mark in getattr(node, "decorator_list", ()):
                 if isinstance(mark, ast.Call) and ast.unparse(mark.func) == "pytest.mark.fault":
-                    what, promise = (str(ast.literal_eval(argument)) for argument in mark.args)
-                    yield Fault(what, promise, str(path.relative_to(HOME)), getattr(node, "name", ""))
+                    failure, promise = (str(ast.literal_eval(argument)) for argument in mark.args)
+                    yield Fault(failure, promise, str(path.relative_to(HOME)), getattr(node, "name", ""))
 
 
 def document() -> str:
-    """The text of docs/reliability.md.
+    """Return the text of docs/reliability.md.
 
     Raises:
         ValueError: a marked test belongs to no group.
     """
-    text, left = _INTRODUCTION, list(faults())
+    text, ungrouped = _INTRODUCTION, list(faults())
     for title, places in GROUPS:
-        chosen = [fault for place in places for fault in left if fault.file.startswith(place)]
+        chosen = [fault for place in places for fault in ungrouped if fault.file.startswith(place)]
         chosen = list(dict.fromkeys(chosen))
-        left = [fault for fault in left if fault not in chosen]
-        text += f"\n## {title}\n\n| what goes wrong | what is promised | shown by |\n|---|---|---|\n"
-        text += "".join(f"| {fault.what} | {fault.promise} | `{fault.file}`: `{fault.test}` |\n" for fault in chosen)
-    if left:
-        raise ValueError(f"in no group: {left}")
+        ungrouped = [fault for fault in ungrouped if fault not in chosen]
+        text += f"\n## {title}\n\n| Failure | Behaviour | Test |\n|---|---|---|\n"
+        text += "".join(f"| {fault.failure} | {fault.promise} | `{fault.file}`: `{fault.test}` |\n" for fault in chosen)
+    if ungrouped:
+        raise ValueError(f"in no group: {ungrouped}")
     return text

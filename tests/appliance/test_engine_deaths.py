@@ -77,8 +77,8 @@ def test_engine_restarts_after_a_part_dies_while_it_serves(start: Start) -> None
 @pytest.mark.fault("The disk under RUN_DIR fills while the model is served (ENGINE_LOG=file writes there)",
                    "Requests are served; the engine's lines go to the log instead, which is reported once.")
 @pytest.mark.fault("A worker of the engine dies while the disk under RUN_DIR is full",
-                   "Streams end with an error event, 503 meanwhile; it reports the full disk, waits, and loads again by "
-                   "itself once there is free space.")
+                   "Streams end with an error event, 503 meanwhile; it reports the full disk, waits, and loads again "
+                   "once there is free space.")
 def test_engine_waits_for_space_on_a_full_disk(start: Start, small_run_dir: Path) -> None:
     appliance = start(ENGINE_LOG="file", **standin())
     appliance.wait_for(Phase.READY)

@@ -63,8 +63,8 @@ def test_limits_apply_at_the_real_engine(engine: httpx.Client, appliance: Applia
     limited = engine.post("/v1/chat/completions", json=SHORT, headers=two)
     assert (limited.status_code, limited.json()["error"]["code"]) == (429, "rate_limit_exceeded")
     assert 1 <= int(limited.headers["retry-after"]) <= 60
-    long = engine.post("/v1/messages", content=b" " * 2000, headers=headers_of("short", "body_bytes=1000"))
-    assert (long.status_code, long.json()["error"]["type"]) == (413, "request_too_large")
+    long_body = engine.post("/v1/messages", content=b" " * 2000, headers=headers_of("short", "body_bytes=1000"))
+    assert (long_body.status_code, long_body.json()["error"]["type"]) == (413, "request_too_large")
     for prompts, status in ((64, 200), (65, 400)):  # the engine bounds each factor, but not their product
         many = engine.post("/v1/completions", json={"model": "shoehorn-demo", "prompt": ["a"] * prompts, "n": 2,
                                                     "max_tokens": 1}, headers=headers_of("many", ""))
@@ -73,7 +73,8 @@ def test_limits_apply_at_the_real_engine(engine: httpx.Client, appliance: Applia
     for outcome in ("ok", "max_tokens_exceeded", "rate_limit_exceeded"):
         name = rf'shoehorn_requests_total\{{key="twice",outcome="{outcome}"\}}'
         wait_until(lambda name=name: samples(appliance, name) == 1, 20, name)
-    wait_until(lambda: samples(appliance, r'shoehorn_tokens_total\{key="twice",kind="completion"\}') == 3, 20, "3 tokens")
+    name = r'shoehorn_tokens_total\{key="twice",kind="completion"\}'
+    wait_until(lambda: samples(appliance, name) == 3, 20, name)
 
 
 def test_concurrency_limit_of_one_key_does_not_affect_others(engine: httpx.Client, appliance: Appliance) -> None:
@@ -87,7 +88,8 @@ def test_concurrency_limit_of_one_key_does_not_affect_others(engine: httpx.Clien
         second = engine.post("/v1/chat/completions", json=SHORT, headers=one)
         assert (second.status_code, second.json()["error"]["code"]) == (429, "concurrency_limit_exceeded")
         core.resume()
-        assert engine.post("/v1/chat/completions", json=SHORT, headers=headers_of("two", "concurrent=1")).status_code == 200
+        other = engine.post("/v1/chat/completions", json=SHORT, headers=headers_of("two", "concurrent=1"))
+        assert other.status_code == 200
     wait_until(lambda: engine.post("/v1/chat/completions", json=SHORT, headers=one).status_code == 200, 15,
                "a free slot")
 

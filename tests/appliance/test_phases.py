@@ -196,7 +196,8 @@ def test_pull_resumes_after_a_full_run_directory(volume: Volume) -> None:
         assert httpx.get(f"{appliance.url}/v1/models", headers=appliance.headers(), timeout=30).status_code == 503
         volume.hub.hold_at_bytes = 0
         filler.stop()
-        wait_until(lambda: appliance.phase is Phase.CONVERTING, 30, lambda: f"the resumption\n{appliance.output[-3000:]}")
+        wait_until(lambda: appliance.phase is Phase.CONVERTING, 30,
+                   lambda: f"the resumption\n{appliance.output[-3000:]}")
         assert appliance.output.count(message) == 1
         assert {span[:6] for span in volume.requested_ranges[1:]} == {"bytes="}, "nothing is downloaded again"
         assert appliance.stop() == 0

@@ -1,4 +1,4 @@
-"""A machine with a GPU, for programs that run with this folder first on PYTHONPATH: NVML as recorded on an H200."""
+"""NVML as recorded on an H200, for programs with this folder first on PYTHONPATH."""
 
 import json
 import os
@@ -8,9 +8,9 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
-from fakes.nvml import FakeNvml  # noqa: E402  # the path is set just above
+from fakes.nvml import FakeNvml  # noqa: E402  # the path is extended above
 
 capture = json.loads((HERE.parents[1] / "captures" / "nvml-h200.json").read_text(encoding="utf-8"))
 for name, value in json.loads(os.environ.get("STANDIN_GPU", "{}")).items():
     capture["gpus"][0][name] = value
-sys.modules["pynvml"] = FakeNvml(capture)  # type: ignore[assignment]  # it has what the appliance asks for
+sys.modules["pynvml"] = FakeNvml(capture)  # type: ignore[assignment]  # it has the functions that the appliance calls
