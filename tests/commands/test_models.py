@@ -20,6 +20,8 @@ from shoehorn.model.reference import ModelRef
 from shoehorn.store import inventory, manifest, pull
 from support.pulling import MODEL, WEIGHTS, WEIGHTS_BYTES, Volume, write_model, write_weights
 
+pytestmark = pytest.mark.process
+
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:

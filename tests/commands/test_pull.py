@@ -14,6 +14,8 @@ from shoehorn.commands.output import Lines
 from shoehorn.common.progress import Progress
 from support.pulling import MODEL, WEIGHTS, Volume, write_model
 
+pytestmark = pytest.mark.process
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -44,6 +44,8 @@ from support.converting import (
     write_model,
 )
 
+pytestmark = pytest.mark.process
+
 
 def volume_and_ref(environment: Mapping[str, str]) -> tuple[Path, ModelRef]:
     loaded = settings.load(environment)

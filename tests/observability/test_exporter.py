@@ -30,6 +30,8 @@ from shoehorn.observability.engine_scrape import EngineScrape
 from shoehorn.observability.gpu_metrics import Gpu, GpuProcess, GpuReading
 from shoehorn.runtime.state import Phase, State, StateFile
 
+pytestmark = pytest.mark.process
+
 DUMP = (HOME / "tests" / "captures" / "vllm-0.32.0-cpu-metrics.txt").read_text(encoding="utf-8")
 REAL = "import pynvml as nvml"
 TWO_GPUS = "from fakes.nvml import *; nvml = FakeNvml(example(example_gpu(0), example_gpu(1, 'Made-up 8G')))"

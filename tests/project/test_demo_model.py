@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.process
+
 DEMO = Path(__file__).resolve().parents[2] / "demo"
 MODEL = DEMO / "model"
 

@@ -17,6 +17,8 @@ import pytest
 from shoehorn.common.paths import HOME
 from shoehorn.runtime.state import Phase, State, unavailable_body
 
+pytestmark = pytest.mark.process
+
 SCRIPT = HOME / "healthcheck" / "healthcheck.py"
 
 

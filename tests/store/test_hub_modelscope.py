@@ -17,6 +17,8 @@ from shoehorn.hub.modelscope import Hub as Client
 from shoehorn.store import pull
 from support.pulling import MODEL, WEIGHTS, WEIGHTS_BYTES, Volume, write_model
 
+pytestmark = pytest.mark.process
+
 TOKEN = "ms-canary-token"
 
 

@@ -30,6 +30,8 @@ from shoehorn.store import manifest, pull
 from shoehorn.store.manifest import Manifest
 from support.pulling import MODEL, write_model
 
+pytestmark = pytest.mark.process
+
 SIZE_BYTES = 12 << 20
 REF = ModelRef(MODEL, "modelscope", "master")
 OLD = Manifest(MODEL, "master", "https://hub", False, (ModelFile("config.json", 7, "ab" * 32),))

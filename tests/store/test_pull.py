@@ -25,6 +25,8 @@ from shoehorn.store import pull, selection
 from shoehorn.store.reference import model_reference
 from support.pulling import MODEL, WEIGHTS, Volume, stop_when_arrived, write_model, write_weights
 
+pytestmark = pytest.mark.process
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -23,6 +23,8 @@ from fakes.hub import Hub
 from shoehorn.store import pull as pull_module
 from support.pulling import HELD_AT_THE_CHECK, MODEL, WEIGHTS, WEIGHTS_BYTES, Volume, stop_when_arrived, write_model
 
+pytestmark = pytest.mark.process
+
 TOKEN = "ms-canary-5c1e77a0b2d94f36"
 NOBODY = 65534
 CHUNK_BYTES = {Hub: 1 << 20, HuggingFaceHub: 256 << 10}  # what each hub's library writes at once

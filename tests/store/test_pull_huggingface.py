@@ -22,6 +22,8 @@ from shoehorn.model.files import LocalFiles
 from shoehorn.store import inventory, manifest, pull
 from support.pulling import MODEL, WEIGHTS, WEIGHTS_BYTES, Volume, stop_when_arrived, write_model
 
+pytestmark = pytest.mark.process
+
 TOKEN = "hf_canary-123456789"  # a canary, looked for in everything that is written
 
 

@@ -22,6 +22,8 @@ from shoehorn.hub.repository import HubFailedError
 from shoehorn.store import pull
 from support.pulling import MODEL, WEIGHTS, WEIGHTS_BYTES, Volume, stop_when_arrived, write_model, write_weights
 
+pytestmark = pytest.mark.process
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
