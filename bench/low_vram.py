@@ -86,7 +86,7 @@ def expected(links: dict[str, float]) -> dict[str, dict[str, float]]:
             wish = settings.load({"VRAM_LIMIT": f"{budget}GiB", "MAX_MODEL_LEN": "2048", "MAX_NUM_SEQS": "1"})
             machine = captured.machine("h200-141-ram192")
             machine = replace(machine, gpus=(replace(machine.gpus[0], link_bytes_per_second=link),))
-            plan = make_plan(PlanInputs(PlanSettings.of(wish), machine, inputs.select(wish, machine), shape))
+            plan = make_plan(PlanInputs(PlanSettings.of(wish), machine, inputs.select_profile(wish, machine), shape))
             if isinstance(plan, Plan):
                 found.setdefault(name, {})[str(budget)] = float(plan.expected_tokens_per_second["batch_1"] or 0)
     return found

@@ -29,7 +29,7 @@ def _ask(question: str) -> dict[str, object]:
 
 
 def test_start_reports_its_phases_and_prints_a_curl_with_the_key(appliance: Appliance) -> None:
-    assert re.search(r"engine INFO plan: profile cpu", appliance.output)
+    assert re.search(r"engine INFO plan: profile=cpu", appliance.output)
     assert re.search(r"engine INFO ready after \d+ s", appliance.output)
     assert appliance.output.count(appliance.key) == 2, "in its own line and in the curl"
     assert f'curl -N {appliance.url}/v1/chat/completions -H "Authorization: Bearer {appliance.key}"' in appliance.output

@@ -176,7 +176,7 @@ def test_the_disk_counts_where_the_volume_is(tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.parametrize(("words", "said"), [
-    (("--set", "MAX_LEN=1"), "MAX_LEN is no setting"), (("--set", "PORT"), "--set PORT"),
+    (("--set", "MAX_LEN=1"), "unknown setting MAX_LEN"), (("--set", "PORT"), "--set PORT"),
     (("--gpu", "big"), "--gpu: 'big' is not a size"), (("--gpu", "8GB", "--ram", "x"), "--ram: 'x' is not a size"),
     (("--profile", "9gb"), "9gb: unknown profile"), (("--set", "MAX_NUM_SEQS=0"), "MAX_NUM_SEQS"),
     ((), "driver library not found"),
@@ -230,7 +230,7 @@ def test_without_a_gpu_or_a_hub_the_profiles_are_named_all_the_same(
 
 
 def test_a_card_without_a_unit_is_refused() -> None:
-    with pytest.raises(SettingsError, match="--gpu 24:RTX4090: a card of 24 B is none") as found:
+    with pytest.raises(SettingsError, match="--gpu 24:RTX4090: invalid GPU size 24 B") as found:
         run("--gpu", "24:RTX4090", "--model", "/nowhere")
     assert "--gpu 24GB:RTX4090" in found.value.remedy
 

@@ -29,7 +29,8 @@ def test_json_lines_follow_the_phases_and_end_with_the_folder(tmp_path: Path, mo
         code, out, err = volume.pull("--json")
         seconds = time.monotonic() - begun
     assert code == 0, err
-    assert err.startswith("store WARNING the hub gives no checksum"), "as text: no reader takes it for progress"
+    warning = json.loads(err.splitlines()[0])
+    assert (warning["phase"], warning["program"], warning["level"]) == ("log", "store", "WARNING")
     *lines, last = [json.loads(line) for line in out.splitlines()]
     assert last == {"phase": "done", "directory": str(volume.folder)}
     assert {tuple(line) for line in lines} == {("phase", "bytes_done", "bytes_total", "rate_bytes_per_second")}
@@ -107,15 +108,20 @@ def test_a_pull_whose_reader_is_gone_ends(tmp_path: Path, model: Path) -> None:
     ([], {"MODEL_ID": "/a/folder"}, 2, "MODEL_SOURCE=local"),
     (["no model"], {}, 2, "neither OWNER/NAME nor a path"),
     ([], {"MODEL_SOURCE": "local", "MODEL_ID": "/nowhere"}, 4, "holds no model")])
-def test_trouble_is_told_in_words_with_its_exit_code(tmp_path: Path, model: Path, arguments: list[str],
-                                                     more: dict[str, str], code: int, words: str) -> None:
+def test_failure_is_reported_with_its_exit_code(tmp_path: Path, model: Path, arguments: list[str],
+                                                more: dict[str, str], code: int, words: str) -> None:
     with Hub({MODEL: model}) as hub:
-        told = Volume(tmp_path, hub, **more).pull("--json", *arguments)
-    assert told[0] == code
-    assert told[1] == ""
-    assert words in told[2]
-    assert "  -> " in told[2]
-    assert "Traceback" not in told[2]
+        volume = Volume(tmp_path, hub, **more)
+        as_json, as_text = volume.pull("--json", *arguments), volume.pull(*arguments)
+    assert as_json[0] == as_text[0] == code
+    failure = json.loads(as_json[1].splitlines()[-1])
+    assert (failure["phase"], failure["exit_code"]) == ("failed", code)
+    assert failure["code"]
+    assert failure["remedy"]
+    assert words in failure["cause"]
+    assert words in as_text[2]
+    assert "  -> " in as_text[2]
+    assert "Traceback" not in as_json[2] + as_text[2]
 
 
 def test_the_model_on_the_command_line_wins(tmp_path: Path, model: Path) -> None:

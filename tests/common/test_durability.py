@@ -13,7 +13,7 @@ import pytest
 
 from shoehorn.common import atomic_file
 from shoehorn.common.atomic_file import write_atomic
-from shoehorn.engine.restart_budget import Restarts
+from shoehorn.engine.restart_budget import RestartBudget
 from shoehorn.gateway.keys.store import KeyStore
 from shoehorn.runtime.state import Phase, StateFile
 
@@ -77,7 +77,7 @@ def test_keys_and_state_are_written_durably(tmp_path: Path, monkeypatch: pytest.
     disk = Disk(monkeypatch)
     KeyStore(tmp_path).first(0.0)
     StateFile(tmp_path).update(phase=Phase.PULLING)
-    Restarts(tmp_path / "restarts.json").record()
+    RestartBudget(tmp_path / "restarts.json").record()
     renamed = [name for kind, name in disk.steps if kind == "rename"]
     for name in ("keys.json", "state.json", "restarts.json"):
         assert any(name in entry for entry in renamed), (name, disk.steps)
@@ -88,17 +88,17 @@ def test_keys_and_state_are_written_durably(tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.fault("The clock jumps back an hour, or a day ahead",
-                   "Restarts are counted by the monotonic clock: none is lost or added.")
+                   "RestartBudget are counted by the monotonic clock: none is lost or added.")
 @pytest.mark.parametrize("jump", [-3600.0, 86400.0])
 def test_clock_jump_changes_no_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jump: float) -> None:
-    restarts = Restarts(tmp_path / "restarts.json")
+    restarts = RestartBudget(tmp_path / "restarts.json")
     for number in range(4):
         assert restarts.record() == number + 1
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now + jump)
-    assert not restarts.exhausted
+    assert not restarts.is_exhausted
     assert restarts.record() == 5
-    assert restarts.exhausted
+    assert restarts.is_exhausted
 
 
 @pytest.mark.fault("A state file of a newer version", "Known fields are read; the next update replaces the file.")

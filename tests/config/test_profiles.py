@@ -53,17 +53,17 @@ def test_profile_for_two_gpus_differs_only_in_tensor_parallelism() -> None:
 
 
 def test_auto_profile_sets_no_option() -> None:
-    profile = inputs.select(settings.load({}), machine(24.0))
+    profile = inputs.select_profile(settings.load({}), machine(24.0))
     assert (profile.name, profile.is_auto, profile.engine) == ("auto", True, {})
 
 
 def test_named_profile_is_used_on_any_machine() -> None:
-    assert inputs.select(settings.load({"VRAM_PROFILE": "cpu"}), machine()).name == "cpu"
+    assert inputs.select_profile(settings.load({"VRAM_PROFILE": "cpu"}), machine()).name == "cpu"
 
 
 def test_auto_without_a_gpu_is_an_error_with_a_remedy() -> None:
     with pytest.raises(SettingsError, match="driver library not found") as caught:
-        inputs.select(settings.load({}), machine(notes=("NVML: driver library not found",)))
+        inputs.select_profile(settings.load({}), machine(notes=("NVML: driver library not found",)))
     for words in ("--gpus all", "NVIDIA Container Toolkit", "VRAM_PROFILE=cpu"):
         assert words in caught.value.remedy
     assert (caught.value.code, caught.value.exit_code) == ("no_gpu", 2)

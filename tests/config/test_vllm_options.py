@@ -72,7 +72,7 @@ def plans() -> dict[str, Mapping[str, object]]:
     options: dict[str, Mapping[str, object]] = {}
     for name, (shape, environment) in wanted.items():
         loaded = settings.load(environment)
-        plan = make_plan(PlanInputs(PlanSettings.of(loaded), machine, inputs.select(loaded, machine), shape))
+        plan = make_plan(PlanInputs(PlanSettings.of(loaded), machine, inputs.select_profile(loaded, machine), shape))
         assert isinstance(plan, Plan), plan
         options[name] = plan.engine_args
     return options

@@ -13,12 +13,14 @@ from shoehorn.common.errors import ModelUnavailableError, SettingsError
 from shoehorn.config import settings
 from shoehorn.config.settings import Settings
 from shoehorn.deployment import draft_model, inputs, served_model
+from shoehorn.deployment.inputs import Deployment
+from shoehorn.deployment.plan import plan_deployment
+from shoehorn.deployment.served_model import ShapeReader
 from shoehorn.engine import fetch
 from shoehorn.hardware.types import Hardware
 from shoehorn.model import checkpoint
 from shoehorn.model.shape import ModelShape
-from shoehorn.planner.build import make_plan
-from shoehorn.planner.inputs import Draft, PlanInputs, PlanSettings
+from shoehorn.planner.inputs import PlanInputs, PlanSettings
 from shoehorn.planner.memory.offload import offloaded_bytes
 from shoehorn.planner.plan import Plan, Refusal
 from shoehorn.store import pull
@@ -60,18 +62,16 @@ def asked(tmp_path: Path, **environment: str) -> Settings:
                           "MODELS_DIR": str(tmp_path), **environment})
 
 
-def shape_of(wanted: Settings) -> ModelShape:
-    return served_model.served_shape(wanted, served_model.served_reference(wanted), None)
+def shape_of(settings: Settings) -> ModelShape:
+    return ShapeReader(settings).read(served_model.served_reference(settings), None)
 
 
-def consider(wanted: Settings, hardware: Hardware, free_bytes: int | None = None) -> Plan | Refusal:
-    shape = shape_of(wanted)
-
-    def made(draft: Draft | None) -> Plan | Refusal:
-        return make_plan(PlanInputs(PlanSettings.of(wanted), hardware, inputs.select(wanted, hardware), shape,
-                                    draft=draft))
-
-    return draft_model.considered(wanted, shape, free_bytes, made)
+def consider(settings: Settings, hardware: Hardware, free_bytes: int | None = None) -> Plan | Refusal:
+    """Plan with the draft that the settings name, without a look at the volume."""
+    profile = inputs.select_profile(settings, hardware)
+    return plan_deployment(settings, Deployment(
+        PlanInputs(PlanSettings.of(settings), hardware, profile, shape_of(settings)),
+        served_model.served_reference(settings), None, free_bytes, Path("/nowhere")))
 
 
 def left_out(plan: Plan | Refusal) -> str:
@@ -150,12 +150,12 @@ def test_a_draft_is_used_where_a_pass_waits_for_the_link(tmp_path: Path, tokeniz
 def test_a_draft_that_makes_it_slower_is_left_out_with_the_figures(tmp_path: Path,
                                                                     tokenizers: dict[str, object]) -> None:
     wanted = asked(tmp_path, MODEL_ID="a/8b", QUANTIZATION="none")
-    assert "tokens/s are expected with it" in left_out(consider(wanted, machine(HUGE)))
+    assert "expected speed is" in left_out(consider(wanted, machine(HUGE)))
 
 
 def test_a_draft_that_leaves_no_useful_context_is_left_out(tmp_path: Path, tokenizers: dict[str, object]) -> None:
     said = left_out(consider(asked(tmp_path), machine(("NVIDIA GeForce RTX 5060", 5.0))))
-    assert "nothing fits" in said or "of context fit" in said
+    assert "does not fit" in said or "of context fit" in said
 
 
 def test_a_draft_for_which_the_volume_has_no_room_is_left_out(tmp_path: Path, tokenizers: dict[str, object]) -> None:
@@ -164,7 +164,7 @@ def test_a_draft_for_which_the_volume_has_no_room_is_left_out(tmp_path: Path, to
 
 def test_a_draft_beside_a_pipeline_is_left_out(tmp_path: Path, tokenizers: dict[str, object]) -> None:
     wanted = asked(tmp_path, VLLM_EXTRA_ARGS="--pipeline-parallel-size 2")
-    assert "divided over GPUs" in left_out(consider(wanted, machine(MIDDLE, MIDDLE)))
+    assert "pipeline parallelism" in left_out(consider(wanted, machine(MIDDLE, MIDDLE)))
 
 
 def test_a_draft_beside_nf4_is_loaded_in_nf4_too(tmp_path: Path, tokenizers: dict[str, object]) -> None:
@@ -176,8 +176,8 @@ def test_a_draft_beside_nf4_is_loaded_in_nf4_too(tmp_path: Path, tokenizers: dic
 
 
 @pytest.mark.parametrize(("environment", "said"), [
-    ({"SPECULATIVE": "a/qwen"}, "has a vocabulary of 151936 tokens, and a/70b one of 128256"),
-    ({"SPECULATIVE": "a/8b-packed", "QUANTIZATION": "bitsandbytes"}, "the engine loads both in one way"),
+    ({"SPECULATIVE": "a/qwen"}, "vocabulary mismatch: 151936 tokens, a/70b has 128256"),
+    ({"SPECULATIVE": "a/8b-packed", "QUANTIZATION": "bitsandbytes"}, "vLLM loads both in one way"),
 ])
 def test_a_draft_that_does_not_go_with_the_model_is_refused(tmp_path: Path, tokenizers: dict[str, object],
                                                             environment: dict[str, str], said: str) -> None:
@@ -189,7 +189,7 @@ def test_a_draft_that_does_not_go_with_the_model_is_refused(tmp_path: Path, toke
 
 def test_a_draft_with_other_tokens_is_refused(tmp_path: Path, tokenizers: dict[str, object]) -> None:
     tokenizers["a/8b"] = {"model": {"vocab": {"one": 1, "two": 0}}}
-    with pytest.raises(SettingsError, match="has other tokens than a/70b"):
+    with pytest.raises(SettingsError, match="token mismatch with a/70b"):
         consider(asked(tmp_path), machine(LARGE))
 
 
@@ -203,7 +203,7 @@ def test_a_draft_whose_tokens_cannot_be_compared_is_taken_at_its_word(tmp_path: 
 
 def test_a_tokenizer_without_a_vocabulary_is_none(tmp_path: Path, tokenizers: dict[str, object]) -> None:
     tokenizers["a/8b"] = {"model": {}}
-    with pytest.raises(ModelUnavailableError, match="has no vocabulary"):
+    with pytest.raises(ModelUnavailableError, match="vocabulary missing"):
         consider(asked(tmp_path), machine(TEN))
 
 

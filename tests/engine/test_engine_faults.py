@@ -14,23 +14,20 @@ import pytest
 
 from fakes.ports import free_port
 from shoehorn.common.paths import HOME
-from shoehorn.engine.restart_budget import Restarts
-from shoehorn.engine.server import Server
+from shoehorn.engine.output import EngineOutput
 from shoehorn.runtime.state import StateFile
 
 
-@pytest.mark.fault("The disk is full where ENGINE_LOG=file writes", "Said once; the engine's lines go on in the log.")
-def test_a_full_disk_does_not_stop_the_reading_of_the_engines_lines(tmp_path: Path,
-                                                                    caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.fault("The disk is full where ENGINE_LOG=file writes",
+                   "Logged once; the engine's lines continue on standard output.")
+def test_full_disk_does_not_stop_the_reading_of_engine_lines(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    server = Server(tmp_path / "vllm.yaml", {}, tmp_path / "engine.sock", StateFile(tmp_path),
-                    Restarts(tmp_path / "restarts.json"), lambda seconds: None, Path("/dev/full"), 1,
-                    lambda transport: True, "demo")
+    output = EngineOutput(StateFile(tmp_path), Path("/dev/full"))
     for line in ("one", "two", "three"):
-        server._line(line)
-    said = [record.getMessage() for record in caplog.records]
-    assert said == ["cannot write /dev/full: No space left on device; the engine's lines come here instead",
-                    "one", "two", "three"]
+        output.read_line(line)
+    messages = [record.getMessage() for record in caplog.records]
+    assert messages[0].startswith("Cannot write engine log")
+    assert messages[1:] == ["one", "two", "three"]
 
 
 HELPERS = pytest.mark.parametrize("program", ["shoehorn.gateway.keys.service", "shoehorn.observability.exporter"])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from shoehorn.engine.restart_budget import LIMIT, WINDOW_SECONDS, Restarts
+from shoehorn.engine.restart_budget import LIMIT, WINDOW_SECONDS, RestartBudget
 from shoehorn.engine.timing import Timing
 
 
@@ -16,18 +16,18 @@ def test_budget_is_exhausted_by_failures_within_the_window(tmp_path: Path, monke
     monkeypatch.setattr(time, "monotonic", lambda: now)
     path = tmp_path / "restarts.json"
     for number in range(1, LIMIT + 1):
-        assert not Restarts(path).exhausted
-        assert Restarts(path).record() == number
-    assert Restarts(path).exhausted
+        assert not RestartBudget(path).is_exhausted
+        assert RestartBudget(path).record() == number
+    assert RestartBudget(path).is_exhausted
     now += WINDOW_SECONDS + 1
-    assert not Restarts(path).exhausted
+    assert not RestartBudget(path).is_exhausted
 
 
 @pytest.mark.fault("Record of restarts corrupt", "Counts as empty.")
 def test_damaged_record_counts_as_empty(tmp_path: Path) -> None:
     path = tmp_path / "restarts.json"
     path.write_text("[1, ")
-    assert not Restarts(path).exhausted
+    assert not RestartBudget(path).is_exhausted
 
 
 def test_delay_grows_up_to_a_limit() -> None:

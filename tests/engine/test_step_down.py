@@ -188,9 +188,9 @@ def test_what_worked_is_remembered_for_the_same_start_only(tmp_path: Path, caplo
     machine = Hardware((gpu,), "580.95", 64 * GIB, 60 * GIB, 8.0)
     profile = profiles.automatic()
     path = known_good.location(loaded, machine, profile, LLAMA_8B)
-    assert known_good.recall(path) == {}
-    known_good.remember(path, {"max-num-seqs": 4}, "no_kv_cache_memory: max-num-seqs 8 -> 4")
-    assert known_good.recall(path) == {"max-num-seqs": 4}
+    assert known_good.read(path) == {}
+    known_good.write(path, {"max-num-seqs": 4}, "no_kv_cache_memory: max-num-seqs 8 -> 4")
+    assert known_good.read(path) == {"max-num-seqs": 4}
     same = replace(machine, host_available_bytes=GIB, gpus=(replace(gpu, free_bytes=20 * GIB),))
     assert known_good.location(loaded, same, profile, LLAMA_8B) == path, "what is free just now changes nothing"
     others = [known_good.location(loaded, replace(machine, driver_version="590.1"), profile, LLAMA_8B),
@@ -203,12 +203,12 @@ def test_what_worked_is_remembered_for_the_same_start_only(tmp_path: Path, caplo
     assert "sk-" not in path.read_text()
     with caplog.at_level(logging.WARNING):
         path.write_text('{"options": ')
-        assert known_good.recall(path) == {}
-    assert "cannot be used" in caplog.text
+        assert known_good.read(path) == {}
+    assert "Ignoring unreadable known-good options" in caplog.text
 
 
 def test_a_volume_that_cannot_be_written_stops_nobody(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "file").write_text("")
     with caplog.at_level(logging.WARNING):
-        known_good.remember(tmp_path / "file" / "worked" / "x.json", {}, "")
-    assert "cannot be remembered" in caplog.text
+        known_good.write(tmp_path / "file" / "worked" / "x.json", {}, "")
+    assert "Cannot save known-good options" in caplog.text

@@ -50,7 +50,7 @@ class Engine:
         while self.now < end:
             self.now += TIMING.look
             self.tokens += moving
-            hung = hung or self.watchdog.hung()
+            hung = hung or self.watchdog.is_hung()
         return hung
 
 
@@ -149,7 +149,7 @@ def prove(*statuses: int, options: dict[str, object] | None = None) -> tuple[boo
         seen.append(json.loads(request.content))
         return httpx.Response(statuses[len(seen) - 1])
 
-    found = readiness.prove(httpx.MockTransport(answer), options or {
+    found = readiness.warm_up(httpx.MockTransport(answer), options or {
         "max-model-len": 4096, "max-num-batched-tokens": 2048, "max-num-seqs": 8}, "model")
     return found, seen
 
@@ -179,4 +179,4 @@ def test_an_engine_that_dies_over_it_is_not_ready() -> None:
         raise httpx.RemoteProtocolError("gone")
 
     options = {"max-model-len": 64, "max-num-batched-tokens": 64, "max-num-seqs": 1}
-    assert not readiness.prove(httpx.MockTransport(die), options, "model")
+    assert not readiness.warm_up(httpx.MockTransport(die), options, "model")

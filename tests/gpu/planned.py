@@ -8,11 +8,12 @@ from typing import Any
 
 from shoehorn.config import settings
 from shoehorn.config.models_dir import ModelsDir
-from shoehorn.deployment import draft_model, inputs
+from shoehorn.deployment import inputs, served_model
+from shoehorn.deployment.inputs import Deployment
+from shoehorn.deployment.plan import plan_deployment
 from shoehorn.hardware import bandwidth_probe, detect
 from shoehorn.model import checkpoint
 from shoehorn.model.files import LocalFiles
-from shoehorn.planner.build import make_plan
 from shoehorn.planner.inputs import PlanInputs, PlanSettings
 from shoehorn.planner.plan import Plan, Refusal
 
@@ -25,6 +26,6 @@ def plan_case(case: dict[str, Any], gpus: list[int], directory: Path) -> Plan | 
                                           if gpu.index in gpus))
     wanted = {name: value.replace("{WORK}", str(directory.parent)) for name, value in case.get("settings", {}).items()}
     loaded = settings.load({"MODEL_ID": str(directory), "MODEL_SOURCE": "local", **wanted})
-    shape = checkpoint.read(LocalFiles(directory))
-    return draft_model.considered(loaded, shape, None, lambda draft: make_plan(PlanInputs(
-        PlanSettings.of(loaded), machine, inputs.select(loaded, machine), shape, draft=draft)))
+    profile, shape = inputs.select_profile(loaded, machine), checkpoint.read(LocalFiles(directory))
+    return plan_deployment(loaded, Deployment(PlanInputs(PlanSettings.of(loaded), machine, profile, shape),
+                                              served_model.served_reference(loaded), directory, None, directory))

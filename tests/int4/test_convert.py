@@ -14,6 +14,7 @@ from fakes import captured
 from shoehorn.common.errors import ModelUnavailableError, SettingsError
 from shoehorn.config import settings
 from shoehorn.deployment import served_model
+from shoehorn.deployment.served_model import ShapeReader
 from shoehorn.int4 import artifact, convert, layout, quantizer, shard_writer
 from shoehorn.int4 import journal as journal_module
 from shoehorn.int4.convert import Wish
@@ -121,8 +122,9 @@ def test_on_a_gpu_the_same_comes_out(tmp_path: Path, model: Path, monkeypatch: p
 def test_what_is_planned_before_is_what_comes_out(tmp_path: Path, model: Path) -> None:
     wanted = settings.load(local(tmp_path, model))
     ref = served_model.served_reference(wanted)
-    before = served_model.served_shape(wanted, ref, None)
-    after = served_model.served_shape(wanted, ref, in_here(local(tmp_path, model), Wish(8)))
+    shapes = ShapeReader(wanted)
+    before = shapes.read(ref, None)
+    after = shapes.read(ref, in_here(local(tmp_path, model), Wish(8)))
     assert before.tensor_bytes == after.tensor_bytes
     assert before.kv_layers == after.kv_layers
 
@@ -216,7 +218,7 @@ def test_a_quantized_embedding_is_refused_on_the_cpu_with_what_to_type(tmp_path:
     in_here(local(tmp_path, model), Wish(4))
     wanted = settings.load(local(tmp_path, model, VRAM_PROFILE="cpu"))
     ref = served_model.served_reference(wanted)
-    shape = served_model.served_shape(wanted, ref, served_model.served_folder(wanted.models_dir, ref))
+    shape = ShapeReader(wanted).read(ref, served_model.served_folder(wanted.models_dir, ref), on_cpu=True)
     with pytest.raises(SettingsError, match="embedding is quantized") as error:
         planned(machine(), shape, VRAM_PROFILE="cpu", QUANTIZATION="int4")
     assert "shoehorn models rm" in error.value.remedy

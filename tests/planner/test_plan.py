@@ -206,7 +206,7 @@ def test_what_an_earlier_start_had_to_step_down_to_holds_unless_the_user_says_ot
     loaded = settings.load({"MAX_NUM_SEQS": "32"})
     hardware = machine(MIDDLE)
     stepped = {"max-num-seqs": 4, "max-num-batched-tokens": 256, "cpu-offload-gb": 3.0, "enforce-eager": True}
-    plan = make_plan(PlanInputs(PlanSettings.of(loaded), hardware, inputs.select(loaded, hardware), llama_8b(),
+    plan = make_plan(PlanInputs(PlanSettings.of(loaded), hardware, inputs.select_profile(loaded, hardware), llama_8b(),
                                 known_good=stepped))
     assert isinstance(plan, Plan)
     assert reason(plan, "max-num-seqs")[:2] == (32, "setting")

@@ -17,7 +17,7 @@ ALLOWED = {
     "store": {"hub", "config", "model"} | _GROUND, "gateway": {"runtime", "config"} | _GROUND,
     "observability": {"runtime", "config"} | _GROUND, "int4": {"store", "hub", "config", "model", "hardware"} | _GROUND,
     "deployment": {"int4", "store", "planner"} | _MACHINE,
-    "engine": {"deployment", "int4", "store", "runtime", "planner"} | _MACHINE,
+    "engine": {"deployment", "runtime", "planner"} | _MACHINE,
     "commands": {"engine", "deployment", "int4", "gateway", "observability", "store", "runtime", "planner"} | _MACHINE,
 }
 

@@ -32,7 +32,7 @@ def plan_of_the_70b() -> Plan:
                   for number in range(2))
     machine = Hardware(cards, "580.95.05", 96 * GIB, 96 * GIB, 16.0)
     settings = load({})
-    plan = make_plan(PlanInputs(PlanSettings.of(settings), machine, inputs.select(settings, machine),
+    plan = make_plan(PlanInputs(PlanSettings.of(settings), machine, inputs.select_profile(settings, machine),
                                 checkpoint.read(captured.files("deepseek-r1-distill-llama-70b"))))
     assert isinstance(plan, Plan), plan
     return plan

@@ -59,7 +59,8 @@ CPU_ONLY = machine(ram=4)
 
 def plan_for(hardware: Hardware, shape: ModelShape, disk: int | None = None, **environment: str) -> Plan | Refusal:
     loaded: Settings = settings.load(environment)
-    return make_plan(PlanInputs(PlanSettings.of(loaded), hardware, inputs.select(loaded, hardware), shape, disk))
+    profile = inputs.select_profile(loaded, hardware)
+    return make_plan(PlanInputs(PlanSettings.of(loaded), hardware, profile, shape, disk))
 
 
 def planned(hardware: Hardware, shape: ModelShape, **environment: str) -> Plan:

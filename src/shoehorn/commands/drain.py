@@ -1,9 +1,8 @@
 """`shoehorn drain`: make a running appliance ready to be stopped, and wait until it is.
 
-Rules: new requests are refused at once, running ones get DRAIN_TIMEOUT to finish, the rest is ended with an error; the
-appliance then stays up, not ready, until it is stopped, which is quick. It is what a load balancer's or an
-orchestrator's hook before the stop should call; a stop without it drains as well. Nothing brings the appliance back but
-a new start.
+Rules: new requests are refused at once, running ones have DRAIN_TIMEOUT to finish, the rest is aborted with an error;
+the appliance then stays up, not ready, until it is stopped, which is quick. Use it as the pre-stop hook of a load
+balancer or orchestrator; a stop without it drains as well. Only a restart makes the appliance ready again.
 """
 
 from __future__ import annotations
@@ -20,38 +19,46 @@ from shoehorn.runtime.run_dir import RunDir
 from shoehorn.runtime.state import Phase, StateFile
 
 _NOTICE_SECONDS = 5
-"""How long the engine program may take to see the request, beyond the drain itself."""
+"""Time in which the engine program notices the request, in addition to the drain itself."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """None."""
+    """Add no argument."""
 
 
 def run(_arguments: argparse.Namespace, environment: Mapping[str, str]) -> int:
-    """Drain; returns the exit code.
+    """Drain; return the exit code.
 
     Raises:
         ShoehornError: no appliance runs here, or it does not answer.
     """
     settings = settings_module.load(environment)
-    if not RunDir(settings.run_dir).state.exists():
-        raise ShoehornError(f"No appliance runs with RUN_DIR={settings.run_dir}.",
-                            "In compose, type: docker compose exec shoehorn shoehorn drain")
-    states = StateFile(settings.run_dir)
-    phase = states.read().phase
+    require_appliance(RunDir(settings.run_dir), "drain")
+    phase = StateFile(settings.run_dir).read().phase
     if phase is not Phase.READY:
         print(f"nothing to drain: the appliance is not ready ({phase})")
         return EXIT_DONE
-    drain.request(settings.run_dir)
+    drain.request_drain(settings.run_dir)
     deadline = time.monotonic() + settings.drain_timeout + shutdown.MARGIN_SECONDS + _NOTICE_SECONDS
     while time.monotonic() < deadline:
-        over, outcome = drain.published(settings.run_dir)
-        if over and outcome:
-            print(f"drained: {outcome.finished} requests finished, {outcome.aborted} aborted; "
+        ended, result = drain.read_result(settings.run_dir)
+        if ended and result:
+            print(f"drained: {result.finished} requests finished, {result.aborted} aborted; "
                   "the appliance can be stopped")
             return EXIT_DONE
-        if over:
+        if ended:
             break
         time.sleep(0.1)
-    raise ShoehornError("The engine does not answer; requests that run may be cut off.",
-                        "Look at the log, and stop the container.")
+    raise ShoehornError("Engine: drain timed out; running requests may be cut off.",
+                        "Read the log, then stop the container.", code="drain_failed")
+
+
+def require_appliance(run_dir: RunDir, command: str) -> None:
+    """Check that an appliance runs with this RUN_DIR.
+
+    Raises:
+        ShoehornError: none does.
+    """
+    if not run_dir.state.exists():
+        raise ShoehornError(f"RUN_DIR={run_dir.path}: no appliance is running.",
+                            f"In compose, type: docker compose exec shoehorn shoehorn {command}", code="not_running")

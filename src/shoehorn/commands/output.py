@@ -1,56 +1,99 @@
-"""Progress output of long commands, as text or as JSON lines."""
+"""Output of long commands, as text or as one JSON object a line.
+
+The JSON lines are one protocol, which the engine program reads (`engine.fetch`), by `phase`: `pulling`, `verifying` and
+`converting` with bytes_done, bytes_total and rate_bytes_per_second; `log` with program, level and message, on standard
+error; last either `done` with the directory or `failed` with exit_code, code, cause and remedy.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from pathlib import Path
 from types import FrameType
 
 from shoehorn.common import logging_config as logs
+from shoehorn.common.errors import EXIT_DONE, ShoehornError
 from shoehorn.common.progress import Progress, Report
 from shoehorn.common.units import format_size
+from shoehorn.config import settings as settings_module
 from shoehorn.config.settings import Settings
 
 _LINE_SECONDS = 3.0
 
+Work = Callable[[Settings, Report], Path]
+"""Work that ends with a folder."""
 
-def begin(settings: Settings, *, as_json: bool) -> Report:
-    """What long commands share: they end at a signal, and tell where they are as text or as JSON."""
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """Add `--json`."""
+    parser.add_argument("--json", action="store_true", help="print one JSON object a line: phase, bytes_done, "
+                        "bytes_total, rate_bytes_per_second; the last one has phase done and directory, or phase "
+                        "failed, exit_code, code, cause and remedy")
+
+
+def run_work(work: Work, environment: Mapping[str, str], *, as_json: bool) -> int:
+    """Run a command's work with its progress as output; return the exit code.
+
+    Raises:
+        ShoehornError: of the work, if the output is text.
+    """
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _end)
-    if as_json:
-        logging.basicConfig(level=logging.INFO, format="%(name)s %(levelname)s %(message)s", stream=sys.stderr,
-                            force=True)
-        logging.getLogger("httpx").setLevel(logging.WARNING)
-    else:
+        signal.signal(number, _exit)
+    if not as_json:
+        settings = settings_module.load(environment)
         logs.configure(settings.log_format)
-    return _say_json if as_json else Lines(say)
+        print_line(str(work(settings, Lines(print_line))))
+        return EXIT_DONE
+    _log_as_json()
+    try:
+        directory = work(settings_module.load(environment), _print_progress)
+    except ShoehornError as error:
+        print_line(json.dumps({"phase": "failed", "exit_code": error.exit_code, "code": error.code,
+                               "cause": error.cause, "remedy": error.remedy}))
+        return error.exit_code
+    print_line(json.dumps({"phase": "done", "directory": str(directory)}))
+    return EXIT_DONE
 
 
-def _end(number: int, _frame: FrameType | None) -> None:
-    os._exit(128 + number)  # an orderly end would wait for the library's threads
-
-
-def say(text: str) -> None:
-    """A line for whoever reads; without a reader the work ends."""
+def print_line(text: str) -> None:
+    """Print a line; without a reader of standard output the process exits."""
     try:
         print(text, flush=True)
     except BrokenPipeError:
-        _end(signal.SIGPIPE, None)  # the reader is gone, and with it who wanted the model
+        _exit(signal.SIGPIPE, None)
 
 
-def _say_json(progress: Progress) -> None:
-    say(json.dumps(asdict(progress)))
+def _exit(number: int, _frame: FrameType | None) -> None:
+    os._exit(128 + number)  # a regular exit would wait for the hub library's threads
+
+
+def _print_progress(progress: Progress) -> None:
+    print_line(json.dumps(asdict(progress)))
+
+
+class _JsonLines(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return json.dumps({"phase": "log", "program": record.name, "level": record.levelname,
+                           "message": record.getMessage()})
+
+
+def _log_as_json() -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_JsonLines())
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
 
 
 class Lines:
-    """Progress for people: a line every few seconds, at each change of phase and at its end.
+    """Progress as text: a line every few seconds, at each change of phase and at its end.
 
     Args:
         write: takes one line.
@@ -69,10 +112,10 @@ class Lines:
         self._phase, self._ended, self._at = progress.phase, ended, self._clock()
         rate, missing = progress.rate_bytes_per_second, progress.bytes_total - progress.bytes_done
         share = progress.bytes_done / progress.bytes_total if progress.bytes_total else 1.0
-        pace = f", {format_size(round(rate))}/s" if rate else ""
-        left = f", {_duration(missing / rate)} left" if rate and missing else ""
+        speed = f", {format_size(round(rate))}/s" if rate else ""
+        remaining = f", {_duration(missing / rate)} left" if rate and missing else ""
         self._write(f"{progress.phase}: {format_size(progress.bytes_done)} of {format_size(progress.bytes_total)} "
-                    f"({share:.0%}){pace}{left}")
+                    f"({share:.0%}){speed}{remaining}")
 
 
 def _duration(seconds: float) -> str:

@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace, environment: Mapping[str, str]) -> int:
     """Prepare everything and become supervisord; returns only by an exception."""
     settings = settings_module.load(environment)
     machine = detect.detect()
-    profile = inputs.select(settings, machine)
+    profile = inputs.select_profile(settings, machine)
     if profile.match.device == "cuda":
         requirements.check(machine)
         requirements.require_gpus(machine, profile.name)

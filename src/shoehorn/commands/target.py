@@ -10,32 +10,32 @@ from shoehorn.common.errors import SettingsError
 from shoehorn.common.units import GIB, format_size, parse_size
 from shoehorn.config import settings as settings_module
 from shoehorn.config.settings import Settings
+from shoehorn.deployment import inputs
 from shoehorn.hardware import gpu_specs
 from shoehorn.hardware.types import Gpu, Hardware
-from shoehorn.model import checkpoint
-from shoehorn.model.files import LocalFiles
-from shoehorn.model.shape import ModelShape
 
 
 def add_target(parser: argparse.ArgumentParser) -> None:
-    """What to plan for: model, machine, settings."""
+    """Add the options of a planning target: model, machine, settings."""
     parser.add_argument("--model", metavar="DIR_OR_ID", help="a folder, or OWNER/NAME on the hub (MODEL_ID)")
     parser.add_argument("--gpu", metavar="SIZE[:NAME]", action="append", default=[],
-                        help="plan for this card instead of the machine's own, like 24GB:RTX4090; once for each card. "
-                             "GB as cards are sold, of which programs get a little less; GiB as they get them")
-    parser.add_argument("--ram", metavar="SIZE", help="plan for this much host memory, like 64GiB")
+                        help="plan for this GPU instead of the machine's own, for example 24GB:RTX4090; repeat the "
+                             "option for each GPU. GB is the size as sold, of which programs get a little less; GiB is "
+                             "the usable size")
+    parser.add_argument("--ram", metavar="SIZE", help="plan for this much host memory, for example 64GiB")
     parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[],
-                        help="a setting as in the environment, like MAX_MODEL_LEN=4096")
+                        help="a setting as in the environment, for example MAX_MODEL_LEN=4096")
 
 
-def settings_of(arguments: argparse.Namespace, environment: Mapping[str, str]) -> dict[str, str]:
-    """The settings: the environment's, with what the command line says in their place."""
+def read_settings(arguments: argparse.Namespace, environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment with the settings of the command line."""
     result = dict(environment)
     for word in arguments.set:
         name, equals, value = word.partition("=")
         if not equals or name not in {setting.name for setting in settings_module.TABLE}:
-            raise SettingsError(f"--set {word}: {name} is no setting.",
-                                "Write --set KEY=VALUE; docs/configuration.md lists the settings.")
+            raise SettingsError(f"--set {word}: unknown setting {name}.",
+                                "Type --set KEY=VALUE; docs/configuration.md lists the settings.",
+                                code="unknown_setting")
         result[name] = value
     if arguments.model:
         path = Path(arguments.model)
@@ -50,8 +50,14 @@ def settings_of(arguments: argparse.Namespace, environment: Mapping[str, str]) -
     return result
 
 
-def machine_of(arguments: argparse.Namespace, here: Hardware) -> Hardware:
-    """This machine, or the one described; host memory that is not described is unknown there (0)."""
+def is_this_machine(arguments: argparse.Namespace) -> bool:
+    """Return False if `--gpu` describes another machine, whose models volume is unknown."""
+    return not arguments.gpu
+
+
+def read_machine(arguments: argparse.Namespace, settings: Settings) -> Hardware:
+    """Return this machine or the described one, whose host memory is unknown (0) without `--ram`."""
+    here = inputs.detect_machine(settings, measure=False)
     gpus, memory, notes = here.gpus, here.host_memory_bytes, here.notes
     if arguments.gpu:
         gpus, memory, notes = tuple(_gpu(index, word) for index, word in enumerate(arguments.gpu)), 0, ()
@@ -67,8 +73,8 @@ def _gpu(index: int, word: str) -> Gpu:
     if size.strip().lower().endswith("gb"):
         total = gpu_specs.usable_bytes(total / 10**9, name)
     if total < GIB:
-        raise SettingsError(f"--gpu {word}: a card of {format_size(total)} is none.",
-                            "Give the size with its unit, as --gpu 24GB:RTX4090.")
+        raise SettingsError(f"--gpu {word}: invalid GPU size {format_size(total)}.",
+                            "Type the size with its unit, for example --gpu 24GB:RTX4090.", code="invalid_size")
     generation, width = gpu_specs.typical_pcie(name)
     return Gpu(index, "", name, total, total, (0, 0), generation, width, False)
 
@@ -77,14 +83,5 @@ def _size(option: str, text: str) -> int:
     try:
         return parse_size(text)
     except ValueError as error:
-        raise SettingsError(f"{option}: {error}") from error
-
-
-def shape_of(settings: Settings) -> ModelShape:
-    """The model that the settings name, as it will be served."""
-    if settings.model_source == "local" and settings.quantization != "int4":
-        return checkpoint.read(LocalFiles(Path(settings.model_id)))
-    from shoehorn.deployment import served_model  # the hub's client is slow to import, and not needed for a folder
-
-    ref = served_model.served_reference(settings)
-    return served_model.served_shape(settings, ref, served_model.served_folder(settings.models_dir, ref))
+        raise SettingsError(f"{option}: {error}.", f"Type, for example: {option} 24GB",
+                            code="invalid_size") from error

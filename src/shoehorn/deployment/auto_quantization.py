@@ -1,10 +1,10 @@
-"""`QUANTIZATION=auto`: whether a model is converted to INT4, once, or served as it is.
+"""Resolution of `QUANTIZATION=auto`: convert the model to INT4 once, or serve it as published.
 
 Rules:
-- a model that fits on the GPUs as it is, comfortably, stays so; one that is quantized already, too;
-- any other is converted where it can be, the volume has room for it and the result fits: INT4 is smaller and faster
-  than NF4; else it is quantized to NF4 while loading, as the plan says;
-- what was converted already is used.
+- a model that fits on the GPUs without offload, and one that is quantized already, is served as published;
+- any other model is converted if it can be, the volume has enough free space and the result fits: INT4 is smaller and
+  faster than NF4; otherwise it is quantized to NF4 while loading, as the plan decides;
+- an existing conversion is used.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from shoehorn.config import vllm_options
 from shoehorn.config.profiles import Profile
 from shoehorn.config.settings import Settings
 from shoehorn.deployment import served_model
+from shoehorn.deployment.served_model import ShapeReader
 from shoehorn.hardware.types import Hardware
 from shoehorn.int4 import artifact
 from shoehorn.planner.build import make_plan
@@ -28,37 +29,38 @@ from shoehorn.store.reference import model_reference
 log = logging.getLogger("plan")
 
 
-def resolve_quantization(settings: Settings, machine: Hardware, profile: Profile, disk: bool = True) -> Settings:
-    """The settings, with `int4` in the place of `auto` where that is better.
+def resolve_quantization(settings: Settings, machine: Hardware, profile: Profile, shapes: ShapeReader, *,
+                         volume: bool) -> Settings:
+    """Return the settings with `int4` instead of `auto` where a conversion is better.
 
     Args:
-        disk: the volume is the one that the conversion would lie in, so its room counts.
+        volume: MODELS_DIR is the volume of this machine, so its content and free space count.
 
     Raises:
         ModelUnavailableError: config and headers cannot be read.
-        SettingsError: settings that contradict each other, the model or the machine.
+        SettingsError: the settings contradict each other, the model or the machine.
     """
     if settings.quantization != "auto" or not machine.gpus or profile.match.device == "cpu" or \
             "quantization" in {*profile.engine, *vllm_options.parse_arguments(settings.vllm_extra_args)}:
         return settings
     int4 = replace(settings, quantization="int4")
     ref = model_reference(settings)
-    if disk and artifact.locate(settings.models_dir, ref):
+    if volume and artifact.locate(settings.models_dir, ref):
         return int4
-    shape = served_model.served_shape(settings, ref, pull.locate(settings.models_dir, ref))
-    plan = make_plan(PlanInputs(PlanSettings.of(settings), machine, profile, shape))
-    resident = isinstance(plan, Plan) and not plan.choices.quantization and not plan.offloaded_bytes
+    shape = shapes.read(ref, pull.locate(settings.models_dir, ref))
+    published = make_plan(PlanInputs(PlanSettings.of(settings), machine, profile, shape))
+    resident = isinstance(published, Plan) and not published.choices.quantization and not published.offloaded_bytes
     if shape.quantization or not shape.understood or resident:
         return settings
     try:
-        free_bytes = served_model.available_bytes(settings.models_dir, ref.converted) if disk else None
-        converted = served_model.served_shape(int4, ref.converted, None)
-        found = make_plan(PlanInputs(PlanSettings.of(int4), machine, profile, converted, free_bytes))
-    except SettingsError as refusal:
-        log.info("not converted to INT4: %s", refusal.cause)
+        free_bytes = served_model.available_bytes(settings.models_dir, ref.converted) if volume else None
+        converted = make_plan(PlanInputs(PlanSettings.of(int4), machine, profile, shapes.read(ref.converted, None),
+                                         free_bytes))
+    except SettingsError as error:
+        log.info("Not converting to INT4 cause=%s", error.cause)
         return settings
-    if isinstance(plan, Plan) and not isinstance(found, Plan):
-        log.info("not converted to INT4: %s", found.cause)
-        return settings  # else what INT4 lacks is the lesser want
-    log.info("the model is converted to INT4, once, in the volume (QUANTIZATION=bitsandbytes would do without)")
+    if isinstance(published, Plan) and not isinstance(converted, Plan):
+        log.info("Not converting to INT4 cause=%s", converted.cause)
+        return settings  # if neither fits, the INT4 plan is closer to fitting, so its shortfall is reported
+    log.info("Converting the model to INT4 once, in the volume; set QUANTIZATION=bitsandbytes to avoid it")
     return int4

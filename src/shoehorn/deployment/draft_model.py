@@ -1,163 +1,125 @@
-"""`SPECULATIVE=OWNER/NAME`: a second, small model that guesses tokens, which the model checks together in one pass.
+"""Draft model of speculative decoding: `SPECULATIVE=OWNER/NAME`.
 
 Rules:
-- it is used where it fits beside the model with a useful context, and where it is expected to make one request
-  faster: where a pass waits for the link it does, where the model is on the card it mostly does not; else the plan
-  says why not;
-- it has the model's vocabulary, token by token, or is refused before it is pulled;
-- it is converted to INT4 like the model, unless the model is in NF4, whose loader wants both so, QUANTIZATION=none, or
-  on a CPU.
+- the draft is used if it fits next to the model with a useful context and is expected to make one request faster;
+  usually that is so with offload and not without; otherwise a reason of the plan says why it is left out;
+- a draft with another vocabulary than the model is refused before it is pulled;
+- the draft is converted to INT4 like the model, except next to a model in NF4 (vLLM loads both in one way), with
+  QUANTIZATION=none, or on a CPU.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 
 from shoehorn.common import disk
 from shoehorn.common.errors import ModelUnavailableError, SettingsError
 from shoehorn.common.units import format_size
-from shoehorn.config import settings as settings_module
 from shoehorn.config import vllm_options
 from shoehorn.config.setting_values import SPECULATIVE_KEYWORDS
-from shoehorn.config.settings import Settings
+from shoehorn.config.settings import Settings, default_revision
 from shoehorn.deployment import served_model
+from shoehorn.deployment.inputs import Deployment
+from shoehorn.deployment.served_model import ShapeReader
 from shoehorn.int4 import artifact
-from shoehorn.model.files import Files, LocalFiles
+from shoehorn.model.files import Files
 from shoehorn.model.reference import ModelRef
 from shoehorn.model.shape import ModelShape
 from shoehorn.planner import parallelism
 from shoehorn.planner.inputs import Draft
 from shoehorn.planner.option_set import Reason
 from shoehorn.planner.plan import Plan, Refusal
-from shoehorn.store import pull
 
 USEFUL_CONTEXT = 2048
-"""Tokens of context below which a draft's memory is better given to the KV cache."""
+"""Tokens of context below which the KV cache needs the memory more than a draft does."""
+
+_REMEDY = "Set SPECULATIVE to a smaller model of the same family, or to off."
 
 
 def is_named(settings: Settings) -> bool:
-    """Whether SPECULATIVE names a model, and VLLM_EXTRA_ARGS does not say otherwise."""
+    """Return True if SPECULATIVE names a model and VLLM_EXTRA_ARGS does not override it."""
     return settings.speculative not in SPECULATIVE_KEYWORDS and \
         "speculative-config" not in vllm_options.parse_arguments(settings.vllm_extra_args)
 
 
-def considered(settings: Settings, shape: ModelShape, free_bytes: int | None,
-               make: Callable[[Draft | None], Plan | Refusal]) -> Plan | Refusal:
-    """The plan, with the draft that SPECULATIVE names where that is better.
-
-    Args:
-        shape: the model's.
-        free_bytes: on the volume, beside the model; None where it does not count.
-        make: makes the plan with a draft, or without one.
+def inspect_draft(settings: Settings, deployment: Deployment, plan: Plan) -> Draft:
+    """Read the headers of the draft that SPECULATIVE names, in the format that suits the plan without it.
 
     Raises:
-        SettingsError: the draft does not go with the model, or other settings contradict each other.
-        ModelUnavailableError: the draft's config and headers cannot be read.
-    """
-    plan = make(None)
-    if isinstance(plan, Refusal) or not is_named(settings):
-        return plan
-    draft = find(settings, plan, shape, free_bytes)
-    return chosen(plan, make(draft), draft)
-
-
-def find(settings: Settings, plan: Plan, shape: ModelShape, free_bytes: int | None) -> Draft:
-    """The draft, in the number format that goes with the plan.
-
-    Args:
-        plan: without a draft.
-        shape: the model's.
-        free_bytes: on the volume, beside the model; None where it does not count.
-
-    Raises:
-        SettingsError: it does not go with the model.
+        SettingsError: the draft does not match the model.
         ModelUnavailableError: its config and headers cannot be read.
     """
-    models_dir = settings.models_dir
-    ref = ModelRef(settings.speculative, settings.model_source,
-                   settings_module.default_revision(settings.model_source))
+    models_dir, shapes = settings.models_dir, ShapeReader(settings)
+    ref = ModelRef(settings.speculative, settings.model_source, default_revision(settings.model_source))
     nf4 = plan.choices.quantization == "bitsandbytes"
-    wants_int4 = bool(plan.vram) and not nf4 and settings.quantization != "none"
-    if wants_int4 and artifact.locate(models_dir, ref):
+    convertible = bool(plan.vram) and not nf4 and settings.quantization != "none"
+    if convertible and artifact.locate(models_dir, ref):
         ref = ref.converted
-    found = served_model.served_shape(settings, ref, served_model.served_folder(models_dir, ref))
-    if wants_int4 and not ref.is_int4 and not found.quantization:
-        ref, found = _converted(settings, ref, found)
-    _require_match(settings, shape, found, nf4)
-    target = served_model.served_reference(settings)
-    if (mine := _vocabulary(_files(settings, target))) and (its := _vocabulary(_files(settings, ref))) and mine != its:
-        raise SettingsError(f"SPECULATIVE={settings.speculative} has other tokens than {settings.model_id}, so that "
-                            "its guesses would mean something else.", _REMEDY)
     directory = served_model.served_folder(models_dir, ref)
-    lacking = 0
-    if directory is None and free_bytes is not None:
-        there = disk.disk_used(ref.original.directory(models_dir))
-        lacking = max(0, found.disk_bytes - there - free_bytes)
-    return Draft(ref, directory or ref.directory(models_dir), found, lacking)
+    shape = shapes.read(ref, directory)
+    if convertible and not ref.is_int4 and not shape.quantization:
+        with suppress(SettingsError):  # it cannot be converted, and is served as published
+            ref, shape, directory = ref.converted, shapes.read(ref.converted, None), None
+    _require_match(settings, deployment.inputs.shape, shape, nf4)
+    vocabularies = [_vocabulary(served_model.model_files(settings, each)) for each in (deployment.ref, ref)]
+    if all(vocabularies) and vocabularies[0] != vocabularies[1]:
+        raise SettingsError(f"SPECULATIVE={settings.speculative}: token mismatch with {settings.model_id}.", _REMEDY,
+                            code="draft_mismatch")
+    lacking_bytes = 0
+    if directory is None and deployment.draft_disk_bytes is not None:
+        pulled_bytes = disk.disk_used(ref.original.directory(models_dir))
+        lacking_bytes = max(0, shape.disk_bytes - pulled_bytes - deployment.draft_disk_bytes)
+    return Draft(ref, directory or ref.directory(models_dir), shape, lacking_bytes)
 
 
-def chosen(plan: Plan, drafted: Plan | Refusal, draft: Draft) -> Plan:
-    """The plan with the draft where that is better, else the one without, which then says why."""
-    why = _against(plan, drafted, draft)
-    if why is None and isinstance(drafted, Plan):
+def prefer(plan: Plan, drafted: Plan | Refusal, draft: Draft) -> Plan:
+    """Return the better plan: the one with the draft, or the one without and the reason against the draft."""
+    objection = _objection(plan, drafted, draft)
+    if objection is None and isinstance(drafted, Plan):
         return drafted
     return replace(plan, reasons=(*plan.reasons, Reason(
-        "speculative-config", None, "machine", f"SPECULATIVE={draft.ref.id} is left out: {why}")))
-
-
-_REMEDY = "Name a smaller model of the same family in SPECULATIVE, or set SPECULATIVE=off."
-
-
-def _converted(settings: Settings, ref: ModelRef, shape: ModelShape) -> tuple[ModelRef, ModelShape]:
-    """The draft in INT4, or as published where it cannot be converted."""
-    try:
-        return ref.converted, served_model.served_shape(settings, ref.converted, None)
-    except SettingsError:
-        return ref, shape
+        "speculative-config", None, "machine", f"SPECULATIVE={draft.ref.id} is left out: {objection}")))
 
 
 def _require_match(settings: Settings, shape: ModelShape, draft: ModelShape, nf4: bool) -> None:
     if draft.vocab != shape.vocab:
-        raise SettingsError(f"SPECULATIVE={settings.speculative} has a vocabulary of {draft.vocab} tokens, and "
-                            f"{settings.model_id} one of {shape.vocab}.", _REMEDY)
+        raise SettingsError(f"SPECULATIVE={settings.speculative}: vocabulary mismatch: {draft.vocab} tokens, "
+                            f"{settings.model_id} has {shape.vocab}.", _REMEDY, code="draft_mismatch")
     if nf4 and draft.quantization not in (None, "bitsandbytes"):
-        raise SettingsError(f"SPECULATIVE={settings.speculative} is quantized by {draft.quantization}, and the model "
-                            "will be by bitsandbytes: the engine loads both in one way.",
-                            "Name the draft's unquantized checkpoint, or set QUANTIZATION=int4.")
-
-
-def _files(settings: Settings, ref: ModelRef) -> Files:
-    directory = served_model.served_folder(settings.models_dir, ref)
-    return LocalFiles(directory) if directory else pull.hub_files(settings, ref.original)
+        raise SettingsError(f"SPECULATIVE={settings.speculative}: unsupported quantization {draft.quantization} next "
+                            "to a model in bitsandbytes: vLLM loads both in one way.",
+                            "Set SPECULATIVE to the unquantized checkpoint of the draft, or set QUANTIZATION=int4.",
+                            code="draft_quantization")
 
 
 def _vocabulary(files: Files) -> object:
-    """The tokens of `tokenizer.json`; None where that is not there. Special ones may differ: they are never drafted."""
+    """Return the tokens of `tokenizer.json`, None without that file. Special tokens may differ: none is drafted."""
     if "tokenizer.json" not in files.names():
         return None
     try:
         return json.loads(files.read("tokenizer.json"))["model"]["vocab"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ModelUnavailableError("tokenizer.json has no vocabulary.", "Choose another model.") from error
+        raise ModelUnavailableError("tokenizer.json: vocabulary missing.", "Choose another model.",
+                                    code="invalid_tokenizer") from error
 
 
-def _against(plan: Plan, drafted: Plan | Refusal, draft: Draft) -> str | None:
-    """What speaks against the draft; None when nothing does."""
+def _objection(plan: Plan, drafted: Plan | Refusal, draft: Draft) -> str | None:
+    """Return the reason against the draft, or None."""
     if plan.choices.pipeline_parallel > 1:
-        return "the engine knows no drafts where layers are divided over GPUs"
+        return "vLLM supports no draft model with pipeline parallelism"
     if not parallelism.divides(draft.shape, plan.choices.tensor_parallel):
-        return f"it cannot be divided over {plan.choices.tensor_parallel} GPUs"
+        return f"its attention heads cannot be divided over {plan.choices.tensor_parallel} GPUs"
     if draft.lacking_bytes:
         return f"the volume lacks {format_size(draft.lacking_bytes)} for it"
     if isinstance(drafted, Refusal):
-        return f"with it nothing fits ({format_size(drafted.missing_bytes)} are missing)"
+        return f"with it the model does not fit ({format_size(drafted.missing_bytes)} missing)"
     if drafted.choices.max_model_len < min(USEFUL_CONTEXT, plan.choices.max_model_len):
         return f"with it only {drafted.choices.max_model_len} tokens of context fit"
     if drafted.choices.quantization != plan.choices.quantization:
         return "with it the model itself would have to be quantized"
-    without, with_it = (each.expected_tokens_per_second["batch_1"] for each in (plan, drafted))
-    if without and with_it and with_it <= without:
-        return f"about {with_it:g} tokens/s are expected with it, and {without:g} without"
+    without_it, with_it = (each.expected_tokens_per_second["batch_1"] for each in (plan, drafted))
+    if without_it and with_it and with_it <= without_it:
+        return f"expected speed is {with_it:g} tokens/s with it and {without_it:g} without"
     return None

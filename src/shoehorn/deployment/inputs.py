@@ -1,34 +1,104 @@
-"""Inputs of a plan, gathered from settings, machine, profile, model and disk."""
+"""Collection of everything that a plan depends on: settings, machine, profile, model and disk.
+
+Rules: only headers and configuration of the model are read, never its weights; no secret of the settings reaches a
+`Deployment`.
+"""
 
 from __future__ import annotations
 
+import logging
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from shoehorn.common import disk
 from shoehorn.common.paths import PROFILES
 from shoehorn.config.models_dir import ModelsDir
 from shoehorn.config.profiles import AUTO, Profile, automatic, load
 from shoehorn.config.settings import Settings
-from shoehorn.deployment import auto_quantization
+from shoehorn.deployment import auto_quantization, known_good, served_model
+from shoehorn.deployment.served_model import ShapeReader
 from shoehorn.hardware import bandwidth_probe, detect
 from shoehorn.hardware.requirements import require_gpus
 from shoehorn.hardware.types import Hardware
+from shoehorn.model.reference import ModelRef
+from shoehorn.planner.build import make_plan
+from shoehorn.planner.inputs import PlanInputs, PlanSettings
+from shoehorn.planner.plan import Refusal
+
+log = logging.getLogger("plan")
 
 
-def resolve_quantization(settings: Settings) -> Settings:
-    """The settings with `auto` decided, on this machine.
+@dataclass(frozen=True)
+class Deployment:
+    """A model to serve on a machine, ready to be planned.
 
-    Raises:
-        ShoehornError: the machine or the model cannot be used.
+    Attributes:
+        inputs: of the planner, without a draft; known-good options that no longer fit are left out.
+        ref: of the model that is served.
+        directory: its complete folder; None until it is fetched.
+        draft_disk_bytes: free disk space for a draft model; None if it does not count.
+        known_good: file of the known-good options of this deployment.
     """
-    machine = bandwidth_probe.with_measured_bandwidths(detect.detect(), ModelsDir(settings.models_dir).bandwidths)
-    return auto_quantization.resolve_quantization(settings, machine, select(settings, machine))
+
+    inputs: PlanInputs
+    ref: ModelRef
+    directory: Path | None
+    draft_disk_bytes: int | None
+    known_good: Path
 
 
-def select(settings: Settings, hardware: Hardware, directory: Path = PROFILES) -> Profile:
-    """The profile that VRAM_PROFILE means; `auto` decides nothing beforehand.
+def detect_machine(settings: Settings, *, measure: bool) -> Hardware:
+    """Return this machine with measured bandwidths.
+
+    Args:
+        measure: measure bandwidths that are not cached; False only reads the cache.
+    """
+    return bandwidth_probe.with_measured_bandwidths(detect.detect(), ModelsDir(settings.models_dir).bandwidths,
+                                                    measure=measure)
+
+
+def gather(settings: Settings, machine: Hardware, *, here: bool = True, shapes: ShapeReader | None = None,
+           ) -> Deployment:
+    """Collect the inputs of a plan, with QUANTIZATION resolved.
+
+    Args:
+        machine: this machine, or a described one.
+        here: the machine is this one, so the models volume and its known-good options count.
+        shapes: shared by several calls for the same model.
 
     Raises:
-        SettingsError: there is no GPU for `auto`, or as `load` does.
+        SettingsError: the settings contradict each other, the model or the machine.
+        ModelUnavailableError: config and headers cannot be read.
+    """
+    shapes = shapes or ShapeReader(settings)
+    profile = select_profile(settings, machine)
+    volume = here and settings.models_dir.is_dir()
+    resolved = auto_quantization.resolve_quantization(settings, machine, profile, shapes, volume=volume)
+    ref = served_model.served_reference(resolved)
+    directory = served_model.served_folder(settings.models_dir, ref)
+    shape = shapes.read(ref, directory, on_cpu=settings.vram_profile == "cpu")
+    disk_free_bytes = draft_disk_bytes = None
+    if volume and directory is None and not ref.is_local:
+        disk_free_bytes = served_model.available_bytes(settings.models_dir, ref)
+        draft_disk_bytes = disk_free_bytes - shape.disk_bytes
+    elif volume:
+        draft_disk_bytes = disk.disk_free(settings.models_dir)
+    known_good_path = known_good.location(resolved, machine, profile, shape)
+    inputs = PlanInputs(PlanSettings.of(resolved), machine, profile, shape, disk_free_bytes)
+    if volume and (options := known_good.read(known_good_path)):
+        candidate = replace(inputs, known_good=options)
+        if isinstance(make_plan(candidate), Refusal):
+            log.warning("Ignoring known-good options that no longer fit path=%s", known_good_path)
+        else:
+            inputs = candidate
+    return Deployment(inputs, ref, directory, draft_disk_bytes, known_good_path)
+
+
+def select_profile(settings: Settings, hardware: Hardware, directory: Path = PROFILES) -> Profile:
+    """Return the profile that VRAM_PROFILE names; `auto` fixes no option.
+
+    Raises:
+        SettingsError: `auto` without a GPU, or an unknown or invalid profile.
     """
     if settings.vram_profile != AUTO:
         return load(settings.vram_profile, directory)

@@ -1,7 +1,7 @@
-"""What worked after stepping down, kept in the volume for this machine, model and settings, and used at once next time.
+"""Last known-good vLLM options after a step-down, stored in the volume for one machine, model and settings.
 
-Rules: the file is named by a hash of everything that the outcome depends on, so that a change of any of it forgets; a
-file that cannot be read counts as none; nothing secret goes into the hash or the file.
+Rules: the file name is a hash of everything that a start depends on, so that any change invalidates it; an unreadable
+file is ignored; neither the hash nor the file contains a secret.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _SETTINGS = ("model_id", "model_revision", "vram_profile", "vram_limit", "quanti
 
 
 def location(settings: Settings, hardware: Hardware, profile: Profile, shape: ModelShape) -> Path:
-    """Where the memory of this start lies."""
+    """Return the file of the known-good options of a start."""
     facts = {
         "version": __version__, "driver": hardware.driver_version, "host_memory": hardware.host_memory_bytes,
         "gpus": [(gpu.name, gpu.total_bytes) for gpu in hardware.gpus],
@@ -38,25 +38,25 @@ def location(settings: Settings, hardware: Hardware, profile: Profile, shape: Mo
     return ModelsDir(settings.models_dir).known_good / f"{digest}.json"
 
 
-def recall(path: Path) -> Mapping[str, object]:
-    """The options that worked; none when nothing is known."""
+def read(path: Path) -> Mapping[str, object]:
+    """Return the known-good options; empty without a valid file."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
         options = document["options"]
         if not isinstance(options, dict):
-            raise TypeError("options is no object")
+            raise TypeError("options: not an object")
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, TypeError, KeyError) as error:
-        log.warning("%s cannot be used (%s)", path, error)
+        log.warning("Ignoring unreadable known-good options path=%s error=%s", path, error)
         return {}
     return options
 
 
-def remember(path: Path, options: Mapping[str, object], text: str) -> None:
-    """Keep what worked. A volume that cannot be written is logged: the server runs all the same."""
+def write(path: Path, options: Mapping[str, object], steps: str) -> None:
+    """Save the options of a start that succeeded after the given steps. A write failure is only logged."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, json.dumps({"options": dict(options), "steps": text}, indent=1) + "\n")
+        write_atomic(path, json.dumps({"options": dict(options), "steps": steps}, indent=1) + "\n")
     except OSError as error:
-        log.warning("what worked cannot be remembered in %s: %s", path, error)
+        log.warning("Cannot save known-good options path=%s error=%s", path, error)

@@ -1,22 +1,28 @@
-"""The model that will be served: its directory, its shape, and the disk space for it."""
+"""The model that is served: its reference, folder, shape and disk space, and the steps that fetch it."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 from shoehorn.common import disk
+from shoehorn.common.errors import ShoehornError
 from shoehorn.config.settings import Settings
-from shoehorn.int4 import layout
-from shoehorn.int4.artifact import folder, locate
+from shoehorn.int4 import artifact, layout
 from shoehorn.int4.layout import BOUND, KEPT, Outline
 from shoehorn.model import checkpoint
-from shoehorn.model.files import LocalFiles
+from shoehorn.model.files import Files, LocalFiles
 from shoehorn.model.reference import ModelRef
 from shoehorn.model.safetensors import shards
 from shoehorn.model.shape import ModelShape
-from shoehorn.store import pull
+from shoehorn.store import inventory, pull
 from shoehorn.store.reference import model_reference
+
+FetchStep = Literal["pull", "convert"]
+"""The `shoehorn` command of one step."""
 
 
 def served_reference(settings: Settings) -> ModelRef:
@@ -27,38 +33,86 @@ def served_reference(settings: Settings) -> ModelRef:
 
 def served_folder(models_dir: Path, ref: ModelRef) -> Path | None:
     """Return the complete folder that the engine will load, or None."""
-    return locate(models_dir, ref) if ref.is_int4 else pull.locate(models_dir, ref)
+    return artifact.locate(models_dir, ref) if ref.is_int4 else pull.locate(models_dir, ref)
+
+
+def model_files(settings: Settings, ref: ModelRef) -> Files:
+    """Return the served model's files, or the original's at the hub until it is complete."""
+    directory = served_folder(settings.models_dir, ref)
+    return LocalFiles(directory) if directory else pull.hub_files(settings, ref.original)
 
 
 def available_bytes(models_dir: Path, ref: ModelRef) -> int:
     """Return the free bytes on the volume plus those that an earlier pull or conversion of the model occupies."""
     occupied = disk.disk_used(ref.original.directory(models_dir))
     if ref.is_int4:
-        occupied += disk.disk_used(folder(models_dir, ref))
+        occupied += disk.disk_used(ref.directory(models_dir))
     return disk.disk_free(models_dir) + occupied
 
 
-def served_shape(settings: Settings, ref: ModelRef, directory: Path | None) -> ModelShape:
-    """Read the shape of the model that is served.
+def fetch_steps(models_dir: Path, ref: ModelRef) -> tuple[FetchStep, ...]:
+    """Return the steps after which the model is complete; the last one prints its folder."""
+    if not ref.is_int4:
+        return ("pull",)
+    return ("convert",) if artifact.source(models_dir, ref) else ("pull", "convert")
+
+
+@contextmanager
+def in_use(models_dir: Path, refs: Iterable[ModelRef]) -> Iterator[None]:
+    """Mark models as in use, so that `shoehorn models rm` refuses to remove them."""
+    with ExitStack() as stack:
+        for ref in refs:
+            if not ref.is_local:
+                stack.enter_context(inventory.used(models_dir, ref.stored_id))
+        yield
+
+
+class ShapeReader:
+    """Reads each model's shape once, however many plans are made of it.
 
     Args:
-        settings: access to the hub, and the settings of a conversion.
-        directory: its complete folder; None reads the headers at the hub, or derives the conversion's from them.
-
-    Raises:
-        SettingsError: the model cannot be converted to INT4.
-        ModelUnavailableError: the model is unavailable.
+        settings: access to the hub, and KEEP_ORIGINAL.
     """
-    if directory:
-        return checkpoint.read(LocalFiles(directory))
-    files = pull.hub_files(settings, ref.original)
-    if not ref.is_int4:
-        return checkpoint.read(files)
-    conversion = layout.layout(files, KEPT if settings.vram_profile == "cpu" else BOUND)
-    shape = checkpoint.read(Outline(files, conversion))
-    sizes = files.names()
-    peak_bytes = sum(sizes[name] for name in shards(files, sizes))
-    if not settings.keep_original:  # each original shard is removed after its conversion, so both never coexist whole
-        new = [shard.size for shard in conversion.shards]
-        peak_bytes += layout.two_in_turn(new) - sum(new)
-    return replace(shape, disk_bytes=shape.disk_bytes + peak_bytes)
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._shapes: dict[tuple[ModelRef, Path | None, bool], ModelShape | ShoehornError] = {}
+
+    def read(self, ref: ModelRef, directory: Path | None, *, on_cpu: bool = False) -> ModelShape:
+        """Return the shape of a model as the engine will load it.
+
+        Args:
+            directory: its complete folder; None reads the headers at the hub, or derives the conversion's from them.
+            on_cpu: a conversion keeps embedding and head for the CPU engine.
+
+        Raises:
+            SettingsError: the model cannot be converted to INT4.
+            ModelUnavailableError: the model is unavailable.
+        """
+        key = (ref, directory, on_cpu and ref.is_int4)
+        if key not in self._shapes:
+            try:
+                self._shapes[key] = self._read(*key)
+            except ShoehornError as error:
+                self._shapes[key] = error  # an unreachable hub is asked once
+        shape = self._shapes[key]
+        if isinstance(shape, ShoehornError):
+            raise shape
+        return shape
+
+    def _read(self, ref: ModelRef, directory: Path | None, on_cpu: bool) -> ModelShape:
+        if directory:
+            return checkpoint.read(LocalFiles(directory))
+        return self._conversion(ref, on_cpu) if ref.is_int4 else checkpoint.read(pull.hub_files(self._settings, ref))
+
+    def _conversion(self, ref: ModelRef, on_cpu: bool) -> ModelShape:
+        """Derive the shape of a future conversion; `disk_bytes` is the peak while it is written."""
+        files = pull.hub_files(self._settings, ref.original)
+        conversion = layout.layout(files, KEPT if on_cpu else BOUND)
+        shape = checkpoint.read(Outline(files, conversion))
+        sizes = files.names()
+        original_bytes = sum(sizes[name] for name in shards(files, sizes))
+        if not self._settings.keep_original:  # each original shard is removed once its conversion is written
+            new = [shard.size for shard in conversion.shards]
+            original_bytes += layout.two_in_turn(new) - sum(new)
+        return replace(shape, disk_bytes=shape.disk_bytes + original_bytes)

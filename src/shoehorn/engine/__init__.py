@@ -1,4 +1,4 @@
-"""The engine program: plans, fetches, starts and watches vLLM.
+"""The engine program: plans, fetches the model, starts vLLM and supervises it.
 
-May import: deployment, runtime, planner, config, hardware, model, common.
+May import: deployment, runtime, planner, model, config, hardware, common.
 """

@@ -1,9 +1,8 @@
-"""Ending without cutting anybody off: the engine's API server finishes what runs, and ends the rest properly.
+"""Drain: the engine's API server finishes running requests and aborts the rest with an error.
 
-Rules: nginx refuses new requests from the moment that the mark `ready` is gone; the API server's middleware
-(`shoehorn_vllm.api.middleware`) refuses what still slips through, waits, and ends the late ones with an error.
-`shoehorn drain` asks by a file in the run directory, since only the engine program may change the state; the answer is
-a file as well.
+Rules: nginx refuses new requests as soon as the `ready` mark is gone; the API server's middleware
+(`shoehorn_vllm.api.middleware`) refuses those that still arrive, waits, and aborts the late ones. `shoehorn drain`
+requests it by a file in the run directory, because only the engine program changes the state; the result is a file too.
 """
 
 from __future__ import annotations
@@ -23,47 +22,47 @@ log = logging.getLogger("engine")
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """How many of the requests that ran were answered in full, and how many were ended with an error."""
+class DrainResult:
+    """Number of running requests that finished, and that were aborted with an error."""
 
     finished: int
     aborted: int
 
 
-def engine(socket: Path, seconds: int) -> Outcome | None:
-    """Drain the engine behind `socket`, for `seconds` at most; None when it does not answer as it should."""
+def drain_engine(socket: Path, seconds: int) -> DrainResult | None:
+    """Drain the engine behind `socket` within `seconds`; return None after an invalid answer."""
     log.info("waiting up to %d s for running requests", seconds)
     try:
         with httpx.Client(transport=httpx.HTTPTransport(uds=str(socket)), timeout=seconds + MARGIN_SECONDS) as client:
             answer = client.post("http://engine/-/drain", params={"seconds": seconds}).raise_for_status().json()
-        outcome = Outcome(answer["finished"], answer["aborted"])
+        result = DrainResult(answer["finished"], answer["aborted"])
     except (httpx.HTTPError, ValueError, KeyError) as error:
-        log.warning("the engine could not be drained: %s", str(error) or type(error).__name__)
+        log.warning("Cannot drain the engine error=%s", str(error) or type(error).__name__)
         return None
-    log.info("drained: %d requests finished, %d aborted", outcome.finished, outcome.aborted)
-    return outcome
+    log.info("drained: %d requests finished, %d aborted", result.finished, result.aborted)
+    return result
 
 
-def request(run_dir: Path) -> None:
-    """Ask the engine program to drain. An outcome of before is forgotten."""
+def request_drain(run_dir: Path) -> None:
+    """Request a drain from the engine program, and remove an earlier result."""
     RunDir(run_dir).drain_result.unlink(missing_ok=True)
     RunDir(run_dir).drain_request.touch()
 
 
-def requested(run_dir: Path) -> bool:
-    """Whether somebody asked."""
+def is_requested(run_dir: Path) -> bool:
+    """Return True if a drain was requested."""
     return RunDir(run_dir).drain_request.exists()
 
 
-def publish(run_dir: Path, outcome: Outcome | None) -> None:
-    """Leave the outcome for `shoehorn drain`."""
-    write_atomic(RunDir(run_dir).drain_result, json.dumps(asdict(outcome) if outcome else None) + "\n")
+def publish_result(run_dir: Path, result: DrainResult | None) -> None:
+    """Write the result for `shoehorn drain`."""
+    write_atomic(RunDir(run_dir).drain_result, json.dumps(asdict(result) if result else None) + "\n")
 
 
-def published(run_dir: Path) -> tuple[bool, Outcome | None]:
-    """Whether the drain is over, and its outcome."""
+def read_result(run_dir: Path) -> tuple[bool, DrainResult | None]:
+    """Return (the drain has ended, its result)."""
     try:
         document = json.loads(RunDir(run_dir).drain_result.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return False, None
-    return True, Outcome(**document) if document else None
+    return True, DrainResult(**document) if document else None

@@ -1,7 +1,8 @@
-"""The program `engine`: model -> plan -> pull -> vLLM, published as state, ended cleanly by SIGTERM in every phase.
+"""The engine program: plans, fetches the model, and serves it with vLLM; publishes its phases as state.
 
-Rules: the plan is made from the model's config and headers before a byte of weights moves; each long phase runs in a
-child process; the exit codes are those of `errors`, and the cause stands in the state before the program ends.
+Rules: the plan is made from the model's config and headers before any weights are transferred; long phases run in child
+processes; SIGTERM ends every phase cleanly; exit codes are those of `common.errors`, and the cause is in the state
+before the program exits (`engine.program_run`).
 """
 
 from __future__ import annotations
@@ -13,167 +14,148 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
 
-from shoehorn.common import disk
 from shoehorn.common import logging_config as logs
-from shoehorn.common.atomic_file import write_atomic
-from shoehorn.common.errors import EXIT_DONE, ShoehornError
+from shoehorn.common.errors import SettingsError
 from shoehorn.config import settings as settings_module
 from shoehorn.config.settings import Settings
 from shoehorn.deployment import inputs, served_model
-from shoehorn.engine import launch_config, memory_report, readiness, step_down, timing
+from shoehorn.deployment.inputs import Deployment
+from shoehorn.engine import launch_config, memory_report, step_down, timing
 from shoehorn.engine.environment import engine_environment
 from shoehorn.engine.fetch import fetch
-from shoehorn.engine.replanner import Planner
-from shoehorn.engine.restart_budget import Restarts
-from shoehorn.engine.server import Server, StartFailedError
+from shoehorn.engine.launch_spec import LaunchSpec
+from shoehorn.engine.program_run import ProgramRun, StopRequested
+from shoehorn.engine.replanner import Replanner
+from shoehorn.engine.restart_budget import RestartBudget
+from shoehorn.engine.server import EngineServer, StartFailedError
+from shoehorn.engine.timing import Timing
+from shoehorn.hardware.types import Hardware
 from shoehorn.planner import plan as plan_module
 from shoehorn.planner.plan import Plan
 from shoehorn.runtime import parent_watch
-from shoehorn.runtime.child_process import end_recorded_group
 from shoehorn.runtime.run_dir import RunDir
 from shoehorn.runtime.state import Phase, StateFile
-from shoehorn.store import inventory
 
 log = logging.getLogger("engine")
 
-_AGAIN = 1
-"""An exit code that is none of Shoehorn's own: supervisord starts the program again."""
 
-
-class Stopped(BaseException):
-    """SIGTERM came. Not an Exception: nothing but the program's end may catch it."""
-
-
-def main() -> int:
-    """Run the program; returns its exit code."""
-    settings = settings_module.load(os.environ)
+def main(environment: Mapping[str, str] = os.environ) -> int:
+    """Run the program; return its exit code."""
+    try:
+        settings, waits = settings_module.load(environment), timing.load(environment)
+    except SettingsError as error:
+        print(f"shoehorn: {error}", file=sys.stderr)
+        return error.exit_code
     logs.configure(settings.log_format)
     states = StateFile(settings.run_dir)
-    code = EXIT_DONE
-    try:
+    run = ProgramRun(settings, states, waits)
+    with run:
         _stop_on_sigterm(states)
-        _end_with_owner()
-        try:
-            return _run(settings, states)
-        except OSError as error:
-            if error.errno not in disk.FULL:
-                raise
-            disk.wait_for_free_space(settings.run_dir, settings.models_dir)
-            code = _AGAIN
-    except Stopped:
-        pass
-    RunDir(settings.run_dir).engine_alive.unlink(missing_ok=True)  # neither is a failure of the engine
-    return code
+        _stop_with_supervisord()
+        run.take_over()
+        _serve(settings, environment, states, run.budget, waits)
+    return run.exit_code
 
 
-def _run(settings: Settings, states: StateFile) -> int:
-    try:
-        _serve(settings, os.environ, states)
-    except ShoehornError as error:
-        states.update(phase=Phase.FAILED, progress=None, detail="", cause=error.cause, remedy=error.remedy)
-        log.error("%s", error)
-        write_atomic(RunDir(settings.run_dir).exit_code, f"{error.exit_code}\n")
-        return error.exit_code
-    raise AssertionError("serving ends by an exception only")
-
-
-def _serve(settings: Settings, environment: Mapping[str, str], states: StateFile) -> None:
-    restarts = _take_over(settings, states)
-    settings = inputs.resolve_quantization(settings)
-    ref = served_model.served_reference(settings)
-    directory = served_model.served_folder(settings.models_dir, ref)
-    planner = Planner(settings, directory)
-    plan = planner.plan()
-    states.update(plan=plan_module.of(plan), memory=())
-    if directory is None:
-        directory = fetch(settings, ref, environment, states)
-        if settings.quantization == "int4":  # what was expected of the conversion is known now
-            planner = Planner(settings, directory)
-            plan = planner.plan()
-            states.update(plan=plan_module.of(plan))
-    if plan.draft and served_model.served_folder(settings.models_dir, plan.draft.ref) is None:
-        fetch(settings, plan.draft.ref, environment, states)
-    with ExitStack() as stack:
-        for each in (ref, *([plan.draft.ref] if plan.draft else [])):
-            if not each.is_local:
-                stack.enter_context(inventory.used(settings.models_dir, each.stored_id))
+def _serve(settings: Settings, environment: Mapping[str, str], states: StateFile, budget: RestartBudget,
+           waits: Timing) -> None:
+    """Plan, fetch and serve; ends by an exception only."""
+    machine = inputs.detect_machine(settings, measure=True)
+    deployment, replanner, plan = _plan(settings, machine, states)
+    if deployment.directory is None:
+        directory = fetch(settings, deployment.ref, environment, states)
+        if deployment.ref.is_int4:  # the plan so far was made of the expected conversion
+            deployment, replanner, plan = _plan(settings, machine, states)
+    else:
+        directory = deployment.directory
+    refs = [deployment.ref]
+    if plan.draft:
+        refs.append(plan.draft.ref)
+        if served_model.served_folder(settings.models_dir, plan.draft.ref) is None:
+            fetch(settings, plan.draft.ref, environment, states)
+    with served_model.in_use(settings.models_dir, refs):
         while True:
+            spec = _launch_spec(settings, environment, plan, directory, waits)
             try:
-                _start(settings, environment, states, restarts, planner, plan, directory)
+                _start(spec, settings, states, budget, replanner, plan, machine)
             except StartFailedError as failure:
                 states.update(phase=Phase.STEPPING_DOWN, progress=None, detail=failure.diagnosis.name)
-                smaller = planner.step_down(plan, failure.diagnosis)
+                smaller = replanner.step_down(plan, failure.diagnosis)
                 if smaller is None:
                     raise
                 plan = smaller
                 states.update(step_downs=states.read().step_downs + 1, plan=plan_module.of(plan), memory=())
 
 
-def _start(settings: Settings, environment: Mapping[str, str], states: StateFile, restarts: Restarts,
-           planner: Planner, plan: Plan, directory: Path) -> None:
-    """Serve by one plan, until an exception ends it."""
+def _plan(settings: Settings, machine: Hardware, states: StateFile) -> tuple[Deployment, Replanner, Plan]:
+    deployment = inputs.gather(settings, machine)
+    replanner = Replanner(settings, deployment)
+    plan = replanner.first_plan()
+    states.update(plan=plan_module.of(plan), memory=())
+    return deployment, replanner, plan
+
+
+def _launch_spec(settings: Settings, environment: Mapping[str, str], plan: Plan, directory: Path,
+                 waits: Timing) -> LaunchSpec:
+    """Write vLLM's configuration and return the start of vLLM by this plan."""
     paths = RunDir(settings.run_dir)
-    config = launch_config.write_engine_config(settings, plan.engine_args, directory)
+    launch_config.write_engine_config(settings, plan.engine_args, directory)
+    variables = {**_host_address(environment, plan), **plan.engine_environment,
+                 **memory_report.prepare(settings.run_dir),
+                 "SHOEHORN_MOST_REQUESTS": str(launch_config.most_requests(settings, plan.engine_args))}
+    return LaunchSpec(
+        run_dir=paths, environment=engine_environment(environment, variables, settings.run_dir),
+        model=settings.served_model_name, options=plan.engine_args,
+        log_file=paths.engine_log if settings.engine_log == "file" else None, drain_seconds=settings.drain_timeout,
+        may_drop_speculation=step_down.speculates(plan.engine_args, plan.fixed), timing=waits)
+
+
+def _start(spec: LaunchSpec, settings: Settings, states: StateFile, budget: RestartBudget, replanner: Replanner,
+           plan: Plan, machine: Hardware) -> None:
+    """Serve by one plan, until an exception ends it."""
     states.update(phase=Phase.LOADING, progress=None, detail="starting the engine", model=settings.served_model_name)
     log.info("loading %s", settings.served_model_name)
 
-    def announce(seconds: float) -> None:
+    def on_ready(seconds: float) -> None:
         log.info("ready after %.0f s", seconds)
-        planner.record_start(plan, states)
-        if paths.welcome.exists():  # holds a generated key: shown once
-            text = paths.welcome.read_text(encoding="utf-8")
-            paths.welcome.unlink()
-            print(text, flush=True)
+        replanner.save_known_good()
+        memory_report.record(plan, machine, states)
+        _print_welcome(spec.run_dir.welcome)
 
-    variables = {**_address(environment, plan), **plan.engine_environment, **memory_report.prepare(settings.run_dir),
-                 "SHOEHORN_MOST_REQUESTS": str(launch_config.most_requests(settings, plan.engine_args))}
-    Server(config, engine_environment(environment, variables, settings.run_dir), paths.engine_socket,
-           states, restarts, announce, paths.engine_log if settings.engine_log == "file" else None,
-           settings.drain_timeout,
-           lambda transport: readiness.prove(transport, plan.engine_args, settings.served_model_name),
-           settings.served_model_name, step_down.speculates(plan.engine_args, plan.fixed),
-           timing.load(environment)).serve()
+    EngineServer(spec, states, budget, on_ready).serve()
 
 
-def _address(environment: Mapping[str, str], plan: Plan) -> dict[str, str]:
-    """Where the parts of an engine on one machine find each other.
+def _print_welcome(welcome: Path) -> None:
+    """Print the welcome text once: it may contain a generated key."""
+    if welcome.exists():
+        text = welcome.read_text(encoding="utf-8")
+        welcome.unlink()
+        print(text, flush=True)
 
-    Else vLLM looks for an address of its own by a socket to a public name server, which OFFLINE must not see.
+
+def _host_address(environment: Mapping[str, str], plan: Plan) -> dict[str, str]:
+    """Return the address by which the processes of an engine on one machine connect to each other.
+
+    Without it vLLM looks for an address through a socket to a public name server, which OFFLINE must prevent.
     """
     several = "nnodes" in plan.engine_args or plan.engine_args.get("distributed-executor-backend") == "ray"
     return {} if several or "VLLM_HOST_IP" in environment else {"VLLM_HOST_IP": "127.0.0.1"}
 
 
-def _take_over(settings: Settings, states: StateFile) -> Restarts:
-    """Settle what an earlier life of this program left: its engine, and its failure in the budget."""
-    paths = RunDir(settings.run_dir)
-    restarts = Restarts(paths.restarts)
-    killed = paths.engine_alive.exists()
-    states.tell(phase=Phase.STARTING, progress=None, detail="planning", model=settings.served_model_name, cause="",
-                remedy="", engine_down=False, restarts=states.read().restarts + killed)
-    left = [process for record in paths.groups for process in end_recorded_group(record)]
-    if killed:
-        failures = restarts.record()
-        log.warning("the engine program was killed (failure %d); ended %d processes that it left", failures, len(left))
-    paths.engine_alive.touch()
-    return restarts
-
-
 def _stop_on_sigterm(states: StateFile) -> None:
     def stop(_signal: int, _frame: FrameType | None) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # one is enough; a second must not interrupt the clearing up
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not interrupt the cleanup
         states.tell(phase=Phase.STOPPING, progress=None, detail="stopping")
-        raise Stopped
+        raise StopRequested
 
     signal.signal(signal.SIGTERM, stop)
 
 
-def _end_with_owner() -> None:
-    """End this program, as by SIGTERM, when supervisord was killed: nobody else would."""
+def _stop_with_supervisord() -> None:
+    """Stop this program as by SIGTERM after supervisord was killed."""
     supervisor = parent_watch.owner()
 
     def watch() -> None:
@@ -181,7 +163,7 @@ def _end_with_owner() -> None:
             time.sleep(1.0)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    threading.Thread(target=watch, name="owner", daemon=True).start()
+    threading.Thread(target=watch, name="parent-watch", daemon=True).start()
 
 
 if __name__ == "__main__":

@@ -1,29 +1,35 @@
-"""What the engine says of its memory, beside what was expected: read after the load, compared, and put into words.
+"""Comparison of the engine's memory with the plan, after the load.
 
-Rules: the engine's figures come from the handler in `shoehorn_vllm.telemetry.memory_log`; bitsandbytes' state is
-apart from the weights where the engine said it, and else is part of them; the total is what NVML shows; framework is
-what the others leave of it, so that the parts add up to the total. Activations are a reserve, resident only under load,
-and stand outside of the total's parts until then.
+Rules: the engine's figures come from the handler in `shoehorn_vllm.telemetry.memory_log`; the quantization state of
+bitsandbytes is a part of its own if the engine reports it, otherwise part of the weights; the total comes from NVML;
+the framework is the rest, so that the parts add up to the total. Activations are a reserve that is in use under load
+only, so the total excludes them.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import re
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from shoehorn.common.atomic_file import write_atomic
 from shoehorn.common.units import MIB, format_size
+from shoehorn.hardware import detect
 from shoehorn.hardware.types import Hardware
 from shoehorn.planner.memory.breakdown import VramParts
+from shoehorn.planner.plan import Plan
 from shoehorn.runtime.run_dir import RunDir
+from shoehorn.runtime.state import StateFile
+
+log = logging.getLogger("engine")
 
 TOLERANCE = 0.10
-"""A part that differs by more is a warning, unless it is small."""
+"""Relative difference above which a part is a warning, unless it is small."""
 
 _SMALL_BYTES = 256 * MIB
 _RANK = re.compile(r"Worker(?:_PP(\d+))?(?:_TP(\d+))?")
@@ -31,7 +37,7 @@ _RANK = re.compile(r"Worker(?:_PP(\d+))?(?:_TP(\d+))?")
 
 @dataclass(frozen=True)
 class Row:
-    """One part of one GPU. `measured_bytes` is None where the engine does not say it."""
+    """One part of one GPU; `measured_bytes` is None if unknown."""
 
     gpu: int
     part: str
@@ -40,7 +46,7 @@ class Row:
 
     @property
     def differs(self) -> bool:
-        """Whether the difference is worth a warning."""
+        """True if the difference deserves a warning."""
         if self.measured_bytes is None:
             return False
         difference = abs(self.measured_bytes - self.expected_bytes)
@@ -48,9 +54,9 @@ class Row:
 
 
 def prepare(run_dir: Path) -> dict[str, str]:
-    """Write the engine's logging configuration and clear old reports; returns the variables that the engine needs.
+    """Write the engine's logging configuration and remove old reports; return the engine's variables for both.
 
-    The configuration is vLLM's own (vllm/logger.py), with the handler beside its stream.
+    The configuration is vLLM's own (vllm/logger.py) with one more handler.
     """
     reports, config = RunDir(run_dir).engine_memory, RunDir(run_dir).engine_logging
     shutil.rmtree(reports, ignore_errors=True)
@@ -69,55 +75,55 @@ def prepare(run_dir: Path) -> dict[str, str]:
 
 
 def read(run_dir: Path, gpus: int) -> tuple[Mapping[int, Mapping[str, Any]], int]:
-    """(figures by GPU in the order of the ranks, KV cache tokens; 0 where unknown)."""
-    found: dict[int, dict[str, Any]] = {}
+    """Return (figures by GPU in the order of the ranks, KV cache tokens or 0 if unknown)."""
+    by_rank: dict[int, dict[str, Any]] = {}
     tokens = 0
     for path in sorted(RunDir(run_dir).engine_memory.glob("*.json")):
         try:
             document = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            continue  # its process is just replacing or has lost it
+            continue  # its process is replacing it
         tokens = max(tokens, int(document.get("kv_cache_tokens", 0)))
         if "weights_bytes" not in document:
             continue
         rank = _RANK.match(str(document.get("process", "")))
         stage, part = (int(rank[1] or 0), int(rank[2] or 0)) if rank else (0, 0)
-        found[len(found) if gpus > 1 and rank is None else stage * gpus + part] = document
-    return {index: found[key] for index, key in enumerate(sorted(found))}, tokens
+        by_rank[len(by_rank) if gpus > 1 and rank is None else stage * gpus + part] = document
+    return {index: by_rank[key] for index, key in enumerate(sorted(by_rank))}, tokens
 
 
 def compare(expected: Sequence[VramParts], figures: Mapping[int, Mapping[str, Any]], used: Sequence[int],
             ) -> list[Row]:
-    """The rows of every GPU.
+    """Return the rows of every GPU.
 
     Args:
-        used: bytes that the appliance holds of each GPU by NVML.
+        used: bytes of each GPU that the appliance uses, by NVML.
     """
     rows = []
     for gpu, parts in enumerate(expected):
-        said, total = figures.get(gpu, {}), used[gpu] if gpu < len(used) else None
-        held = parts.weights_bytes + parts.embeddings_bytes + parts.offload_buffer_bytes
-        expected_by_part = {"weights": held, "quant_state": parts.quant_state_bytes,
+        report, total = figures.get(gpu, {}), used[gpu] if gpu < len(used) else None
+        weights_bytes = parts.weights_bytes + parts.embeddings_bytes + parts.offload_buffer_bytes
+        expected_by_part = {"weights": weights_bytes, "quant_state": parts.quant_state_bytes,
                             "kv_cache": parts.kv_cache_bytes, "cuda_graphs": parts.cuda_graphs_bytes}
-        measured = {"weights": said.get("weights_bytes"), "quant_state": said.get("quant_state_bytes"),
-                    "kv_cache": said.get("kv_cache_bytes"),
-                    "cuda_graphs": said.get("cuda_graphs_bytes", 0 if "weights_bytes" in said else None)}
+        measured = {"weights": report.get("weights_bytes"), "quant_state": report.get("quant_state_bytes"),
+                    "kv_cache": report.get("kv_cache_bytes"),
+                    "cuda_graphs": report.get("cuda_graphs_bytes", 0 if "weights_bytes" in report else None)}
         if measured["weights"] is None or measured["quant_state"] is None:
             expected_by_part["weights"] += expected_by_part.pop("quant_state")
             del measured["quant_state"]
         else:
-            measured["weights"] -= measured["quant_state"]  # the engine counts both as one
-        known = None if None in measured.values() or total is None else max(
+            measured["weights"] -= measured["quant_state"]  # the engine reports their sum
+        framework = None if None in measured.values() or total is None else max(
             0, total - sum(size for size in measured.values() if size))
         rows += [Row(gpu, part, size, measured[part]) for part, size in expected_by_part.items()]
-        rows.append(Row(gpu, "framework", parts.framework_bytes, known))
+        rows.append(Row(gpu, "framework", parts.framework_bytes, framework))
         rows.append(Row(gpu, "activations", parts.activations_bytes, None))
         rows.append(Row(gpu, "total", parts.total_bytes - parts.activations_bytes, total))
     return rows
 
 
 def table(rows: Sequence[Row]) -> list[str]:
-    """The rows as lines for the log."""
+    """Format the rows for the log."""
     lines = [f"{'GPU':>3}  {'part':12}{'expected':>12}{'measured':>12}"]
     for row in rows:
         measured = "unknown" if row.measured_bytes is None else format_size(row.measured_bytes)
@@ -126,20 +132,47 @@ def table(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def offload_complaint(expected_bytes: int, figures: Mapping[int, Mapping[str, Any]]) -> str:
-    """What is wrong with the offload, in words; empty when the engine did what was planned.
+def offload_is_short(expected_bytes: int, figures: Mapping[int, Mapping[str, Any]]) -> bool:
+    """Return True if the engine offloaded less than planned.
 
-    vLLM has ignored --cpu-offload-gb in some versions without a word, and then the card overflows or is slow elsewhere.
+    Some versions of vLLM ignored --cpu-offload-gb silently, which fills the GPU.
     """
-    done = sum(int(said.get("offloaded_bytes", 0)) for said in figures.values())
-    if not expected_bytes or not figures or done >= expected_bytes * (1 - TOLERANCE):
-        return ""
-    return (f"{format_size(expected_bytes)} of the weights were planned into host memory, and the engine put "
-            f"{format_size(done)} there")
+    return bool(expected_bytes and figures) and offloaded_bytes(figures) < expected_bytes * (1 - TOLERANCE)
 
 
-def taken(before: Hardware, now: Hardware, gpus: int) -> list[int]:
-    """What the appliance took of each GPU since the plan, by NVML, in the order in which the plan uses them."""
+def offloaded_bytes(figures: Mapping[int, Mapping[str, Any]]) -> int:
+    """Return the bytes of weights that the engine reports in host memory."""
+    return sum(int(report.get("offloaded_bytes", 0)) for report in figures.values())
+
+
+def used_bytes(before: Hardware, now: Hardware, gpus: int) -> list[int]:
+    """Return the bytes that the appliance uses of each GPU by NVML, in the order in which the plan uses them."""
     free = {gpu.uuid: gpu.free_bytes for gpu in now.gpus}
-    used = sorted(before.gpus, key=lambda gpu: (-gpu.total_bytes, gpu.index))[:gpus]
-    return [max(0, gpu.free_bytes - free[gpu.uuid]) for gpu in used if gpu.uuid in free]
+    planned = sorted(before.gpus, key=lambda gpu: (-gpu.total_bytes, gpu.index))[:gpus]
+    return [max(0, gpu.free_bytes - free[gpu.uuid]) for gpu in planned if gpu.uuid in free]
+
+
+def record(plan: Plan, before: Hardware, states: StateFile) -> None:
+    """Log and publish the memory of a loaded engine next to the plan's.
+
+    Args:
+        before: the machine before the start.
+    """
+    figures, tokens = read(states.run_dir, max(1, len(plan.vram)))
+    if not plan.vram:
+        states.update(kv_cache_tokens=tokens)
+        return
+    rows = compare(plan.vram, figures, used_bytes(before, detect.detect(), len(plan.vram)))
+    for line in table(rows):
+        log.info("memory: %s", line)
+    for row in rows:
+        if row.differs:
+            log.warning("memory: unexpected size gpu=%d part=%s measured=%s expected=%s", row.gpu, row.part,
+                        format_size(row.measured_bytes or 0), format_size(row.expected_bytes))
+    if tokens:
+        log.info("memory: kv_cache_tokens=%d expected=%d", tokens, plan.kv_cache_tokens)
+    if offload_is_short(plan.offloaded_bytes, figures):
+        log.warning("memory: engine offloaded less than planned offloaded=%s planned=%s",
+                    format_size(offloaded_bytes(figures)), format_size(plan.offloaded_bytes))
+    states.update(memory=tuple(asdict(row) for row in rows), kv_cache_tokens=tokens,
+                  offloaded_bytes=offloaded_bytes(figures))

@@ -1,12 +1,12 @@
-"""Is the engine alive, or does it only answer? vLLM's /health says 200 while its engine core hangs.
+"""Watchdog: detects an engine that hangs. vLLM's /health answers 200 while its engine core hangs.
 
 Rules:
-- an engine whose counters move is left alone: nothing is asked of it;
-- when nothing has moved for a while it gets one token to write; only if that does not come, and still nothing has
-  moved, it is hung: a long queue or a long prompt is none;
-- any answer proves life, also a refusal; the token is asked for past the bound on the queue, whose refusals come from
-  the API server alone;
-- what the API server counts by itself, such as clients that leave, is no sign of life.
+- an engine whose counters change is not probed;
+- after a quiet time it is asked for one token; it hangs only if that token does not arrive and the counters still do
+  not change: a long queue or a long prompt is not a hang;
+- any answer, a refusal included, is a sign of life; the probe bypasses the queue limit, whose refusals come from the
+  API server alone;
+- counters of the API server alone, such as disconnected clients, are not a sign of life.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ _PROBE = "http://engine/-/probe"  # shoehorn_vllm.api.middleware.PROBE_PATH
 
 
 class Watchdog:
-    """Watches one life of the engine.
+    """Watches one run of the engine.
 
     Args:
         client: reaches the engine as `http://engine`.
         model: the name that it serves.
-        patience_seconds: for one token, when nothing moves; several times what the longest batch took.
+        patience_seconds: time limit of the probe: several times the duration of the longest batch.
         timing: of the looks and the probe.
         clock: seconds.
     """
@@ -38,31 +38,31 @@ class Watchdog:
                  clock: Callable[[], float] = time.monotonic) -> None:
         self._client, self._model, self._timing, self._clock = client, model, timing, clock
         self._patience = max(timing.patience, patience_seconds)
-        self._seen: float | None = None
+        self._counters: float | None = None
         self._moved_at = self._looked_at = clock()
 
-    def hung(self) -> bool:
-        """Whether the engine hangs. Cheap, but for the token that a quiet engine is asked for."""
+    def is_hung(self) -> bool:
+        """Return True if the engine hangs. Cheap, except for the probe of a quiet engine."""
         now = self._clock()
         if now - self._looked_at < self._timing.look:
             return False
         self._looked_at = now
-        if self._moves() or self._clock() - self._moved_at < self._timing.quiet:
+        if self._has_moved() or self._clock() - self._moved_at < self._timing.quiet:
             return False
-        if self._answers() or self._moves():
+        if self._answers() or self._has_moved():
             self._moved_at = self._clock()
             return False
         return True
 
-    def _moves(self) -> bool:
-        """Whether any counter has changed since the last look; counters that cannot be had do not move."""
+    def _has_moved(self) -> bool:
+        """Return True if any counter changed since the last look; unavailable counters have not changed."""
         try:
             text = self._client.get("http://engine/metrics", timeout=self._timing.look).text
-            seen = sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.startswith(_COUNTERS))
+            counters = sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.startswith(_COUNTERS))
         except (httpx.TransportError, ValueError, IndexError):
             return False
-        moved = seen != self._seen
-        self._seen = seen
+        moved = counters != self._counters
+        self._counters = counters
         if moved:
             self._moved_at = self._clock()
         return moved
@@ -74,5 +74,5 @@ class Watchdog:
         except httpx.TimeoutException:
             return False
         except httpx.TransportError:
-            return True  # its process has ended, or is about to: others see to that
+            return True  # the process has exited or is about to; the caller notices that
         return True

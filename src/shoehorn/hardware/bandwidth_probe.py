@@ -33,15 +33,19 @@ _SECONDS = 0.4
 _TIMEOUT_SECONDS = 30.0
 
 
-def with_measured_bandwidths(hardware: Hardware, cache: Path) -> Hardware:
-    """Return the machine with measured bandwidths, read from the file `cache` or measured now."""
+def with_measured_bandwidths(hardware: Hardware, cache: Path, *, measure: bool = True) -> Hardware:
+    """Return the machine with measured bandwidths, read from the file `cache` or measured now.
+
+    Args:
+        measure: False only reads the cache; bandwidths that it lacks stay unknown.
+    """
     if not hardware.gpus or importlib.util.find_spec("cuda") is None:
         return hardware
     bandwidths = _read(cache)
     gpus, changed = [], False
     for gpu in hardware.gpus:
         key = f"{gpu.uuid} {hardware.driver_version} {gpu.pcie_generation}x{gpu.pcie_width}"
-        if key not in bandwidths and gpu.free_bytes >= _FREE_BYTES:
+        if measure and key not in bandwidths and gpu.free_bytes >= _FREE_BYTES:
             measurement = _measure(gpu)
             if measurement:
                 bandwidths[key], changed = measurement, True

@@ -1,0 +1,157 @@
+"""One run of the engine process, from its start to its exit.
+
+The stages of a run:
+
+    starting -> warming_up -> ready -> draining -> drained
+        `-----------`-----------`---------`-----------`---> exited
+
+Rules:
+- ready means that /health answered 200 and the engine then served a full batch (`readiness`); the run ends with the
+  process;
+- vLLM exits with 0 when its engine core dies, so every exit that was not requested is a failure;
+- before a ready engine is terminated, running requests finish or are aborted (`drain`): SIGTERM with an open stream
+  hangs vLLM;
+- a start is aborted if one of several workers failed and the others wait for it.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+
+import httpx
+
+from shoehorn.engine import drain, readiness
+from shoehorn.engine.diagnosis import HUNG, Diagnosis, diagnose
+from shoehorn.engine.launch_spec import LaunchSpec
+from shoehorn.engine.output import EngineOutput
+from shoehorn.engine.watchdog import Watchdog
+from shoehorn.hardware import host
+from shoehorn.runtime.child_process import Child
+from shoehorn.runtime.shutdown import ENGINE_STOP_SECONDS
+from shoehorn.runtime.state import Phase, StateFile
+
+log = logging.getLogger("engine")
+
+_PATIENCE_FACTOR = 10.0
+"""A quiet engine has so many times the duration of the first full batch for one token."""
+
+
+class Stage(StrEnum):
+    """Stages of a run."""
+
+    STARTING = "starting"
+    WARMING_UP = "warming_up"
+    READY = "ready"
+    DRAINING = "draining"
+    DRAINED = "drained"
+
+
+@dataclass(frozen=True)
+class Exit:
+    """The end of a run.
+
+    Attributes:
+        was_ready: the engine had become ready before.
+    """
+
+    diagnosis: Diagnosis
+    was_ready: bool
+
+
+class EngineRun:
+    """One run of the engine process.
+
+    Args:
+        on_ready: called before readiness is published, with the seconds since the start.
+    """
+
+    def __init__(self, spec: LaunchSpec, states: StateFile, on_ready: Callable[[float], None]) -> None:
+        self._spec, self._states, self._on_ready = spec, states, on_ready
+        self.output = EngineOutput(states, spec.log_file)
+        self.stage = Stage.STARTING
+        self._started = time.monotonic()
+        self._memory_kills = host.memory_kills()
+        self._watchdog: Watchdog | None = None
+
+    def follow(self) -> Exit:
+        """Start the engine and return its exit; an exception of the caller stops it."""
+        self._spec.run_dir.engine_socket.unlink(missing_ok=True)  # vLLM leaves it behind and does not start over it
+        child = Child(self._spec.command, self._spec.environment, self.output.read_line,
+                      self._spec.run_dir.engine_group)
+        try:
+            with httpx.Client(transport=self._transport(), timeout=2.0) as client:
+                while (status := child.wait(self._spec.timing.tick)) is None:
+                    if failure := self._look(child, client):
+                        child.stop(0.0)
+                        return Exit(failure, self._is_ready)
+        finally:
+            if self.stage in (Stage.READY, Stage.DRAINING) and child.poll() is None:
+                drain.drain_engine(self._spec.run_dir.engine_socket, self._spec.drain_seconds)
+            child.stop(ENGINE_STOP_SECONDS)
+        killed = host.memory_kills() > self._memory_kills
+        return Exit(diagnose(self.output.tail, status, killed), self._is_ready)
+
+    @property
+    def _is_ready(self) -> bool:
+        return self.stage in (Stage.READY, Stage.DRAINING, Stage.DRAINED)
+
+    def _look(self, child: Child, client: httpx.Client) -> Diagnosis | None:
+        """Look at the running engine; return the failure for which it has to be killed."""
+        if self.stage is Stage.STARTING:
+            if _is_healthy(client):
+                self._warm_up(child, client)
+            elif self._waits_for_failed_worker():
+                log.error("Aborting start: a worker failed and the others wait for it")
+                return diagnose(self.output.tail, 1)
+        elif self.stage is Stage.READY:
+            if drain.is_requested(self._states.run_dir):
+                self._drain_on_request()
+            elif self._watchdog and self._watchdog.is_hung():
+                return self._report_hang()
+        return None
+
+    def _warm_up(self, child: Child, client: httpx.Client) -> None:
+        """Check that the engine serves what the plan promises; stop it if it does not."""
+        self.stage = Stage.WARMING_UP
+        begin = time.monotonic()
+        if not readiness.warm_up(self._transport(), self._spec.options, self._spec.model):
+            child.stop(ENGINE_STOP_SECONDS)
+            return
+        self.stage = Stage.READY
+        self._watchdog = Watchdog(client, self._spec.model, _PATIENCE_FACTOR * (time.monotonic() - begin),
+                                  self._spec.timing)
+        if not drain.is_requested(self._states.run_dir):
+            self._on_ready(time.monotonic() - self._started)
+            self._states.update(phase=Phase.READY, progress=None, detail="serving")
+
+    def _waits_for_failed_worker(self) -> bool:
+        failed_at = self.output.worker_failed_at
+        return failed_at is not None and time.monotonic() - failed_at > self._spec.timing.worker_grace
+
+    def _drain_on_request(self) -> None:
+        self.stage = Stage.DRAINING
+        self._states.update(phase=Phase.STOPPING, progress=None, detail="draining")
+        result = drain.drain_engine(self._spec.run_dir.engine_socket, self._spec.drain_seconds)
+        self._states.update(detail="drained; can be stopped")
+        drain.publish_result(self._states.run_dir, result)
+        self.stage = Stage.DRAINED
+
+    def _report_hang(self) -> Diagnosis:
+        log.error("%s", HUNG.cause)
+        self._states.update(phase=Phase.LOADING, progress=None, detail="the engine hangs", engine_down=True)
+        drain.drain_engine(self._spec.run_dir.engine_socket, 0)  # the API server usually still answers open requests
+        return HUNG
+
+    def _transport(self) -> httpx.HTTPTransport:
+        return httpx.HTTPTransport(uds=str(self._spec.run_dir.engine_socket))
+
+
+def _is_healthy(client: httpx.Client) -> bool:
+    try:
+        return client.get("http://engine/health").status_code == httpx.codes.OK
+    except httpx.TransportError:
+        return False

@@ -1,0 +1,42 @@
+"""Everything that one start of vLLM needs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from shoehorn.engine.timing import Timing
+from shoehorn.runtime.run_dir import RunDir
+
+
+@dataclass(frozen=True)
+class LaunchSpec:
+    """One start of vLLM.
+
+    Attributes:
+        run_dir: with the configuration, socket and logs.
+        environment: the complete environment of the engine.
+        model: the name that it serves.
+        options: vLLM's options, which the readiness check exercises.
+        log_file: file for the engine's output; None sends it to standard output.
+        drain_seconds: time limit for running requests when serving ends.
+        may_drop_speculation: after a failed start, a start without draft tokens may succeed.
+        timing: waits of the engine program.
+    """
+
+    run_dir: RunDir
+    environment: Mapping[str, str] = field(repr=False)
+    model: str
+    options: Mapping[str, object]
+    log_file: Path | None = None
+    drain_seconds: int = 60
+    may_drop_speculation: bool = False
+    timing: Timing = field(default_factory=Timing)
+
+    @property
+    def command(self) -> list[str]:
+        """Command line of vLLM's API server."""
+        return [sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry", "--config",
+                str(self.run_dir.engine_config)]
