@@ -16,7 +16,7 @@ from pathlib import Path
 from shoehorn import __version__
 from shoehorn.common.atomic_file import write_atomic
 from shoehorn.config.models_dir import ModelsDir
-from shoehorn.config.profiles import Profile
+from shoehorn.config.profiles import AUTO, Profile
 from shoehorn.config.settings import Settings
 from shoehorn.hardware.types import Hardware
 from shoehorn.model.shape import ModelShape
@@ -27,13 +27,22 @@ _SETTINGS = ("model_id", "model_revision", "vram_profile", "vram_limit", "quanti
              "max_num_seqs", "speculative", "vllm_extra_args")
 
 
+_AUTO_DESCRIPTION = "the best that this machine can do with this model"
+
+
+def _unchanged(profile: Profile) -> dict[str, str]:
+    """Return the first description of `auto`: the hash contains it, so another wording would lose known options."""
+    return {"description": _AUTO_DESCRIPTION} if profile.name == AUTO else {}
+
+
 def location(settings: Settings, hardware: Hardware, profile: Profile, shape: ModelShape) -> Path:
     """Return the file of the known-good options of a start."""
     facts = {
         "version": __version__, "driver": hardware.driver_version, "host_memory": hardware.host_memory_bytes,
         "gpus": [(gpu.name, gpu.total_bytes) for gpu in hardware.gpus],
         "settings": {name: getattr(settings, name) for name in _SETTINGS},
-        "profile": asdict(profile), "model": (shape.architecture, shape.weights_bytes, shape.disk_bytes)}
+        "profile": asdict(profile) | _unchanged(profile),
+        "model": (shape.architecture, shape.weights_bytes, shape.disk_bytes)}
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:24]
     return ModelsDir(settings.models_dir).known_good / f"{digest}.json"
 
