@@ -1,12 +1,13 @@
-"""A real Prometheus scrapes the running appliance: every panel's query finds data, and every rule's metric is there.
+"""A real Prometheus scrapes the running appliance: every query of a panel returns data, every rule has its metrics.
 
-The engine is the real one on the CPU. A second exporter over the same run directory replays NVML as it was recorded on
-an H200, with the parts that an engine on a GPU would have reported, so that the GPU's panels have something to show.
+The engine is the real one on the CPU. A second exporter over the same run directory replays NVML as recorded on an
+H200, with the memory that an engine on a GPU would have reported, so that the panels of the GPU have data.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -37,26 +38,25 @@ from pathlib import Path
 from fakes.nvml import FakeNvml
 from shoehorn.observability import exporter
 nvml = FakeNvml(json.loads(Path(sys.argv[1]).read_text()))
-card = nvml.capture["gpus"][0]  # recorded idle: now it holds what the engine is said to hold, and has a power cap
-card["nvmlDeviceGetCurrentClocksEventReasons"] = 0x4
-card["nvmlDeviceGetMemoryInfo_v2"]["used"] += 490 << 20
-card["nvmlDeviceGetMemoryInfo_v2"]["free"] -= 490 << 20
-card["nvmlDeviceGetComputeRunningProcesses"] = [{"pid": os.getpid(), "usedGpuMemory": 490 << 20}]
+gpu = nvml.capture["gpus"][0]  # recorded idle: now it has the memory of the engine, and a power cap
+gpu["nvmlDeviceGetCurrentClocksEventReasons"] = 0x4
+gpu["nvmlDeviceGetMemoryInfo_v2"]["used"] += 490 << 20
+gpu["nvmlDeviceGetMemoryInfo_v2"]["free"] -= 490 << 20
+gpu["nvmlDeviceGetComputeRunningProcesses"] = [{"pid": os.getpid(), "usedGpuMemory": 490 << 20}]
 sys.exit(exporter.main(os.environ, nvml))
 """
 MEMORY = tuple({"gpu": 0, "part": part, "expected_bytes": size, "measured_bytes": size} for part, size in (
     ("weights", 100 << 20), ("kv_cache", 80 << 20), ("cuda_graphs", 10 << 20), ("framework", 300 << 20),
     ("total", 490 << 20)))
-CROWDS = {1: "1", 3: "2 to 3", 6: "4 to 7", 12: "8 to 15"}
-"""So many requests at a time, and the bars where they are seen: the CPU profile computes eight at a time, and four
-wait here, so that there are always eight."""
+CONCURRENCY = {1: "1", 3: "2 to 3", 6: "4 to 7", 12: "8 to 15"}
+"""Concurrent requests, and the bar that shows them: the CPU profile runs eight, and four wait, so that eight run."""
 
 EMPTY = re.compile(r" by concurrency: (16 to 31|32 to 63|64 or more)$")
-"""Queries that rightly find nothing here: more requests at a time than there were."""
+"""Queries without data here: more concurrent requests than there were."""
 
 
 class Prometheus:
-    """A Prometheus of the test's own; asks through its API."""
+    """A running Prometheus and its API."""
 
     def __init__(self, home: Path, target: int) -> None:
         self.port = free_port()
@@ -71,18 +71,18 @@ class Prometheus:
                  f"--web.listen-address=127.0.0.1:{self.port}"], stdout=log, stderr=subprocess.STDOUT)
 
     def ask(self, path: str, **parameters: str) -> Any:
-        """`data` of an API answer."""
+        """Return `data` of an API answer."""
         answer = httpx.get(f"http://127.0.0.1:{self.port}/api/v1/{path}", params=parameters, timeout=60)
         assert answer.status_code == 200, answer.text
         return answer.json()["data"]
 
     def values(self, query: str) -> list[float]:
-        """The samples of an instant query that are numbers."""
-        found = [float(sample["value"][1]) for sample in self.ask("query", query=query)["result"]]
-        return [value for value in found if value == value]
+        """Return the samples of an instant query that are numbers."""
+        samples = [float(sample["value"][1]) for sample in self.ask("query", query=query)["result"]]
+        return [value for value in samples if not math.isnan(value)]
 
     def up(self) -> bool:
-        """Whether it answers, which it does from a moment after it listens, and has scraped."""
+        """Return True if it is ready and has scraped."""
         try:
             ready = httpx.get(f"http://127.0.0.1:{self.port}/-/ready", timeout=60).status_code == 200
         except httpx.TransportError:
@@ -104,19 +104,21 @@ def prometheus(shared_appliance: Appliance, tmp_path_factory: pytest.TempPathFac
                           env=environment) as exporter:
         running = Prometheus(home, port)
         try:
-            wait_until(running.up, 30, "Prometheus has scraped")
-            for crowd, bars in CROWDS.items():
+            wait_until(running.up, 30, "the first scrape")
+            for number, bars in CONCURRENCY.items():
                 seen, queries = threading.Event(), by_concurrency(bars)
-                with ThreadPoolExecutor(crowd) as pool:
-                    asking = [pool.submit(ask_until, shared_appliance, seen) for _ in range(crowd)]
+                with ThreadPoolExecutor(number) as pool:
+                    asking = [pool.submit(send_until, shared_appliance, seen) for _ in range(number)]
                     try:
-                        time.sleep(5.0)  # so many samples, more where the machine is busy
-                        wait_until(lambda queries=queries: all(map(running.values, queries)), 60, f"{crowd} at a time")
+                        time.sleep(3.0)  # three samples, more if the machine is busy
+                        wait_until(lambda queries=queries: all(map(running.values, queries)), 60,
+                                   f"{number} concurrent requests")
                     finally:
                         seen.set()
                 for each in asking:
                     each.result()
-            wait_until(lambda: running.values("sum(increase(vllm:request_success_total[1m])) > 0"), 30, "it counts")
+            wait_until(lambda: running.values("sum(increase(vllm:request_success_total[1m])) > 0"), 30,
+                       "a count of requests")
             yield running
         finally:
             running.process.terminate()
@@ -127,8 +129,8 @@ def prometheus(shared_appliance: Appliance, tmp_path_factory: pytest.TempPathFac
                 bytes_total=before.bytes_total)
 
 
-def ask_until(appliance: Appliance, seen: threading.Event) -> None:
-    """One request after another; every answer is whole."""
+def send_until(appliance: Appliance, seen: threading.Event) -> None:
+    """Send one request after another until `seen` is set."""
     while not seen.is_set():
         answer = httpx.post(f"{appliance.url}/v1/chat/completions", headers=appliance.headers(), timeout=60, json={
             "model": "shoehorn-demo", "max_tokens": 200, "ignore_eos": True,
@@ -137,7 +139,7 @@ def ask_until(appliance: Appliance, seen: threading.Event) -> None:
 
 
 def filled(query: str, interval: str = "10s") -> str:
-    """A panel's query with Grafana's variables filled in."""
+    """Return a query of a panel with values for Grafana's variables."""
     for variable, value in (("$__rate_interval", interval), ("$__range", "5m"), ("$__interval", "1s"),
                             ("$instance", ".+"), ("$gpu", "0")):
         query = query.replace(variable, value)
@@ -145,7 +147,7 @@ def filled(query: str, interval: str = "10s") -> str:
 
 
 def by_concurrency(bars: str) -> list[str]:
-    """The queries of the bars with this name."""
+    """Return the queries of the bars with this name."""
     panels = json.loads((HOME / "monitoring" / "grafana" / "dashboards" / "capacity.json").read_text())["panels"]
     found = [filled(target["expr"]) for panel in panels if panel["title"].endswith(" by concurrency")
              for target in panel["targets"] if target["legendFormat"] == bars]
@@ -154,19 +156,18 @@ def by_concurrency(bars: str) -> list[str]:
 
 
 @pytest.mark.parametrize("path", DASHBOARDS, ids=lambda path: path.stem)
-def test_every_panel_finds_data(prometheus: Prometheus, path: Path) -> None:
+def test_every_panel_has_data(prometheus: Prometheus, path: Path) -> None:
     empty, expected = set(), set()
     for panel in json.loads(path.read_text())["panels"]:
         for target in panel["targets"]:
             name = f"{panel['title']}: {target['legendFormat']}"
             expected |= {name} if EMPTY.search(name) else set()
-            if not prometheus.values(filled(target["expr"], interval="5m")):  # the crowds lie within
+            if not prometheus.values(filled(target["expr"], interval="5m")):  # which covers all the requests
                 empty.add(name)
     assert empty == expected
 
 
-def test_more_requests_at_a_time_bring_more_tokens(prometheus: Prometheus) -> None:
-    """The bars by concurrency say what they are meant to."""
+def test_concurrent_requests_increase_the_token_rate(prometheus: Prometheus) -> None:
     panels = json.loads((HOME / "monitoring" / "grafana" / "dashboards" / "capacity.json").read_text())["panels"]
     [bars] = [panel for panel in panels if panel["title"] == "Tokens a second by concurrency"]
     found = {}
@@ -175,7 +176,7 @@ def test_more_requests_at_a_time_bring_more_tokens(prometheus: Prometheus) -> No
     assert found["8 to 15"][0] > found["1"][0] > 0
 
 
-def test_every_metric_of_a_rule_is_there(prometheus: Prometheus) -> None:
+def test_every_metric_of_a_rule_exists(prometheus: Prometheus) -> None:
     names = set(prometheus.ask("label/__name__/values"))
     rules = yaml.safe_load((HOME / "monitoring" / "prometheus" / "rules.yml").read_text())
     used = {name for group in rules["groups"] for rule in group["rules"]
@@ -183,7 +184,7 @@ def test_every_metric_of_a_rule_is_there(prometheus: Prometheus) -> None:
     assert used - names == set()
 
 
-def test_the_rules_are_loaded_and_only_those_fire_that_should(prometheus: Prometheus) -> None:
+def test_rules_are_loaded_and_none_fires(prometheus: Prometheus) -> None:
     rules = [rule for group in prometheus.ask("rules")["groups"] for rule in group["rules"]]
     assert {rule["name"] for rule in rules} == {rule["alert"] for group in yaml.safe_load(
         (HOME / "monitoring" / "prometheus" / "rules.yml").read_text())["groups"] for rule in group["rules"]}
@@ -191,10 +192,10 @@ def test_the_rules_are_loaded_and_only_those_fire_that_should(prometheus: Promet
     assert [rule["name"] for rule in rules if rule["state"] == "firing"] == []
 
 
-def test_the_parts_of_the_card_add_up_in_prometheus_too(prometheus: Prometheus) -> None:
+def test_memory_parts_of_a_gpu_add_up_to_its_total(prometheus: Prometheus) -> None:
     [total] = prometheus.values('shoehorn_gpu_memory_total_bytes{gpu="0"}')
     assert prometheus.values('sum(shoehorn_vram_bytes{gpu="0"})') == [total]
 
 
-def test_a_broken_query_would_be_found(prometheus: Prometheus) -> None:
+def test_broken_query_returns_no_data(prometheus: Prometheus) -> None:
     assert prometheus.values("sum(rate(vllm:generation_tokens[1m]))") == []
