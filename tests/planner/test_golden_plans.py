@@ -72,6 +72,7 @@ def test_every_golden_plan_keeps_within_its_machine() -> None:
             continue
         assert document["host_bytes"] <= hardware.host_memory_bytes
         assert document["kv_cache_tokens"] >= document["engine_args"]["max-model-len"]
-        for parts, gpu in zip(document["vram"], hardware.gpus, strict=False):
+        largest_first = sorted(hardware.gpus, key=lambda gpu: -gpu.total_bytes)
+        for parts, gpu in zip(document["vram"], largest_first, strict=False):
             assert parts["total_bytes"] <= parts["limit_bytes"] <= gpu.free_bytes
     assert answers == {True, False}
