@@ -22,7 +22,7 @@ from shoehorn.common.errors import ModelUnavailableError, SettingsError
 from shoehorn.hardware import detect
 from shoehorn.hardware.types import Gpu, Hardware
 from shoehorn.model.reference import ModelRef
-from shoehorn.planner.memory.estimate import CONTEXT_BYTES
+from shoehorn.planner.memory.model import CONTEXT_BYTES
 from shoehorn.store import pull
 
 GIB = 1 << 30
@@ -88,7 +88,7 @@ def test_a_model_of_the_hub_is_planned_for_a_card_that_is_not_here(
     assert set(asked) == {"modelscope:a/b"}
     for words in ("a/b with profile auto", "memory of the GPU", "offload buffers          842 MiB",
                   "PCIe 5 with 16 lanes", "tokens/s for one request", "gpu-memory-utilization",
-                  "the least that leaves room for two requests"):
+                  "the least that leaves memory for two requests"):
         assert words in text, text
 
 
@@ -119,7 +119,7 @@ def test_two_cards_make_one_table(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert run("--gpu", "20GiB", "--gpu", "20GiB", "--ram", "64GiB") == 0
     text = capsys.readouterr().out
     assert text.count("memory of each of 2 GPUs") == 1
-    assert "2 equal cards, and 64 attention heads" in text
+    assert "2 equal GPUs, 64 attention heads" in text
 
 
 @pytest.mark.parametrize(("size", "total"), [("24GB:L4", 22_502), ("24gb:RTX4090", 24_024), ("24GB", 24_024),
@@ -137,8 +137,8 @@ def test_a_refusal_ends_with_3_and_says_what_would_do(monkeypatch: pytest.Monkey
     serve_from_hub(monkeypatch, captured_models.files("deepseek-r1-distill-llama-70b"))
     assert run("--gpu", "3GiB", "--ram", "64GiB") == 3
     text = capsys.readouterr().out
-    assert "does not fit: The model needs" in text
-    assert "  -> a GPU with" in text
+    assert "does not fit: GPU memory: " in text
+    assert "  -> use a GPU with" in text
     assert run("--gpu", "3GiB", "--ram", "64GiB", "--json") == 3
     document = json.loads(capsys.readouterr().out)
     assert document["fits"] is False

@@ -68,3 +68,25 @@ def test_a_worker_that_the_kernel_killed_is_told_as_such() -> None:
     found = diagnose(lines, 0)
     assert (found.name, found.final) == ("killed", False)
     assert "memory ran out" in found.cause
+
+
+GIB, MIB = 1 << 30, 1 << 20
+
+
+@pytest.mark.parametrize(("lines", "name", "missing", "cache_made"), [
+    (["ValueError: To serve at least one request with the model's max seq len (32768), (4.00 GiB KV cache is needed, "
+      "which is larger than the available KV cache memory (3.25 GiB). Based on the available memory, the estimated "
+      "maximum model length is 26624."], "context_exceeds_kv_cache", 0.75, False),
+    (["Available KV cache memory: -1.50 GiB", "ValueError: No available memory for the cache blocks. Try increasing"],
+     "no_kv_cache_memory", 1.5, False),
+    (["ValueError: Free memory on device cuda:0 (10.25/23.64 GiB) on startup is less than desired GPU memory "
+      "utilization (0.92, 21.75 GiB). Decrease"], "gpu_in_use", 11.5, False),
+    (["GPU KV cache size: 8,192 tokens, Maximum concurrency for 4,096 tokens per request: 2.00x",
+      "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 1.50 GiB. GPU 0 has a total capacity of 23.64 GiB "
+      "of which 512.00 MiB is free. Process 1 has"], "gpu_out_of_memory", 1.0, True),
+])
+def test_missing_memory_is_read_from_the_log(lines: list[str], name: str, missing: float,
+                                             cache_made: bool) -> None:
+    found = diagnose(lines, 1)
+    assert (found.name, found.memory, found.cache_made) == (name, True, cache_made)
+    assert found.missing_bytes == pytest.approx(missing * GIB, abs=MIB)

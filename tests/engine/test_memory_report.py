@@ -13,13 +13,12 @@ import pytest
 import torch
 
 from shoehorn.engine import memory_report
-from shoehorn.planner.memory.breakdown import VramParts
+from shoehorn.planner.memory.device import DeviceMemory
 from shoehorn_vllm.telemetry import memory_log, quant_state
 
 GIB, MIB = 1 << 30, 1 << 20
-PARTS = VramParts(weights_bytes=10 * GIB, quant_state_bytes=GIB, embeddings_bytes=GIB, offload_buffer_bytes=0,
-                  kv_cache_bytes=4 * GIB, activations_bytes=GIB, cuda_graphs_bytes=GIB, framework_bytes=GIB,
-                  limit_bytes=20 * GIB)
+PARTS = DeviceMemory("gpu0", limit_bytes=20 * GIB, weights_bytes=10 * GIB, quant_state_bytes=GIB, embeddings_bytes=GIB,
+                     kv_cache_bytes=4 * GIB, activations_bytes=GIB, cuda_graphs_bytes=GIB, framework_bytes=GIB)
 
 
 @pytest.mark.parametrize(("template", "arguments", "found"), [

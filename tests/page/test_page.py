@@ -14,7 +14,6 @@ from playwright.sync_api import expect
 from fakes.engine import Answer
 from shoehorn.common.units import GIB
 from shoehorn.engine import memory_report
-from shoehorn.planner import plan as plan_module
 from shoehorn.runtime.state import Phase
 from support.browser import NARROW, Visits
 from support.gateway_process import KEY, MODEL, Gateway
@@ -294,7 +293,7 @@ def test_the_key_stays_in_the_tab_and_out_of_addresses(gate: Gateway, visit: Vis
 
 
 def test_the_language_follows_the_browser_until_a_person_chooses(gate: Gateway, visit: Visits) -> None:
-    gate.states.update(phase=Phase.LOADING, detail="loading the weights", plan=plan_module.of(plan_of_the_70b()))
+    gate.states.update(phase=Phase.LOADING, detail="loading the weights", plan=plan_of_the_70b().public_summary())
     seen = visit(gate.url, language="zh-CN")
     seen.wait_for("#headline", "正在加载模型")
     assert (seen.page.locator("html").get_attribute("lang"), seen.text("#detail")) == ("zh-CN", "正在加载权重")
@@ -312,7 +311,7 @@ def test_the_language_follows_the_browser_until_a_person_chooses(gate: Gateway, 
 
 def test_everything_is_reached_by_keyboard_in_the_order_in_which_it_stands(gate: Gateway, visit: Visits) -> None:
     with gate.engine() as engine:
-        gate.states.update(plan=plan_module.of(plan_of_the_70b()))
+        gate.states.update(plan=plan_of_the_70b().public_summary())
         seen = chatting(gate, engine, visit)
         engine.script = [*say("Yes."), "[DONE]"]
         engine.allow(9)

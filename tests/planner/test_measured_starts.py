@@ -1,4 +1,4 @@
-"""The estimate, plan and expected speed against every record of a GPU in bench/results."""
+"""Memory model, plan and expected rates against every record of a GPU in bench/results."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from shoehorn.hardware.types import Gpu
 from shoehorn.model import checkpoint as checkpoints
 from shoehorn.model.shape import ModelShape
 from shoehorn.planner import throughput
-from shoehorn.planner.memory.estimate import estimate, kv_tokens
-from shoehorn.planner.memory.offload import pinned_bytes
-from shoehorn.planner.serving_config import Choices
+from shoehorn.planner.memory.model import MemoryModel
+from shoehorn.planner.serving_config import Limits, ServingConfig, Speculation
+from shoehorn.planner.vllm_args import with_options
 
 RESULTS = Path(__file__).resolve().parents[2] / "bench" / "results"
 H200 = Gpu(0, "", "NVIDIA H200", 140 * GIB, 140 * GIB, (9, 0), 5, 16, False)
 
 
 def measured_shape(name: str) -> ModelShape:
-    """A captured model as it was measured: the language part alone, with the positions of its config then."""
+    """A captured model as it was measured: the language part alone, with the positions that its config had then."""
     config, tensors = captured_models.config(name), captured_models.tensors(name)
     if "text_config" in config:
         config = {**config["text_config"], "architectures": ["Gemma3ForCausalLM"], "tie_word_embeddings": True}
@@ -32,65 +32,59 @@ def measured_shape(name: str) -> ModelShape:
     return checkpoints.shape_of({**config, "max_position_embeddings": 131072}, tensors, 0)
 
 
+def measured_model(shape: ModelShape, limit_bytes: int, options: dict[str, Any],
+                   draft: ModelShape | None = None) -> MemoryModel:
+    """The memory model of a start with these options of vLLM."""
+    start = ServingConfig(limit_bytes, Limits(0, 0, 0), speculation=Speculation(draft=draft))
+    return MemoryModel(shape, with_options(start, options))
+
+
 RECORDED = json.loads((RESULTS / "estimator-h200.json").read_text())
 
 
 @pytest.mark.parametrize("case", RECORDED["cases"], ids=lambda case: str(case["name"]))
-def test_the_estimate_is_near_what_the_h200_showed(case: dict[str, Any]) -> None:
+def test_estimate_is_near_the_measurement_of_the_h200(case: dict[str, Any]) -> None:
     arguments, measured, shape = case["args"], case["measured"], measured_shape(case["model"])
-    chosen = Choices(
-        limit_bytes=140 * GIB, max_model_len=arguments["max-model-len"], max_num_seqs=arguments["max-num-seqs"],
-        max_num_batched_tokens=arguments["max-num-batched-tokens"], quantization=arguments.get("quantization"),
-        eager=arguments.get("enforce-eager", False), kv_cache_bytes=measured["kv_cache_bytes"])
-    [parts] = estimate(shape, chosen)
-    held = parts.weights_bytes + parts.quant_state_bytes + parts.embeddings_bytes
-    assert held == pytest.approx(measured["weights_bytes"], rel=0.005)
+    model = measured_model(shape, 140 * GIB, {**arguments, "kv-cache-memory-bytes": measured["kv_cache_bytes"]})
+    [parts] = model.gpus
+    loaded = parts.weights_bytes + parts.quant_state_bytes + parts.embeddings_bytes
+    assert loaded == pytest.approx(measured["weights_bytes"], rel=0.005)
     framework = measured["consumed_bytes"] - measured["weights_bytes"] + measured["context_bytes"]
     assert parts.framework_bytes == pytest.approx(framework, rel=0.05)
     assert 0.98 <= parts.total_bytes / measured["nvml_running_bytes"] <= 1.05
-    assert kv_tokens(shape, chosen, measured["kv_cache_bytes"]) == pytest.approx(measured["kv_cache_tokens"], rel=0.001)
+    assert model.kv_tokens(measured["kv_cache_bytes"]) == pytest.approx(measured["kv_cache_tokens"], rel=0.001)
     machine = RECORDED["machine"]
-    card = replace(H200, link_bytes_per_second=machine["link_bytes_per_second"],
+    gpu = replace(H200, link_bytes_per_second=machine["link_bytes_per_second"],
                    device_bytes_per_second=machine["device_copy_bytes_per_second"])
-    found = throughput.expected(shape, chosen, card)
-    assert found["batch_1"] == pytest.approx(measured["tokens_per_second"]["batch_1"], rel=0.15)
-    assert found["batch_8"] == pytest.approx(measured["tokens_per_second"]["batch_8"], rel=0.18)
+    rates = throughput.expected(model, gpu)
+    assert rates["batch_1"] == pytest.approx(measured["tokens_per_second"]["batch_1"], rel=0.15)
+    assert rates["batch_8"] == pytest.approx(measured["tokens_per_second"]["batch_8"], rel=0.18)
 
 
-PLANNED = [(planned["machine"], case) for card in ("h200", "h100") for planned in [json.loads(
-    (RESULTS / f"planned-{card}.json").read_text())]
+PLANNED = [(planned["machine"], case) for gpu in ("h200", "h100") for planned in [json.loads(
+    (RESULTS / f"planned-{gpu}.json").read_text())]
            for case in planned["cases"] if case["started"]]
 
 
 @pytest.mark.parametrize(("machine", "case"), PLANNED, ids=lambda of: of.get("gpu") or of["name"])
-def test_a_planned_start_took_what_was_planned(machine: dict[str, Any], case: dict[str, Any]) -> None:
+def test_planned_start_took_the_planned_memory(machine: dict[str, Any], case: dict[str, Any]) -> None:
     arguments, measured, name = case["args"], case["measured"], case["model"].removesuffix("@int4")
     shape = checkpoints.read(captured_models.files(name) if name == case["model"] else captured_models.converted(name))
-    group, guessing = arguments.get("offload-group-size", 0), arguments.get("speculative-config", {})
-    draft = Path(guessing.get("model", "")).name.removesuffix("@int4")
-    chosen = Choices(
-        limit_bytes=case["expected"]["limit_bytes"], max_model_len=arguments["max-model-len"],
-        max_num_seqs=arguments["max-num-seqs"], max_num_batched_tokens=arguments["max-num-batched-tokens"],
-        quantization=arguments.get("quantization"), eager=arguments.get("enforce-eager", False),
-        kv_cache_bytes=arguments["kv-cache-memory-bytes"], tensor_parallel=arguments.get("tensor-parallel-size", 1),
-        offload_bytes=round(arguments.get("cpu-offload-gb", 0) * GIB),
-        prefetch=(group, arguments["offload-num-in-group"], arguments["offload-prefetch-step"]) if group else (0, 0, 0),
-        kv_dtype_bytes=1 if arguments.get("kv-cache-dtype") == "fp8" else 2,
-        draft=checkpoints.read(captured_models.converted(draft)) if draft else None,
-        speculative_tokens=guessing.get("num_speculative_tokens", 0),
-        embedding_on_host="embedding" in arguments.get("additional-config", {}).get("shoehorn", {}))
-    parts = estimate(shape, chosen)[0]
+    draft = Path(arguments.get("speculative-config", {}).get("model", "")).name.removesuffix("@int4")
+    model = measured_model(shape, case["expected"]["limit_bytes"], arguments,
+                           checkpoints.read(captured_models.converted(draft)) if draft else None)
+    parts = model.gpus[0]
     assert 0.98 <= parts.total_bytes / measured["nvml_peak_bytes"] <= 1.05
-    assert kv_tokens(shape, chosen, parts.kv_cache_bytes) == measured["kv_cache_tokens"]
-    if not (group and chosen.quantization):  # there absmax moves last, after the engine has counted
+    assert model.kv_tokens(parts.kv_cache_bytes) == measured["kv_cache_tokens"]
+    if not (model.offloaded.layers and model.config.nf4):  # there absmax moves last, after the engine has counted
         assert parts.weights_bytes + parts.quant_state_bytes + parts.embeddings_bytes == pytest.approx(
             measured["weights_bytes"], rel=0.02)
-    if case["expected"].get("host_pinned_bytes"):  # since pinned memory is not rounded up any more
-        assert pinned_bytes(shape, chosen) == pytest.approx(measured["pinned_bytes"], rel=0.005)
-    card = replace(H200, link_bytes_per_second=machine["link_bytes_per_second"],
+    if case["expected"].get("host_pinned_bytes"):  # older records have rounded pinned memory
+        assert model.offloaded.pinned_bytes == pytest.approx(measured["pinned_bytes"], rel=0.005)
+    gpu = replace(H200, link_bytes_per_second=machine["link_bytes_per_second"],
                    device_bytes_per_second=machine.get("device_copy_bytes_per_second")
-                   or machine["device_read_bytes_per_second"] * throughput._COPY_SHARE)
-    found = throughput.expected(shape, chosen, card)
+                   or machine["device_read_bytes_per_second"] * throughput.COPY_SHARE)
+    rates = throughput.expected(model, gpu)
     for batch, tokens in measured["tokens_per_second"].items():
-        if batch in found:
-            assert found[batch] == pytest.approx(tokens, rel=0.15 if batch == "batch_1" else 0.18)
+        if batch in rates:
+            assert rates[batch] == pytest.approx(tokens, rel=0.15 if batch == "batch_1" else 0.18)

@@ -15,7 +15,6 @@ from shoehorn.deployment import inputs
 from shoehorn.engine import memory_report
 from shoehorn.hardware.types import Gpu, Hardware
 from shoehorn.model import checkpoint
-from shoehorn.planner import plan as plan_module
 from shoehorn.planner.build import make_plan
 from shoehorn.planner.inputs import PlanInputs, PlanSettings
 from shoehorn.planner.plan import Plan
@@ -49,7 +48,7 @@ def loaded(plan: Plan) -> tuple[dict[str, object], ...]:
 def pull(gate: Gateway, done: int) -> None:
     gate.states.update(phase=Phase.PULLING, detail=MODEL, progress=done / (140 * GIB), bytes_done=done,
                        bytes_total=140 * GIB, rate_bytes_per_second=float(100 << 20), model=MODEL,
-                       plan=plan_module.of(plan_of_the_70b()))
+                       plan=plan_of_the_70b().public_summary())
 
 
 def say(*pieces: str, field: str = "content") -> list[str]:

@@ -13,14 +13,10 @@ from shoehorn.config import settings as settings_module
 from shoehorn.config.settings import Settings
 from shoehorn.deployment import inputs
 from shoehorn.deployment.plan import plan_deployment
-from shoehorn.planner.memory.breakdown import VramParts
+from shoehorn.planner.memory.device import PARTS, DeviceMemory
 from shoehorn.planner.plan import Plan, Refusal
 
-_PARTS = (("weights", "weights_bytes"), ("quantization state", "quant_state_bytes"),
-          ("embeddings", "embeddings_bytes"), ("offload buffers", "offload_buffer_bytes"),
-          ("activations", "activations_bytes"), ("CUDA graphs", "cuda_graphs_bytes"),
-          ("framework", "framework_bytes"), ("KV cache", "kv_cache_bytes"), ("total", "total_bytes"),
-          ("limit", "limit_bytes"))
+_ROWS = {**PARTS, "total_bytes": "total", "limit_bytes": "limit"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,15 +52,15 @@ def _text(plan: Plan | Refusal, settings: Settings) -> list[str]:
                   f"host memory {format_size(plan.host_bytes)}, of which {format_size(plan.host_pinned_bytes)} pinned; "
                   f"disk {format_size(plan.disk_bytes)}"]
     else:
-        lines += [f"does not fit: {plan.cause}", *(f"  -> {remedy}" for remedy in plan.remedies)]
+        lines += [f"does not fit: {plan.cause}", *(f"  -> {remedy.text}" for remedy in plan.remedies)]
     width = max((len(reason.option) for reason in plan.reasons), default=0)
     return [*lines, "", *(f"{reason.option:{width}}  {_format_value(reason.value):>12}  {reason.source}: {reason.text}"
                           for reason in plan.reasons)]
 
 
-def _table(parts: VramParts, gpus: int) -> list[str]:
+def _table(parts: DeviceMemory, gpus: int) -> list[str]:
     sizes = parts.to_json()
-    rows = [f"  {name:20}{format_size(sizes[key]):>12}" for name, key in _PARTS]
+    rows = [f"  {name:20}{format_size(sizes[key]):>12}" for key, name in _ROWS.items()]
     return [f"memory of each of {gpus} GPUs" if gpus > 1 else "memory of the GPU", *rows]
 
 

@@ -32,3 +32,8 @@ def format_size(size_bytes: int) -> str:
             value = size_bytes / unit
             return f"{value:.2f} {name}" if unit == GIB else f"{value:.0f} {name}"
     return f"{size_bytes} B"
+
+
+def ceil_div(dividend: int, divisor: int) -> int:
+    """Divide integers and round up."""
+    return -(-dividend // divisor)

@@ -49,7 +49,7 @@ def resolve_quantization(settings: Settings, machine: Hardware, profile: Profile
         return int4
     shape = shapes.read(ref, pull.locate(settings.models_dir, ref))
     published = make_plan(PlanInputs(PlanSettings.of(settings), machine, profile, shape))
-    resident = isinstance(published, Plan) and not published.choices.quantization and not published.offloaded_bytes
+    resident = isinstance(published, Plan) and not published.config.nf4 and not published.offloaded_bytes
     if shape.quantization or not shape.understood or resident:
         return settings
     try:

@@ -27,10 +27,10 @@ from shoehorn.int4 import artifact
 from shoehorn.model.files import Files
 from shoehorn.model.reference import ModelRef
 from shoehorn.model.shape import ModelShape
-from shoehorn.planner import parallelism
 from shoehorn.planner.inputs import Draft
-from shoehorn.planner.option_set import Reason
+from shoehorn.planner.parallelism import divides
 from shoehorn.planner.plan import Plan, Refusal
+from shoehorn.planner.reasons import MACHINE, Reason
 
 USEFUL_CONTEXT = 2048
 """Tokens of context below which the KV cache needs the memory more than a draft does."""
@@ -53,7 +53,7 @@ def inspect_draft(settings: Settings, deployment: Deployment, plan: Plan) -> Dra
     """
     models_dir, shapes = settings.models_dir, ShapeReader(settings)
     ref = ModelRef(settings.speculative, settings.model_source, default_revision(settings.model_source))
-    nf4 = plan.choices.quantization == "bitsandbytes"
+    nf4 = plan.config.nf4
     convertible = bool(plan.vram) and not nf4 and settings.quantization != "none"
     if convertible and artifact.locate(models_dir, ref):
         ref = ref.converted
@@ -76,11 +76,16 @@ def inspect_draft(settings: Settings, deployment: Deployment, plan: Plan) -> Dra
 
 def prefer(plan: Plan, drafted: Plan | Refusal, draft: Draft) -> Plan:
     """Return the better plan: the one with the draft, or the one without and the reason against the draft."""
-    objection = _objection(plan, drafted, draft)
-    if objection is None and isinstance(drafted, Plan):
-        return drafted
-    return replace(plan, reasons=(*plan.reasons, Reason(
-        "speculative-config", None, "machine", f"SPECULATIVE={draft.ref.id} is left out: {objection}")))
+    objection = _misfit(plan, draft)
+    if isinstance(drafted, Refusal):
+        objection = objection or ("draft-does-not-fit", {"lacking": format_size(drafted.missing_bytes)})
+    else:
+        objection = objection or _disadvantage(plan, drafted)
+        if objection is None:
+            return drafted
+    code, params = objection
+    reason = Reason("speculative-config", None, MACHINE, code, {"model": draft.ref.id, **params})
+    return replace(plan, reasons=(*plan.reasons, reason))
 
 
 def _require_match(settings: Settings, shape: ModelShape, draft: ModelShape, nf4: bool) -> None:
@@ -105,21 +110,30 @@ def _vocabulary(files: Files) -> object:
                                     code="invalid_tokenizer") from error
 
 
-def _objection(plan: Plan, drafted: Plan | Refusal, draft: Draft) -> str | None:
-    """Return the reason against the draft, or None."""
-    if plan.choices.pipeline_parallel > 1:
-        return "vLLM supports no draft model with pipeline parallelism"
-    if not parallelism.divides(draft.shape, plan.choices.tensor_parallel):
-        return f"its attention heads cannot be divided over {plan.choices.tensor_parallel} GPUs"
+_Objection = tuple[str, dict[str, object]]
+"""Code and parameters of a reason."""
+
+
+def _misfit(plan: Plan, draft: Draft) -> _Objection | None:
+    """Return the reason for which the draft cannot be used at all, or None."""
+    parallelism = plan.config.parallelism
+    if parallelism.pipeline > 1:
+        return "draft-pipeline", {}
+    if not divides(draft.shape, parallelism.tensor):
+        return "draft-not-divisible", {"gpus": parallelism.tensor}
     if draft.lacking_bytes:
-        return f"the volume lacks {format_size(draft.lacking_bytes)} for it"
-    if isinstance(drafted, Refusal):
-        return f"with it the model does not fit ({format_size(drafted.missing_bytes)} missing)"
-    if drafted.choices.max_model_len < min(USEFUL_CONTEXT, plan.choices.max_model_len):
-        return f"with it only {drafted.choices.max_model_len} tokens of context fit"
-    if drafted.choices.quantization != plan.choices.quantization:
-        return "with it the model itself would have to be quantized"
-    without_it, with_it = (each.expected_tokens_per_second["batch_1"] for each in (plan, drafted))
-    if without_it and with_it and with_it <= without_it:
-        return f"expected speed is {with_it:g} tokens/s with it and {without_it:g} without"
+        return "draft-disk-full", {"lacking": format_size(draft.lacking_bytes)}
+    return None
+
+
+def _disadvantage(plan: Plan, drafted: Plan) -> _Objection | None:
+    """Return the reason for which the plan without the draft is better, or None."""
+    context = drafted.config.limits.max_model_len
+    if context < min(USEFUL_CONTEXT, plan.config.limits.max_model_len):
+        return "draft-short-context", {"context": context}
+    if drafted.config.nf4 != plan.config.nf4:
+        return "draft-needs-quantization", {}
+    without, with_draft = (each.expected_tokens_per_second["batch_1"] for each in (plan, drafted))
+    if without and with_draft and with_draft <= without:
+        return "draft-slower", {"with_draft": with_draft, "without": without}
     return None

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from shoehorn.config.secrets import without_secrets
-from shoehorn.planner.build import ALLOCATOR
+from shoehorn.planner.gpu_share import ALLOCATOR
 from shoehorn.runtime.run_dir import RunDir
 
 SWITCHES = frozenset({

@@ -23,7 +23,7 @@ from shoehorn.config import settings as settings_module
 from shoehorn.config.settings import Settings
 from shoehorn.deployment import inputs, served_model
 from shoehorn.deployment.inputs import Deployment
-from shoehorn.engine import launch_config, memory_report, step_down, timing
+from shoehorn.engine import launch_config, memory_report, timing
 from shoehorn.engine.environment import engine_environment
 from shoehorn.engine.fetch import fetch
 from shoehorn.engine.launch_spec import LaunchSpec
@@ -33,7 +33,7 @@ from shoehorn.engine.restart_budget import RestartBudget
 from shoehorn.engine.server import EngineServer, StartFailedError
 from shoehorn.engine.timing import Timing
 from shoehorn.hardware.types import Hardware
-from shoehorn.planner import plan as plan_module
+from shoehorn.planner import step_down
 from shoehorn.planner.plan import Plan
 from shoehorn.runtime import parent_watch
 from shoehorn.runtime.run_dir import RunDir
@@ -87,14 +87,14 @@ def _serve(settings: Settings, environment: Mapping[str, str], states: StateFile
                 if smaller is None:
                     raise
                 plan = smaller
-                states.update(step_downs=states.read().step_downs + 1, plan=plan_module.of(plan), memory=())
+                states.update(step_downs=states.read().step_downs + 1, plan=plan.public_summary(), memory=())
 
 
 def _plan(settings: Settings, machine: Hardware, states: StateFile) -> tuple[Deployment, Replanner, Plan]:
     deployment = inputs.gather(settings, machine)
     replanner = Replanner(settings, deployment)
     plan = replanner.first_plan()
-    states.update(plan=plan_module.of(plan), memory=())
+    states.update(plan=plan.public_summary(), memory=())
     return deployment, replanner, plan
 
 
@@ -110,7 +110,7 @@ def _launch_spec(settings: Settings, environment: Mapping[str, str], plan: Plan,
         run_dir=paths, environment=engine_environment(environment, variables, settings.run_dir),
         model=settings.served_model_name, options=plan.engine_args,
         log_file=paths.engine_log if settings.engine_log == "file" else None, drain_seconds=settings.drain_timeout,
-        may_drop_speculation=step_down.speculates(plan.engine_args, plan.fixed), timing=waits)
+        may_drop_speculation=step_down.uses_unrequested_drafts(plan.engine_args, plan.fixed), timing=waits)
 
 
 def _start(spec: LaunchSpec, settings: Settings, states: StateFile, budget: RestartBudget, replanner: Replanner,

@@ -21,7 +21,7 @@ from shoehorn.common.atomic_file import write_atomic
 from shoehorn.common.units import MIB, format_size
 from shoehorn.hardware import detect
 from shoehorn.hardware.types import Hardware
-from shoehorn.planner.memory.breakdown import VramParts
+from shoehorn.planner.memory.device import DeviceMemory
 from shoehorn.planner.plan import Plan
 from shoehorn.runtime.run_dir import RunDir
 from shoehorn.runtime.state import StateFile
@@ -92,7 +92,7 @@ def read(run_dir: Path, gpus: int) -> tuple[Mapping[int, Mapping[str, Any]], int
     return {index: by_rank[key] for index, key in enumerate(sorted(by_rank))}, tokens
 
 
-def compare(expected: Sequence[VramParts], figures: Mapping[int, Mapping[str, Any]], used: Sequence[int],
+def compare(expected: Sequence[DeviceMemory], figures: Mapping[int, Mapping[str, Any]], used: Sequence[int],
             ) -> list[Row]:
     """Return the rows of every GPU.
 

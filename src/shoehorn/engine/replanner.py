@@ -15,9 +15,10 @@ from shoehorn.config.settings import Settings
 from shoehorn.deployment import known_good
 from shoehorn.deployment.inputs import Deployment
 from shoehorn.deployment.plan import plan_deployment
-from shoehorn.engine import step_down
 from shoehorn.engine.diagnosis import Diagnosis
+from shoehorn.planner.memory.model import MemoryModel
 from shoehorn.planner.plan import Plan, Refusal
+from shoehorn.planner.step_down import KEPT_OPTIONS, MAX_STEPS, FailedStart, StepDown
 from shoehorn.runtime.run_dir import RunDir
 
 log = logging.getLogger("engine")
@@ -47,19 +48,21 @@ class Replanner:
             DoesNotFitError: the model does not fit with the options of the step.
         """
         hardware = self._deployment.inputs.hardware
-        step = step_down.next_step(
-            self._deployment.inputs.shape, plan.choices, plan.fixed, plan.engine_args,
-            min((gpu.total_bytes for gpu in hardware.gpus), default=0), hardware.host_memory_bytes, diagnosis,
-            len(self._steps))
+        failure = FailedStart(diagnosis.memory, diagnosis.name == "unsupported_dtype", diagnosis.name == "gpu_in_use",
+                              diagnosis.cache_made, diagnosis.missing_bytes)
+        model = MemoryModel(self._deployment.inputs.shape, plan.config)
+        step = StepDown(model, plan.fixed, plan.engine_args,
+                        min((gpu.total_bytes for gpu in hardware.gpus), default=0),
+                        hardware.host_memory_bytes).next_step(failure, len(self._steps))
         if step is None:
             return None
-        unchanged = {option: plan.engine_args[option] for option in step_down.LADDER
+        unchanged = {option: plan.engine_args[option] for option in KEPT_OPTIONS
                      if option in plan.engine_args and option not in plan.fixed}
         if plan.draft:
             unchanged.pop("speculative-config", None)  # the next plan decides again if the draft is worth its memory
         self._options |= {**unchanged, **step.options}  # otherwise the next plan spends the freed memory elsewhere
         self._steps.append(f"{diagnosis.name}: {step.text}")
-        log.warning("step down %d of %d after %s: %s", len(self._steps), step_down.TRIES, diagnosis.name, step.text)
+        log.warning("step down %d of %d after %s: %s", len(self._steps), MAX_STEPS, diagnosis.name, step.text)
         return self._publish(plan_deployment(self._settings, self._deployment, self._options))
 
     def save_known_good(self) -> None:

@@ -1,75 +1,82 @@
-"""Placement of layers: which layers are offloaded to host memory, with the least offload that fits."""
+"""Placement: where each group of layers is stored, and where it is executed.
+
+Today every layer is executed on the GPUs that hold its pipeline stage, or on the CPU; only its storage differs.
+"""
 
 from __future__ import annotations
 
-import bisect
-import functools
-import math
-from dataclasses import replace
+from dataclasses import dataclass
+from typing import Any
 
-from shoehorn.common.units import GIB
-from shoehorn.model.shape import ModelShape
-from shoehorn.planner.memory.fit import missing_bytes
-from shoehorn.planner.memory.offload import offloaded_bytes
-from shoehorn.planner.memory.weights import layer_bytes
-from shoehorn.planner.serving_config import Choices
-
-OFFLOAD_STEP_BYTES = GIB // 10
-"""UVA offload is counted in these, as a person would write it."""
-
-BUFFERS = 2
-"""Layers that the card holds of those in host memory: one is worked with while the next one arrives."""
+from shoehorn.common.units import ceil_div
+from shoehorn.planner.memory.device import CPU, gpu_name
+from shoehorn.planner.memory.model import MemoryModel
+from shoehorn.planner.serving_config import PrefetchOffload, UvaOffload
 
 
-def least_offload(shape: ModelShape, choices: Choices, requests: int, uva: bool = False) -> Choices:
-    """The choices with no more layers in host memory than leaves room for that many requests.
+@dataclass(frozen=True)
+class LayerGroup:
+    """Layers that are stored on the same devices and executed on the same devices.
 
-    `offload_bytes` bounds it; as many layers as that allows where even those do not make enough room.
+    Attributes:
+        layers: their numbers, from 0 on.
+        stored, executed: names of devices; several share every layer (tensor parallelism).
     """
-    none = replace(choices, offload_bytes=0)
-    needed = missing_bytes(shape, none, requests)
-    if needed <= 0:
-        return none
-    if uva or not shape.understood:
-        steps = math.ceil(needed * choices.pipeline_parallel / OFFLOAD_STEP_BYTES) * OFFLOAD_STEP_BYTES
-        return replace(choices, offload_bytes=min(choices.offload_bytes, steps, _whole(shape, choices)))
 
-    def enough(layers: int) -> bool:
-        more = with_offload(shape, none, layers)
-        return offloaded_bytes(shape, more) > choices.offload_bytes or missing_bytes(shape, more, requests) <= 0
+    layers: tuple[int, ...]
+    stored: tuple[str, ...]
+    executed: tuple[str, ...]
 
-    counts = range(1, shape.layers + 1)
-    layers = min(1 + bisect.bisect_left(counts, True, key=enough), shape.layers)
-    while layers and offloaded_bytes(shape, with_offload(shape, none, layers)) > choices.offload_bytes:
-        layers -= 1
-    return with_offload(shape, none, layers) if layers else none
+    def to_json(self) -> dict[str, Any]:
+        """An entry of `placement` in `plan --json`; the layers as `[first, last]` of each run."""
+        runs: list[list[int]] = []
+        for layer in self.layers:
+            if runs and layer == runs[-1][1] + 1:
+                runs[-1][1] = layer
+            else:
+                runs.append([layer, layer])
+        return {"layers": runs, "stored": list(self.stored), "executed": list(self.executed)}
 
 
-def with_offload(shape: ModelShape, choices: Choices, layers: int) -> Choices:
-    """The choices with that many layers, or a few more, in host memory.
+@dataclass(frozen=True)
+class Placement:
+    """Placement of all layers: each is in exactly one group."""
 
-    By prefetch, and the embedding with them, of which a token needs one row; by UVA where the architecture is not
-    known, since prefetch wants one stack of layers.
+    groups: tuple[LayerGroup, ...]
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """`placement` in `plan --json`."""
+        return [group.to_json() for group in self.groups]
+
+
+def place_on_cpu(model: MemoryModel) -> Placement:
+    """Store and execute all layers on the CPU."""
+    return Placement((LayerGroup(tuple(range(model.shape.layers)), (CPU,), (CPU,)),))
+
+
+def place_on_gpus(model: MemoryModel) -> Placement:
+    """Execute all layers on the GPUs; offloaded ones are stored in host memory.
+
+    UVA offload takes bytes, not layers: the last of its layers may be stored in both places.
     """
-    if not shape.understood:
-        size = _whole(shape, choices) * layers / shape.layers
-        return replace(choices, offload_bytes=math.ceil(size / OFFLOAD_STEP_BYTES) * OFFLOAD_STEP_BYTES)
-    stages = choices.pipeline_parallel
-    pattern = spread(-(-shape.layers // stages), -(-layers // stages))
-    return replace(choices, offload_bytes=0, prefetch=(*pattern, BUFFERS), embedding_on_host=not shape.tied_embeddings)
+    tensor, groups, first = model.config.parallelism.tensor, [], 0
+    for stage in range(model.config.parallelism.pipeline):
+        gpus = tuple(gpu_name(stage * tensor + rank) for rank in range(tensor))
+        layers = range(first, first + model.weights.stage_layers(stage))
+        first = layers.stop
+        offloaded = _offloaded(model, stage, layers)
+        resident = tuple(layer for layer in layers if layer not in offloaded)
+        groups += [LayerGroup(numbers, stored, gpus) for numbers, stored in
+                   ((resident, gpus), (tuple(sorted(offloaded)), (CPU,))) if numbers]
+    return Placement(tuple(groups))
 
 
-def _whole(shape: ModelShape, choices: Choices) -> int:
-    """All layers, in whole steps of UVA offload."""
-    return math.ceil(layer_bytes(shape, choices)[0] / OFFLOAD_STEP_BYTES) * OFFLOAD_STEP_BYTES
-
-
-@functools.cache
-def spread(layers: int, wanted: int) -> tuple[int, int]:
-    """(group size, last layers of each) that take `wanted` of the layers, or a twentieth more: the smallest groups.
-
-    The smaller the groups, the more evenly the copies spread over a pass.
-    """
-    most = wanted + wanted // 20
-    return next((group, last) for group in range(1, layers + 1) for last in range(1, group + 1)
-                if wanted <= layers // group * last + max(0, layers % group - group + last) <= most)
+def _offloaded(model: MemoryModel, stage: int, layers: range) -> frozenset[int]:
+    """Numbers of the layers of a stage that are stored in host memory; vLLM counts them from each stage's first."""
+    offload = model.config.offload
+    if isinstance(offload, PrefetchOffload):
+        return frozenset(layer for layer in layers if offload.offloads(layer - layers.start))
+    if isinstance(offload, UvaOffload) and model.weights.layers_bytes:
+        size = model.offloaded.stage_bytes(stage) * model.shape.layers
+        return frozenset(layers[:ceil_div(size, model.weights.layers_bytes)])
+    return frozenset()

@@ -1,41 +1,122 @@
-"""Reasons for chosen options, in words."""
+"""Reasons of a plan: why each option has its value, as a stable code with parameters, and one table of texts."""
 
 from __future__ import annotations
 
-from shoehorn.common.units import format_size
-from shoehorn.model.shape import ModelShape
-from shoehorn.planner import search
-from shoehorn.planner.memory.offload import offloaded_bytes
-from shoehorn.planner.serving_config import Choices
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+SETTING, PROFILE, MODEL, MACHINE, STEP_DOWN = "setting", "profile", "model", "machine", "step-down"
+"""Sources of a decision."""
+
+TEXTS: Mapping[str, str] = {
+    # What was given.
+    "set": "{setting}",
+    "profile": "{profile}",
+    "draft-model": "SPECULATIVE={model}; expected speeds assume {accepted:g} tokens per forward pass",
+    "step-down": "needed to start on this machine before",
+    "step-down-dropped": "prevented a start on this machine before",
+    # What a check changed.
+    "not-quantized": "QUANTIZATION=none",
+    "converted-to-int4": "the checkpoint is converted to INT4 once, on the volume",
+    "already-quantized": "the checkpoint is already quantized: {method}",
+    "model-limit": "the model's own limit",
+    "no-bfloat16": "{gpu} does not support bfloat16",
+    "one-token-per-sequence": "at least one token per sequence",
+    # Parallelism.
+    "unequal-gpus": "the {gpus} GPUs are not equal; only equal GPUs are used together",
+    "mixed-gpus": "different GPUs: all run at the speed of the slowest",
+    "equal-gpus": "{gpus} equal GPUs, {heads} attention heads",
+    "layers-only-nf4": "{gpus} equal GPUs; a bitsandbytes checkpoint can only be divided by layers",
+    "layers-only": "{gpus} equal GPUs; the model's matrices cannot be divided over them, only its layers",
+    "no-peer-access": "works without peer access between GPUs",
+    # GPU memory.
+    "free-memory": "{limit} of the GPU are free; {context} of it go to the CUDA context, which vLLM does not count",
+    "vram-limit": "VRAM_LIMIT is {limit}; {context} of it go to the CUDA context, which vLLM does not count",
+    "keeps-weights-on-gpu": "with a smaller share, weights would be offloaded to host memory",
+    "cache-fixed": "what the other parts leave; vLLM's own measurement would also reserve the peak of compilation",
+    "cache-default": "default for the CPU",
+    "block-size-fixed": "fixed, because vLLM's default depends on the GPU",
+    # The search.
+    "smallest": "nothing fits; this is the smallest configuration tried",
+    "default": "default for the CPU",
+    "nf4-fits": "the layers take {stored}; in NF4 everything fits on the GPU",
+    "nf4-less-offload": "the layers take {stored}; in NF4 less crosses PCIe",
+    "eager-saves-memory": "compilation and CUDA graphs would need memory that only offload could free",
+    "eager-offload": "CUDA graphs need memory, and most of a forward pass waits for PCIe",
+    "graphs": "CUDA graphs save time between kernels, and their memory is available",
+    "context-longest": "longest common length with memory for {requests} at a time",
+    "context-useful": "a useful length; a longer one would need more offload",
+    "context-fits": "longest length that fits for {requests}",
+    "sequences": "suits the KV cache",
+    "batch": "suits the number of sequences; a larger batch would take memory from the KV cache",
+    "capture-speculative": "same as without draft tokens, which would need memory for more graphs",
+    "capture-fewer": "CUDA graphs for larger batches would need memory that only offload could free",
+    "ngram": "draft tokens from the text so far are verified while the GPU waits for PCIe; requests with min_p or "
+             "logit_bias are refused (SPECULATIVE=off disables this)",
+    # Offload.
+    "no-offload": "everything fits on the GPU, which is many times faster",
+    "offload-least": "{offloaded} of weights in host memory: the least that leaves memory for {requests} of {context} "
+                     "tokens",
+    "prefetch": "layers are copied to the GPU ahead of their turn, while others execute",
+    "prefetch-last": "the last layers of each group",
+    "prefetch-steps": "one layer executes while the next one is copied",
+    "embedding-on-host": "the embedding is in host memory: a token needs one row of it",
+    # Remarks that are not about an option.
+    "profile-note": "{note}",
+    "model-note": "{note}",
+    "host-memory-unknown": "not checked: the size of host memory is unknown",
+    "host-memory-used": "only {available} are free at this moment",
+    "speed-unknown-cpu": "no expectation: the speed of this processor is unknown",
+    "speed-unknown-gpu": "no expectation: the memory bandwidth of {gpu} is unknown",
+    "pcie": "pinned memory over PCIe {generation} with {lanes} lanes",
+    "pcie-unknown": "pinned memory over an unknown connection; PCIe 4 with 16 lanes is assumed",
+    # A draft model that is left out.
+    "draft-pipeline": "SPECULATIVE={model} is not used: vLLM supports no draft model with pipeline parallelism",
+    "draft-not-divisible": "SPECULATIVE={model} is not used: it cannot be divided over {gpus} GPUs",
+    "draft-disk-full": "SPECULATIVE={model} is not used: {lacking} of disk space are missing for it",
+    "draft-does-not-fit": "SPECULATIVE={model} is not used: {lacking} of memory are missing for it",
+    "draft-short-context": "SPECULATIVE={model} is not used: only {context} tokens of context would fit",
+    "draft-needs-quantization": "SPECULATIVE={model} is not used: the model itself would have to be quantized",
+    "draft-slower": "SPECULATIVE={model} is not used: {with_draft:g} tokens/s expected with it, {without:g} without",
+}
+"""Text by code; `str.format` fills in the parameters."""
+
+NOTES: Mapping[str, str] = {"not-estimated": "its memory is not estimated",
+                            "exceeds-free-memory": "although only {limit} of the GPU are free",
+                            "exceeds-vram-limit": "although VRAM_LIMIT is {limit}"}
+"""Text by code of what is added to a reason."""
 
 
-def why(option: str, shape: ModelShape, choices: Choices, found: search.Found | None) -> str:
-    """The reason of one option that was left open."""
-    if found is None:
-        return "nothing fits; this is the smallest that was tried"
-    many = "two requests" if found.requests == 2 else "one request"
-    if option == "quantization":
-        whole = format_size(shape.tensor_bytes.linears.bytes + shape.tensor_bytes.experts.bytes)
-        place = "everything fits on the GPU" if found.mode == 2 else "less has to cross the link"
-        return f"the layers take {whole} as they are; in NF4 {place}"
-    if option == "offload-backend":
-        return "layers are copied to the card ahead of their turn, so that the link never waits"
-    if option == "offload-num-in-group":
-        return "the last of each group"
-    if option == "offload-prefetch-step":
-        return "one layer is worked with while the next one arrives"
-    if option in ("offload-group-size", "cpu-offload-gb"):
-        return (f"{format_size(offloaded_bytes(shape, choices))} of weights in host memory, the least that leaves room "
-                f"for {many} of {choices.max_model_len} tokens")
-    if option == "enforce-eager":
-        if choices.eager and not offloaded_bytes(shape, choices):
-            return "compiling and CUDA graphs would take memory that is not there without offload"
-        return "CUDA graphs would take memory, and most of a pass is waiting for the link" if choices.eager else \
-            "CUDA graphs save time between the kernels, and there is room for them"
-    if option == "max-model-len":
-        return f"the longest, of the usual lengths, with room for {many} at a time" if found.mode < 3 else \
-            "a useful length; a longer one would mean more offload" if found.mode == 3 else \
-            f"the longest for which {many} still fit"
-    if option == "max-num-seqs":
-        return "as many at a time as suit the KV cache"
-    return "goes with the number of sequences; more would take memory from the KV cache"
+@dataclass(frozen=True)
+class Reason:
+    """Why an option has its value, or a remark about `option`, which then is no option of vLLM.
+
+    Attributes:
+        value: of the option; None where it is left out.
+        source: one of the five above.
+        code: key of `TEXTS`; params: its parameters.
+        replaces: the reason of the value that this one overrides.
+        notes: keys of `NOTES`, with parameters from `params`.
+    """
+
+    option: str
+    value: object
+    source: str
+    code: str
+    params: Mapping[str, object] = field(default_factory=dict)
+    replaces: Reason | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def text(self) -> str:
+        """The reason in words."""
+        text = TEXTS[self.code].format(**self.params)
+        if self.replaces:
+            text += f" (instead of {self.replaces.value} from {self.replaces.source} {self.replaces.text})"
+        return "; ".join([text, *(NOTES[note].format(**self.params) for note in self.notes)])
+
+    def to_json(self) -> dict[str, Any]:
+        """An entry of `reasons` in `plan --json`."""
+        return {"option": self.option, "value": self.value, "source": self.source, "code": self.code,
+                "text": self.text}

@@ -1,105 +1,149 @@
-"""Remedies of a refusal: the smallest changes that would make the model fit."""
+"""Remedies of a refusal: the smallest changes that would make the model fit, one function for each."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
-from shoehorn.common.units import GIB, format_size
-from shoehorn.hardware.types import Hardware
-from shoehorn.model.shape import ModelShape
-from shoehorn.planner.inputs import PlanSettings
-from shoehorn.planner.memory import fit
-from shoehorn.planner.memory.breakdown import VramParts
-from shoehorn.planner.memory.estimate import CONTEXT_BYTES, MARGIN_BYTES, estimate, host_bytes, kv_bytes
-from shoehorn.planner.memory.offload import offloaded_bytes
-from shoehorn.planner.memory.weights import layer_bytes
-from shoehorn.planner.resolve import Decisions
-from shoehorn.planner.serving_config import Choices
+from shoehorn.common.units import GIB
+from shoehorn.hardware.types import Gpu
+from shoehorn.planner import gpu_share
+from shoehorn.planner.assembly import Assembly
+from shoehorn.planner.memory.model import CONTEXT_BYTES, MARGIN_BYTES, MemoryModel
+from shoehorn.planner.refusal_texts import Remedy
+from shoehorn.planner.serving_config import NoOffload, ServingConfig, UvaOffload
 
-_LEAST_CONTEXT = 256
+_CONTEXT_STEP = 256
+_SMALLER_MODEL = Remedy("smaller-model")
 
 
-def largest(vram: tuple[VramParts, ...]) -> str:
-    """The two largest parts of the fullest GPU, which say where a change would help."""
-    fullest = max(vram, key=lambda parts: parts.total_bytes - parts.kv_cache_bytes)
-    sizes = {key: size for key, size in fullest.to_json().items() if key not in ("total_bytes", "limit_bytes")}
-    first, second = sorted(sizes, key=lambda key: -sizes[key])[:2]
-    return "The largest parts are " + " and ".join(
-        f"{key.removesuffix('_bytes').replace('_', ' ')} ({format_size(sizes[key])})" for key in (first, second)) + "."
+@dataclass(frozen=True)
+class Shortage:
+    """A configuration that does not fit on the GPUs.
+
+    Attributes:
+        vram_limit: the setting; None where it is not set.
+    """
+
+    model: MemoryModel
+    gpus: tuple[Gpu, ...]
+    options: dict[str, object]
+    fixed: frozenset[str]
+    vram_limit: int | None
+    host_memory_bytes: int
+
+    @property
+    def needed_bytes(self) -> int:
+        """Memory of each GPU that would be enough."""
+        return self.model.config.limit_bytes + self.model.missing_bytes()
+
+    def fits(self, config: ServingConfig) -> bool:
+        """Whether a changed configuration fits on GPUs and host."""
+        model = self.model.with_config(config)
+        return model.missing_bytes() <= 0 and (
+            not self.host_memory_bytes or model.host_beside_gpus().total_bytes <= self.host_memory_bytes)
 
 
-def neighbours(decisions: Decisions) -> str:
-    """What other processes hold of the cards, where that is much."""
-    held = max(gpu.total_bytes - gpu.free_bytes for gpu in decisions.gpus)
-    if held < GIB // 2:
-        return ""
-    return f" Other processes hold {format_size(held)} of the card (`nvidia-smi` names them): end them."
+def on_gpus(assembly: Assembly, gpus: tuple[Gpu, ...]) -> list[Remedy]:
+    """List remedies for too little GPU memory, those that change the least first; a larger GPU is always one."""
+    inputs = assembly.inputs
+    shortage = Shortage(assembly.model, gpus, dict(assembly.options.values), assembly.by_user,
+                        inputs.settings.vram_limit, inputs.hardware.host_memory_bytes)
+    found = (eager(shortage), smaller_batch(shortage), *shorter_context_on_gpus(shortage), more_offload(shortage),
+             nf4(shortage), larger_share(shortage) or larger_gpu(shortage), _SMALLER_MODEL)
+    return [remedy for remedy in found if remedy]
 
 
-def missing_on_fullest(shape: ModelShape, choices: Choices, on_cpu: bool = False) -> int:
-    """Bytes that the fullest GPU lacks, or on the CPU the KV cache; negative where there is more than enough."""
-    if on_cpu:
-        return kv_bytes(shape, choices) - (choices.kv_cache_bytes or 0)
-    return fit.missing_bytes(shape, choices)
+def eager(shortage: Shortage) -> Remedy | None:
+    """Run without CUDA graphs."""
+    fits = shortage.fits(replace(shortage.model.config, eager=True))
+    return _set(VLLM_EXTRA_ARGS="--enforce-eager") if fits else None
 
 
-def vram_remedies(settings: PlanSettings, hardware: Hardware, shape: ModelShape, decisions: Decisions) -> list[str]:
-    """Changes each of which would let the model fit, the least felt first; a larger card always would."""
-    choices, remedies = decisions.choices, []
-
-    def fits(changed: Choices) -> bool:
-        host = host_bytes(shape, changed)
-        return missing_on_fullest(shape, changed) <= 0 and (
-            not hardware.host_memory_bytes or host <= hardware.host_memory_bytes)
-
-    if fits(replace(choices, eager=True)):
-        remedies.append("VLLM_EXTRA_ARGS='--enforce-eager'")
-    smaller = replace(choices, max_num_batched_tokens=min(512, choices.max_num_batched_tokens),
-                      max_num_seqs=min(8, choices.max_num_seqs))
-    if fits(smaller):
-        remedies.append(f"MAX_NUM_SEQS={smaller.max_num_seqs} with VLLM_EXTRA_ARGS="
-                        f"'--max-num-batched-tokens {smaller.max_num_batched_tokens}'")
-    room = min(choices.limit_bytes - MARGIN_BYTES - parts.total_bytes + parts.kv_cache_bytes
-               for parts in estimate(shape, choices))
-    remedies += context_remedy(shape, choices, room)
-    short = missing_on_fullest(shape, choices)
-    resident = replace(choices, offload_bytes=0, prefetch=(0, 0, 0), embedding_on_host=False)
-    more = math.ceil(missing_on_fullest(shape, resident) / GIB * 10) / 10
-    if "offload-group-size" not in decisions.fixed and more * GIB <= layer_bytes(shape, resident)[0] and fits(
-            replace(resident, offload_bytes=round(more * GIB))):
-        remedies.append(f"VLLM_EXTRA_ARGS='--cpu-offload-gb {more}'")
-    quantized = replace(choices, quantization="bitsandbytes")
-    if not shape.quantization and not choices.quantization and shape.understood and fits(quantized):
-        remedies.append("QUANTIZATION=bitsandbytes")
-    needed = choices.limit_bytes + short
-    if needed <= min(gpu.free_bytes for gpu in decisions.gpus):
-        share = math.ceil((needed - CONTEXT_BYTES) / min(gpu.total_bytes for gpu in decisions.gpus) * 1000) / 1000
-        remedies.append(f"VRAM_LIMIT={math.ceil(needed / GIB * 10) / 10}GiB" if settings.vram_limit else
-                        f"VLLM_EXTRA_ARGS='--gpu-memory-utilization {share}'")
-    else:
-        asked = decisions.options.get("gpu-memory-utilization")
-        card = max(needed, (needed - CONTEXT_BYTES) / (asked if isinstance(asked, float) and asked > 0.5 else 0.92))
-        many = "a GPU" if len(decisions.gpus) == 1 else f"{len(decisions.gpus)} GPUs"
-        remedies.append(f"{many} with {math.ceil(card / GIB * 10) / 10} GiB or more")
-    return [*remedies, "a smaller model"]
+def smaller_batch(shortage: Shortage) -> Remedy | None:
+    """Run fewer sequences and fewer tokens at a time."""
+    limits = shortage.model.config.limits
+    sequences, tokens = min(8, limits.max_num_seqs), min(512, limits.max_num_batched_tokens)
+    if not shortage.fits(shortage.model.config.with_limits(max_num_seqs=sequences, max_num_batched_tokens=tokens)):
+        return None
+    return _set(MAX_NUM_SEQS=str(sequences), VLLM_EXTRA_ARGS=f"--max-num-batched-tokens {tokens}")
 
 
-def context_remedy(shape: ModelShape, choices: Choices, room_bytes: int) -> list[str]:
-    """The longest context, of those worth having, whose single request fits into that much KV cache."""
-    for tokens in range(choices.max_model_len // _LEAST_CONTEXT * _LEAST_CONTEXT, 0, -_LEAST_CONTEXT):
-        if tokens < choices.max_model_len and kv_bytes(shape, replace(choices, max_model_len=tokens)) <= room_bytes:
-            return [f"MAX_MODEL_LEN={tokens}"]
+def shorter_context_on_gpus(shortage: Shortage) -> list[Remedy]:
+    """Serve the longest context that fits beside the other parts."""
+    free = min(gpu.limit_bytes - MARGIN_BYTES - gpu.total_bytes + gpu.kv_cache_bytes for gpu in shortage.model.gpus)
+    return shorter_context(shortage.model, free)
+
+
+def shorter_context(model: MemoryModel, cache_bytes: int) -> list[Remedy]:
+    """Serve the longest context of which one request fits into a KV cache of that size."""
+    longest = model.config.limits.max_model_len
+    for tokens in range(longest // _CONTEXT_STEP * _CONTEXT_STEP, 0, -_CONTEXT_STEP):
+        if tokens < longest and model.with_config(
+                model.config.with_limits(max_model_len=tokens)).kv_bytes() <= cache_bytes:
+            return [_set(MAX_MODEL_LEN=str(tokens))]
     return []
 
 
-def host_remedies(shape: ModelShape, choices: Choices, lacking: int, on_cpu: bool) -> list[str]:
-    remedies = [f"give the container {format_size(lacking)} more memory"]
-    if on_cpu and not choices.quantization and not shape.quantization and shape.understood:
-        if lacking <= host_bytes(shape, choices, True) - host_bytes(
-                shape, replace(choices, quantization="bitsandbytes"), True):
-            remedies.append("QUANTIZATION=bitsandbytes")
-    elif not on_cpu:
-        less = offloaded_bytes(shape, choices) - lacking
-        remedies.append(f"a GPU with {format_size(offloaded_bytes(shape, choices) - max(0, less))} more")
-    return [*remedies, "a smaller model"]
+def more_offload(shortage: Shortage) -> Remedy | None:
+    """Offload more layers by UVA, in whole tenths of a GiB."""
+    if "offload-group-size" in shortage.fixed:
+        return None
+    resident = shortage.model.with_config(
+        replace(shortage.model.config, offload=NoOffload(), embedding_on_host=False))
+    size = _tenths(resident.missing_bytes())
+    fits = size * GIB <= resident.weights.layers_bytes and shortage.fits(
+        replace(resident.config, offload=UvaOffload(round(size * GIB))))
+    return _set(VLLM_EXTRA_ARGS=f"--cpu-offload-gb {size}") if fits else None
+
+
+def nf4(shortage: Shortage) -> Remedy | None:
+    """Quantize to NF4 while loading."""
+    shape, config = shortage.model.shape, shortage.model.config
+    possible = not shape.quantization and not config.nf4 and shape.understood
+    return _set(QUANTIZATION="bitsandbytes") if possible and shortage.fits(replace(config, nf4=True)) else None
+
+
+def larger_share(shortage: Shortage) -> Remedy | None:
+    """Use more of the GPU, where enough of it is free."""
+    needed = shortage.needed_bytes
+    if needed > min(gpu.free_bytes for gpu in shortage.gpus):
+        return None
+    if shortage.vram_limit:
+        return _set(VRAM_LIMIT=f"{_tenths(needed)}GiB")
+    share = math.ceil((needed - CONTEXT_BYTES) / min(gpu.total_bytes for gpu in shortage.gpus) * 1000) / 1000
+    return _set(VLLM_EXTRA_ARGS=f"--{gpu_share.OPTION} {share}")
+
+
+def larger_gpu(shortage: Shortage) -> Remedy:
+    """Use a GPU with more memory, at the share that the plan may use of it."""
+    needed, share = shortage.needed_bytes, shortage.options.get(gpu_share.OPTION)
+    share = share if isinstance(share, float) and share > 0.5 else gpu_share.DEFAULT_SHARE
+    size = max(needed, (needed - CONTEXT_BYTES) / share)
+    return Remedy("larger-gpu", {"count": len(shortage.gpus), "gib": _tenths(size)})
+
+
+def on_gpus_host(model: MemoryModel, missing_bytes: int) -> list[Remedy]:
+    """List remedies for too little host memory beside GPUs."""
+    offloaded = model.offloaded.stage_bytes(0)
+    return [Remedy("more-host-memory", missing_bytes), Remedy("more-gpu-memory", min(offloaded, missing_bytes)),
+            _SMALLER_MODEL]
+
+
+def on_cpu_host(model: MemoryModel, missing_bytes: int) -> list[Remedy]:
+    """List remedies for too little host memory on the CPU."""
+    remedies, quantized = [Remedy("more-host-memory", missing_bytes)], model.with_config(
+        replace(model.config, nf4=True))
+    if not model.config.nf4 and not model.shape.quantization and model.shape.understood and \
+            missing_bytes <= model.host_alone().total_bytes - quantized.host_alone().total_bytes:
+        remedies.append(_set(QUANTIZATION="bitsandbytes"))
+    return [*remedies, _SMALLER_MODEL]
+
+
+def _set(**settings: str) -> Remedy:
+    return Remedy("set", settings)
+
+
+def _tenths(size: float) -> float:
+    """Convert bytes to GiB, rounded up to a tenth."""
+    return math.ceil(size / GIB * 10) / 10

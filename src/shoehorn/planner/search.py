@@ -1,144 +1,204 @@
-"""What nobody asked for otherwise: quantization, GPUs, offload, context and batch that suit the model and the machine.
+"""Automatic configuration: quantization, offload, context and batch for the fields that are left open.
 
-The best that fits, in this order:
-1. everything on the GPUs as the checkpoint is, where that is comfortable;
-2. quantized, everything on the GPUs;
-3. quantized, with the least offload that leaves room for a useful context;
-4. whatever still runs, with a short context.
-Rules: pure; what a setting or a profile says is a bound of the search, never overruled; host memory that is not there
-is never promised.
+Rules: pure; the first candidate that fits wins, in the order of `PlacementTier`; a given value is a bound of the search
+and never overruled; host memory that does not exist is never promised.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from enum import Enum
 
 from shoehorn.common.units import GIB
 from shoehorn.model.shape import ModelShape
+from shoehorn.planner.least_offload import least_offload
+from shoehorn.planner.load_tiers import (
+    COMFORTABLE_TIERS,
+    CONTEXT_4K,
+    CONTEXT_8K,
+    RESIDENT_TIERS,
+    SMALL_TIERS,
+    SMALLEST,
+    TIGHT_TIER,
+    LoadTier,
+)
 from shoehorn.planner.memory.activations import captured_sizes
-from shoehorn.planner.memory.estimate import host_bytes
-from shoehorn.planner.memory.fit import missing_bytes
-from shoehorn.planner.memory.offload import offloaded_bytes
-from shoehorn.planner.memory.weights import layer_bytes
-from shoehorn.planner.placement import least_offload
-from shoehorn.planner.serving_config import LEVELS, Choices, Level
+from shoehorn.planner.memory.model import MemoryModel
+from shoehorn.planner.serving_config import ServingConfig, Speculation
+from shoehorn.planner.vllm_args import NGRAM, Field
 
-GUESSED = 8
-"""Tokens that n-gram look-up guesses at a time."""
+DRAFT_TOKENS = int(str(NGRAM["num_speculative_tokens"]))
+"""Draft tokens of n-gram lookup per request, at most."""
 
-_CHECKED = 128
-"""Tokens of all requests together that are checked in a pass, at most: a small card hides so many behind the link."""
+_VERIFIED = 128
+"""Tokens of all requests together that a forward pass verifies, at most: as many as a small GPU hides behind PCIe."""
 
 _LARGE_BYTES = 20 * GIB
 """GPUs that hold this much together are offered the longer of the useful contexts."""
 
-_COMFORTABLE, _RESIDENT = LEVELS[:6], LEVELS[:7]
-_TIGHT = Level(4096, 8, 512)
-"""A useful context for one request, with fewer graphs or none if need be: rather that on the GPU than with offload."""
 
-_USEFUL_LARGE, _USEFUL = LEVELS[5], LEVELS[6]
+class PlacementTier(Enum):
+    """How the weights are placed, the best first."""
+
+    RESIDENT = "resident"
+    """On the GPUs, as the checkpoint is."""
+    RESIDENT_NF4 = "resident-nf4"
+    """On the GPUs, quantized while loading."""
+    USEFUL_OFFLOAD = "useful-offload"
+    """The least offload that leaves memory for a useful context."""
+    ANY_OFFLOAD = "any-offload"
+    """Whatever still runs, with a short context."""
 
 
 @dataclass(frozen=True)
-class Found:
-    """A way to start that fits.
+class Candidate:
+    """A configuration to try; it has to fit with `requests` of full length."""
 
-    Attributes:
-        mode: one of the four above, from 1.
-        requests: of full length that the KV cache has room for, at least.
-    """
-
-    choices: Choices
-    mode: int
+    config: ServingConfig
+    tier: PlacementTier
     requests: int
 
 
-def search(shape: ModelShape, start: Choices, left_open: frozenset[str], host_memory_bytes: int,
-           may_quantize: bool) -> Found | None:
-    """The best way to start within the bounds; None when nothing fits.
+@dataclass(frozen=True)
+class SearchSpace:
+    """Bounds of a search.
 
-    Args:
-        start: what is given; of a field that is left open only its bound counts.
-        left_open: fields of `Choices` that may be chosen: `quantization`, `offload_bytes`, `eager`, `max_model_len`,
-            `max_num_seqs`, `max_num_batched_tokens`, `speculative_tokens`, `capture_limit`.
-        host_memory_bytes: 0 where unknown, then it does not bound anything.
+    Attributes:
+        start: what is given; of a field that is open, its upper bound. It offloads nothing where that is open.
+        open_fields: that may be chosen.
+        offload_bound_bytes: upper bound of the offload on each GPU.
+        host_memory_bytes: 0 where unknown; it then bounds nothing.
         may_quantize: the model can be quantized while it is loaded.
     """
-    def fits(choices: Choices, requests: int) -> bool:
-        short = missing_bytes(shape, choices, requests)
-        return short <= 0 and (not host_memory_bytes or host_bytes(shape, choices) <= host_memory_bytes)
 
-    for found in _candidates(shape, start, left_open, may_quantize):
-        if fits(found.choices, found.requests):
-            return found
+    shape: ModelShape
+    start: ServingConfig
+    open_fields: frozenset[Field]
+    offload_bound_bytes: int
+    host_memory_bytes: int
+    may_quantize: bool
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether candidates in NF4 are tried beside those as the checkpoint is."""
+        return self.may_quantize and Field.QUANTIZATION in self.open_fields and not self.start.nf4
+
+    @property
+    def smallest_weights(self) -> ServingConfig:
+        """The start with the smallest weights that it may have."""
+        return replace(self.start, nf4=True) if self.quantizes else self.start
+
+    def fits(self, candidate: Candidate) -> bool:
+        """Whether a candidate fits on GPUs and host."""
+        model = MemoryModel(self.shape, candidate.config)
+        return model.missing_bytes(candidate.requests) <= 0 and (
+            not self.host_memory_bytes or model.host_beside_gpus().total_bytes <= self.host_memory_bytes)
+
+
+def search(space: SearchSpace) -> Candidate | None:
+    """Find the best configuration that fits within the bounds; None when nothing fits."""
+    for tier in (resident, resident_nf4, tight, useful_offload, any_offload):
+        for candidate in tier(space):
+            if space.fits(candidate):
+                return candidate
     return None
 
 
-def _candidates(shape: ModelShape, start: Choices, left_open: frozenset[str], may_quantize: bool) -> Iterator[Found]:
-    quantizable = may_quantize and "quantization" in left_open and start.quantization is None
-    best = replace(start, quantization="bitsandbytes") if quantizable else start
-    resident, small = start, best
-    if "offload_bytes" in left_open:
-        resident, small = replace(start, offload_bytes=0), replace(best, offload_bytes=0)
-    for level in _COMFORTABLE if quantizable else _RESIDENT:
-        yield Found(at_level(resident, level, left_open), 1, 2)
-    if quantizable:
-        for level in _RESIDENT:
-            yield Found(at_level(small, level, left_open), 2, 2)
-    tight = at_level(small, _TIGHT, left_open)
-    fewer = fewer_graphs(tight) if "capture_limit" in left_open else ()
-    for candidate in (tight, *fewer, *([replace(tight, eager=True)] if "eager" in left_open else [])):
-        yield Found(candidate, 2 if quantizable else 1, 1)
-    if "offload_bytes" in left_open:
-        large = start.limit_bytes * start.gpus >= _LARGE_BYTES
-        for level in (_USEFUL_LARGE, _USEFUL) if large else (_USEFUL,):
-            yield Found(_offloading(shape, at_level(best, level, left_open), left_open, 2), 3, 2)
-    for uva in (False, True):  # without buffers, where host memory or the card is too small for those
-        for level in LEVELS[6:]:
+def resident(space: SearchSpace) -> Iterator[Candidate]:
+    """Everything on the GPUs as the checkpoint is: only with a comfortable load where NF4 is the alternative."""
+    for load in COMFORTABLE_TIERS if space.quantizes else RESIDENT_TIERS:
+        yield Candidate(at_load(space.start, load, space.open_fields), PlacementTier.RESIDENT, 2)
+
+
+def resident_nf4(space: SearchSpace) -> Iterator[Candidate]:
+    """Everything on the GPUs in NF4."""
+    for load in RESIDENT_TIERS if space.quantizes else ():
+        yield Candidate(at_load(space.smallest_weights, load, space.open_fields), PlacementTier.RESIDENT_NF4, 2)
+
+
+def tight(space: SearchSpace) -> Iterator[Candidate]:
+    """Everything on the GPUs for one request, with fewer CUDA graphs and at last none."""
+    config = at_load(space.smallest_weights, TIGHT_TIER, space.open_fields)
+    configs = [config]
+    if Field.CAPTURE in space.open_fields:
+        configs += with_fewer_graphs(config)
+    if Field.EAGER in space.open_fields:
+        configs.append(replace(config, eager=True))
+    tier = PlacementTier.RESIDENT_NF4 if space.quantizes else PlacementTier.RESIDENT
+    for each in configs:
+        yield Candidate(each, tier, 1)
+
+
+def useful_offload(space: SearchSpace) -> Iterator[Candidate]:
+    """The least offload that leaves memory for two requests of a useful context."""
+    if Field.OFFLOAD not in space.open_fields:
+        return
+    large = space.start.limit_bytes * space.start.parallelism.gpus >= _LARGE_BYTES
+    for load in (CONTEXT_8K, CONTEXT_4K) if large else (CONTEXT_4K,):
+        config = at_load(space.smallest_weights, load, space.open_fields)
+        yield Candidate(_with_least_offload(space, config, 2), PlacementTier.USEFUL_OFFLOAD, 2)
+
+
+def any_offload(space: SearchSpace) -> Iterator[Candidate]:
+    """The least offload for a short context; then by UVA, without buffers on the GPU."""
+    for uva in (False, True):
+        for load in SMALL_TIERS:
             for requests in (2, 1):
-                tight = at_level(best, level, left_open)
-                yield Found(_offloading(shape, tight, left_open, requests, uva), 4, requests)
+                config = at_load(space.smallest_weights, load, space.open_fields)
+                yield Candidate(_with_least_offload(space, config, requests, uva), PlacementTier.ANY_OFFLOAD, requests)
 
 
-def _offloading(shape: ModelShape, start: Choices, left_open: frozenset[str], requests: int,
-                uva: bool = False) -> Choices:
-    """With the least offload, without CUDA graphs where most of a pass is waiting for the link, and with guesses."""
-
-    def least(choices: Choices) -> Choices:
-        return least_offload(shape, choices, requests, uva) if "offload_bytes" in left_open else choices
-
-    def mostly_waits(choices: Choices) -> bool:
-        return 2 * offloaded_bytes(shape, choices) > layer_bytes(shape, start)[0]
-
-    guessing = start
-    if "speculative_tokens" in left_open and not uva and not shape.experts:
-        guessing = replace(start, speculative_tokens=max(0, min(GUESSED, _CHECKED // start.max_num_seqs - 1)))
-        if "capture_limit" in left_open:  # graphs as without guesses, so that these cost no memory
-            guessing = replace(guessing, capture_limit=2 * start.max_num_seqs)
-    found = least(guessing)
-    if "eager" in left_open and mostly_waits(found):
-        return least(replace(guessing, eager=True))
-    checks_for_free = mostly_waits(found) or (found.quantization != "bitsandbytes" and offloaded_bytes(shape, found))
-    return found if checks_for_free else least(start)
+def smallest(space: SearchSpace) -> ServingConfig:
+    """The smallest configuration within the bounds, which a refusal is explained with."""
+    config = at_load(replace(space.start, nf4=space.start.nf4 or space.quantizes), SMALLEST, space.open_fields)
+    if Field.EAGER in space.open_fields:
+        config = replace(config, eager=True)
+    if Field.OFFLOAD not in space.open_fields:
+        return config
+    return least_offload(MemoryModel(space.shape, config), 1, space.offload_bound_bytes)
 
 
-def fewer_graphs(choices: Choices) -> Iterator[Choices]:
-    """With CUDA graphs for smaller and smaller batches only, down to one request alone."""
-    if not choices.eager:
-        yield from (replace(choices, capture_limit=most) for most in reversed(captured_sizes(choices)[:-1]))
+def _with_least_offload(space: SearchSpace, start: ServingConfig, requests: int, uva: bool = False) -> ServingConfig:
+    """Offload as little as possible, with draft tokens, and without CUDA graphs where most of a pass waits for PCIe."""
+    whole_bytes = MemoryModel(space.shape, start).weights.layers_bytes
+
+    def least(config: ServingConfig) -> MemoryModel:
+        model = MemoryModel(space.shape, config)
+        if Field.OFFLOAD not in space.open_fields:
+            return model
+        return model.with_config(least_offload(model, requests, space.offload_bound_bytes, uva))
+
+    def mostly_waits(model: MemoryModel) -> bool:
+        return 2 * model.offloaded.stage_bytes(0) > whole_bytes
+
+    drafting = start
+    if Field.SPECULATION in space.open_fields and not uva and not space.shape.experts:
+        tokens = max(0, min(DRAFT_TOKENS, _VERIFIED // start.limits.max_num_seqs - 1))
+        drafting = replace(start, speculation=Speculation(tokens))
+        if Field.CAPTURE in space.open_fields:  # graphs as without draft tokens, so that these take no memory
+            drafting = replace(drafting, capture_limit=2 * start.limits.max_num_seqs)
+    model = least(drafting)
+    if Field.EAGER in space.open_fields and mostly_waits(model):
+        return least(replace(drafting, eager=True)).config
+    verifies_for_free = mostly_waits(model) or (not model.config.nf4 and model.offloaded.stage_bytes(0))
+    return model.config if verifies_for_free else least(start).config
 
 
-def at_level(choices: Choices, level: Level, left_open: frozenset[str]) -> Choices:
-    """The choices at a level, as far as they are left open; given values are bounds."""
-    changes: dict[str, int] = {}
-    sequences = min(level.sequences, choices.max_num_seqs) if "max_num_seqs" in left_open else choices.max_num_seqs
-    length = min(level.context, choices.max_model_len) if "max_model_len" in left_open else choices.max_model_len
-    if "max_model_len" in left_open:
-        changes["max_model_len"] = length
-    if "max_num_seqs" in left_open:
-        changes["max_num_seqs"] = sequences
-    if "max_num_batched_tokens" in left_open:
-        most = min(level.tokens, choices.max_num_batched_tokens, sequences * length)
-        changes["max_num_batched_tokens"] = max(most, sequences)
-    return replace(choices, **changes)  # type: ignore[arg-type]  # mypy takes the dictionary for every field's value
+def with_fewer_graphs(config: ServingConfig) -> Iterator[ServingConfig]:
+    """Copies with CUDA graphs for smaller and smaller batches only, down to a single request."""
+    if not config.eager:
+        yield from (replace(config, capture_limit=most) for most in reversed(captured_sizes(config)[:-1]))
+
+
+def at_load(config: ServingConfig, load: LoadTier, open_fields: frozenset[Field]) -> ServingConfig:
+    """Copy with a tier's load for the open fields; the configuration's own limits are upper bounds."""
+    limits = config.limits
+    sequences = min(load.sequences, limits.max_num_seqs) if Field.SEQUENCES in open_fields else limits.max_num_seqs
+    context = min(load.context, limits.max_model_len) if Field.CONTEXT in open_fields else limits.max_model_len
+    batch = limits.max_num_batched_tokens
+    if Field.BATCH in open_fields:
+        batch = max(min(load.tokens, batch, sequences * context), sequences)
+    return config.with_limits(max_model_len=context, max_num_seqs=sequences, max_num_batched_tokens=batch)
+
+

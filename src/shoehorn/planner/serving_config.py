@@ -1,75 +1,140 @@
-"""The serving configuration that a plan decides on, and the load tiers that the search tries."""
+"""The serving configuration: everything that is decided about a start and takes memory or time.
+
+Rules: it is the one truth; vLLM's options are derived from it once, at the end (`vllm_args`).
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from enum import Enum
 
 from shoehorn.model.shape import ModelShape
 
+BITSANDBYTES = "bitsandbytes"
+"""Name of the NF4 quantization, as vLLM's option and as a checkpoint's `quant_method`."""
+
+
+class WeightFormat(Enum):
+    """Format in which the engine holds the layers' weights."""
+
+    UNQUANTIZED = "none"
+    NF4 = "nf4"
+    """Quantized by bitsandbytes while loading."""
+    NF4_CHECKPOINT = "nf4-checkpoint"
+    """Quantized by bitsandbytes in the checkpoint."""
+    PACKED = "packed"
+    """As the checkpoint holds them: AWQ, GPTQ, FP8, compressed-tensors (INT4), MXFP4."""
+
+    @property
+    def is_nf4(self) -> bool:
+        """Whether bitsandbytes' kernels multiply them."""
+        return self in (WeightFormat.NF4, WeightFormat.NF4_CHECKPOINT)
+
 
 @dataclass(frozen=True)
-class Level:
-    """How much is offered: the longest request, requests at a time, and tokens in a batch."""
+class Limits:
+    """Upper bounds of a request, of requests at a time, and of tokens in a batch."""
 
-    context: int
-    sequences: int
-    tokens: int
-
-
-LEVELS = (Level(131_072, 256, 8192), Level(65_536, 256, 8192), Level(32_768, 256, 8192), Level(32_768, 64, 4096),
-          Level(16_384, 64, 2048), Level(8192, 32, 2048), Level(4096, 16, 1024), Level(2048, 8, 512),
-          Level(1024, 4, 256), Level(512, 2, 128))
-"""The largest first."""
-
-
-@dataclass(frozen=True)
-class Choices:
-    """What is decided about a start, as far as it takes memory.
-
-    Attributes:
-        limit_bytes: of one GPU, everything counted, as NVML shows it.
-        quantization: `bitsandbytes` (NF4 made while loading, or as the checkpoint is), `int4` (W4A16 in groups of 128),
-            or None: as the checkpoint is.
-        dtype_bytes: of one unquantized weight or activation; kv_dtype_bytes: of one entry of the KV cache.
-        offload_bytes: UVA offload, at most this per GPU (vLLM's cpu-offload-gb).
-        prefetch: (group size, layers offloaded in a group, steps ahead); all 0 without prefetch offload.
-        embedding_on_host: the embedding lies in host memory, and the card reads the rows it needs.
-        kv_cache_bytes: the KV cache per GPU where it is fixed; else None, and it takes what is left.
-        draft: the draft model of speculative decoding, none of it in host memory.
-        speculative_tokens: that are guessed, by a draft or otherwise, and then checked in one pass.
-        capture_limit: tokens of the largest batch that has a CUDA graph; None leaves it to the engine.
-    """
-
-    limit_bytes: int
     max_model_len: int
     max_num_seqs: int
     max_num_batched_tokens: int
-    quantization: str | None = None
-    tensor_parallel: int = 1
-    pipeline_parallel: int = 1
-    offload_bytes: int = 0
-    prefetch: tuple[int, int, int] = (0, 0, 0)
+
+
+@dataclass(frozen=True)
+class Parallelism:
+    """Division of the model over GPUs: by matrices (tensor) within each of the stages by layers (pipeline)."""
+
+    tensor: int = 1
+    pipeline: int = 1
+
+    @property
+    def gpus(self) -> int:
+        """Number of GPUs."""
+        return self.tensor * self.pipeline
+
+
+@dataclass(frozen=True)
+class NoOffload:
+    """All layers are stored on the GPUs."""
+
+
+@dataclass(frozen=True)
+class UvaOffload:
+    """Layers in host memory that the GPU reads in place, up to `bytes` on each GPU (cpu-offload-gb)."""
+
+    bytes: int
+
+
+@dataclass(frozen=True)
+class PrefetchOffload:
+    """The last `last` of every `group` layers in host memory, copied to the GPU `steps` layers ahead."""
+
+    group: int
+    last: int
+    steps: int
+
+    def offloads(self, layer: int) -> bool:
+        """Whether a layer, counted from 0, is offloaded."""
+        return layer % self.group >= self.group - self.last
+
+
+Offload = NoOffload | UvaOffload | PrefetchOffload
+
+
+@dataclass(frozen=True)
+class Speculation:
+    """Speculative decoding: draft tokens per forward pass, and the draft model where one makes them."""
+
+    draft_tokens: int = 0
+    draft: ModelShape | None = None
+
+
+@dataclass(frozen=True)
+class ServingConfig:
+    """What is decided about a start.
+
+    Attributes:
+        limit_bytes: of one device, everything counted: a GPU as NVML shows it, or the host.
+        nf4: layers are in NF4, quantized while loading or in the checkpoint.
+        embedding_on_host: the embedding is in host memory, and the GPU reads the rows it needs.
+        dtype_bytes: of one unquantized weight or activation; kv_dtype_bytes: of one entry of the KV cache.
+        eager: without CUDA graphs and torch.compile.
+        capture_limit: tokens of the largest batch that has a CUDA graph; None leaves it to the engine.
+        kv_cache_bytes: fixed size of the KV cache on each device; None gives it what the other parts leave.
+    """
+
+    limit_bytes: int
+    limits: Limits
+    nf4: bool = False
+    parallelism: Parallelism = Parallelism()
+    offload: Offload = NoOffload()
     embedding_on_host: bool = False
+    speculation: Speculation = Speculation()
     dtype_bytes: int = 2
     kv_dtype_bytes: float = 2
     block_size: int = 16
     eager: bool = False
-    kv_cache_bytes: int | None = None
-    draft: ModelShape | None = None
-    speculative_tokens: int = 0
     capture_limit: int | None = None
+    kv_cache_bytes: int | None = None
 
-    @property
-    def gpus(self) -> int:
-        """How many GPUs the model is divided over."""
-        return self.tensor_parallel * self.pipeline_parallel
+    def with_limits(self, **changes: int) -> ServingConfig:
+        """Copy with other limits."""
+        return replace(self, limits=replace(self.limits, **changes))
 
 
-def drafting(choices: Choices) -> Choices:
-    """The choices as they are for the draft alone: on the card, without CUDA graphs, in NF4 if the model is.
+def weight_format(shape: ModelShape, config: ServingConfig) -> WeightFormat:
+    """Format of the layers' weights of a model in a configuration."""
+    if shape.quantization == BITSANDBYTES:
+        return WeightFormat.NF4_CHECKPOINT
+    if shape.quantization:
+        return WeightFormat.PACKED
+    return WeightFormat.NF4 if config.nf4 else WeightFormat.UNQUANTIZED
+
+
+def draft_config(config: ServingConfig, draft: ModelShape) -> ServingConfig:
+    """Configuration of the draft model alone: on the GPU, without CUDA graphs, in NF4 where the model is.
 
     Source: vllm/v1/worker/gpu/spec_decode/standalone_ar/speculator.py; the loader of NF4 loads both.
     """
-    nf4 = choices.draft and not choices.draft.quantization and choices.quantization == "bitsandbytes"
-    return replace(choices, draft=None, speculative_tokens=0, offload_bytes=0, prefetch=(0, 0, 0), eager=True,
-                   pipeline_parallel=1, embedding_on_host=False, quantization="bitsandbytes" if nf4 else None)
+    return replace(config, speculation=Speculation(), offload=NoOffload(), eager=True, embedding_on_host=False,
+                   parallelism=replace(config.parallelism, pipeline=1), nf4=config.nf4 and not draft.quantization)

@@ -1,65 +1,149 @@
-"""Conversion between a serving configuration and vLLM's own options."""
+"""One table of knobs: fields of the serving configuration and vLLM's options, both ways.
+
+Rules: options are read into a configuration once, before the search, and derived from it once, after it.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from enum import Enum
+from typing import Any
+
 from shoehorn.common.units import GIB
-from shoehorn.model.shape import ModelShape
-from shoehorn.planner import serving_config, speculation
-from shoehorn.planner.inputs import Draft
-from shoehorn.planner.option_set import Options
-from shoehorn.planner.serving_config import Choices
+from shoehorn.planner.serving_config import (
+    BITSANDBYTES,
+    NoOffload,
+    PrefetchOffload,
+    ServingConfig,
+    Speculation,
+    UvaOffload,
+)
 
-
-def offload_options(choices: Choices) -> dict[str, object]:
-    """The engine's options for the choices' offload; what is not used is 0 or left out."""
-    options: dict[str, object] = {"cpu-offload-gb": round(choices.offload_bytes / GIB, 1)}
-    group, last, steps = choices.prefetch
-    if group:
-        options |= {"offload-backend": "prefetch", "offload-group-size": group, "offload-num-in-group": last,
-                    "offload-prefetch-step": steps}
-    if choices.embedding_on_host:
-        options["additional-config"] = {"shoehorn": {"embedding": "host"}}
-    return options
-
+NGRAM = {"method": "ngram", "num_speculative_tokens": 8, "prompt_lookup_max": 4, "prompt_lookup_min": 2}
+"""N-gram lookup, as vLLM's `speculative-config`."""
 
 _ENTRY_BYTES = {"fp8": 1, "fp8_e4m3": 1, "fp8_e5m2": 1, "int8_per_token_head": 1, "fp8_per_token_head": 1,
                 "int4_per_token_head": 0.5, "nvfp4": 0.5}
-FIELDS = {"quantization": "quantization", "cpu-offload-gb": "offload_bytes", "enforce-eager": "eager",
-           "max-model-len": "max_model_len", "max-num-seqs": "max_num_seqs",
-           "max-num-batched-tokens": "max_num_batched_tokens", "speculative-config": "speculative_tokens",
-           "max-cudagraph-capture-size": "capture_limit"}
-
-_UNBOUNDED = 1 << 40
+"""Bytes of one entry of the KV cache, by `kv-cache-dtype`; other formats are those of the model."""
 
 
-def config_of(options: Options, shape: ModelShape, limit_bytes: int, left_open: frozenset[str],
-             draft: Draft | None) -> Choices:
-    """The choices that the options make; what is left open has its bound."""
-    width = 4 if options.values.get("dtype") in ("float32", "float") else 2
-    kv_dtype = str(options.values.get("kv-cache-dtype", "auto"))
-    nf4 = "bitsandbytes" in (options.values.get("quantization"), shape.quantization)
-    group = options.whole("offload-group-size")
-    offload = 0 if group else _UNBOUNDED if "offload_bytes" in left_open else \
-        round(options.number("cpu-offload-gb") * GIB)
-    return Choices(
-        limit_bytes=limit_bytes,
-        max_model_len=options.whole("max-model-len", min(shape.max_position, serving_config.LEVELS[0].context)),
-        max_num_seqs=options.whole("max-num-seqs", serving_config.LEVELS[0].sequences),
-        max_num_batched_tokens=options.whole("max-num-batched-tokens", serving_config.LEVELS[0].tokens),
-        quantization="bitsandbytes" if nf4 else None,
-        tensor_parallel=options.whole("tensor-parallel-size", 1),
-        pipeline_parallel=options.whole("pipeline-parallel-size", 1), offload_bytes=offload,
-        prefetch=(group, options.whole("offload-num-in-group", 1), options.whole("offload-prefetch-step", 1))
-        if group else (0, 0, 0),
-        embedding_on_host=_on_host(options.values.get("additional-config")),
-        dtype_bytes=width, kv_dtype_bytes=_ENTRY_BYTES.get(kv_dtype, width),
-        block_size=options.whole("block-size", 16), eager=bool(options.values.get("enforce-eager")),
-        kv_cache_bytes=options.whole("kv-cache-memory-bytes") or None,
-        draft=draft.shape if draft else None, speculative_tokens=speculation.guessed(options),
-        capture_limit=options.whole("max-cudagraph-capture-size") or None)
+class Field(Enum):
+    """A part of the serving configuration that the search may choose."""
+
+    QUANTIZATION = "quantization"
+    EAGER = "eager"
+    CONTEXT = "context"
+    SEQUENCES = "sequences"
+    BATCH = "batch"
+    SPECULATION = "speculation"
+    CAPTURE = "capture"
+    OFFLOAD = "offload"
 
 
-def _on_host(additional: object) -> bool:
-    """Whether the engine plugin is asked to hold the embedding in host memory."""
-    own = additional.get("shoehorn") if isinstance(additional, dict) else None
-    return isinstance(own, dict) and own.get("embedding") == "host"
+@dataclass(frozen=True)
+class Knob:
+    """One of vLLM's options that belongs to a field of the configuration.
+
+    Attributes:
+        field: None where planning derives the option otherwise.
+        to_option: value for vLLM; None leaves the option out.
+        from_option: configuration with vLLM's value; `options` holds the options beside it.
+        opens: the field is open where nobody gives this option.
+        keeps: a step down keeps the value for the next plans.
+    """
+
+    option: str
+    field: Field | None
+    to_option: Callable[[ServingConfig], object]
+    from_option: Callable[[ServingConfig, Any, Mapping[str, object]], ServingConfig]
+    opens: bool = True
+    keeps: bool = True
+
+
+def _limit(name: str) -> Callable[[ServingConfig, Any, Mapping[str, object]], ServingConfig]:
+    return lambda config, value, options: config.with_limits(**{name: int(value)})
+
+
+def _prefetch(config: ServingConfig, value: Any, options: Mapping[str, object]) -> ServingConfig:
+    """Read prefetch offload, which `offload-group-size` switches on; it then replaces `cpu-offload-gb`."""
+    if not value:
+        return config
+    last, steps = (int(str(options.get(f"offload-{name}", 1))) for name in ("num-in-group", "prefetch-step"))
+    return replace(config, offload=PrefetchOffload(int(value), last, steps))
+
+
+def _embedding(config: ServingConfig, value: Any, options: Mapping[str, object]) -> ServingConfig:
+    own = value.get("shoehorn") if isinstance(value, dict) else None
+    return replace(config, embedding_on_host=isinstance(own, dict) and own.get("embedding") == "host")
+
+
+def _speculation(config: ServingConfig, value: Any, options: Mapping[str, object]) -> ServingConfig:
+    tokens = value.get("num_speculative_tokens") if isinstance(value, dict) else 0
+    return replace(config, speculation=Speculation(tokens if isinstance(tokens, int) else 0, config.speculation.draft))
+
+
+def _offload_part(name: str) -> Callable[[ServingConfig], object]:
+    return lambda config: getattr(config.offload, name) if isinstance(config.offload, PrefetchOffload) else None
+
+
+def _unread(config: ServingConfig, value: Any, options: Mapping[str, object]) -> ServingConfig:
+    return config
+
+
+KNOBS = (
+    Knob("quantization", Field.QUANTIZATION, lambda config: BITSANDBYTES if config.nf4 else None,
+         lambda config, value, options: replace(config, nf4=config.nf4 or value == BITSANDBYTES)),
+    Knob("enforce-eager", Field.EAGER, lambda config: config.eager,
+         lambda config, value, options: replace(config, eager=bool(value))),
+    Knob("max-model-len", Field.CONTEXT, lambda config: config.limits.max_model_len, _limit("max_model_len")),
+    Knob("max-num-seqs", Field.SEQUENCES, lambda config: config.limits.max_num_seqs, _limit("max_num_seqs")),
+    Knob("max-num-batched-tokens", Field.BATCH, lambda config: config.limits.max_num_batched_tokens,
+         _limit("max_num_batched_tokens")),
+    Knob("speculative-config", Field.SPECULATION,
+         lambda config: {**NGRAM, "num_speculative_tokens": config.speculation.draft_tokens}
+         if config.speculation.draft_tokens else None, _speculation),
+    Knob("max-cudagraph-capture-size", Field.CAPTURE, lambda config: None if config.eager else config.capture_limit,
+         lambda config, value, options: replace(config, capture_limit=int(value) or None)),
+    Knob("cpu-offload-gb", Field.OFFLOAD,
+         lambda config: round(config.offload.bytes / GIB, 1) if isinstance(config.offload, UvaOffload) else None,
+         lambda config, value, options: replace(config, offload=UvaOffload(round(value * GIB)) if value
+                                                else NoOffload())),
+    Knob("offload-backend", Field.OFFLOAD,
+         lambda config: "prefetch" if isinstance(config.offload, PrefetchOffload) else None, _unread, opens=False),
+    Knob("offload-group-size", Field.OFFLOAD, _offload_part("group"), _prefetch, opens=False),
+    Knob("offload-num-in-group", Field.OFFLOAD, _offload_part("last"), _unread, opens=False),
+    Knob("offload-prefetch-step", Field.OFFLOAD, _offload_part("steps"), _unread, opens=False),
+    Knob("additional-config", Field.OFFLOAD,
+         lambda config: {"shoehorn": {"embedding": "host"}} if config.embedding_on_host else None, _embedding,
+         opens=False),
+    Knob("block-size", None, lambda config: config.block_size,
+         lambda config, value, options: replace(config, block_size=int(value)), keeps=False),
+    Knob("tensor-parallel-size", None, lambda config: None,
+         lambda config, value, options: replace(config, parallelism=replace(config.parallelism, tensor=int(value))),
+         keeps=False),
+    Knob("pipeline-parallel-size", None, lambda config: None,
+         lambda config, value, options: replace(config, parallelism=replace(config.parallelism, pipeline=int(value))),
+         keeps=False),
+    Knob("kv-cache-memory-bytes", None, lambda config: None,
+         lambda config, value, options: replace(config, kv_cache_bytes=int(value) or None), keeps=False),
+    Knob("dtype", None, lambda config: None,
+         lambda config, value, options: replace(config, dtype_bytes=4 if value in ("float32", "float") else 2),
+         keeps=False),
+)
+"""In the order in which options are derived."""
+
+
+def with_options(config: ServingConfig, options: Mapping[str, object]) -> ServingConfig:
+    """Read vLLM's options into a configuration."""
+    for knob in KNOBS:
+        if options.get(knob.option) is not None:
+            config = knob.from_option(config, options[knob.option], options)
+    entry = _ENTRY_BYTES.get(str(options.get("kv-cache-dtype", "auto")), config.dtype_bytes)
+    return replace(config, kv_dtype_bytes=entry)
+
+
+def offload_options(config: ServingConfig) -> dict[str, object]:
+    """Derive all options of the offload; unlike in a plan, `cpu-offload-gb` is 0 where it is not used."""
+    derived = {knob.option: knob.to_option(config) for knob in KNOBS if knob.field is Field.OFFLOAD}
+    return {"cpu-offload-gb": 0.0, **{option: value for option, value in derived.items() if value is not None}}

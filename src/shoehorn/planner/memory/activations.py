@@ -1,89 +1,103 @@
-"""Bytes of activations, CUDA graphs, compilation and loading."""
+"""Bytes of activations, CUDA graphs, compilation and loading on one GPU."""
 
 from __future__ import annotations
 
-from shoehorn.model.shape import ModelShape
-from shoehorn.planner.memory.offload import offloaded_bytes
-from shoehorn.planner.memory.weights import embedding_bytes, head_bytes, layer_tensors
-from shoehorn.planner.serving_config import Choices, drafting
+from dataclasses import dataclass
 
-_RESIDUAL_WIDTHS = 9  # activations of a layer's width that live at once, besides the MLP's three
-_GRAPH_BYTES_PER_LAYER = 192 << 10
-_GRAPH_SUMS_BYTES_PER_LAYER = 640 << 10  # what NCCL keeps for the two all-reduces of a layer, of a graph of each kind
-_GRAPH_NF4_BYTES_PER_LAYER = 400 << 10
+from shoehorn.common.units import KIB
+from shoehorn.planner.memory.offload import OffloadedWeights
+from shoehorn.planner.memory.weights import Weights
+from shoehorn.planner.serving_config import PrefetchOffload, ServingConfig, WeightFormat
+
+_RESIDUAL_WIDTHS = 9  # activations of a layer's width that are alive at once, besides the MLP's three
+_GRAPH_BYTES_PER_LAYER = 192 * KIB
+_GRAPH_SUMS_BYTES_PER_LAYER = 640 * KIB  # NCCL's memory for the two all-reduces of a layer, of a graph of each kind
+_GRAPH_NF4_BYTES_PER_LAYER = 400 * KIB
 _LOGITS_BYTES_PER_ENTRY = 14  # bf16, then fp32 for the logits, their filtered copy and the probabilities
-
-_STRANGER = 1.5  # activations of an architecture that is not known
-
-
-def compiling_bytes(shape: ModelShape, choices: Choices) -> int:
-    """What torch.compile needs for a moment before the KV cache is made: a copy of the embedding as it is held.
-
-    0 when eager.
-    """
-    if choices.eager:
-        return 0
-    return embedding_bytes(shape, choices) + choices.max_num_batched_tokens * choices.dtype_bytes * shape.hidden
+_UNKNOWN_ARCHITECTURE = 1.5  # factor on the activations
 
 
-def loading_bytes(shape: ModelShape, choices: Choices) -> int:
-    """What the load needs for a moment beside the weights: a copy of the largest matrix, and an embedding that moves.
+@dataclass(frozen=True)
+class Activations:
+    """Memory of a configuration beside weights and KV cache, without the draft model's."""
 
-    A packed matrix is repacked for the kernel, one that is offloaded or quantized comes to the card first.
-    """
-    largest = max(*layer_tensors(shape, choices), head_bytes(shape, choices) if shape.quantization else 0)
-    nf4 = "bitsandbytes" in (choices.quantization, shape.quantization)
-    if nf4 and not shape.quantization:
-        largest = max(largest, shape.hidden * shape.intermediate * choices.dtype_bytes // choices.tensor_parallel)
-    absmax = offloaded_bytes(shape, choices) // 32 if nf4 and choices.prefetch[0] else 0  # it moves last, all at once
-    draft = loading_bytes(choices.draft, drafting(choices)) if choices.draft else 0  # it comes after the model
-    return max(largest + embedding_bytes(shape, choices) * choices.embedding_on_host + absmax, draft)
+    weights: Weights
+
+    @property
+    def _config(self) -> ServingConfig:
+        return self.weights.config
+
+    def bytes(self, stage: int) -> int:
+        """Compute the peak of vLLM's profile run: one layer over all batched tokens, or the logits of all sequences.
+
+        NF4 adds the bf16 copy of one projection that bitsandbytes makes for more than a few tokens, and its output; of
+        a mixture it unpacks all experts of a layer.
+        """
+        shape, config = self.weights.shape, self._config
+        tokens, width = config.limits.max_num_batched_tokens, config.dtype_bytes
+        inner = self.weights.divided(shape.intermediate)
+        residual = _RESIDUAL_WIDTHS * tokens * shape.hidden * width
+        layer = 3 * tokens * inner * width
+        if shape.experts:
+            each = self.weights.divided(shape.experts.intermediate)
+            layer = max(layer, tokens * shape.experts.per_token * (2 * each + max(each, shape.hidden)) * width)
+        if self.weights.format.is_nf4:
+            layer += (tokens + shape.hidden) * inner * width + self.unpacked_experts_bytes // shape.layers
+        last = stage == config.parallelism.pipeline - 1
+        sampled = min(config.limits.max_num_seqs * (1 + config.speculation.draft_tokens), tokens)
+        logits = sampled * shape.vocab * _LOGITS_BYTES_PER_ENTRY if last else 0
+        return round(max(residual + layer, logits) * (1 if shape.understood else _UNKNOWN_ARCHITECTURE))
+
+    @property
+    def unpacked_experts_bytes(self) -> int:
+        """Experts in NF4 that a forward pass writes out as bf16: all of every layer, whichever the tokens pass.
+
+        Source: vllm_bnb_plugin/quantization/fused_moe.py, _apply_4bit_dequnt.
+        """
+        shape = self.weights.shape
+        if not shape.experts or not self.weights.format.is_nf4:
+            return 0
+        each = 3 * shape.hidden * shape.experts.intermediate
+        return self.weights.divided(shape.layers * shape.experts.count * each * self._config.dtype_bytes)
+
+    @property
+    def graphs_bytes(self) -> int:
+        """CUDA graphs of all layers: one whole and one in pieces for every batch size that vLLM captures."""
+        if self._config.eager:
+            return 0
+        per_layer = _GRAPH_NF4_BYTES_PER_LAYER if self.weights.format.is_nf4 else _GRAPH_BYTES_PER_LAYER
+        sums = _GRAPH_SUMS_BYTES_PER_LAYER * (self._config.parallelism.tensor > 1)
+        return len(captured_sizes(self._config)) * self.weights.shape.layers * (per_layer + sums)
+
+    @property
+    def compiling_bytes(self) -> int:
+        """Peak of torch.compile before the KV cache is allocated: a copy of the embedding. 0 when eager."""
+        if self._config.eager:
+            return 0
+        batch = self._config.limits.max_num_batched_tokens * self._config.dtype_bytes * self.weights.shape.hidden
+        return self.weights.embedding_bytes + batch
+
+    @property
+    def loading_bytes(self) -> int:
+        """Peak of loading beside the weights: a copy of the largest matrix, and an embedding that moves to the host.
+
+        A packed matrix is repacked for the kernel; one that is offloaded or quantized is copied to the GPU first.
+        """
+        shape, config, weights = self.weights.shape, self._config, self.weights
+        largest = max(*weights.fused_tensors_bytes, weights.head_bytes if shape.quantization else 0)
+        if weights.format is WeightFormat.NF4:
+            whole = shape.hidden * shape.intermediate * config.dtype_bytes // config.parallelism.tensor
+            largest = max(largest, whole)
+        absmax = 0
+        if weights.format.is_nf4 and isinstance(config.offload, PrefetchOffload):  # moves last, all at once
+            absmax = OffloadedWeights(weights).stage_bytes(0) // 32
+        return largest + weights.embedding_bytes * config.embedding_on_host + absmax
 
 
-def activations_bytes(shape: ModelShape, choices: Choices, stage: int = 0) -> int:
-    """The peak of vLLM's profile run: one layer over all batched tokens, or the logits of all sequences.
-
-    NF4 adds the bf16 copy of one projection that bitsandbytes makes for more than a few tokens, and its output; of a
-    mixture it unpacks all experts of a layer.
-    """
-    tokens, inner = choices.max_num_batched_tokens, -(-shape.intermediate // choices.tensor_parallel)
-    width = choices.dtype_bytes
-    residual = _RESIDUAL_WIDTHS * tokens * shape.hidden * width
-    layer = 3 * tokens * inner * width
-    if shape.experts:
-        each = -(-shape.experts.intermediate // choices.tensor_parallel)
-        layer = max(layer, tokens * shape.experts.per_token * (2 * each + max(each, shape.hidden)) * width)
-    if "bitsandbytes" in (choices.quantization, shape.quantization):
-        layer += (tokens + shape.hidden) * inner * width
-        layer += unpacked_bytes(shape, choices) // shape.layers
-    last = stage == choices.pipeline_parallel - 1
-    sampled = min(choices.max_num_seqs * (1 + choices.speculative_tokens), tokens)
-    logits = sampled * shape.vocab * _LOGITS_BYTES_PER_ENTRY if last else 0
-    return round(max(residual + layer, logits) * (1 if shape.understood else _STRANGER))
+def captured_sizes(config: ServingConfig) -> list[int]:
+    """List the batch sizes that vLLM captures graphs for (vllm/config/vllm.py, _set_cudagraph_sizes)."""
+    sampled = config.limits.max_num_seqs * (1 + config.speculation.draft_tokens)
+    largest = config.capture_limit or min(2 * sampled, 512)
+    return [size for size in (1, 2, 4, *range(8, 256, 8), *range(256, 513, 16)) if size <= largest]
 
 
-def unpacked_bytes(shape: ModelShape, choices: Choices) -> int:
-    """What one GPU writes in a pass to unpack experts in NF4: all of every layer, whichever the tokens pass.
-
-    Source: vllm_bnb_plugin/quantization/fused_moe.py, _apply_4bit_dequnt.
-    """
-    if not shape.experts or "bitsandbytes" not in (choices.quantization, shape.quantization):
-        return 0
-    each = 3 * shape.hidden * shape.experts.intermediate
-    return -(-shape.layers * shape.experts.count * each * choices.dtype_bytes // choices.tensor_parallel)
-
-
-def graphs_bytes(shape: ModelShape, choices: Choices) -> int:
-    """CUDA graphs: one whole and one in pieces for every size that vLLM captures, together so much a layer."""
-    if choices.eager:
-        return 0
-    nf4 = "bitsandbytes" in (choices.quantization, shape.quantization)
-    per_layer = _GRAPH_NF4_BYTES_PER_LAYER if nf4 else _GRAPH_BYTES_PER_LAYER
-    sums = _GRAPH_SUMS_BYTES_PER_LAYER * (choices.tensor_parallel > 1)
-    return len(captured_sizes(choices)) * shape.layers * (per_layer + sums)
-
-
-def captured_sizes(choices: Choices) -> list[int]:
-    """The batch sizes that vLLM captures graphs for (vllm/config/vllm.py, _set_cudagraph_sizes)."""
-    most = choices.capture_limit or min(2 * choices.max_num_seqs * (1 + choices.speculative_tokens), 512)
-    return [size for size in (1, 2, 4, *range(8, 256, 8), *range(256, 513, 16)) if size <= most]

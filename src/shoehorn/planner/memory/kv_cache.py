@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from shoehorn.common.units import ceil_div
 from shoehorn.model.shape import KvLayers, ModelShape
 
 _BATCHES_IN_FLIGHT = 2
@@ -53,7 +54,7 @@ def layout(shape: ModelShape, max_model_len: int, block_size: int, entry_bytes: 
     size = group_size([layers for layers, _ in kinds])
 
     def page(kind: KvLayers) -> int:
-        heads = kind.heads if kind.latent else max(1, -(-kind.heads // tensor_parallel))
+        heads = kind.heads if kind.latent else max(1, ceil_div(kind.heads, tensor_parallel))
         return round(block_size * heads * kind.width * entry_bytes)
 
     blocks = 0
@@ -61,7 +62,7 @@ def layout(shape: ModelShape, max_model_len: int, block_size: int, entry_bytes: 
         tokens = max_model_len
         if kind.window:
             tokens = min(kind.window - 1 + _BATCHES_IN_FLIGHT * max_num_batched_tokens, max_model_len)
-        blocks += -(-layers // size) * (-(-tokens // block_size) + bool(kind.window))
+        blocks += ceil_div(layers, size) * (ceil_div(tokens, block_size) + bool(kind.window))
     return KvLayout(size * max(page(kind) for _, kind in kinds), blocks, max_model_len)
 
 

@@ -2,26 +2,62 @@
 
 from __future__ import annotations
 
-from shoehorn.model.shape import ModelShape
-from shoehorn.planner.memory.weights import embedding_bytes, layer_bytes, stage_share
-from shoehorn.planner.serving_config import Choices
+from dataclasses import dataclass
+
+from shoehorn.common.units import ceil_div
+from shoehorn.planner.memory.weights import Weights
+from shoehorn.planner.serving_config import Offload, PrefetchOffload, UvaOffload
 
 
-def offloaded_bytes(shape: ModelShape, choices: Choices, stage: int = 0) -> int:
-    """Weights of one GPU that lie in host memory instead."""
-    weights = round(layer_bytes(shape, choices)[0] * stage_share(shape, choices, stage))
-    if choices.prefetch[0]:
-        return weights * offloaded_layers(shape, choices.prefetch) // shape.layers
-    return min(weights, choices.offload_bytes)
+def offloaded_layers(offload: Offload, layers: int) -> int:
+    """Number of layers that a prefetch offload takes; 0 for the other kinds, which count bytes."""
+    return sum(map(offload.offloads, range(layers))) if isinstance(offload, PrefetchOffload) else 0
 
 
-def offloaded_layers(shape: ModelShape, prefetch: tuple[int, int, int]) -> int:
-    """How many layers such a prefetch offload takes: the last ones of each group."""
-    group, in_group, _ = prefetch
-    return sum(1 for layer in range(shape.layers) if layer % group >= group - in_group) if group else 0
+@dataclass(frozen=True)
+class OffloadedWeights:
+    """Weights in host memory, as the configuration offloads them."""
 
+    weights: Weights
 
-def pinned_bytes(shape: ModelShape, choices: Choices) -> int:
-    """Host memory that offload pins, all GPUs together."""
-    offloaded = sum(offloaded_bytes(shape, choices, stage) for stage in range(choices.pipeline_parallel))
-    return (offloaded + embedding_bytes(shape, choices) * choices.embedding_on_host) * choices.tensor_parallel
+    @property
+    def layers(self) -> int:
+        """Number of layers that prefetch offloads."""
+        return offloaded_layers(self.weights.config.offload, self.weights.shape.layers)
+
+    def stage_bytes(self, stage: int) -> int:
+        """Layers' weights that one GPU of a stage has in host memory."""
+        offload = self.weights.config.offload
+        stored = round(self.weights.layers_bytes * self.weights.stage_share(stage))
+        if isinstance(offload, PrefetchOffload):
+            return stored * self.layers // self.weights.shape.layers
+        return min(stored, offload.bytes) if isinstance(offload, UvaOffload) else 0
+
+    @property
+    def rank_bytes(self) -> int:
+        """Layers' weights in host memory of one tensor-parallel rank, all stages together."""
+        return sum(map(self.stage_bytes, range(self.weights.config.parallelism.pipeline)))
+
+    @property
+    def bytes(self) -> int:
+        """Layers' weights in host memory, all GPUs together."""
+        return self.rank_bytes * self.weights.config.parallelism.tensor
+
+    @property
+    def embedding_bytes(self) -> int:
+        """Embedding in host memory, all GPUs together."""
+        config = self.weights.config
+        return self.weights.embedding_bytes * config.embedding_on_host * config.parallelism.tensor
+
+    @property
+    def pinned_bytes(self) -> int:
+        """Host memory that offload pins, all GPUs together."""
+        return self.bytes + self.embedding_bytes
+
+    @property
+    def buffers_bytes(self) -> int:
+        """Buffers on each GPU for the layers that prefetch copies."""
+        offload = self.weights.config.offload
+        if not isinstance(offload, PrefetchOffload):
+            return 0
+        return ceil_div(self.weights.layers_bytes, self.weights.shape.layers) * min(offload.steps, self.layers)

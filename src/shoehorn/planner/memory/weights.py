@@ -1,99 +1,138 @@
-"""Bytes of weights, quantization state and embeddings on each GPU."""
+"""Bytes of weights, quantization state and embeddings on one GPU of each stage, before any offload."""
 
 from __future__ import annotations
 
-from shoehorn.common.units import MIB
-from shoehorn.model.shape import ModelShape
-from shoehorn.planner.serving_config import Choices
+from dataclasses import dataclass
+from functools import cached_property
+
+from shoehorn.common.units import MIB, ceil_div
+from shoehorn.model.shape import ModelShape, TensorGroup
+from shoehorn.planner.serving_config import PrefetchOffload, ServingConfig, WeightFormat, weight_format
 
 NF4_BLOCK = 64
 """Weights that share one absmax in bitsandbytes' NF4."""
 
-_INT4_BITS = 4 + 16 / 128  # one bf16 scale per 128 weights
+_ALLOCATOR_PIECE, _LARGE_TENSOR = 2 * MIB, 10 * MIB
 
 
-def stage_share(shape: ModelShape, choices: Choices, stage: int) -> float:
-    """The share of the layers that a stage of the pipeline holds; what does not divide goes to the middle stages.
+@dataclass(frozen=True)
+class Weights:
+    """Weights of a model in a configuration. All sizes are of one GPU; tensor parallelism divides most of them."""
 
-    Source: vllm/distributed/utils.py, get_pp_indices.
-    """
-    stages = choices.pipeline_parallel
-    each, rest = divmod(shape.layers, stages)
-    extra = set(range(stages - 1 - rest, stages - 1)) if rest < stages - 1 or stages == 1 else set(range(1, stages))
-    return (each + (stage in extra)) / shape.layers
+    shape: ModelShape
+    config: ServingConfig
 
+    @cached_property
+    def format(self) -> WeightFormat:
+        """Format of the layers' weights."""
+        return weight_format(self.shape, self.config)
 
-def layer_bytes(shape: ModelShape, choices: Choices) -> tuple[int, int]:
-    """(weights, quantization state) of all layers on one GPU of each stage, experts too, before any offload.
+    def divided(self, size: int) -> int:
+        """Share of one GPU of a stage, rounded up."""
+        return ceil_div(size, self.config.parallelism.tensor)
 
-    NF4 holds two weights a byte and one absmax per 64 weights, which the loader keeps as fp32 on the card whether or
-    not the checkpoint nests it; but for prefetch, where that of linear layers stays nested (one byte, and fp32 for each
-    256 of them) and belongs to the weights.
-    """
-    groups = shape.tensor_bytes
-    parameters = groups.linears.parameters + groups.experts.parameters
-    stored = groups.linears.bytes + groups.experts.bytes
-    nested = groups.linears.parameters // NF4_BLOCK if choices.prefetch[0] else 0
-    if shape.quantization == "bitsandbytes":
-        whole = groups.quant_state.parameters
-        nested = min(whole, nested * 2)  # two weights are one parameter of the file
-        weights, state = stored + nested * 65 // 64, (whole - nested) * 4
-    elif shape.quantization:
-        weights, state = stored + groups.quant_state.bytes, 0
-    elif choices.quantization == "bitsandbytes" and shape.understood:
-        weights, state = parameters // 2 + nested * 65 // 64, (parameters // NF4_BLOCK - nested) * 4
-    elif choices.quantization == "int4" and shape.understood:
-        weights, state = round(parameters * _INT4_BITS / 8), 0
-    else:
-        weights, state = parameters * choices.dtype_bytes, 0
-    return -(-weights // choices.tensor_parallel), -(-state // choices.tensor_parallel)
+    @cached_property
+    def _layers(self) -> tuple[int, int]:
+        """Compute bytes of (weights, quantization state) of all layers, experts included, undivided.
 
+        NF4 holds two weights a byte and one absmax per 64 weights. The loader keeps the absmax as fp32 on the GPU even
+        if the checkpoint nests it. Only prefetch leaves that of linear layers nested (one byte, and fp32 for each 256
+        of them); it then belongs to the weights.
+        """
+        groups = self.shape.tensor_bytes
+        parameters = groups.linears.parameters + groups.experts.parameters
+        stored = groups.linears.bytes + groups.experts.bytes
+        nested = groups.linears.parameters // NF4_BLOCK if isinstance(self.config.offload, PrefetchOffload) else 0
+        if self.format is WeightFormat.NF4_CHECKPOINT:
+            absmax = groups.quant_state.parameters
+            nested = min(absmax, nested * 2)  # two weights are one parameter of the file
+            return stored + nested * 65 // 64, (absmax - nested) * 4
+        if self.format is WeightFormat.PACKED:
+            return stored + groups.quant_state.bytes, 0
+        if self.format is WeightFormat.NF4 and self.shape.understood:
+            return parameters // 2 + nested * 65 // 64, (parameters // NF4_BLOCK - nested) * 4
+        return parameters * self.config.dtype_bytes, 0
 
-def layer_tensors(shape: ModelShape, choices: Choices) -> list[int]:
-    """Bytes of a layer's parameters on one GPU as vLLM holds them: queries, keys and values in one, gate and up too."""
-    query, key_value = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    inner = shape.experts.count * shape.experts.intermediate if shape.experts else shape.intermediate
-    fused = [shape.hidden * (query + 2 * key_value), shape.hidden * query, 2 * shape.hidden * inner,
-             shape.hidden * inner]
-    per_layer = layer_bytes(shape, choices)[0] / shape.layers
-    return [round(per_layer * elements / sum(fused)) for elements in fused]
+    @property
+    def layers_bytes(self) -> int:
+        """Weights of all layers."""
+        return self.divided(self._layers[0])
 
+    @property
+    def quant_state_bytes(self) -> int:
+        """Quantization state of all layers."""
+        return self.divided(self._layers[1])
 
-def rounding_bytes(shape: ModelShape, choices: Choices) -> int:
-    """What torch's allocator adds: a tensor of 10 MiB or more takes whole pieces of 2 MiB (CUDACachingAllocator).
+    @cached_property
+    def fused_tensors_bytes(self) -> tuple[int, ...]:
+        """Sizes of one layer's parameters as vLLM fuses them: queries, keys and values in one, gate and up too."""
+        shape = self.shape
+        query, key_value = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+        inner = shape.experts.count * shape.experts.intermediate if shape.experts else shape.intermediate
+        fused = [shape.hidden * (query + 2 * key_value), shape.hidden * query, 2 * shape.hidden * inner,
+                 shape.hidden * inner]
+        per_layer = self.layers_bytes / shape.layers
+        return tuple(round(per_layer * elements / sum(fused)) for elements in fused)
 
-    Packed checkpoints hold several tensors where others hold one; theirs are not followed.
-    """
-    if shape.quantization:
-        return 0
-    lost = sum(-size % (2 * MIB) for size in layer_tensors(shape, choices) if size >= 10 * MIB)
-    return lost * shape.layers
+    @property
+    def rounding_bytes(self) -> int:
+        """Bytes that torch's allocator adds: a tensor of 10 MiB or more takes whole pieces of 2 MiB.
 
+        Packed checkpoints hold several tensors where others hold one; theirs are not modelled.
+        """
+        if self.shape.quantization:
+            return 0
+        return self.shape.layers * sum(-size % _ALLOCATOR_PIECE for size in self.fused_tensors_bytes
+                                       if size >= _LARGE_TENSOR)
 
-def head_bytes(shape: ModelShape, choices: Choices) -> int:
-    """The output head, or the embedding that serves as one, on one GPU."""
-    groups = shape.tensor_bytes
-    group = groups.embedding if shape.tied_embeddings else groups.lm_head
-    return -(-(group.bytes if shape.quantization else group.parameters * choices.dtype_bytes)
-             // choices.tensor_parallel)
+    def _held(self, group: TensorGroup) -> int:
+        """Size of unquantized tensors: as stored in a quantized checkpoint, else in the chosen dtype."""
+        return group.bytes if self.shape.quantization else group.parameters * self.config.dtype_bytes
 
+    @property
+    def embedding_bytes(self) -> int:
+        """The embedding alone."""
+        return self.divided(self._held(self.shape.tensor_bytes.embedding))
 
-def embedding_bytes(shape: ModelShape, choices: Choices) -> int:
-    """The embedding alone, on one GPU."""
-    group = shape.tensor_bytes.embedding
-    return -(-(group.bytes if shape.quantization else group.parameters * choices.dtype_bytes)
-             // choices.tensor_parallel)
+    @property
+    def head_bytes(self) -> int:
+        """The output head, or the embedding that serves as one."""
+        if self.shape.tied_embeddings:
+            return self.embedding_bytes
+        return self.divided(self._held(self.shape.tensor_bytes.lm_head))
 
+    def embeddings_bytes(self, stage: int) -> int:
+        """Embedding and output head that one stage holds on the GPU."""
+        first, last = stage == 0, stage == self.config.parallelism.pipeline - 1
+        holds_embedding = (first and not self.config.embedding_on_host) or (last and self.shape.tied_embeddings)
+        holds_head = last and not self.shape.tied_embeddings
+        return self.embedding_bytes * holds_embedding + self.head_bytes * holds_head
 
-def embeddings_bytes(shape: ModelShape, choices: Choices, stage: int = 0) -> int:
-    """Embedding and output head, as the checkpoint has them; split over the GPUs of a stage."""
-    first, last = stage == 0, stage == choices.pipeline_parallel - 1
-    here = (first and not choices.embedding_on_host) or (last and shape.tied_embeddings)
-    return (embedding_bytes(shape, choices) if here else 0) + (
-        head_bytes(shape, choices) if last and not shape.tied_embeddings else 0)
+    @property
+    def other_bytes(self) -> int:
+        """Norms and all other tensors, whole on every GPU."""
+        return self._held(self.shape.tensor_bytes.other)
 
+    @property
+    def rotary_bytes(self) -> int:
+        """The rotary embedding's tables, whole on every GPU."""
+        return self.shape.rotary_positions * self.shape.head_dim * self.config.dtype_bytes
 
-def other_bytes(shape: ModelShape, choices: Choices) -> int:
-    """Norms and whatever else, whole on every GPU."""
-    other = shape.tensor_bytes.other
-    return other.bytes if shape.quantization else other.parameters * choices.dtype_bytes
+    @property
+    def absorbed_bytes(self) -> int:
+        """Copies of projections that the engine makes beside the weights of compressed attention (MLA)."""
+        return self.divided(self.shape.absorbed_parameters * self.config.dtype_bytes)
+
+    def stage_layers(self, stage: int) -> int:
+        """Layers of a pipeline stage; what does not divide goes to the middle stages.
+
+        Source: vllm/distributed/utils.py, get_pp_indices.
+        """
+        stages = self.config.parallelism.pipeline
+        each, rest = divmod(self.shape.layers, stages)
+        extra = range(stages - 1 - rest, stages - 1) if rest < stages - 1 or stages == 1 else range(1, stages)
+        return each + (stage in extra)
+
+    def stage_share(self, stage: int) -> float:
+        """Share of the layers that a pipeline stage holds."""
+        return self.stage_layers(stage) / self.shape.layers

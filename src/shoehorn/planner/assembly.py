@@ -1,0 +1,97 @@
+"""What plans on GPUs and on the CPU have in common: checks of disk and host memory, remarks, and the plan itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from shoehorn.common.units import format_size
+from shoehorn.planner.inputs import PlanInputs
+from shoehorn.planner.memory.device import DeviceMemory
+from shoehorn.planner.memory.model import MemoryModel
+from shoehorn.planner.option_set import OptionSet
+from shoehorn.planner.placement import Placement
+from shoehorn.planner.plan import Plan, Refusal
+from shoehorn.planner.reasons import MACHINE, MODEL, PROFILE, Reason
+from shoehorn.planner.refusal_texts import Remedy
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """All that is decided about a start, before it is checked whether it fits.
+
+    Attributes:
+        devices: memory of each GPU in use, then of the CPU.
+        remarks: reasons of the builder that are about no option.
+    """
+
+    inputs: PlanInputs
+    by_user: frozenset[str]
+    options: OptionSet
+    model: MemoryModel
+    devices: tuple[DeviceMemory, ...]
+    remarks: tuple[Reason, ...]
+
+    @property
+    def host(self) -> DeviceMemory:
+        """Memory of the CPU."""
+        return self.devices[-1]
+
+    @property
+    def reasons(self) -> tuple[Reason, ...]:
+        """All reasons, those of the options first."""
+        return (*self.options.reasons.values(), *_common_remarks(self.inputs, self.host), *self.remarks)
+
+    def refuse(self, code: str, missing: str, missing_bytes: int, remedies: list[Remedy], **params: object) -> Refusal:
+        """Refuse the start."""
+        return Refusal(code, params, missing, missing_bytes, tuple(remedies), self.inputs.profile.name, self.reasons,
+                       self.devices)
+
+    def check_disk(self) -> Refusal | None:
+        """Refuse where the volume has too little space for the model's files."""
+        needed, free = self.inputs.shape.disk_bytes, self.inputs.disk_free_bytes
+        if free is None or needed <= free:
+            return None
+        remedies = [Remedy("free-disk", needed - free), Remedy("larger-volume")]
+        return self.refuse("disk-too-small", "disk", needed - free, remedies, needed=format_size(needed),
+                           directory=self.inputs.settings.models_dir, free=format_size(free))
+
+    def missing_host_bytes(self) -> int:
+        """Host memory that the start lacks; 0 where there is enough, or where its size is unknown."""
+        available = self.inputs.hardware.host_memory_bytes
+        return max(0, self.host.total_bytes - available) if available else 0
+
+    def refuse_host(self, remedies: list[Remedy]) -> Refusal:
+        """Refuse because of too little host memory."""
+        offloaded = f" ({format_size(self.host.pinned_bytes)} of it for offloaded layers)" if len(self.devices) > 1 \
+            else ""
+        return self.refuse("host-memory-too-small", "host_memory", self.missing_host_bytes(), remedies,
+                           needed=format_size(self.host.total_bytes), offloaded=offloaded,
+                           available=format_size(self.inputs.hardware.host_memory_bytes))
+
+    def plan(self, environment: Mapping[str, str], placement: Placement, cache_bytes: int,
+             tokens_per_second: Mapping[str, float | None]) -> Plan:
+        """Make the plan."""
+        inputs, draft = self.inputs, self.inputs.draft
+        return Plan(
+            engine_args=self.options.values, engine_environment={**environment, **inputs.profile.environment},
+            reasons=self.reasons, profile=inputs.profile.name, devices=self.devices, placement=placement,
+            offloaded_bytes=self.model.offloaded.bytes if len(self.devices) > 1 else 0,
+            kv_cache_tokens=self.model.kv_tokens(cache_bytes), expected_tokens_per_second=tokens_per_second,
+            disk_bytes=inputs.shape.disk_bytes + (draft.shape.disk_bytes if draft else 0), config=self.model.config,
+            fixed=self.by_user, draft=draft)
+
+
+def _common_remarks(inputs: PlanInputs, host: DeviceMemory) -> list[Reason]:
+    """Notes of profile and model, and the state of host memory."""
+    remarks = [Reason("profile", inputs.profile.name, PROFILE, "profile-note", {"note": note})
+               for note in inputs.profile.notes]
+    remarks += [Reason("model", inputs.shape.architecture, MODEL, "model-note", {"note": note})
+                for note in inputs.shape.notes]
+    needed, hardware = format_size(host.total_bytes), inputs.hardware
+    if not hardware.host_memory_bytes:
+        remarks.append(Reason("host-memory", needed, MACHINE, "host-memory-unknown"))
+    elif host.total_bytes > hardware.host_available_bytes:
+        remarks.append(Reason("host-memory", needed, MACHINE, "host-memory-used",
+                              {"available": format_size(hardware.host_available_bytes)}))
+    return remarks

@@ -1,0 +1,109 @@
+"""Options that are given: by the profile, the settings, VLLM_EXTRA_ARGS, the last known good configuration.
+
+Rules: VLLM_EXTRA_ARGS wins over the settings, a setting over the profile; two of them that contradict each
+other, or the model, are a `SettingsError` that names both.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from shoehorn.common.errors import SettingsError
+from shoehorn.config import vllm_options
+from shoehorn.model.shape import ModelShape
+from shoehorn.planner import speculation
+from shoehorn.planner.inputs import PlanInputs, PlanSettings
+from shoehorn.planner.option_set import OptionSet
+from shoehorn.planner.reasons import MODEL, PROFILE, SETTING, STEP_DOWN, Reason
+from shoehorn.planner.serving_config import BITSANDBYTES
+
+_NOT_ESTIMATED = ("data-parallel-size", "enable-lora", "compilation-config", "spec-model", "kv-offloading-size",
+                  "attention-backend")
+"""Options that change memory in a way that the estimate does not model."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """The options that are given, and which of them the user gave."""
+
+    options: OptionSet
+    by_user: frozenset[str]
+
+
+def given_options(inputs: PlanInputs) -> Given:
+    """Collect the given options in the order of precedence, and check them against the model.
+
+    Raises:
+        SettingsError: settings that contradict each other or the model.
+    """
+    options = OptionSet()
+    for option, value in inputs.profile.engine.items():
+        options = options.set(option, value, PROFILE, "profile", profile=inputs.profile.name)
+    options = _with_settings(options, inputs.settings)
+    for option, value in vllm_options.parse_arguments(inputs.settings.vllm_extra_args).items():
+        options = options.set_by_user(option, value, setting="VLLM_EXTRA_ARGS")
+    by_user = options.fixed
+    for option, value in inputs.known_good.items():
+        if option not in by_user:
+            options = options.drop(option, STEP_DOWN, "step-down-dropped") if value is None else \
+                options.set(option, value, STEP_DOWN, "step-down")
+            options = options.fix(option)
+    options = _quantization(options, inputs.settings, inputs.shape)
+    options = _context(options, inputs.shape)
+    options = speculation.apply_draft(options, inputs.draft)
+    for option in _NOT_ESTIMATED:
+        if _is_in_use(option, options.values.get(option)):
+            options = options.note(option, "not-estimated")
+    return Given(options, by_user)
+
+
+def _is_in_use(option: str, value: object) -> bool:
+    """Whether a value switches a feature on."""
+    return bool(value) and not (option == "data-parallel-size" and value == 1)
+
+
+def _with_settings(options: OptionSet, settings: PlanSettings) -> OptionSet:
+    for name, option, value in (("MAX_MODEL_LEN", "max-model-len", settings.max_model_len),
+                                ("MAX_NUM_SEQS", "max-num-seqs", settings.max_num_seqs)):
+        if value is not None:
+            options = options.set_by_user(option, value, setting=name)
+    options = speculation.apply_setting(options, settings)
+    if settings.trust_remote_code:
+        options = options.set_by_user("trust-remote-code", True, setting="TRUST_REMOTE_CODE")
+    return options
+
+
+def _quantization(options: OptionSet, settings: PlanSettings, shape: ModelShape) -> OptionSet:
+    """Apply QUANTIZATION, and check the result against the checkpoint's own quantization."""
+    if settings.quantization == "int4":  # the shape is that of the converted checkpoint
+        if "quantization" in options.fixed:
+            raise SettingsError("QUANTIZATION=int4 and --quantization in VLLM_EXTRA_ARGS contradict each other.",
+                                "Remove one of them.", code="contradicting_quantization")
+        options = options.drop("quantization", SETTING, "converted-to-int4")
+    elif settings.quantization == "none" and "quantization" not in options.fixed:
+        options = options.drop("quantization", SETTING, "not-quantized").fix("quantization")
+    elif settings.quantization != "auto" and "quantization" not in options.fixed:
+        options = options.set_by_user("quantization", settings.quantization,
+                                      setting=f"QUANTIZATION={settings.quantization}")
+    if shape.quantization in (None, BITSANDBYTES) or options.values.get("quantization") != BITSANDBYTES:
+        return options
+    reason = options.reasons["quantization"]
+    if reason.source == SETTING:
+        raise SettingsError(f"{reason.params['setting']}: the checkpoint is already quantized ({shape.quantization}), "
+                            "so bitsandbytes cannot quantize it.",
+                            "Set QUANTIZATION=auto, or choose the model's unquantized checkpoint.",
+                            code="already_quantized")
+    return options.drop("quantization", MODEL, "already-quantized", method=shape.quantization)
+
+
+def _context(options: OptionSet, shape: ModelShape) -> OptionSet:
+    """Lower a profile's context to the model's limit."""
+    requested = options.integer("max-model-len")
+    if requested <= shape.max_position:
+        return options
+    reason = options.reasons["max-model-len"]
+    if reason.source == PROFILE:
+        return options.apply(Reason("max-model-len", shape.max_position, MODEL, "model-limit", replaces=reason))
+    name = reason.params.get("setting", "The last known good configuration")
+    raise SettingsError(f"{name}: a context of {requested} tokens exceeds the model's limit of {shape.max_position}.",
+                        f"Set MAX_MODEL_LEN to {shape.max_position} or less.", code="context_too_long")

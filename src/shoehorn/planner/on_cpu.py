@@ -1,0 +1,81 @@
+"""A plan on the CPU: small models, without GPUs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from shoehorn.common.errors import SettingsError
+from shoehorn.common.units import GIB, format_size
+from shoehorn.planner import remedies, speculation
+from shoehorn.planner.assembly import Assembly
+from shoehorn.planner.derive import derive
+from shoehorn.planner.given import Given
+from shoehorn.planner.inputs import PlanInputs
+from shoehorn.planner.load_tiers import CONTEXT_8K
+from shoehorn.planner.memory.model import MemoryModel
+from shoehorn.planner.option_set import OptionSet
+from shoehorn.planner.placement import place_on_cpu
+from shoehorn.planner.plan import Plan, Refusal
+from shoehorn.planner.reasons import MACHINE, Reason
+from shoehorn.planner.search import at_load
+from shoehorn.planner.serving_config import BITSANDBYTES, NoOffload
+from shoehorn.planner.start import open_fields, start_config, with_least_batch
+from shoehorn.planner.vllm_args import Field
+
+_KV_CACHE_BYTES = GIB
+_OPEN_FIELDS = frozenset({Field.CONTEXT, Field.SEQUENCES, Field.BATCH})
+
+
+def plan_on_cpu(inputs: PlanInputs, given: Given) -> Plan | Refusal:
+    """Plan a start on the CPU.
+
+    Raises:
+        SettingsError: the settings or the model cannot be used on this CPU.
+    """
+    _require_supported(inputs)
+    options = given.options
+    if "kv-cache-memory-bytes" not in options.values:
+        options = options.set("kv-cache-memory-bytes", _KV_CACHE_BYTES, MACHINE, "cache-default")
+    options, model = _configured(inputs, options)
+    devices = (model.host_alone(inputs.hardware.host_memory_bytes),)
+    assembly = Assembly(inputs, given.by_user, options, model, devices,
+                        (Reason("speed", None, MACHINE, "speed-unknown-cpu"),))
+    if refusal := assembly.check_disk():
+        return refusal
+    cache_bytes = model.config.kv_cache_bytes or 0
+    if (missing := model.missing_on_host()) > 0:
+        return assembly.refuse(
+            "kv-cache-too-small", "host_memory", missing, remedies.shorter_context(model, cache_bytes),
+            cache=format_size(cache_bytes), context=model.config.limits.max_model_len, short=format_size(missing))
+    if assembly.missing_host_bytes():
+        return assembly.refuse_host(remedies.on_cpu_host(model, assembly.missing_host_bytes()))
+    return assembly.plan({}, place_on_cpu(model), cache_bytes, {"batch_1": None, "batch_8": None})
+
+
+def _configured(inputs: PlanInputs, options: OptionSet) -> tuple[OptionSet, MemoryModel]:
+    """Fill in the open limits; everything else is given or has one value on a CPU."""
+    fields = open_fields(options, inputs.shape) & _OPEN_FIELDS
+    start = replace(start_config(inputs, options, inputs.hardware.host_memory_bytes), offload=NoOffload())
+    model = MemoryModel(inputs.shape, at_load(start, CONTEXT_8K, fields))
+    raised = with_least_batch(model)
+    options = derive(options, fields, raised, None, "default")
+    if raised is not model:
+        options = options.set("max-num-batched-tokens", raised.config.limits.max_num_batched_tokens, MACHINE,
+                              "one-token-per-sequence")
+    return speculation.match_quantization(options, inputs.draft, raised.config.nf4), raised
+
+
+def _require_supported(inputs: PlanInputs) -> None:
+    """Raise SettingsError for settings and models that the engine cannot serve on this CPU."""
+    shape = inputs.shape
+    if inputs.settings.vram_limit:
+        raise SettingsError(f"VRAM_LIMIT: profile {inputs.profile.name} uses no GPU.",
+                            "Unset VRAM_LIMIT, or choose another VRAM_PROFILE.", code="vram_limit_without_gpu")
+    if shape.packed_embedding:
+        raise SettingsError("The checkpoint's embedding is quantized, which is unsupported on a CPU: the first request "
+                            "would fail.", "Choose another checkpoint; for one that was converted here, type "
+                            "`shoehorn models rm NAME.int4`, and start again.", code="unsupported_checkpoint")
+    if shape.experts and shape.quantization not in (None, BITSANDBYTES) and not inputs.hardware.amx:
+        raise SettingsError("The model's experts are quantized, and this processor lacks AMX, which the engine needs "
+                            "for those.", "Set QUANTIZATION=none, or choose the model's unquantized checkpoint.",
+                            code="unsupported_processor")

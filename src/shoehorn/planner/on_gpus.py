@@ -1,0 +1,101 @@
+"""A plan on GPUs: division, share of each GPU, search, and what is missing where nothing fits."""
+
+from __future__ import annotations
+
+from shoehorn.common.units import GIB, format_size
+from shoehorn.hardware import gpu_specs
+from shoehorn.hardware.types import Gpu
+from shoehorn.planner import dtype, gpu_share, parallelism, remedies, speculation, throughput
+from shoehorn.planner.assembly import Assembly
+from shoehorn.planner.derive import derive, without_offload_bound
+from shoehorn.planner.given import Given
+from shoehorn.planner.inputs import PlanInputs
+from shoehorn.planner.memory.device import PARTS, DeviceMemory
+from shoehorn.planner.memory.model import MemoryModel
+from shoehorn.planner.option_set import OptionSet
+from shoehorn.planner.placement import place_on_gpus
+from shoehorn.planner.plan import Plan, Refusal
+from shoehorn.planner.reasons import MACHINE, Reason
+from shoehorn.planner.start import Configured, configure, with_least_batch
+
+_MUCH_USED_BYTES = GIB // 2
+"""Memory of other processes from which on a refusal names them."""
+
+
+def plan_on_gpus(inputs: PlanInputs, given: Given) -> Plan | Refusal:
+    """Plan a start on GPUs.
+
+    Raises:
+        SettingsError: the settings, or the model, do not suit the GPUs.
+    """
+    options, gpus = parallelism.divide(given.options, inputs)
+    options = dtype.supported_dtype(options, gpus, inputs.shape)
+    options, model = _derived(_best(inputs, options, gpus), inputs, given.by_user)
+    devices = (*model.gpus, model.host_beside_gpus(inputs.hardware.host_memory_bytes))
+    assembly = Assembly(inputs, given.by_user, options, model, devices, _remarks(model, gpus))
+    if refusal := assembly.check_disk():
+        return refusal
+    if (missing := model.missing_bytes()) > 0:
+        limit_bytes = model.config.limit_bytes
+        return assembly.refuse(
+            "gpu-memory-too-small", "vram", missing, remedies.on_gpus(assembly, gpus),
+            needed=format_size(limit_bytes + missing), limit=format_size(limit_bytes), short=format_size(missing),
+            largest=_largest_parts(model.gpus), others=_other_processes(gpus))
+    if assembly.missing_host_bytes():
+        return assembly.refuse_host(remedies.on_gpus_host(model, assembly.missing_host_bytes()))
+    return assembly.plan(gpu_share.allocator(gpus, model.config.limit_bytes), place_on_gpus(model),
+                         model.gpus[0].kv_cache_bytes, throughput.expected(model, gpus[0]))
+
+
+def _best(inputs: PlanInputs, options: OptionSet, gpus: tuple[Gpu, ...]) -> Configured:
+    """Search with vLLM's default share of each GPU, and with a larger one where that keeps all weights on the GPUs."""
+    default = configure(inputs, *gpu_share.limit(options, gpus, inputs.settings.vram_limit))
+    if not default.model.offloaded.stage_bytes(0) or gpu_share.OPTION in options.values:
+        return default
+    whole = options.set(gpu_share.OPTION, gpu_share.WHOLE_SHARE, MACHINE, "keeps-weights-on-gpu")
+    larger = configure(inputs, *gpu_share.limit(whole, gpus, inputs.settings.vram_limit))
+    return larger if larger.fits_without_offload else default
+
+
+def _derived(configured: Configured, inputs: PlanInputs, by_user: frozenset[str]) -> tuple[OptionSet, MemoryModel]:
+    """Derive vLLM's options from the configuration, the size of the KV cache included."""
+    fields, model = configured.open_fields, with_least_batch(configured.model)
+    options = derive(without_offload_bound(configured.options, fields, model), fields, model, configured.chosen)
+    cache_bytes = max(gpu.kv_cache_bytes for gpu in model.gpus)
+    by_share = gpu_share.OPTION in by_user  # the user leaves the cache to vLLM
+    if cache_bytes and not by_share and "kv-cache-memory-bytes" not in options.values:
+        options = options.set("kv-cache-memory-bytes", cache_bytes, MACHINE, "cache-fixed")
+    if model is not configured.model:
+        options = options.set("max-num-batched-tokens", model.config.limits.max_num_batched_tokens, MACHINE,
+                              "one-token-per-sequence")
+    return speculation.match_quantization(options, inputs.draft, model.config.nf4), model
+
+
+def _remarks(model: MemoryModel, gpus: tuple[Gpu, ...]) -> tuple[Reason, ...]:
+    """Remarks about the GPUs and their connection."""
+    remarks, gpu = [], gpus[0]
+    if len({each.name for each in gpus}) > 1:
+        remarks.append(Reason("gpus", len(gpus), MACHINE, "mixed-gpus"))
+    if model.offloaded.stage_bytes(0):
+        bandwidth, is_known = gpu_specs.host_to_device_bandwidth(gpu)
+        remarks.append(Reason("host-to-device", f"{bandwidth / 1e9:.3g} GB/s", MACHINE,
+                              "pcie" if is_known else "pcie-unknown",
+                              {"generation": gpu.pcie_generation, "lanes": gpu.pcie_width}))
+    if gpu_specs.memory_bandwidth(gpu.name) is None:
+        remarks.append(Reason("device-memory", None, MACHINE, "speed-unknown-gpu", {"gpu": gpu.name or "this GPU"}))
+    return tuple(remarks)
+
+
+def _largest_parts(gpus: tuple[DeviceMemory, ...]) -> str:
+    """Name the two largest parts of the fullest GPU, which say where a change would help."""
+    fullest = max(gpus, key=lambda gpu: gpu.total_bytes - gpu.kv_cache_bytes).parts()
+    largest = sorted(fullest, key=lambda part: -fullest[part])[:2]
+    return " and ".join(f"{PARTS[part]} ({format_size(fullest[part])})" for part in largest)
+
+
+def _other_processes(gpus: tuple[Gpu, ...]) -> str:
+    """Name the memory that other processes use, where that is much."""
+    used = max(gpu.total_bytes - gpu.free_bytes for gpu in gpus)
+    if used < _MUCH_USED_BYTES:
+        return ""
+    return f" Other processes use {format_size(used)} of the GPU: terminate them (`nvidia-smi` lists them)."

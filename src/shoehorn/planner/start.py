@@ -1,0 +1,84 @@
+"""From given options to the bounds of the search: which fields are open, and the configuration that it starts from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from shoehorn.common.units import GIB
+from shoehorn.model.shape import ModelShape
+from shoehorn.planner import speculation
+from shoehorn.planner.inputs import PlanInputs
+from shoehorn.planner.load_tiers import LARGEST
+from shoehorn.planner.memory.model import MemoryModel
+from shoehorn.planner.option_set import OptionSet
+from shoehorn.planner.reasons import PROFILE
+from shoehorn.planner.search import Candidate, SearchSpace, search, smallest
+from shoehorn.planner.serving_config import BITSANDBYTES, Limits, NoOffload, ServingConfig, Speculation
+from shoehorn.planner.vllm_args import KNOBS, Field, with_options
+
+_UNBOUNDED = 1 << 40
+
+
+@dataclass(frozen=True)
+class Configured:
+    """A configuration and the options it was chosen within.
+
+    Attributes:
+        chosen: what the search found; None where nothing fits and the configuration is the smallest.
+    """
+
+    options: OptionSet
+    open_fields: frozenset[Field]
+    model: MemoryModel
+    chosen: Candidate | None
+
+    @property
+    def fits_without_offload(self) -> bool:
+        """Whether everything is on the GPUs."""
+        return not self.model.offloaded.stage_bytes(0) and self.model.missing_bytes() <= 0
+
+
+def open_fields(options: OptionSet, shape: ModelShape) -> frozenset[Field]:
+    """List the fields that the search may choose; a profile's context and offload are upper bounds of theirs."""
+    fields = {knob.field for knob in KNOBS if knob.field and knob.opens
+              and knob.option not in options.values and knob.option not in options.fixed}
+    if options.integer("cpu-offload-gb") and "cpu-offload-gb" not in options.fixed:
+        fields.add(Field.OFFLOAD)
+    if options.integer("offload-group-size"):
+        fields.discard(Field.OFFLOAD)
+    if "max-model-len" in options.values and options.source_of("max-model-len") == PROFILE:
+        fields.add(Field.CONTEXT)
+    if not speculation.is_possible(options, shape):
+        fields.discard(Field.SPECULATION)
+    return frozenset(fields)
+
+
+def start_config(inputs: PlanInputs, options: OptionSet, limit_bytes: int) -> ServingConfig:
+    """Read the given options; fields that nobody gave have their upper bound."""
+    shape, draft = inputs.shape, inputs.draft
+    limits = Limits(min(shape.max_position, LARGEST.context), LARGEST.sequences, LARGEST.tokens)
+    config = ServingConfig(limit_bytes, limits, nf4=shape.quantization == BITSANDBYTES,
+                           speculation=Speculation(draft=draft.shape if draft else None))
+    return with_options(config, options.values)
+
+
+def configure(inputs: PlanInputs, options: OptionSet, limit_bytes: int) -> Configured:
+    """Search for the best configuration on GPUs within the given options."""
+    fields, start = open_fields(options, inputs.shape), start_config(inputs, options, limit_bytes)
+    bound = round(options.number("cpu-offload-gb") * GIB) if "cpu-offload-gb" in options.values else _UNBOUNDED
+    if Field.OFFLOAD in fields:
+        start = replace(start, offload=NoOffload())
+    space = SearchSpace(inputs.shape, start, fields, bound, inputs.hardware.host_memory_bytes,
+                        may_quantize=inputs.shape.understood and not inputs.shape.quantization)
+    chosen = search(space)
+    config = chosen.config if chosen else smallest(space)
+    return Configured(options, fields, MemoryModel(inputs.shape, config), chosen)
+
+
+def with_least_batch(model: MemoryModel) -> MemoryModel:
+    """Raise the batch to one token per sequence; a draft model takes a second place for each."""
+    limits = model.config.limits
+    least = limits.max_num_seqs * (2 if model.draft else 1)
+    if limits.max_num_batched_tokens >= least:
+        return model
+    return model.with_config(model.config.with_limits(max_num_batched_tokens=least))
