@@ -23,7 +23,7 @@ from shoehorn.config.settings import Settings
 from shoehorn.gateway.keys.api_key import Key
 from shoehorn.gateway.keys.store import KeyStore
 from shoehorn.hub.files import ModelFile
-from shoehorn.hub.repository import HubFiles
+from shoehorn.hub.repository import RemoteRepository
 from shoehorn.model.reference import ModelRef
 from shoehorn.runtime.state import Phase, StateFile
 from shoehorn.store import manifest, pull
@@ -146,7 +146,7 @@ def test_what_was_not_synced_is_lost_here(disk: Disk, monkeypatch: pytest.Monkey
                    "What counts as complete afterwards is whole, by every SHA-256.")
 def test_whenever_the_power_goes_a_model_is_whole_or_incomplete(disk: Disk, tmp_path: Path,
                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
-    def download(_settings: Settings, _hub: HubFiles, directory: Path, _wanted: Sequence[ModelFile],
+    def download(_settings: Settings, _hub: RemoteRepository, directory: Path, _wanted: Sequence[ModelFile],
                  needed: Sequence[ModelFile], _report: Report) -> None:
         for file in needed:  # as the libraries leave them: not synced
             shutil.copyfile(model / file.path, directory / file.path)

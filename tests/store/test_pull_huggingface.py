@@ -286,5 +286,5 @@ def test_without_the_token_the_setting_is_named(tmp_path: Path, model: Path) -> 
 def test_the_manifest_tells_a_source_from_another(volume: Volume) -> None:
     found = manifest.read(volume.models, volume.ref)
     assert found is not None
-    assert found.is_of(volume.ref)
-    assert not found.is_of(Volume(volume.models.parent, MODEL_REVISION="main").ref)
+    assert found.matches(volume.ref)
+    assert not found.matches(Volume(volume.models.parent, MODEL_REVISION="main").ref)

@@ -12,7 +12,7 @@ import pytest
 from shoehorn.common import mounts
 from shoehorn.common.errors import ModelUnavailableError
 from shoehorn.hub.files import ModelFile
-from shoehorn.hub.transfer import bytes_there, partial_path
+from shoehorn.hub.transfer import partial_path, stored_bytes
 from shoehorn.model.reference import ModelRef
 from shoehorn.store import locks, pull
 from support.pulling import MODEL, Volume
@@ -24,7 +24,7 @@ def test_whole_and_partial_files_count_and_none_above_its_size(tmp_path: Path) -
     (tmp_path / "whole").write_bytes(bytes(10))
     partial_path(tmp_path / "sub/partial").write_bytes(bytes(4))
     (tmp_path / "too long").write_bytes(bytes(50))
-    assert bytes_there(tmp_path, files) == 24
+    assert stored_bytes(tmp_path, files) == 24
 
 
 @pytest.mark.fault("Volume not mounted", "Told; no folder is made in its place.")

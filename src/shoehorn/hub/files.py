@@ -1,11 +1,11 @@
-"""Files of a remote repository as a hub lists them."""
+"""Files of a remote repository in the listing of a hub."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-_LONGEST_NAME_BYTES = 240  # 255 less what the hub's library appends to a partial file
+_LONGEST_NAME_BYTES = 240  # 255 minus the suffix that the hub's library appends to a partial file
 _LONGEST_PATH_BYTES = 1024
 
 
@@ -14,10 +14,10 @@ class ModelFile:
     """One file of a model.
 
     Attributes:
-        path: below the model's folder, with `/`.
-        sha256: hexadecimal, of the content once it was checked, before that as the hub lists it; "" where it does not.
-        mtime_ns: modification time at which the content was checked; None while it was not.
-        blob_id: git's SHA-1 of the content, for files that the hub lists with that and no SHA-256; else "".
+        path: relative to the model's folder, with `/`.
+        sha256: hexadecimal; of the verified content, before verification from the listing; "" if unknown.
+        mtime_ns: modification time of the verified content; None if not verified.
+        blob_id: git's SHA-1 of the content, for files that the hub lists without SHA-256; else "".
     """
 
     path: str
@@ -28,7 +28,7 @@ class ModelFile:
 
 
 def is_plain(path: str) -> bool:
-    """Whether a path stays below its folder, on every filesystem and in every log."""
+    """Return whether a path is safe: below its folder on every file system, and printable."""
     parts = PurePosixPath(path).parts
     return (path.isprintable() and "\\" not in path and not path.startswith("/") and ".." not in parts
             and "/".join(parts) == path != "" and len(path.encode()) <= _LONGEST_PATH_BYTES

@@ -1,8 +1,8 @@
-"""The HTTP API of huggingface.co and its mirrors: what a repository holds, and parts of its files.
+"""HTTP API of huggingface.co and its mirrors: listing of a repository, and ranges of its files.
 
-The rules stand in `hub_http`. Only what git LFS or Xet holds is listed with a SHA-256; small files have their git blob
-id, which is the SHA-1 of their content behind a short header.
-API as asked by huggingface_hub 2.4.0: `/api/models/{id}/revision/{revision}`, `/api/models/{id}/tree/{commit}` (in
+The rules of `repository` apply. Files in git LFS or Xet are listed with a SHA-256; small files have a git blob id, the
+SHA-1 of a short header and the content.
+API as used by huggingface_hub 2.4.0: `/api/models/{id}/revision/{revision}`, `/api/models/{id}/tree/{commit}` (in
 pages, the next one in the header `Link`) and `/{id}/resolve/{commit}/{path}`.
 """
 
@@ -16,13 +16,13 @@ import httpx
 from shoehorn.common.errors import ModelUnavailableError
 from shoehorn.config.settings import Settings
 from shoehorn.hub.files import ModelFile
-from shoehorn.hub.repository import COMMIT, HubFailedError, HubFiles, checked
+from shoehorn.hub.repository import COMMIT, HubFailedError, RemoteRepository, listed_file
 
 DEFAULT_ENDPOINT = "https://huggingface.co"
-_MOST_PAGES = 100  # of 1000 entries each
+_MAX_PAGES = 100  # of 1000 entries each
 
 
-class HuggingFaceHub(HubFiles):
+class HuggingFaceRepository(RemoteRepository):
     """A repository on Hugging Face."""
 
     source = "huggingface"
@@ -33,32 +33,34 @@ class HuggingFaceHub(HubFiles):
         secret = {"Authorization": f"Bearer {settings.hf_token}"} if settings.hf_token else {}
         super().__init__(model, revision, settings.hf_endpoint or DEFAULT_ENDPOINT, secret)
 
-    def _listed(self) -> Iterator[ModelFile]:
-        document, _ = self._document(self._url(f"api/models/{self.model}/revision/{self.revision}"))
+    def _list_files(self) -> Iterator[ModelFile]:
+        document, _ = self._get_json(self._url(f"api/models/{self.model}/revision/{self.revision}"))
         commit = document["sha"]
         if not COMMIT.fullmatch(commit):
-            raise self._unreadable()
+            raise self._invalid_listing_error()
         self.commit = commit
         url = self._url(f"api/models/{self.model}/tree/{commit}", recursive="true", expand="false")
-        for _ in range(_MOST_PAGES):
-            entries, answer = self._document(url)
+        for _ in range(_MAX_PAGES):
+            entries, response = self._get_json(url)
             for entry in entries:
                 if entry["type"] == "file":
                     lfs = entry.get("lfs")
-                    yield (checked(entry["path"], int(lfs["size"]), str(lfs["oid"]).lower()) if lfs
-                           else checked(entry["path"], int(entry["size"]), blob_id=str(entry["oid"]).lower()))
-            following = answer.links.get("next", {}).get("url")
+                    yield (listed_file(entry["path"], int(lfs["size"]), str(lfs["oid"]).lower()) if lfs
+                           else listed_file(entry["path"], int(entry["size"]), blob_id=str(entry["oid"]).lower()))
+            following = response.links.get("next", {}).get("url")
             if not following:
                 return
-            url = url.copy_merge_params(httpx.URL(following).params)  # a mirror may name another host there
-        raise ModelUnavailableError(f"{self.model} has more files than any model.", "Choose another.")
+            url = url.copy_merge_params(httpx.URL(following).params)  # a mirror may return the URL of another host
+        raise ModelUnavailableError(f"{self.model}: too many files in the listing.", "Choose another model.",
+                                    code="hub_invalid_listing")
 
-    def _address(self, name: str) -> httpx.URL:
+    def _file_url(self, name: str) -> httpx.URL:
         return self._url(f"{self.model}/resolve/{self.commit}/{quote(name)}")
 
-    def _refusal(self, answer: httpx.Response, name: str) -> ModelUnavailableError:
-        wrong_token = answer.headers.get("x-error-message") == "Invalid credentials in Authorization header"
-        if answer.status_code == httpx.codes.UNAUTHORIZED and not name and not wrong_token:  # so for absent models too
-            return HubFailedError(f"The hub has no model {self.model}, or does not let us read it.",
-                                  "Check MODEL_ID; for a private one set HF_TOKEN to a token that may.")
-        return super()._refusal(answer, name)
+    def _response_error(self, response: httpx.Response, name: str) -> ModelUnavailableError:
+        wrong_token = response.headers.get("x-error-message") == "Invalid credentials in Authorization header"
+        if response.status_code == httpx.codes.UNAUTHORIZED and not name and not wrong_token:  # also for missing models
+            return HubFailedError(f"{self.model}: not found on the hub, or permission denied.",
+                                  "Check MODEL_ID; for a private model set HF_TOKEN to a token with access.",
+                                  code="hub_not_found")
+        return super()._response_error(response, name)

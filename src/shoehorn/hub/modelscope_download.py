@@ -1,13 +1,13 @@
-"""The download from ModelScope, by its own library, of exactly the files that `store` chose.
+"""Download of selected files from ModelScope with its library.
 
 Rules:
-- the library gets the checked listing, so that it asks for no other path, and what it leaves is checked by `store`;
-- nothing of it lies on the volume but the files and, beside them, `*.incomplete` ones from which it resumes: its home
-  is a private folder under RUN_DIR, because it unpickles what it finds there;
-- it reads its environment when it is imported, so that happens here and late;
-- its errors become words that name neither token nor signed address.
-`modelscope.snapshot_download` ends in the `HubApi.download_repo` that is called here; importing `modelscope` itself
-would load torch first.
+- the library gets the validated listing, so that it requests no other path; `store` verifies the downloaded files;
+- on the volume the library writes only the files and `*.incomplete` files, from which it resumes. Its home is a
+  private folder under RUN_DIR, because it unpickles files there;
+- the library reads the environment on import, so it is imported here, late;
+- error messages contain neither token nor signed URL.
+This module calls `HubApi.download_repo`, as `modelscope.snapshot_download` does; importing `modelscope` would load
+torch.
 """
 
 from __future__ import annotations
@@ -22,50 +22,58 @@ from shoehorn.common import disk
 from shoehorn.common.errors import ModelUnavailableError
 from shoehorn.config.settings import Settings
 from shoehorn.hub.files import ModelFile
-from shoehorn.hub.modelscope import Hub
-from shoehorn.hub.repository import HubFiles
-from shoehorn.hub.transfer import arrivals, gone, not_let, private_home, stopped, wrong_size
+from shoehorn.hub.modelscope import ModelScopeRepository
+from shoehorn.hub.repository import RemoteRepository
+from shoehorn.hub.transfer import (
+    interrupted_error,
+    missing_file_error,
+    permission_error,
+    private_home,
+    receive_callback,
+    size_mismatch_error,
+)
 
 _CHUNK_BYTES = 1 << 20
-_FILE_SECONDS = 7 * 24 * 3600  # for one file in all; its own limit of an hour ends a shard on a slow line
+_FILE_SECONDS = 7 * 24 * 3600  # per file; the library's default of one hour is too short for a shard on a slow line
 
 
-def download(settings: Settings, hub: HubFiles, directory: Path, needed: Sequence[ModelFile]) -> None:
+def download(settings: Settings, hub: RemoteRepository, directory: Path, needed: Sequence[ModelFile]) -> None:
     """Fetch `needed` into `directory`.
 
     Raises:
-        ModelUnavailableError: some file could not be had; the others and partial ones are kept.
+        ModelUnavailableError: a file is unavailable; other and partial files are kept.
     """
     library = _library(settings)
     api = library.HubApi(endpoint=hub.endpoint, token=settings.modelscope_api_token or "")
     listing = [{"Path": file.path, "Type": "blob", "Size": file.size_bytes, "Sha256": file.sha256} for file in needed]
     try:
         api.download_repo(hub.model, "model", revision=hub.commit or hub.revision, local_dir=directory,
-                          file_list=listing, progress_callbacks=[_told(library, arrivals(settings, directory, needed))])
-    except (library.HubError, OSError) as error:  # the errors of `requests` are OSErrors too
-        raise _in_words(library, error, settings) from error
+                          file_list=listing,
+                          progress_callbacks=[_progress_class(library, receive_callback(settings, directory, needed))])
+    except (library.HubError, OSError) as error:  # errors of `requests` are OSErrors
+        raise _convert_error(library, error, settings) from error
 
 
-def _told(library: ModuleType, arrived: Callable[[int], None]) -> type:
-    """What the library is to call after each piece of a file, one object for each file."""
+def _progress_class(library: ModuleType, receive: Callable[[int], None]) -> type:
+    """Return the class that the library instantiates for each file and calls after each chunk."""
     base: type = library.ProgressCallback
 
-    class Told(base):  # type: ignore[misc]  # the library is loaded late
+    class Progress(base):  # type: ignore[misc]  # the library is imported late
         def update(self, size: int) -> None:
-            if 0 < size <= _CHUNK_BYTES:  # more at once is what an earlier try left
-                arrived(size)
+            if 0 < size <= _CHUNK_BYTES:  # more is the size of an existing partial file
+                receive(size)
 
-    return Told
+    return Progress
 
 
 def _library(settings: Settings) -> ModuleType:
     home = private_home(settings, "modelscope")
     os.environ.update({
         "MODELSCOPE_HOME": str(home), "MODELSCOPE_CACHE": str(home / "cache"),
-        "MODELSCOPE_API_TOKEN": settings.modelscope_api_token or "",  # also when empty: else it looks for a login
+        "MODELSCOPE_API_TOKEN": settings.modelscope_api_token or "",  # if unset, the library looks for a login
         "MODELSCOPE_DOWNLOAD_INTRA_CLOUD": "false", "MODELSCOPE_DOWNLOAD_TOTAL_TIMEOUT": str(_FILE_SECONDS),
-        "MODELSCOPE_DOWNLOAD_FILE_LOCK": "false",  # `volume.only_writer` is the lock; theirs can outlive a crash
-        "MODELSCOPE_DOWNLOAD_PARALLEL_WORKERS": "1",  # for one file: its parts nobody would count or clear away
+        "MODELSCOPE_DOWNLOAD_FILE_LOCK": "false",  # `store.locks` is the lock; the library's lock can outlive a crash
+        "MODELSCOPE_DOWNLOAD_PARALLEL_WORKERS": "1",  # per file: parallel parts would not be counted or removed
         "MODELSCOPE_DOWNLOAD_CHUNK_SIZE_MB": str(_CHUNK_BYTES >> 20), "MODELSCOPE_LOG_LEVEL": "WARNING",
         "TQDM_DISABLE": "1"})
     os.environ.setdefault("HOME", str(home))
@@ -74,17 +82,17 @@ def _library(settings: Settings) -> ModuleType:
     log = logging.getLogger("modelscope_hub")
     log.handlers.clear()
     log.propagate = True
-    logging.getLogger("modelscope_hub.download").addFilter(_is_no_error)
+    logging.getLogger("modelscope_hub.download").addFilter(_below_error)
     return modelscope_hub
 
 
-def _is_no_error(record: logging.LogRecord) -> bool:
-    """Retries are worth a line; failures are told by us, once."""
+def _below_error(record: logging.LogRecord) -> bool:
+    """Accept records of retries; failures are reported once, by Shoehorn."""
     return record.levelno < logging.ERROR
 
 
-def _in_words(library: ModuleType, error: Exception, settings: Settings) -> ModelUnavailableError:
-    """The library's error, which may hold one for each file."""
+def _convert_error(library: ModuleType, error: Exception, settings: Settings) -> ModelUnavailableError:
+    """Convert an error of the library, which may contain one for each file."""
     failed: dict[str, BaseException] = getattr(error, "failed_files", None) or {"": error}
     for cause in failed.values():
         if isinstance(cause, OSError) and cause.errno and not isinstance(cause, library.HubError):
@@ -92,12 +100,13 @@ def _in_words(library: ModuleType, error: Exception, settings: Settings) -> Mode
     names = ", ".join(sorted(name for name in failed if name)) or settings.model_id
     cause = next(iter(failed.values()))
     if isinstance(cause, library.FileSizeMismatchError):
-        return wrong_size(names, Hub)
+        return size_mismatch_error(names, ModelScopeRepository)
     if isinstance(cause, library.FileIntegrityError):
-        return ModelUnavailableError(f"The hub sent wrong bytes in every try, by their SHA-256: {names}.",
-                                     "Try again later, or another MODELSCOPE_ENDPOINT; nothing wrong was kept.")
+        return ModelUnavailableError(f"{names}: SHA-256 mismatch in every attempt.",
+                                     "Retry later, or set another MODELSCOPE_ENDPOINT; no invalid file was kept.",
+                                     code="hub_checksum_mismatch")
     if isinstance(cause, library.AuthenticationError | library.PermissionDeniedError):
-        return not_let(names, Hub)
+        return permission_error(names, ModelScopeRepository)
     if isinstance(cause, library.NotExistError):
-        return gone(names)
-    return stopped(names, getattr(cause, "status_code", None), cause)
+        return missing_file_error(names)
+    return interrupted_error(names, getattr(cause, "status_code", None), cause)

@@ -1,4 +1,4 @@
-"""File transfer parts that both hub clients share."""
+"""File transfer: rate limit, partial files, private library folders and errors, for both hubs."""
 
 from __future__ import annotations
 
@@ -9,75 +9,77 @@ from shoehorn.common import disk
 from shoehorn.common.errors import ModelUnavailableError
 from shoehorn.config.settings import Settings
 from shoehorn.hub.files import ModelFile
-from shoehorn.hub.rate_limit import Pace
-from shoehorn.hub.repository import HubFailedError, HubFiles
+from shoehorn.hub.rate_limit import RateLimiter
+from shoehorn.hub.repository import HubFailedError, RemoteRepository
 
 
-def arrivals(settings: Settings, directory: Path, needed: Sequence[ModelFile]) -> Callable[[int], None]:
-    """What is to be called with the bytes that arrived, by any thread: holds them to the limit, and watches the volume.
+def receive_callback(settings: Settings, directory: Path, needed: Sequence[ModelFile]) -> Callable[[int], None]:
+    """Return a thread-safe function to call with the number of received bytes.
 
-    It raises OSError (ENOSPC) where the volume would be full before the end.
+    It enforces the rate limit and raises OSError (ENOSPC) if the volume would be full before the download ends.
     """
-    pace, total = Pace(settings.pull_rate_limit), sum(file.size_bytes for file in needed)
-    monitor = disk.FreeSpaceMonitor(directory, lambda: total - bytes_there(directory, needed))
+    limiter, total = RateLimiter(settings.pull_rate_limit), sum(file.size_bytes for file in needed)
+    monitor = disk.FreeSpaceMonitor(directory, lambda: total - stored_bytes(directory, needed))
 
-    def arrived(count_bytes: int) -> None:
-        pace.take(count_bytes)
+    def receive(count_bytes: int) -> None:
+        limiter.acquire(count_bytes)
         monitor.check()
 
-    return arrived
+    return receive
 
 
-def bytes_there(directory: Path, files: Sequence[ModelFile]) -> int:
-    """How many bytes of `files` lie in `directory`, those of partial files with them."""
-    there = 0
+def stored_bytes(directory: Path, files: Sequence[ModelFile]) -> int:
+    """Count the bytes of `files` in `directory`, including partial files."""
+    total = 0
     for file in files:
         path = directory / file.path
         for candidate in (path, partial_path(path)):
             try:
-                there += min(file.size_bytes, candidate.stat().st_size)
+                total += min(file.size_bytes, candidate.stat().st_size)
                 break
             except OSError:
-                continue  # not there, or just renamed
-    return there
+                continue  # missing, or just renamed
+    return total
 
 
 def partial_path(path: Path) -> Path:
-    """Where the library keeps what it has of a file."""
+    """Return the path of a partially downloaded file."""
     return path.with_name(f"{path.name}.incomplete")
 
 
 def private_home(settings: Settings, name: str) -> Path:
-    """A folder under RUN_DIR for what a hub's library keeps, entered by its owner only."""
+    """Create a private folder under RUN_DIR for the files of a hub's library."""
     home = settings.run_dir / name
     try:
         home.mkdir(mode=0o700, parents=True, exist_ok=True)
-        home.chmod(0o700)  # fails where it belongs to another user
+        home.chmod(0o700)  # fails if another user owns it
     except OSError as error:
-        raise ModelUnavailableError(f"{home} cannot be made or kept private: {error.strerror}.",
-                                    "Set RUN_DIR to a folder that this user may write.") from error
+        raise ModelUnavailableError(f"{home}: cannot be created or made private: {error.strerror}.",
+                                    "Set RUN_DIR to a folder that this user may write.",
+                                    code="run_dir_not_writable") from error
     return home
 
 
-def wrong_size(names: str, hub: type[HubFiles]) -> ModelUnavailableError:
-    """What to say of files that come longer or shorter than listed."""
-    return ModelUnavailableError(f"The hub sends another size than it lists: {names}.",
-                                 f"Try again later, or another {hub.endpoint_setting}.")
+def size_mismatch_error(names: str, hub: type[RemoteRepository]) -> ModelUnavailableError:
+    """Return the error for files whose size differs from the listing."""
+    return ModelUnavailableError(f"{names}: size mismatch between download and hub listing.",
+                                 f"Retry later, or set another {hub.endpoint_setting}.", code="hub_size_mismatch")
 
 
-def not_let(names: str, hub: type[HubFiles]) -> ModelUnavailableError:
-    """What to say of files that this token does not open."""
-    return ModelUnavailableError(f"The hub does not let us read {names}.",
-                                 f"Set {hub.token_setting} to a token that may.")
+def permission_error(names: str, hub: type[RemoteRepository]) -> ModelUnavailableError:
+    """Return the error for files that the token does not grant access to."""
+    return ModelUnavailableError(f"{names}: permission denied by the hub.",
+                                 f"Set {hub.token_setting} to a token with access.", code="hub_permission_denied")
 
 
-def gone(names: str) -> HubFailedError:
-    """What to say of files that are listed and not given."""
-    return HubFailedError(f"The hub lists but does not have {names}.", "Try again later, or another MODEL_REVISION.")
+def missing_file_error(names: str) -> HubFailedError:
+    """Return the error for files that the hub lists but does not have."""
+    return HubFailedError(f"{names}: listed by the hub, but not found.", "Retry later, or set another MODEL_REVISION.",
+                          code="hub_file_not_found")
 
 
-def stopped(names: str, status: int | None, cause: BaseException) -> HubFailedError:
-    """What to say of a download that ended early, by an HTTP status or another error."""
-    what = f"the hub answered {status}" if status else f"the connection failed ({type(cause).__name__})"
-    return HubFailedError(f"The download of {names} stopped: {what}.",
-                          "Start again: what has arrived is kept and gone on with.")
+def interrupted_error(names: str, status: int | None, cause: BaseException) -> HubFailedError:
+    """Return the error for a download that ended early, with an HTTP status or another cause."""
+    reason = f"the hub returned status {status}" if status else f"connection failed ({type(cause).__name__})"
+    return HubFailedError(f"Download of {names}: {reason}.", "Retry: downloaded data is kept and resumed.",
+                          code="hub_download_interrupted")

@@ -65,11 +65,11 @@ def source(models_dir: Path, ref: ModelRef) -> Path | None:
     if whole or original.is_local:
         return whole
     known, journal = manifest.read(models_dir, original), read_journal(folder(models_dir, ref))
-    if not known or not known.is_of(original) or not journal or not _same(journal, original, known.commit):
+    if not known or not known.matches(original) or not journal or not _same(journal, original, known.commit):
         return None
     directory = original.directory(models_dir)
     left = [file for file in known.files if file.path not in journal.shards]
-    return directory if all(manifest.unchanged(directory, file) for file in left) else None
+    return directory if all(manifest.is_unchanged(directory, file) for file in left) else None
 
 
 def _same(journal: Journal, ref: ModelRef, commit: str) -> bool:

@@ -1,4 +1,4 @@
-"""Verification of stored files against size and checksum."""
+"""Verification of stored files by size and checksum."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from shoehorn.store import manifest
 _BLOCK_BYTES = 8 << 20
 
 
-def check_file(directory: Path, files: Iterable[ModelFile], known: Iterable[ModelFile], report: Report,
-           ) -> dict[str, ModelFile]:
-    """What lies in `directory` of `files` with the right size, each with its true checksums, synced to the disk.
+def verify_files(directory: Path, files: Iterable[ModelFile], known: Iterable[ModelFile], report: Report,
+                 ) -> dict[str, ModelFile]:
+    """Hash and sync the files of the expected size; return them with their actual checksums, by path.
 
     Args:
-        known: files that were checked before; one that did not change since is not read again.
+        known: files verified earlier; unchanged ones are not read again.
     """
     files = tuple(files)
     by_blob = {file.path for file in files if file.blob_id}
-    checked = {file.path: file for file in known
-               if manifest.unchanged(directory, file) and (file.blob_id or file.path not in by_blob)}
-    present = [file for file in files if file.path not in checked and size(directory, file) == file.size_bytes]
+    verified = {file.path: file for file in known
+                if manifest.is_unchanged(directory, file) and (file.blob_id or file.path not in by_blob)}
+    present = [file for file in files if file.path not in verified and file_size(directory, file) == file.size_bytes]
     hashed = 0
     if not present:
-        return checked
+        return verified
     with report_progress("verifying", sum(file.size_bytes for file in present), lambda: hashed, report):
         for file in present:
             digest = hashlib.sha256()
@@ -43,37 +43,39 @@ def check_file(directory: Path, files: Iterable[ModelFile], known: Iterable[Mode
                     hashed += len(block)
                 os.fsync(opened.fileno())
                 status = os.fstat(opened.fileno())
-            checked[file.path] = ModelFile(file.path, status.st_size, digest.hexdigest(), status.st_mtime_ns,
-                                           blob.hexdigest() if file.blob_id else "")
-    return checked
+            verified[file.path] = ModelFile(file.path, status.st_size, digest.hexdigest(), status.st_mtime_ns,
+                                            blob.hexdigest() if file.blob_id else "")
+    return verified
 
 
-def first_mismatch(wanted: Iterable[ModelFile], checked: Mapping[str, ModelFile]) -> list[ModelFile]:
-    """The files that are absent or are not what they should be."""
-    return [file for file in wanted
-            if not (there := checked.get(file.path)) or there.size_bytes != file.size_bytes
-            or (file.sha256 and there.sha256 != file.sha256) or (file.blob_id and there.blob_id != file.blob_id)]
+def mismatches(expected: Iterable[ModelFile], verified: Mapping[str, ModelFile]) -> list[ModelFile]:
+    """Return the files that are missing or differ in size or checksum."""
+    return [file for file in expected
+            if not (actual := verified.get(file.path)) or actual.size_bytes != file.size_bytes
+            or (file.sha256 and actual.sha256 != file.sha256) or (file.blob_id and actual.blob_id != file.blob_id)]
 
 
-def marked(files: Iterable[ModelFile], checked: Mapping[str, ModelFile]) -> tuple[ModelFile, ...]:
-    """`files`, the checked ones as checked."""
+def with_results(files: Iterable[ModelFile], verified: Mapping[str, ModelFile]) -> tuple[ModelFile, ...]:
+    """Return the files with the results of their verification."""
     files = tuple(files)
-    wrong = first_mismatch(files, checked)
-    return tuple(replace(file, mtime_ns=None) if file in wrong else checked[file.path] for file in files)
+    failed = mismatches(files, verified)
+    return tuple(replace(file, mtime_ns=None) if file in failed else verified[file.path] for file in files)
 
 
-def unlisted_files(directory: Path, files: Iterable[ModelFile]) -> list[str]:
-    """Weights in the folder that are none of `files`."""
+def unlisted_weights(directory: Path, files: Iterable[ModelFile]) -> list[str]:
+    """Return the names of weights files in the folder that are not in `files`."""
     known = {file.path for file in files}
     return sorted(path.name for path in directory.glob("*.safetensors") if path.name not in known)
 
 
-def foreign(directory: Path, strangers: Sequence[str]) -> ModelUnavailableError:
-    return ModelUnavailableError(f"{directory} holds weights that are not the model's: {', '.join(strangers)}.",
-                                 "Remove them: the engine could load them instead.")
+def unlisted_weights_error(directory: Path, names: Sequence[str]) -> ModelUnavailableError:
+    """Return the error for weights files that are not part of the model."""
+    return ModelUnavailableError(f"{directory}: contains weights that are not the model's: {', '.join(names)}.",
+                                 "Delete them: the engine could load them instead.", code="unlisted_weights")
 
 
-def size(directory: Path, file: ModelFile) -> int | None:
+def file_size(directory: Path, file: ModelFile) -> int | None:
+    """Return the size of a stored file; None if it does not exist."""
     try:
         return (directory / file.path).stat().st_size
     except FileNotFoundError:

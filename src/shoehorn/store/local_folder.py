@@ -1,4 +1,4 @@
-"""Models in a local folder."""
+"""Models in a folder of the user (MODEL_SOURCE=local)."""
 
 from __future__ import annotations
 
@@ -10,27 +10,39 @@ from shoehorn.common.errors import ModelUnavailableError
 from shoehorn.common.progress import Report
 from shoehorn.model.reference import ModelRef
 from shoehorn.store import manifest
-from shoehorn.store.check import check_file, first_mismatch, foreign, marked, size, unlisted_files
+from shoehorn.store.check import (
+    file_size,
+    mismatches,
+    unlisted_weights,
+    unlisted_weights_error,
+    verify_files,
+    with_results,
+)
 
 log = logging.getLogger("store")
 
 
-def folder_of(ref: ModelRef) -> Path:
-    """The folder that MODEL_SOURCE=local names, when it holds a model."""
+def require_local_folder(ref: ModelRef) -> Path:
+    """Return the folder of the model.
+
+    Raises:
+        ModelUnavailableError: the folder does not contain a model.
+    """
     directory = Path(ref.id)
     try:
         names = {path.name for path in directory.iterdir()}
         if "config.json" in names and any(name.endswith(".safetensors") for name in names):
             return directory.resolve()
-        reason = "config.json and *.safetensors are needed"
+        reason = "config.json or *.safetensors missing"
     except OSError as error:
-        reason = error.strerror or "it cannot be read"
-    raise ModelUnavailableError(f"MODEL_ID={directory} holds no model: {reason}.",
-                                "Set MODEL_ID to the model's folder as it is called inside the container.")
+        reason = error.strerror or "cannot be read"
+    raise ModelUnavailableError(f"MODEL_ID={directory}: not a model: {reason}.",
+                                "Set MODEL_ID to the path of the model's folder inside the container.",
+                                code="invalid_model_folder")
 
 
-def _carried(ref: ModelRef) -> tuple[Path, ModelRef] | None:
-    """For a local folder that a pull has filled, DIR/OWNER/NAME: (DIR, reference of its manifest)."""
+def _pulled_reference(ref: ModelRef) -> tuple[Path, ModelRef] | None:
+    """Return (DIR, reference of the manifest) for a folder DIR/OWNER/NAME that a pull created; else None."""
     directory = Path(ref.id).resolve()
     if not ref.is_local or len(directory.parts) < 4:
         return None
@@ -38,44 +50,52 @@ def _carried(ref: ModelRef) -> tuple[Path, ModelRef] | None:
     return stored if manifest.location(*stored).exists() else None
 
 
-def verified_local(ref: ModelRef, report: Report) -> Path:
-    if _carried(ref) is None:
-        raise ModelUnavailableError(f"Nothing tells what {ref.id} should hold: no pull has filled it.",
-                                    "Copy a model with its manifest: shoehorn pull OWNER/NAME --to DIR, then all of "
-                                    "DIR.")
-    return local(ref, report, every_byte=True) or folder_of(ref)
-
-
-def local(ref: ModelRef, report: Report | None, *, every_byte: bool = False) -> Path | None:
-    """The local folder, held to its manifest where it has one; None when it has to be read first, with a `report`.
+def verify_local(ref: ModelRef, report: Report) -> Path:
+    """Verify every byte of a folder that a pull created.
 
     Raises:
-        ModelUnavailableError: there is no model, or it is not what was pulled.
+        ModelUnavailableError: no manifest, or a mismatch.
     """
-    directory, stored = folder_of(ref), _carried(ref)
+    if _pulled_reference(ref) is None:
+        raise ModelUnavailableError(f"{ref.id}: no manifest, so it cannot be verified.",
+                                    "Copy a model with its manifest: shoehorn pull OWNER/NAME --to DIR, then copy all "
+                                    "of DIR.", code="no_manifest")
+    return locate_local(ref, report, every_byte=True) or require_local_folder(ref)
+
+
+def locate_local(ref: ModelRef, report: Report | None, *, every_byte: bool = False) -> Path | None:
+    """Return the folder after a check against its manifest, if it has one.
+
+    Args:
+        report: None if files may not be read; the result is then None if they would have to be.
+
+    Raises:
+        ModelUnavailableError: no model, or a mismatch.
+    """
+    directory, stored = require_local_folder(ref), _pulled_reference(ref)
     if stored is None:
         return directory
-    again = "Copy it again, with its .shoehorn folder; where it comes from: shoehorn pull --verify."
+    remedy = "Copy it again, with its .shoehorn folder; verify the source with: shoehorn pull --verify."
     known = manifest.read(*stored)
     if known is None or not known.complete:
-        raise ModelUnavailableError(f"{directory} is no complete model: {manifest.location(*stored)} says that its "
-                                    "pull did not end.", again)
-    if strangers := unlisted_files(directory, known.files):
-        raise foreign(directory, strangers)
-    if not every_byte and all(manifest.unchanged(directory, file) for file in known.files):
+        raise ModelUnavailableError(f"{directory}: incomplete; its pull did not finish ({manifest.location(*stored)}).",
+                                    remedy, code="incomplete_model")
+    if unlisted := unlisted_weights(directory, known.files):
+        raise unlisted_weights_error(directory, unlisted)
+    if not every_byte and all(manifest.is_unchanged(directory, file) for file in known.files):
         return directory
-    wrong = [file for file in known.files if size(directory, file) != file.size_bytes]
-    if not wrong and report is None:
+    failed = [file for file in known.files if file_size(directory, file) != file.size_bytes]
+    if not failed and report is None:
         return None
-    if not wrong and report:
-        checked = check_file(directory, known.files, () if every_byte else known.files, report)
-        wrong = first_mismatch(known.files, checked)
-    if wrong:
-        raise ModelUnavailableError(f"Not what was pulled, by size or SHA-256: "
-                                    f"{', '.join(str(directory / file.path) for file in wrong)}.", again)
+    if not failed and report:
+        verified = verify_files(directory, known.files, () if every_byte else known.files, report)
+        failed = mismatches(known.files, verified)
+    if failed:
+        names = ", ".join(str(directory / file.path) for file in failed)
+        raise ModelUnavailableError(f"{names}: size or SHA-256 mismatch.", remedy, code="checksum_mismatch")
     try:
-        manifest.write(*stored, replace(known, files=marked(known.files, checked)))
+        manifest.write(*stored, replace(known, files=with_results(known.files, verified)))
     except OSError as error:
-        log.info("%s cannot be written (%s), so the model is read again at every start", manifest.location(*stored),
+        log.info("Cannot update the manifest, verifying at every start path=%s error=%s", manifest.location(*stored),
                  error.strerror)
     return directory

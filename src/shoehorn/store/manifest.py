@@ -1,10 +1,10 @@
-"""The manifest of a model: what belongs to it, and what of that was checked, in `MODELS_DIR/.shoehorn/manifests/`.
+"""Manifest of a model: its files and the results of their verification.
 
 Rules:
-- it is written atomically, and `complete` only after every file was checked and synced: it is the one mark that a model
-  may be served;
-- it lists files that do not belong to the model any more until they are gone;
-- the volume may have been edited: a manifest that is not understood counts as none, and no path in it is believed.
+- it is written atomically, and `complete` only after every file was verified and synced: only a complete model is
+  served;
+- it lists obsolete files until they are deleted;
+- users may edit the volume: an invalid manifest counts as missing, and every path in it is validated.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 
 from shoehorn.common.atomic_file import write_atomic
 from shoehorn.common.file_stamp import stamp
+from shoehorn.config.models_dir import ModelsDir
 from shoehorn.hub.files import ModelFile, is_plain
 from shoehorn.model.reference import ModelRef
 
@@ -27,13 +28,13 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Manifest:
-    """What is known of a model's folder.
+    """Content of a model's folder.
 
     Attributes:
-        revision: as asked for: a branch, tag or commit.
-        endpoint: the address of the hub that the files came from.
-        commit: which `revision` was at that hub; "" where it told none.
-        source: as asked for: the value of MODEL_SOURCE.
+        revision: requested branch, tag or commit.
+        endpoint: base URL of the hub that the files came from.
+        commit: commit of `revision` on that hub; "" if unknown.
+        source: requested value of MODEL_SOURCE.
     """
 
     model: str
@@ -44,18 +45,18 @@ class Manifest:
     commit: str = ""
     source: str = "modelscope"
 
-    def is_of(self, ref: ModelRef) -> bool:
+    def matches(self, ref: ModelRef) -> bool:
         """Whether it describes this model, revision and source."""
         return (self.model, self.revision, self.source) == (ref.stored_id, ref.revision, ref.stored_source)
 
 
 def location(models_dir: Path, ref: ModelRef) -> Path:
-    """Path of the model's manifest."""
-    return models_dir / ".shoehorn" / "manifests" / f"{ref.stored_id.replace('/', '--')}.json"
+    """Return the path of the model's manifest."""
+    return ModelsDir(models_dir).manifest(ref.stored_id)
 
 
 def read(models_dir: Path, ref: ModelRef) -> Manifest | None:
-    """The model's manifest, or None where there is none that can be understood."""
+    """Return the manifest; None if missing or invalid."""
     path = location(models_dir, ref)
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
@@ -65,7 +66,7 @@ def read(models_dir: Path, ref: ModelRef) -> Manifest | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        log.warning("the manifest %s cannot be used (%s); the model is checked again", path, error)
+        log.warning("Invalid manifest, verifying the model again path=%s error=%s", path, error)
         return None
 
 
@@ -74,21 +75,21 @@ def _parse(document: dict[str, Any]) -> Manifest:
     for file in files:
         if (not is_plain(file.path) or type(file.size_bytes) is not int or type(file.sha256) is not str
                 or type(file.blob_id) is not str):
-            raise ValueError(f"{file.path!r} is no entry")
-    found = Manifest(**document, files=files)
-    if type(found.complete) is not bool or (found.complete and not files):
-        raise ValueError("it is complete without files")
-    return found
+            raise ValueError(f"invalid entry {file.path!r}")
+    manifest = Manifest(**document, files=files)
+    if type(manifest.complete) is not bool or (manifest.complete and not files):
+        raise ValueError("complete without files")
+    return manifest
 
 
 def write(models_dir: Path, ref: ModelRef, manifest: Manifest) -> None:
-    """Replace the model's manifest; durable when it returns."""
+    """Replace the manifest durably."""
     path = location(models_dir, ref)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, json.dumps({"version": VERSION, **asdict(manifest)}, indent=1) + "\n")
 
 
-def unchanged(directory: Path, file: ModelFile) -> bool:
-    """Whether a checked file still has the size and the time at which it was checked."""
+def is_unchanged(directory: Path, file: ModelFile) -> bool:
+    """Return whether a verified file still has its size and modification time."""
     current = stamp(directory / file.path)
     return current is not None and (current.size_bytes, current.mtime_ns) == (file.size_bytes, file.mtime_ns)

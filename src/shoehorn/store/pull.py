@@ -1,15 +1,15 @@
-"""The model store: a model id -> a local folder in which every byte was checked.
+"""Model store: a model reference -> a local folder in which every byte is verified.
 
 Rules:
-- nothing is served from an incomplete folder: the manifest is completed last, after every size and SHA-256 matched;
-- once complete the hub is asked nothing; a start compares sizes and times with the manifest, and where only the times
-  differ (a copied volume) the content decides, without the hub;
-- a hub's own library fetches, and what it leaves is checked here: it can return success without a file;
-- safetensors, configuration and tokenizer only; Python files only with TRUST_REMOTE_CODE, pickled weights never;
+- an incomplete folder is never served: the manifest is completed last, after every size and SHA-256 matched;
+- a complete model needs no hub. A start compares sizes and times with the manifest; if only times differ (a copied
+  volume), the content is verified;
+- the hub's library downloads, and this module verifies its files: it can return success without a file;
+- only safetensors, configuration and tokenizer; Python files only with TRUST_REMOTE_CODE, pickled weights never;
 - one writer for each model;
-- a folder of the user's own (MODEL_SOURCE=local) is taken as it is, unless a pull has filled it: then its manifest,
-  carried along, decides as in the volume, and nothing is fetched.
-Layout: MODELS_DIR/OWNER/NAME holds the files, MODELS_DIR/.shoehorn the manifests and locks.
+- a folder of the user (MODEL_SOURCE=local) is used unverified, unless a pull created it: then its manifest applies as
+  in the volume, and nothing is downloaded.
+Layout: see `config.models_dir`.
 """
 
 from __future__ import annotations
@@ -26,65 +26,74 @@ from shoehorn.common.errors import ModelUnavailableError
 from shoehorn.common.progress import Report
 from shoehorn.config.settings import Settings
 from shoehorn.hub.files import ModelFile
-from shoehorn.hub.repository import HubFailedError, HubFiles
-from shoehorn.hub.transfer import bytes_there, partial_path
+from shoehorn.hub.repository import HubFailedError, RemoteRepository
+from shoehorn.hub.transfer import partial_path, stored_bytes
 from shoehorn.model.files import Files, LocalFiles
 from shoehorn.model.reference import ModelRef
 from shoehorn.store import locks, manifest, sources
-from shoehorn.store.check import check_file, first_mismatch, foreign, marked, size, unlisted_files
-from shoehorn.store.local_folder import folder_of, local, verified_local
+from shoehorn.store.check import (
+    file_size,
+    mismatches,
+    unlisted_weights,
+    unlisted_weights_error,
+    verify_files,
+    with_results,
+)
+from shoehorn.store.local_folder import locate_local, require_local_folder, verify_local
 from shoehorn.store.manifest import Manifest
 from shoehorn.store.reference import model_reference
-from shoehorn.store.selection import choose
+from shoehorn.store.selection import select_files
 from shoehorn.store.sources import download
 
 log = logging.getLogger("store")
 
-_FETCHES = 2
+_MAX_DOWNLOADS = 2
 
 
 def locate(models_dir: Path, ref: ModelRef) -> Path | None:
-    """The complete local folder of the model, or None. Asks no hub.
+    """Return the folder of the complete model, or None. Contacts no hub.
 
     Raises:
-        ModelUnavailableError: MODEL_SOURCE=local and the folder holds no model, or not what its manifest says.
+        ModelUnavailableError: MODEL_SOURCE=local and the folder contains no model, or contradicts its manifest.
     """
     if ref.is_local:
-        return local(ref, None)
-    directory, found = ref.directory(models_dir), _completed(models_dir, ref)
-    if found is None:
+        return locate_local(ref, None)
+    directory, known = ref.directory(models_dir), _complete_manifest(models_dir, ref)
+    if known is None:
         return None
-    for file in found.files:
-        if not manifest.unchanged(directory, file):
-            log.warning("%s changed since it was checked; the model is checked again", file.path)
+    for file in known.files:
+        if not manifest.is_unchanged(directory, file):
+            log.warning("File changed since its verification, verifying the model again file=%s", file.path)
             return None
-    return None if unlisted_files(directory, found.files) else directory
+    return None if unlisted_weights(directory, known.files) else directory
 
 
 def hub_files(settings: Settings, ref: ModelRef) -> Files:
-    """The model's files, for a look at them: local ones when all are there, else on the hub, read by ranges."""
+    """Return the model's files for inspection: local ones if complete, else those on the hub, read by ranges."""
     models_dir = settings.models_dir
     directory = Path(ref.id).resolve() if ref.is_local else locate(models_dir, ref)
-    if directory is None and (known := _completed(models_dir, ref)):  # `pull` most likely accepts these without the hub
-        here = ref.directory(models_dir)
-        directory = here if all(size(here, file) == file.size_bytes for file in known.files) else None
+    if directory is None and (known := _complete_manifest(models_dir, ref)):  # `pull` accepts these unless damaged
+        stored = ref.directory(models_dir)
+        directory = stored if all(file_size(stored, file) == file.size_bytes for file in known.files) else None
     if directory is None:
         _require_online(settings, ref)
-    return LocalFiles(directory) if directory else sources.chosen(settings, ref, manifest.read(models_dir, ref))
+    if directory:
+        return LocalFiles(directory)
+    return sources.open_repository(settings, ref, manifest.read(models_dir, ref))
 
 
 def pull(settings: Settings, report: Report) -> Path:
-    """Fetch what is missing, check all of it, and return the folder.
+    """Download missing files, verify all, and return the folder.
 
     Raises:
-        ModelUnavailableError: hub, volume, or a file that fails its check twice.
+        ModelUnavailableError: hub or volume failed, or a file failed verification twice.
     """
     ref = model_reference(settings)
     try:
         if ref.is_local:
-            return local(ref, report) or folder_of(ref)
-        if found := locate(settings.models_dir, ref):  # needs no lock, and so no volume that can be written
-            return found
+            return locate_local(ref, report) or require_local_folder(ref)
+        if directory := locate(settings.models_dir, ref):  # needs no lock: the volume may be read-only
+            return directory
         with locks.only_writer(settings.models_dir, ref.stored_id):
             if accepted := _accept_existing(settings.models_dir, ref, report):
                 return accepted
@@ -95,26 +104,28 @@ def pull(settings: Settings, report: Report) -> Path:
 
 
 def verify(settings: Settings, report: Report) -> Path:
-    """Read every byte of a complete model again, whatever its times say, and return the folder. Asks no hub.
+    """Verify every byte of a complete model, and return the folder. Contacts no hub.
 
     Raises:
-        ModelUnavailableError: the model is not complete, or a file is not what it was; it is marked for the next pull.
+        ModelUnavailableError: the model is incomplete, or a file does not match; the next pull downloads it again.
     """
     ref, models_dir = model_reference(settings), settings.models_dir
     if ref.is_local:
-        return verified_local(ref, report)
-    directory, known = ref.directory(models_dir), _completed(models_dir, ref)
+        return verify_local(ref, report)
+    directory, known = ref.directory(models_dir), _complete_manifest(models_dir, ref)
     if known is None:
-        raise ModelUnavailableError(f"{ref.id} is not complete in {models_dir}.",
-                                    f"Type: shoehorn pull {ref.id}")
+        raise ModelUnavailableError(f"{ref.id}: not complete in {models_dir}.",
+                                    f"Run: shoehorn pull {ref.id}", code="incomplete_model")
     try:
         with locks.only_writer(models_dir, ref.stored_id):
-            checked = check_file(directory, known.files, (), report)
-            if wrong := first_mismatch(known.files, checked):
-                manifest.write(models_dir, ref, replace(known, complete=False, files=marked(known.files, checked)))
-                names = ", ".join(file.path for file in wrong)
-                raise ModelUnavailableError(f"Not what was pulled, by size or SHA-256: {names}.",
-                                            f"Type: shoehorn pull {ref.id} (only these are fetched again)")
+            verified = verify_files(directory, known.files, (), report)
+            if failed := mismatches(known.files, verified):
+                files = with_results(known.files, verified)
+                manifest.write(models_dir, ref, replace(known, complete=False, files=files))
+                names = ", ".join(file.path for file in failed)
+                raise ModelUnavailableError(f"{names}: size or SHA-256 mismatch.",
+                                            f"Run: shoehorn pull {ref.id} (downloads only these files)",
+                                            code="checksum_mismatch")
     except OSError as error:
         raise disk.volume_error(settings.models_dir, error) from error
     return directory
@@ -123,97 +134,100 @@ def verify(settings: Settings, report: Report) -> Path:
 def _require_online(settings: Settings, ref: ModelRef) -> None:
     if settings.offline:
         raise ModelUnavailableError(
-            f"{ref.id} is not complete in {settings.models_dir}, and OFFLINE=yes forbids asking a hub.",
+            f"{ref.id}: not complete in {settings.models_dir}, and OFFLINE=yes forbids a download.",
             f"On a machine with a network: shoehorn pull {ref.id}, then copy its MODELS_DIR here; or unset "
-            "OFFLINE.")
+            "OFFLINE.", code="offline")
 
 
-def _completed(models_dir: Path, ref: ModelRef) -> Manifest | None:
-    """The manifest, when it says that this model was complete at this revision."""
-    found = manifest.read(models_dir, ref)
-    return found if found and found.complete and found.is_of(ref) else None
+def _complete_manifest(models_dir: Path, ref: ModelRef) -> Manifest | None:
+    """Return the manifest if this model is complete at this revision."""
+    known = manifest.read(models_dir, ref)
+    return known if known and known.complete and known.matches(ref) else None
 
 
 def _accept_existing(models_dir: Path, ref: ModelRef, report: Report) -> Path | None:
-    """Return the folder when its content is still as recorded, whatever its times say. Asks no hub."""
-    directory, known = ref.directory(models_dir), _completed(models_dir, ref)
+    """Return the folder if its content matches the manifest, whatever its times. Contacts no hub."""
+    directory, known = ref.directory(models_dir), _complete_manifest(models_dir, ref)
     if known is None:
         return None
-    checked = check_file(directory, known.files, known.files, report)
-    if wrong := first_mismatch(known.files, checked):
-        log.warning("not what was checked, and fetched again: %s", ", ".join(file.path for file in wrong))
-        manifest.write(models_dir, ref, replace(known, complete=False, files=marked(known.files, checked)))
-        _remove(directory, wrong)
+    verified = verify_files(directory, known.files, known.files, report)
+    if failed := mismatches(known.files, verified):
+        log.warning("Checksum mismatch, downloading again files=%s", ",".join(file.path for file in failed))
+        manifest.write(models_dir, ref, replace(known, complete=False, files=with_results(known.files, verified)))
+        _remove(directory, failed)
         return None
-    return _complete(models_dir, ref, known, known.files, checked)
+    return _complete(models_dir, ref, known, known.files, verified)
 
 
 def _fetch(settings: Settings, ref: ModelRef, report: Report) -> Path:
-    hub = sources.chosen(settings, ref, manifest.read(settings.models_dir, ref))
+    hub = sources.open_repository(settings, ref, manifest.read(settings.models_dir, ref))
     try:
         return _fetch_from(hub, settings, ref, report)
-    except HubFailedError as error:  # the manifest holds the listing of this hub by now, if it gave one
+    except HubFailedError as error:  # the manifest now contains the listing of this hub, if it returned one
         known = manifest.read(settings.models_dir, ref)
-        return _fetch_from(sources.fallback(settings, ref, hub, known, error), settings, ref, report)
+        return _fetch_from(sources.open_fallback(settings, ref, hub, known, error), settings, ref, report)
 
 
-def _fetch_from(hub: HubFiles, settings: Settings, ref: ModelRef, report: Report) -> Path:
+def _fetch_from(hub: RemoteRepository, settings: Settings, ref: ModelRef, report: Report) -> Path:
     models_dir = settings.models_dir
     directory, known = ref.directory(models_dir), manifest.read(models_dir, ref)
-    before = known.files if known else ()
+    recorded = known.files if known else ()
     with hub:
-        wanted = choose(hub, hub.listing(), settings)
+        wanted = select_files(hub, hub.listing(), settings)
         _require_no_code(hub, settings)
     directory.mkdir(parents=True, exist_ok=True)
-    if known is None or not known.is_of(ref):  # without a checksum nothing tells what is there from what should be
+    if known is None or not known.matches(ref):  # without a checksum these cannot be verified
         _remove(directory, [file for file in wanted if not file.sha256 and not file.blob_id], partial=True)
-    checked = check_file(directory, wanted, before, report)
+    verified = verify_files(directory, wanted, recorded, report)
     paths = {file.path for file in wanted}
-    leftovers = [file for file in before if file.path not in paths]
-    begun = Manifest(ref.stored_id, ref.revision, hub.endpoint, False, (*marked(wanted, checked), *leftovers),
-                     hub.commit, ref.stored_source)
-    manifest.write(models_dir, ref, begun)
-    _remove(directory, leftovers, partial=True)
-    for _ in range(_FETCHES):
-        wrong = first_mismatch(wanted, checked)
-        if not wrong:
+    obsolete = [file for file in recorded if file.path not in paths]
+    incomplete = Manifest(ref.stored_id, ref.revision, hub.endpoint, False,
+                          (*with_results(wanted, verified), *obsolete), hub.commit, ref.stored_source)
+    manifest.write(models_dir, ref, incomplete)
+    _remove(directory, obsolete, partial=True)
+    for _ in range(_MAX_DOWNLOADS):
+        missing = mismatches(wanted, verified)
+        if not missing:
             break
-        _remove(directory, wrong)
-        disk.require_space(directory, sum(file.size_bytes for file in wrong) - bytes_there(directory, wrong))
-        download(settings, hub, directory, wanted, wrong, report)
-        checked = check_file(directory, wanted, tuple(checked.values()), report)
-    if wrong := first_mismatch(wanted, checked):
-        _remove(directory, wrong)
-        names = ", ".join(file.path for file in wrong)
-        raise ModelUnavailableError(f"These files came twice with a wrong size or checksum: {names}.",
-                                    f"Try again later, or another {hub.endpoint_setting}; nothing wrong was kept.")
-    if bare := sum(not file.sha256 and not file.blob_id for file in wanted):
-        log.warning("the hub gives no checksum for %d of %d files: only the sizes could be checked", bare, len(wanted))
-    return _complete(models_dir, ref, begun, wanted, checked)
+        _remove(directory, missing)
+        disk.require_space(directory, sum(file.size_bytes for file in missing) - stored_bytes(directory, missing))
+        download(settings, hub, directory, wanted, missing, report)
+        verified = verify_files(directory, wanted, tuple(verified.values()), report)
+    if failed := mismatches(wanted, verified):
+        _remove(directory, failed)
+        names = ", ".join(file.path for file in failed)
+        raise ModelUnavailableError(f"{names}: size or checksum mismatch in two downloads.",
+                                    f"Retry later, or set another {hub.endpoint_setting}; no invalid file was kept.",
+                                    code="hub_checksum_mismatch")
+    if unverifiable := sum(not file.sha256 and not file.blob_id for file in wanted):
+        log.warning("Hub lists no checksum, verified the size only files=%d total=%d", unverifiable, len(wanted))
+    return _complete(models_dir, ref, incomplete, wanted, verified)
 
 
-def _require_no_code(hub: HubFiles, settings: Settings) -> None:
+def _require_no_code(hub: RemoteRepository, settings: Settings) -> None:
     if settings.trust_remote_code:
         return
     try:
         config = json.loads(hub.read("config.json"))
     except (ValueError, RecursionError) as error:
-        raise ModelUnavailableError("config.json of this model is no JSON.", "Choose another MODEL_ID.") from error
+        raise ModelUnavailableError("config.json: invalid JSON.", "Choose another MODEL_ID.",
+                                    code="invalid_model_file") from error
     if isinstance(config, dict) and "auto_map" in config:
-        raise ModelUnavailableError(f"{settings.model_id} wants to run its own Python code (auto_map in config.json).",
-                                    "Set TRUST_REMOTE_CODE=yes only if you trust its author.")
+        raise ModelUnavailableError(f"{settings.model_id}: requires its own Python code (auto_map in config.json).",
+                                    "Set TRUST_REMOTE_CODE=yes only if you trust its author.",
+                                    code="remote_code_required")
 
 
-def _complete(models_dir: Path, ref: ModelRef, begun: Manifest, files: Iterable[ModelFile],
-              checked: Mapping[str, ModelFile]) -> Path:
+def _complete(models_dir: Path, ref: ModelRef, incomplete: Manifest, files: Iterable[ModelFile],
+              verified: Mapping[str, ModelFile]) -> Path:
     directory = ref.directory(models_dir)
-    files = tuple(checked[file.path] for file in files)
-    if strangers := unlisted_files(directory, files):
-        raise foreign(directory, strangers)
+    files = tuple(verified[file.path] for file in files)
+    if unlisted := unlisted_weights(directory, files):
+        raise unlisted_weights_error(directory, unlisted)
     for folder in {parent for file in files for parent in (directory / file.path).parents
                    if parent.is_relative_to(models_dir)}:
         sync_directory(folder)
-    manifest.write(models_dir, ref, replace(begun, complete=True, files=files))
+    manifest.write(models_dir, ref, replace(incomplete, complete=True, files=files))
     return directory
 
 

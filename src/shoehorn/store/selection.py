@@ -1,4 +1,4 @@
-"""Selection of the files of a repository that a model needs."""
+"""Selection of the files of a repository that serving requires."""
 
 from __future__ import annotations
 
@@ -10,31 +10,32 @@ from shoehorn.common.errors import ModelUnavailableError
 from shoehorn.config.settings import Settings
 from shoehorn.hub.files import ModelFile
 from shoehorn.model import safetensors
-from shoehorn.model.files import Files
+from shoehorn.model.files import PICKLED_SUFFIXES, Files
 
-_WANTED = ("*.json", "*.jinja", "*.tiktoken", "*.model", "tokenizer.model.*", "vocab*.txt", "merges*.txt")
-_PICKLED = ("*.bin", "*.pt", "*.pth", "*.pickle", "*.pkl", "*.ckpt")
+_PATTERNS = ("*.json", "*.jinja", "*.tiktoken", "*.model", "tokenizer.model.*", "vocab*.txt", "merges*.txt")
 
 
-def choose(files: Files, listing: Iterable[ModelFile], settings: Settings) -> list[ModelFile]:
-    """The files of a listing that serving needs: the weights that the engine would load, configuration, tokenizer.
+def select_files(files: Files, listing: Iterable[ModelFile], settings: Settings) -> list[ModelFile]:
+    """Select weights that the engine loads, configuration and tokenizer.
 
     Raises:
         ModelUnavailableError: no config.json, or no safetensors weights.
     """
     names = files.names()
     if "config.json" not in names:
-        raise ModelUnavailableError(f"{settings.model_id} has no config.json, so it is no model that can be served.",
-                                    "Choose another MODEL_ID: one with config.json and *.safetensors.")
-    pickled = [name for name in names if _fits(name, _PICKLED)]
+        raise ModelUnavailableError(f"{settings.model_id}: config.json not found.",
+                                    "Choose another MODEL_ID: one with config.json and *.safetensors.",
+                                    code="no_config")
+    pickled = [name for name in names if name.endswith(PICKLED_SUFFIXES)]
     if pickled and not any(name.endswith(".safetensors") for name in names):
-        raise ModelUnavailableError(f"{settings.model_id} has its weights only as {PurePosixPath(pickled[0]).name}; "
-                                    "pickled files can run code and are not loaded.",
-                                    "Choose another MODEL_ID: one whose files end in .safetensors.")
+        raise ModelUnavailableError(f"{settings.model_id}: unsupported weights {PurePosixPath(pickled[0]).name}; "
+                                    "pickled files can execute code.",
+                                    "Choose another MODEL_ID: one whose files end in .safetensors.",
+                                    code="pickled_weights")
     shards = set(safetensors.shards(files, names))
-    wanted = (*_WANTED, "*.py") if settings.trust_remote_code else _WANTED
-    return [file for file in listing if file.path in shards or _fits(file.path, wanted)]
+    patterns = (*_PATTERNS, "*.py") if settings.trust_remote_code else _PATTERNS
+    return [file for file in listing if file.path in shards or _matches(file.path, patterns)]
 
 
-def _fits(path: str, patterns: Sequence[str]) -> bool:
+def _matches(path: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(PurePosixPath(path).name, pattern) for pattern in patterns)
