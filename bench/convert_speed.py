@@ -227,8 +227,9 @@ def main() -> int:
     parser.add_argument("--times", type=int, default=3)
     parser.add_argument("--dir", type=Path, help="where to work; on the disk that is to be measured")
     arguments = parser.parse_args()
-    cores = round(detect.detect().cpus)
-    with shard_writer.workers() as pool:
+    machine = detect.detect()
+    cores = round(machine.cpus)
+    with shard_writer.workers(shard_writer.worker_count(machine.cpus, machine.host_available_bytes)) as pool:
         threads = getattr(pool, "_max_workers")  # noqa: B009  # the standard library tells it nowhere else
     runs = []
     with tempfile.TemporaryDirectory(dir=arguments.dir) as folder:

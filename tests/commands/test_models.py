@@ -49,7 +49,7 @@ def test_the_models_are_listed_with_size_state_and_last_use(
     assert (row["model"], row["revision"], row["complete"], row["last_used"], row["in_use"]) == (
         MODEL, "master", True, None, False)
     assert row["bytes"] == sum(path.stat().st_size for path in volume.folder.iterdir()) > WEIGHTS_BYTES - 1024
-    with inventory.used(volume.models, MODEL):
+    with inventory.use_lock(volume.models, MODEL):
         assert shoehorn(volume, monkeypatch, "models") == 0
         assert "in use" in capsys.readouterr().out
     assert shoehorn(volume, monkeypatch, "models") == 0
@@ -78,25 +78,25 @@ def test_a_model_is_removed_and_the_space_is_free(
 @pytest.mark.fault("`shoehorn models rm` of a model in use", "Refused; nothing is removed.")
 def test_a_model_in_use_or_being_pulled_or_unknown_is_never_removed(
         volume: Volume, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    with inventory.used(volume.models, MODEL):
+    with inventory.use_lock(volume.models, MODEL):
         assert shoehorn(volume, monkeypatch, "models", "rm", MODEL) == 4
-    assert "is being served" in capsys.readouterr().err
+    assert "in use" in capsys.readouterr().err
     from shoehorn.store import locks as volumes
 
-    with volumes.only_writer(volume.models, MODEL):
+    with volumes.write_lock(volume.models, MODEL):
         assert shoehorn(volume, monkeypatch, "models", "rm", MODEL) == 4
-    assert "is being pulled" in capsys.readouterr().err
+    assert "being pulled" in capsys.readouterr().err
     for name in ("owner/other", "../outside", "."):
         assert shoehorn(volume, monkeypatch, "models", "rm", name) == 4
-    assert f"There are: {MODEL}." in capsys.readouterr().err
+    assert f"Choose one of: {MODEL}." in capsys.readouterr().err
     assert volume.complete()
 
 
 def test_two_servers_may_use_a_model_and_a_volume_without_writing_has_no_mark(volume: Volume, tmp_path: Path) -> None:
-    with inventory.used(volume.models, MODEL), inventory.used(volume.models, MODEL):
+    with inventory.use_lock(volume.models, MODEL), inventory.use_lock(volume.models, MODEL):
         assert inventory.models(volume.models)[0].in_use
     (tmp_path / "file").write_text("")
-    with inventory.used(tmp_path / "file", MODEL):
+    with inventory.use_lock(tmp_path / "file", MODEL):
         pass
 
 
@@ -110,7 +110,7 @@ def test_verify_reads_every_byte_again_and_names_what_changed(volume: Volume, hu
     assert volume.complete(), "size and time are as before, which a cheap look believes"
     code, _, err = volume.pull("--verify")
     assert code == 4
-    assert f"Not what was pulled, by size or SHA-256: {WEIGHTS}" in err
+    assert f"{WEIGHTS}: size or SHA-256 mismatch" in err
     assert not volume.complete()
     hub.requests.clear()
     assert volume.pull()[0] == 0
@@ -135,7 +135,7 @@ def test_offline_asks_nobody_and_serves_what_was_carried_over(volume: Volume, tm
     (carried / MODEL / WEIGHTS).unlink()
     code, _, err = away.pull()
     assert code == 4
-    assert "OFFLINE=yes forbids asking a hub" in err
+    assert "OFFLINE=yes" in err
     assert hub.requests == []
 
 
@@ -177,11 +177,11 @@ def test_a_carried_model_is_held_to_its_manifest(carried: Volume, damage: str) -
         words = "tokenizer.json"
     elif damage == "stranger":
         write_weights(carried.folder / "other.safetensors")
-        words = "not the model's: other.safetensors"
+        words = "other.safetensors"
     else:
         begun = json.loads(carried.manifest.read_text()) | {"complete": False}
         carried.manifest.write_text(json.dumps(begun) if damage == "half" else "half a")
-        words = "did not end"
+        words = "did not finish"
     code, out, err = carried.pull()
     assert code == 4
     assert words in err
@@ -209,7 +209,7 @@ def test_a_carried_model_with_other_times_is_read_once(carried: Volume) -> None:
     carried.manifest.unlink()
     code, _, err = carried.pull("--verify")
     assert code == 4
-    assert "no pull has filled it" in err
+    assert "no manifest" in err
     assert carried.pull()[0] == 0, "a folder of one's own"
 
 

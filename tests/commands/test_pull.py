@@ -104,7 +104,7 @@ def test_a_pull_whose_reader_is_gone_ends(tmp_path: Path, model: Path) -> None:
 
 @pytest.mark.parametrize(("arguments", "more", "code", "words"), [
     (["owner/absent"], {}, 4, "no model owner/absent at revision master"),
-    ([], {"MODELSCOPE_ENDPOINT": "http://127.0.0.1:9"}, 4, "cannot be reached"),
+    ([], {"MODELSCOPE_ENDPOINT": "http://127.0.0.1:9"}, 4, "unavailable"),
     ([], {"MODEL_ID": "/a/folder"}, 2, "MODEL_SOURCE=local"),
     (["no model"], {}, 2, "neither OWNER/NAME nor a path"),
     ([], {"MODEL_SOURCE": "local", "MODEL_ID": "/nowhere"}, 4, "holds no model")])

@@ -62,3 +62,16 @@ def test_too_little_free_space_is_an_error_before_writing(tmp_path: Path) -> Non
     with pytest.raises(ModelUnavailableError) as caught:
         disk.require_space(tmp_path, 1 << 60)
     assert caught.value.code == "volume_too_small"
+
+
+def test_free_space_is_monitored_every_few_seconds(tmp_path: Path) -> None:
+    now, checks = [0.0], list[float]()
+
+    def remaining_bytes() -> int:
+        checks.append(now[0])
+        return 1
+
+    monitor = disk.FreeSpaceMonitor(tmp_path, remaining_bytes, lambda: now[0])
+    for now[0] in (1.0, 4.9, 5.0, 9.9, 10.0):
+        monitor.check()
+    assert checks == [5.0, 10.0]

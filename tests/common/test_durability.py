@@ -40,8 +40,7 @@ class Disk:
 
 @pytest.mark.fault("Power cut while state, keys or manifests are written",
                    "Old or new content: the file is synced, renamed, then its folder is synced.")
-def test_file_is_synced_before_its_rename_and_the_folder_after(tmp_path: Path,
-                                                               monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_is_synced_before_its_rename_and_the_folder_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     disk = Disk(monkeypatch)
     write_atomic(tmp_path / "manifest.json", "{}")
     [(first, written), (second, renamed), third] = disk.steps

@@ -98,7 +98,7 @@ def test_user_profile_is_read_by_its_path(tmp_path: Path) -> None:
     ("match: {gpus: 0, vram: 7GB}\n", "gpus 0"),
     ("match: {gpus: 2}\n", "vram"),
     ("match: {vram: lots}\n", "'lots'"),
-    ("match: {vram: 7GB, cards: 1}\n", "cards"),
+    ("match: {vram: 7GB, cores: 1}\n", "cores"),
     ("environment: {lower: 1}\n", "environment: 'lower'"),
     ("environment: {X: [1]}\n", "environment: 'X'"),
     ("a: b: c\n", "YAML"),

@@ -63,14 +63,14 @@ def plans() -> dict[str, Mapping[str, object]]:
     machine = Hardware((gpu,), "580", 64 * GIB, 64 * GIB, 8.0)
     tiny = checkpoint.read(dense(256, 768, 4, 4, 2, 2048, max_position=2048, tied=True))
     big = checkpoint.read(captured_models.files("deepseek-r1-distill-llama-70b"))
-    wanted = {"cpu": (tiny, {"VRAM_PROFILE": "cpu"}),
+    cases = {"cpu": (tiny, {"VRAM_PROFILE": "cpu"}),
               "cpu-nf4": (tiny, {"VRAM_PROFILE": "cpu", "QUANTIZATION": "bitsandbytes"}),
               "ngram": (tiny, {"VRAM_PROFILE": "cpu", "SPECULATIVE": "ngram", "TRUST_REMOTE_CODE": "yes",
                                "VLLM_EXTRA_ARGS": "--no-enable-prefix-caching --cudagraph-capture-sizes 1 2 "
                                                   "--speculative-config.num_speculative_tokens 3"}),
               "limited": (big, {"VRAM_LIMIT": "24GiB", "MAX_MODEL_LEN": "4096"})}
     options: dict[str, Mapping[str, object]] = {}
-    for name, (shape, environment) in wanted.items():
+    for name, (shape, environment) in cases.items():
         loaded = settings.load(environment)
         plan = make_plan(PlanInputs(PlanSettings.of(loaded), machine, inputs.select_profile(loaded, machine), shape))
         assert isinstance(plan, Plan), plan

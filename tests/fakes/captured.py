@@ -1,9 +1,9 @@
-"""Captured models and machines: true configs, tensor names, shapes and sizes of public models, without their weights.
+"""Captured models and machines: real configs, tensor names, shapes and sizes of public models, without weights.
 
-A model is one file of tests/captures/models: `source` (what it was checked against), `total_size` (bytes of all tensors
-as published; null where unknown), `files_size` (likewise of all files, headers included), `config` (config.json) and
-`tensors`: name -> [number format, shape], where `{a-b}` in a name stands for every number from a to b.
-NAME@unordered is the model NAME as it would be without activation order, which the engine no longer reads.
+A model is one file of tests/captures/models: `source` (origin), `total_size` (published bytes of all tensors; null if
+unknown), `files_size` (of all files, including headers), `config` (config.json) and `tensors`: name -> [dtype, shape],
+where `{a-b}` in a name means every number from a to b.
+NAME@unordered is the model NAME without activation order, which the engine does not support.
 A machine is one file of tests/captures/machines, in the form of `Hardware.to_json`.
 """
 
@@ -18,23 +18,23 @@ from pathlib import Path
 from typing import Any
 
 from shoehorn.hardware.types import Hardware
-from shoehorn.int4.layout import Bits, Outline, layout
+from shoehorn.int4.layout import BitWidths, PlannedFiles, layout
 from shoehorn.model.safetensors import DTYPE_BITS, Tensor
 
 CAPTURES = Path(__file__).resolve().parents[1] / "captures"
 MODELS, MACHINES = CAPTURES / "models", CAPTURES / "machines"
 SHARD_BYTES = 5_000_000_000
-"""The most bytes of tensors in a file, as transformers' save_pretrained deals them."""
+"""Maximum bytes of tensors in a file, as in transformers' save_pretrained."""
 
-INT4 = Bits(4, 4)
-"""Embedding and head too."""
+INT4 = BitWidths(4, 4)
+"""Including embedding and head."""
 
 _RANGE = re.compile(r"\{(\d+)-(\d+)\}")
 _READ_AHEAD_BYTES = 128 << 10
 
 
 class CapturedFiles:
-    """Files in memory: what they begin with, and how long they are. Reading on into the weights fails the test.
+    """Files in memory: headers and sizes. Reading weights fails the test.
 
     `reads` keeps name and bytes of every read, so that a test can count what a plan moves.
     """
@@ -45,15 +45,15 @@ class CapturedFiles:
         self.reads: list[tuple[str, int]] = []
 
     def names(self) -> Mapping[str, int]:
-        """Size in bytes by file name."""
+        """Return the size in bytes by file name."""
         return {name: len(head) + self._tails.get(name, 0) for name, head in self._heads.items()}
 
     def head(self, name: str) -> bytes:
-        """What the file begins with, up to its weights."""
+        """Return the bytes before the weights."""
         return self._heads[name]
 
     def read(self, name: str, start: int = 0, length: int | None = None) -> bytes:
-        """Up to `length` bytes from `start`, all when None; weights read as zeros, as far as a first guess reaches."""
+        """Read up to `length` bytes from `start`, all if None; weights within the first read are zeros."""
         head = self._heads[name]
         size = len(head) + self._tails.get(name, 0)
         end = size if length is None else min(size, start + length)
@@ -63,38 +63,38 @@ class CapturedFiles:
 
 
 def names() -> tuple[str, ...]:
-    """The captured models."""
+    """Return the names of the captured models."""
     return tuple(sorted(path.stem for path in MODELS.glob("*.json")))
 
 
 def document(name: str) -> dict[str, Any]:
-    """A model's capture as it is stored, or its variant."""
+    """Return the capture of a model or variant."""
     stored, _, variant = name.partition("@")
-    found = dict(json.loads((MODELS / f"{stored}.json").read_text(encoding="utf-8")))
+    expanded = dict(json.loads((MODELS / f"{stored}.json").read_text(encoding="utf-8")))
     if variant:
         assert variant == "unordered"
-        quantized = found["config"]["quantization_config"]
+        quantized = expanded["config"]["quantization_config"]
         if "desc_act" in quantized:
             quantized["desc_act"] = False
         for group in quantized.get("config_groups", {}).values():
             group["weights"]["actorder"] = None
-        found["tensors"] = {tensor: kind for tensor, kind in found["tensors"].items()
+        expanded["tensors"] = {tensor: kind for tensor, kind in expanded["tensors"].items()
                             if not tensor.endswith("weight_g_idx")}
-    return found
+    return expanded
 
 
 def config(name: str) -> dict[str, Any]:
-    """A model's config.json."""
+    """Return the config.json of a model."""
     return dict(document(name)["config"])
 
 
 def tensors(name: str) -> list[Tensor]:
-    """All tensors of a model, in the order of their capture."""
+    """Return all tensors of a model, in captured order."""
     return list(_tensors(name))
 
 
 def files(name: str, shard_bytes: int = SHARD_BYTES) -> CapturedFiles:
-    """The checkpoint as it lies on a hub: config, index and safetensors files, whose weights nobody may read."""
+    """Return a checkpoint as on a hub: config, index and safetensors files without readable weights."""
     heads = {"config.json": json.dumps(config(name)).encode(), "tokenizer.json": b"{}"}
     tails: dict[str, int] = {}
     weight_map: dict[str, str] = {}
@@ -108,24 +108,24 @@ def files(name: str, shard_bytes: int = SHARD_BYTES) -> CapturedFiles:
     return CapturedFiles(heads, tails)
 
 
-def converted(name: str, bits: Bits = INT4) -> Outline:
-    """The checkpoint that `shoehorn convert` makes of a model: config, index and headers."""
+def converted(name: str, bits: BitWidths = INT4) -> PlannedFiles:
+    """Return the planned INT4 conversion of a model: config, index and headers."""
     source = files(name)
-    return Outline(source, layout(source, bits))
+    return PlannedFiles(source, layout(source, bits))
 
 
 def machines() -> tuple[str, ...]:
-    """The captured machines."""
+    """Return the names of the captured machines."""
     return tuple(sorted(path.stem for path in MACHINES.glob("*.json")))
 
 
 def machine(name: str) -> Hardware:
-    """A captured machine."""
+    """Return a captured machine."""
     return Hardware.from_json(json.loads((MACHINES / f"{name}.json").read_text(encoding="utf-8")))
 
 
 def split(tensors: Sequence[Tensor], shard_bytes: int = SHARD_BYTES) -> dict[str, list[Tensor]]:
-    """Tensors by file name, in order, with at most `shard_bytes` a file unless a single tensor has more."""
+    """Distribute tensors over files, in order, at most `shard_bytes` each unless a tensor is larger."""
     parts: list[list[Tensor]] = [[]]
     filled = 0
     for tensor in tensors:
@@ -140,7 +140,7 @@ def split(tensors: Sequence[Tensor], shard_bytes: int = SHARD_BYTES) -> dict[str
 
 
 def header(tensors: Sequence[Tensor]) -> bytes:
-    """What a safetensors file of these tensors begins with: the header's length, then the header, padded to 8 bytes."""
+    """Return the begin of a safetensors file: length of the header, then the header, padded to 8 bytes."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for tensor in tensors:
@@ -152,23 +152,23 @@ def header(tensors: Sequence[Tensor]) -> bytes:
 
 
 def index(weight_map: Mapping[str, str], total_size: int) -> bytes:
-    """model.safetensors.index.json."""
+    """Return model.safetensors.index.json."""
     return json.dumps({"metadata": {"total_size": total_size}, "weight_map": weight_map}, indent=2).encode()
 
 
 @cache
 def _tensors(name: str) -> tuple[Tensor, ...]:
-    found = []
+    tensors = []
     for pattern, (dtype, shape) in document(name)["tensors"].items():
         size = (math.prod(shape) * DTYPE_BITS[dtype] + 7) // 8
-        found += [Tensor(expanded, dtype, tuple(shape), size) for expanded in _expand(pattern)]
-    return tuple(found)
+        tensors += [Tensor(name, dtype, tuple(shape), size) for name in _expand(pattern)]
+    return tuple(tensors)
 
 
 def _expand(pattern: str) -> Iterator[str]:
-    found = _RANGE.search(pattern)
-    if not found:
+    span = _RANGE.search(pattern)
+    if not span:
         yield pattern
         return
-    for number in range(int(found[1]), int(found[2]) + 1):
-        yield from _expand(pattern[:found.start()] + str(number) + pattern[found.end():])
+    for number in range(int(span[1]), int(span[2]) + 1):
+        yield from _expand(pattern[:span.start()] + str(number) + pattern[span.end():])

@@ -1,4 +1,4 @@
-"""Certificates for tests, signed by themselves."""
+"""Self-signed certificates for tests."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cryptography.x509.oid import NameOID
 
 
 def write(folder: Path, name: str = "shoehorn.test") -> tuple[Path, Path]:
-    """Write `cert.pem` and `key.pem` for `name` and 127.0.0.1 into `folder`; returns their paths."""
+    """Write `cert.pem` and `key.pem` for `name` and 127.0.0.1 to `folder`; return their paths."""
     key = ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
     now = datetime.now(UTC)

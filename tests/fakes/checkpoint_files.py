@@ -1,6 +1,6 @@
-"""A stand-in for a checkpoint's files: true configs and safetensors headers without the data behind them.
+"""Stand-in for the files of a checkpoint: configs and safetensors headers without data.
 
-`reads` keeps what was asked for, so that a test can count the bytes that a plan moves. Reading data fails the test.
+`reads` records all reads, so that a test can count the bytes that a plan reads. Reading data fails the test.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from shoehorn.model.safetensors import DTYPE_BITS
 
 
 def header(tensors: Mapping[str, tuple[str, list[int]]]) -> tuple[bytes, int]:
-    """A safetensors header with its length in front, and the size of the data that it describes."""
+    """Return a safetensors header with its length, and the size of the data that it describes."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, (dtype, shape) in tensors.items():
@@ -24,7 +24,7 @@ def header(tensors: Mapping[str, tuple[str, list[int]]]) -> tuple[bytes, int]:
 
 
 class CheckpointFiles:
-    """Files in memory: `heads` by name, each followed by as many bytes that nobody may read as `tails` says."""
+    """Files in memory: `heads` by name, each followed by the number of unreadable bytes in `tails`."""
 
     def __init__(self, heads: Mapping[str, bytes], tails: Mapping[str, int] | None = None) -> None:
         self._heads = dict(heads)
@@ -32,11 +32,11 @@ class CheckpointFiles:
         self.reads: list[tuple[str, int]] = []
 
     def names(self) -> Mapping[str, int]:
-        """Size in bytes by name."""
+        """Return the size in bytes by name."""
         return {name: len(head) + self._tails.get(name, 0) for name, head in self._heads.items()}
 
     def read(self, name: str, start: int = 0, length: int | None = None) -> bytes:
-        """As the protocol says; weights read as zeros, and only as far as a first guess may reach."""
+        """Read bytes; weights within the first read are zeros."""
         head, size = self._heads[name], self.names()[name]
         end = size if length is None else min(size, start + length)
         assert end - start <= 1 << 20, f"{end - start} bytes of {name} were asked for"
@@ -46,7 +46,7 @@ class CheckpointFiles:
 
 def checkpoint(config: Mapping[str, object], tensors: Mapping[str, tuple[str, list[int]]],
                shards: int = 1) -> CheckpointFiles:
-    """A checkpoint of that config and those tensors (name -> number format and shape), dealt over `shards` files."""
+    """Return a checkpoint of a config and tensors (name -> dtype and shape) in `shards` files."""
     heads, tails = {"config.json": json.dumps(config).encode(), "tokenizer.json": b"{}"}, {}
     names = list(tensors)
     place: dict[str, str] = {}
@@ -62,7 +62,7 @@ def checkpoint(config: Mapping[str, object], tensors: Mapping[str, tuple[str, li
 
 def dense(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, vocab: int, *, head_dim: int = 0,
           max_position: int = 131072, tied: bool = False, **config: object) -> CheckpointFiles:
-    """A Llama of these sizes in bfloat16, in one file."""
+    """Return a Llama of these sizes in bfloat16, in one file."""
     head_dim = head_dim or hidden // heads
     query, key_value = heads * head_dim, kv_heads * head_dim
     layer = {"self_attn.q_proj": [query, hidden], "self_attn.k_proj": [key_value, hidden],

@@ -1,10 +1,9 @@
-"""A stand-in for the engine's API server, on a Unix socket: for tests of the gateway only.
+"""Stand-in for the engine's API server on a Unix socket, for tests of the gateway.
 
-It answers 200 on every path, so that whatever the gateway lets through is seen in `requests`. A body may steer it:
-`{"stream": true, "events": N}` sends N server-sent events, each when the test gives it leave (`allow`);
-`{"slow": true}` waits for leave before a plain answer; `{"status": N}` and `{"headers": {...}}` set the answer's.
-For clients whose body a test does not choose, `answers` holds whole answers by path, and `script` the events of a
-stream.
+It returns 200 for every path, so that `requests` shows what the gateway forwards. A body can control it:
+`{"stream": true, "events": N}` sends N server-sent events, each after a call of `allow`; `{"slow": true}` waits for
+`allow` before a plain response; `{"status": N}` and `{"headers": {...}}` set those of the response.
+For clients with a fixed body, `answers` contains complete responses by path, and `script` the events of a stream.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Received:
-    """One request as it came in."""
+    """One received request."""
 
     method: str
     target: str
@@ -34,7 +33,7 @@ class Received:
 
 @dataclass(frozen=True)
 class Answer:
-    """A whole answer that the engine is told to give."""
+    """A complete response."""
 
     status: int
     body: dict[str, Any]
@@ -69,18 +68,18 @@ class FakeEngine:
                  trace: TracebackType | None) -> None:
         self.closing.set()
         for connection in list(self._connections):
-            with suppress(OSError):  # its handler has just closed it
+            with suppress(OSError):  # its handler has closed it
                 connection.shutdown(socket.SHUT_RDWR)
         self._server.shutdown()
         self._server.server_close()  # joins the handlers' threads
         self._thread.join()
 
     def allow(self, events: int = 1) -> None:
-        """Let that many events, or slow answers, go out."""
+        """Permit that many events or slow responses."""
         self._leave.release(events)
 
     def wait_for_leave(self, connection: socket.socket) -> bool:
-        """True when the test gave leave, False when the client left (or the test ends) first."""
+        """Return True if permitted, False if the client disconnected or the test ended first."""
         while not self._leave.acquire(timeout=0.02):
             readable, _, _ = select.select([connection], [], [], 0)
             if readable and not connection.recv(1, socket.MSG_PEEK):
@@ -91,7 +90,7 @@ class FakeEngine:
         return True
 
     def note(self, connection: socket.socket, open_: bool) -> None:
-        """Keep track of the connections, which are ended with the engine."""
+        """Record connections, which close with the engine."""
         (self._connections.add if open_ else self._connections.discard)(connection)
 
 

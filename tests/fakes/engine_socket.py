@@ -1,4 +1,4 @@
-"""A stand-in for the engine's `/metrics` on a Unix socket: answers with what a test gives it."""
+"""Stand-in for the engine's `/metrics` on a Unix socket, with a response set by the test."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ TEXT = b"text/plain; version=0.0.4; charset=utf-8"
 
 
 def http(body: bytes, status: bytes = b"200 OK", kind: bytes = TEXT) -> bytes:
-    """A whole HTTP answer."""
+    """Return a complete HTTP response."""
     return b"HTTP/1.1 %s\r\nContent-Type: %s\r\nContent-Length: %d\r\n\r\n%s" % (status, kind, len(body), body)
 
 
 class EngineSocket(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
-    """Serves `answer`, raw bytes, in pieces of `piece` bytes with `pause_seconds` between; keeps the requests seen.
+    """Server of `answer`, raw bytes, in pieces of `piece` bytes with `pause_seconds` between; records the requests.
 
-    With `keep_alive` the connection stays open until the client closes it, which `closed` then tells.
+    With `keep_alive` the connection stays open until the client closes it, which sets `closed`.
     """
 
     daemon_threads = True
@@ -40,7 +40,7 @@ class _Handler(socketserver.BaseRequestHandler):
 
     def handle(self) -> None:
         self.server.requests.append(self.request.recv(65536).decode())
-        with suppress(BrokenPipeError, ConnectionResetError):  # the other side may give up
+        with suppress(BrokenPipeError, ConnectionResetError):  # the client may disconnect
             for start in range(0, len(self.server.answer), self.server.piece):
                 self.request.sendall(self.server.answer[start:start + self.server.piece])
                 if self.server.over.wait(self.server.pause_seconds):
@@ -51,7 +51,7 @@ class _Handler(socketserver.BaseRequestHandler):
 
 @contextmanager
 def serving(path: Path, answer: bytes) -> Iterator[EngineSocket]:
-    """An engine that listens on `path` meanwhile."""
+    """Run an engine that listens on `path`."""
     with EngineSocket(path, answer) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.02,))
         thread.start()

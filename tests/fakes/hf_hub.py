@@ -1,7 +1,7 @@
-"""A stand-in huggingface.co: the true HTTP API over folders of this machine.
+"""Stand-in for huggingface.co: its HTTP API over local folders.
 
-API as asked by huggingface_hub 2.4.0: a revision's commit, its tree in pages, files by HEAD and GET with ranges, what
-git LFS holds by a redirect to storage, errors with their codes. Faults as of `fakes.hub`, and those of `MORE_FAULTS`.
+API as used by huggingface_hub 2.4.0: commit of a revision, tree in pages, files by HEAD and GET with ranges, redirects
+to storage for git LFS, errors with their codes. Faults of `fakes.hub` and of `MORE_FAULTS`.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ _LFS = (".safetensors", ".bin")
 
 
 class HuggingFaceHub(Hub):
-    """A running hub; see `fakes.hub.Hub`. `redirect` is the address of the storage, for what git LFS holds."""
+    """A running hub; see `fakes.hub.Hub`. `redirect` is the base URL of the storage for git LFS."""
 
     def handler(self) -> type[_Handler]:
-        """What speaks the API."""
+        """Handler class of the API."""
         return _HuggingFaceHandler
 
     def downloads(self, name: str) -> list[str]:
-        """The Range headers ("" for none) with which a file was asked for."""
+        """Return the Range headers ("" for none) of the requests for a file."""
         return [request.headers.get("range", "") for request in list(self.requests)
                 if urlparse(request.path).path.endswith(f"/{name}") and "/resolve/" in request.path]
 
@@ -40,7 +40,7 @@ class _HuggingFaceHandler(_Handler):
     owner: HuggingFaceHub
 
     def do_GET(self) -> None:
-        if self._refused():
+        if self._sent_error():
             return
         url = urlparse(self.path)
         for name, folder in list(self.owner.models.items()):
@@ -61,7 +61,7 @@ class _HuggingFaceHandler(_Handler):
                 else:
                     self._error(404, "EntryNotFound")
                 return
-        self._error(401, "RepoNotFound")  # so without a token: the hub does not tell private from absent
+        self._error(401, "RepoNotFound")  # the hub does not distinguish private from missing
 
     do_HEAD = do_GET
 
@@ -89,7 +89,7 @@ class _HuggingFaceHandler(_Handler):
             entries.append({"type": "file", "oid": blob_id(b"{}"), "size": 2, "path": "../../escape.json"})
         length = 2 if self.owner.has("pages") else 1000
         more = {}
-        if start + length < len(entries):  # the true hub names itself, even where a mirror passes its answer on
+        if start + length < len(entries):  # the real hub returns its own URL, also through a mirror
             more["Link"] = f'<https://huggingface.co{urlparse(self.path).path}?cursor={start + length}>; rel="next"'
         self._json(200, entries[start:start + length], more)
 

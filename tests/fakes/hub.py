@@ -1,8 +1,8 @@
-"""A stand-in ModelScope hub: the true HTTP API over folders of this machine.
+"""Stand-in for ModelScope: its HTTP API over local folders.
 
 As a class in tests, or `python tests/fakes/hub.py --port N --model owner/name=DIR [--bytes-per-second R] [--fault F]`.
-API as asked by modelscope 1.40.2 / modelscope_hub 0.5.1: listing, files with ranges, errors, the token as bearer and as
-cookie. To add a fault, name it in `FAULTS` and let one place of `_Handler` ask `self.owner.has(NAME)`.
+API as used by modelscope 1.40.2 / modelscope_hub 0.5.1: listing, files with ranges, errors, the token as bearer and as
+cookie. To add a fault, add it to `FAULTS` and check `self.owner.has(NAME)` in `_Handler`.
 """
 
 from __future__ import annotations
@@ -28,45 +28,45 @@ from typing import Any, NamedTuple, Self
 from urllib.parse import parse_qs, urlparse
 
 FAULTS = {
-    "slow": "weights come with 200 kB/s, unless told otherwise",
-    "flip": "the last byte of weights is another",
-    "cut": "the connection ends in the middle of weights, once for each file",
-    "stall": "in the middle of weights nothing comes any more, once for each file",
-    "hang": "the same, every time", "mute": "no request is ever answered",
-    "busy": "each weights file is answered by 429 once", "down": "the same by 503",
-    "reset": "one weights file is reset in its middle, once",
-    "short": "weights end early, and the answer says that this is all",
-    "traversal": "the listing holds a path that leaves the folder",
-    "nosha": "the listing holds no checksums",
-    "linked": "files come with their checksum as X-Linked-ETag",
+    "slow": "weights are sent with 200 kB/s, unless set otherwise",
+    "flip": "the last byte of weights is wrong",
+    "cut": "the connection closes in the middle of weights, once for each file",
+    "stall": "sending stops in the middle of weights, once for each file",
+    "hang": "like stall, every time", "mute": "no request gets a response",
+    "busy": "each weights file gets status 429 once", "down": "each weights file gets status 503 once",
+    "reset": "the connection is reset in the middle of a weights file, once",
+    "short": "weights are shorter than listed, with a matching Content-Length",
+    "traversal": "the listing contains a path outside the folder",
+    "nosha": "the listing contains no checksums",
+    "linked": "files are sent with their checksum as X-Linked-ETag",
     "norange": "ranges are ignored",
-    "absent": "weights are listed and not given",
-    "401": "every request is answered so", "403": "the same", "404": "the same", "429": "the same", "503": "the same",
+    "absent": "weights are listed but missing",
+    **{status: f"every request gets status {status}" for status in ("401", "403", "404", "429", "503")},
 }
 _PIECE_BYTES = 64 << 10
 _SLOW_BYTES_PER_SECOND = 200_000
 
 
 class Request(NamedTuple):
-    """What was asked: the path with its query, and the headers by their names in small letters."""
+    """A request: path with query, and headers by lowercase name."""
 
     path: str
     headers: Mapping[str, str]
 
 
 class Hub:
-    """A running hub; `requests` records what was asked, in the order of arrival.
+    """A running hub; `requests` records all requests in order.
 
     Args:
         models: folders by OWNER/NAME.
         bytes_per_second: of each connection that sends weights; 0 for no limit.
         fault: one of FAULTS, or several with commas between them.
-        token: needed for every request, when not empty.
-        redirect: files are answered by a redirect to the same path of this address.
-        then: folders that take the place of `models` once they were listed: a branch that moves.
+        token: required for every request, if not empty.
+        redirect: base URL to which requests for files are redirected.
+        then: folders that replace `models` after the first listing: a moving branch.
 
     Attributes:
-        hold_at_bytes: weights come up to this byte of the file, and then nothing until the client leaves; 0 for all.
+        hold_at_bytes: byte of the weights after which sending stops until the client disconnects; 0 for none.
     """
 
     def __init__(self, models: Mapping[str, Path], *, bytes_per_second: int = 0, fault: str = "", token: str = "",
@@ -85,7 +85,7 @@ class Hub:
         self.once: set[str] = set()
         hub, base = self, self.handler()
 
-        class Handler(base):  # type: ignore[misc,valid-type]  # whose hub is known only here
+        class Handler(base):  # type: ignore[misc,valid-type]  # binds the hub
             owner = hub
 
         self.server = _Server((address, port), Handler)
@@ -104,29 +104,29 @@ class Hub:
         self._thread.join()
 
     def handler(self) -> type[_Handler]:
-        """What speaks the API."""
+        """Handler class of the API."""
         return _Handler
 
     def has(self, fault: str) -> bool:
-        """Whether it has this fault."""
+        """Return whether the hub has this fault."""
         return fault in self.faults
 
     def at(self, folder: Path, revision: str) -> Path | None:
-        """What a revision holds: `folder` where that is a branch or tag."""
+        """Return the folder of a revision; None if it does not exist."""
         return self.commits.get(revision) if re.fullmatch("[0-9a-f]{40}", revision) else folder
 
     def move(self) -> None:
-        """Let the branches move, where they do."""
+        """Move the branches, if `then` is set."""
         self.models |= self.then
 
     def downloads(self, name: str) -> list[str]:
-        """The Range headers ("" for none) with which a file was asked for."""
+        """Return the Range headers ("" for none) of the requests for a file."""
         return [request.headers.get("range", "") for request in list(self.requests)
                 if parse_qs(urlparse(request.path).query).get("FilePath") == [name]]
 
 
 def commit_of(folder: Path) -> str:
-    """A commit that depends on every file's name and content."""
+    """Return a commit derived from the names and contents of all files."""
     digest = hashlib.sha1(usedforsecurity=False)
     for path in sorted(folder.rglob("*")):
         if path.is_file():
@@ -135,7 +135,7 @@ def commit_of(folder: Path) -> str:
 
 
 def blob_id(content: bytes) -> str:
-    """Git's name of a content."""
+    """Return git's blob id of a content."""
     return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 
 
@@ -143,30 +143,30 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that left, as tests that kill one intend, is no error."""
+        """Ignore disconnected clients: tests kill them."""
         if not isinstance(sys.exception(), OSError):
             super().handle_error(request, client_address)
 
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    signature = ""  # what storage wants to see behind an address
+    signature = ""  # query that the storage requires
     owner: Hub
 
     def do_GET(self) -> None:
-        """Every request that the clients make is a GET."""
+        """Handle a request."""
         url = urlparse(self.path)
         query = {name: values[0] for name, values in parse_qs(url.query).items()}
-        if self._refused():
+        if self._sent_error():
             return
         for name, folder in list(self.owner.models.items()):
             at = self.owner.at(folder, query.get("Revision", "master"))
             if url.path == f"/api/v1/models/{name}/repo/files":
-                data: dict[str, Any] = {"Files": None, "LatestCommitter": None}  # so where there is no such revision
+                data: dict[str, Any] = {"Files": None, "LatestCommitter": None}  # response for a missing revision
                 if at:
                     commit = commit_of(at)
                     files = self._list(at, recursive=query.get("Recursive") != "False")
-                    files[0]["Revision"] = commit  # the others were last changed by earlier ones
+                    files[0]["Revision"] = commit  # the other files have earlier commits
                     data = {"Files": files, "LatestCommitter": {"Id": "", "ShortId": commit[:8]}}
                 self._json(200, {"Code": 200, "Success": True, "RequestId": "r", "Data": data})
                 self.owner.move()
@@ -177,10 +177,10 @@ class _Handler(BaseHTTPRequestHandler):
         self._error(404)
 
     def log_message(self, format: str, *args: object) -> None:
-        """Say nothing: `requests` holds it all."""
+        """Log nothing: `requests` records all."""
 
-    def _refused(self) -> bool:
-        """Record what is asked; whether it was answered by an error."""
+    def _sent_error(self) -> bool:
+        """Record the request; return whether an error response was sent."""
         self.owner.requests.append(Request(self.path, {name.lower(): value for name, value in self.headers.items()}))
         if self.owner.has("mute"):
             self._wait_for_the_end()
@@ -212,7 +212,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _file(self, path: Path) -> None:
         weights = path.suffix == ".safetensors"
-        if weights and self._refused_once(path.name):
+        if weights and self._sent_error_once(path.name):
             return
         if self.owner.redirect and self._redirects(path):
             target = self.owner.redirect + self.path + self.signature
@@ -251,7 +251,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         self._send(content[start:end + 1], self.owner.bytes_per_second if weights else 0, cut=cut, stall=stall)
 
-    def _refused_once(self, name: str) -> bool:
+    def _sent_error_once(self, name: str) -> bool:
         status = 429 if self.owner.has("busy") else 503 if self.owner.has("down") else 0
         if not status or self.command != "GET" or "Range" in self.headers or name in self.owner.once:
             return False
@@ -270,31 +270,31 @@ class _Handler(BaseHTTPRequestHandler):
             for offset in range(0, len(content), _PIECE_BYTES):
                 if stall and offset >= len(content) // 2:
                     self.close_connection = True
-                    self.connection.recv(1)  # until the client gives up
+                    self.connection.recv(1)  # until the client disconnects
                     return
                 if cut and offset >= len(content) // 2:
                     self.close_connection = True
-                    self.connection.shutdown(socket.SHUT_RDWR)  # a close alone leaves the client waiting
+                    self.connection.shutdown(socket.SHUT_RDWR)  # close() alone does not end the response
                     return
                 piece = content[offset:offset + _PIECE_BYTES]
                 self.wfile.write(piece)
-                if bytes_per_second and self.owner.bytes_per_second:  # which a test may lift meanwhile
+                if bytes_per_second and self.owner.bytes_per_second:  # a test may change it meanwhile
                     time.sleep(len(piece) / bytes_per_second)
         except OSError:
-            self.close_connection = True  # the client left, as tests that kill it intend
+            self.close_connection = True  # the client disconnected
 
     def _reset(self, content: bytes) -> None:
         self.close_connection = True
         self.wfile.write(content[:len(content) // 2])
         while fcntl.ioctl(self.connection, termios.TIOCOUTQ, bytes(4)) != bytes(4):
-            time.sleep(0.01)  # until the client's side has that half, or what ends the connection would overtake it
+            time.sleep(0.01)  # until the client received that half, or the reset would overtake it
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         os.close(self.connection.detach())
 
     def _wait_for_the_end(self) -> None:
         self.close_connection = True
         with suppress(OSError):
-            self.connection.recv(1)  # until the client gives up, or is killed
+            self.connection.recv(1)  # until the client disconnects
 
     def _error(self, status: int, code: str = "", more: Mapping[str, str] | None = None) -> None:
         self._json(status, {"Code": 10010205001, "Message": f"no: {status}", "Success": False, "RequestId": "r"}, more)

@@ -1,11 +1,11 @@
-"""A stand-in for the module pynvml that replays a recording (`shoehorn.observability.nvml_recording` says its shape).
+"""Stand-in for the module pynvml that replays a recording (format: `shoehorn.observability.nvml_recording`).
 
-Rules: errors and constants are pynvml's own, which needs no driver for them; every function has pynvml's name and
-arguments; a call that the recording lacks fails with FUNCTION_NOT_FOUND, as an older driver would.
+Rules: errors and constants are those of pynvml, which needs no driver for them; functions have pynvml's names and
+arguments; a call missing in the recording fails with FUNCTION_NOT_FOUND, as with an older driver.
 
-Tests change what happens next: `fail["nvmlInit"] = 12` (an NVML code, for every card), `lose(1)` (that card is lost),
-`hang["nvmlDeviceGetName"] = event` (the call waits for the event), `capture["gpus"]` (cards come and go),
-`xid(0, 79)` (the driver reports an Xid error of that card).
+Tests change the behaviour: `fail["nvmlInit"] = 12` (an NVML code, for every GPU), `lose(1)` (that GPU is lost),
+`hang["nvmlDeviceGetName"] = event` (the call waits for the event), `capture["gpus"]` (GPUs are added or removed),
+`xid(0, 79)` (the driver reports an Xid error of that GPU).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ GIB = 1 << 30
 
 
 def example_gpu(index: int = 0, name: str = "Made-up 24G") -> dict[str, Any]:
-    """Answers of a card that does not exist: 24 GiB, of which a process with id 4242 uses 6 GiB."""
+    """Return results of an invented GPU: 24 GiB, of which process 4242 uses 6 GiB."""
     return {
         "nvmlDeviceGetName": name, "nvmlDeviceGetUUID": f"GPU-00000000-0000-0000-0000-{index:012d}",
         "nvmlDeviceGetCudaComputeCapability": [8, 9],
@@ -41,14 +41,14 @@ def example_gpu(index: int = 0, name: str = "Made-up 24G") -> dict[str, Any]:
 
 
 def example(*gpus: dict[str, Any]) -> dict[str, Any]:
-    """A made-up recording with these cards."""
-    return {"version": 1, "recorded": "made up", "gpus": list(gpus),
+    """Return an invented recording with these GPUs."""
+    return {"version": 1, "recorded": "recording up", "gpus": list(gpus),
             "system": {"nvmlSystemGetDriverVersion": "580.95.05", "nvmlSystemGetNVMLVersion": "13.580.95.05",
                        "nvmlSystemGetCudaDriverVersion_v2": 13000}}
 
 
 class FakeNvml:
-    """Behaves as pynvml on the machine of the recording; has what `record` records."""
+    """pynvml on the machine of a recording."""
 
     NVMLError = pynvml.NVMLError
     NVMLLibraryMismatchError = pynvml.NVMLLibraryMismatchError
@@ -64,29 +64,29 @@ class FakeNvml:
         self._watching: dict[int, int] = {}
 
     def lose(self, index: int) -> None:
-        """From now on every question about this card is answered with GPU_IS_LOST."""
+        """Let every later call for this GPU fail with GPU_IS_LOST."""
         self._lost.add(index)
 
     def xid(self, index: int, code: int) -> None:
-        """From now on an event of this card waits for who watches it."""
+        """Add an Xid event of this GPU."""
         if index in self._watching:
             self.event_sets[self._watching[index]].append(code)
 
     def nvmlEventSetCreate(self) -> int:
-        """As pynvml's; here a number."""
+        """Create an event set; here a number."""
         self._begin("nvmlEventSetCreate")
         self._need_init()
-        made = self.calls["nvmlEventSetCreate"]
-        self.event_sets[made] = []
-        return made
+        number = self.calls["nvmlEventSetCreate"]
+        self.event_sets[number] = []
+        return number
 
     def nvmlEventSetFree(self, eventSet: int) -> None:
-        """As pynvml's."""
+        """Call as in pynvml."""
         self._begin("nvmlEventSetFree")
         del self.event_sets[eventSet]
 
     def nvmlDeviceRegisterEvents(self, handle: int, events: int, event_set: int) -> None:
-        """As pynvml's; only Xid errors happen here."""
+        """Register for events; only Xid errors occur."""
         self._begin("nvmlDeviceRegisterEvents")
         assert events == pynvml.nvmlEventTypeXidCriticalError
         answer = self.capture["gpus"][handle].get("nvmlDeviceRegisterEvents")
@@ -95,7 +95,7 @@ class FakeNvml:
         self._watching[handle] = event_set
 
     def nvmlEventSetWait_v2(self, event_set: int, _milliseconds: int) -> Any:
-        """The next event, or pynvml's error TIMEOUT. Whose it is cannot be asked of a card that is lost."""
+        """Return the next event, or raise TIMEOUT; a lost GPU does not return its identity."""
         self._begin("nvmlEventSetWait_v2")
         self._need_init()
         if not self.event_sets[event_set]:
@@ -104,12 +104,12 @@ class FakeNvml:
                                eventData=self.event_sets[event_set].pop(0))
 
     def nvmlInit(self) -> None:
-        """As pynvml's: counted."""
+        """Initialise; calls are counted."""
         self._begin("nvmlInit")
         self.initialised += 1
 
     def nvmlShutdown(self) -> None:
-        """As pynvml's."""
+        """Call as in pynvml."""
         self._begin("nvmlShutdown")
         self._need_init()
         self.initialised -= 1
@@ -117,13 +117,13 @@ class FakeNvml:
         self._watching.clear()
 
     def nvmlDeviceGetCount(self) -> int:
-        """The number of recorded cards."""
+        """Return the number of recorded GPUs."""
         self._begin("nvmlDeviceGetCount")
         self._need_init()
         return len(self.capture["gpus"])
 
     def nvmlDeviceGetHandleByIndex(self, index: int) -> int:
-        """A handle, which here is the index itself."""
+        """Return the index as handle."""
         self._begin("nvmlDeviceGetHandleByIndex")
         self._need_init()
         if index in self._lost:
@@ -133,17 +133,17 @@ class FakeNvml:
         return index
 
     def nvmlDeviceGetMemoryInfo(self, handle: int, version: int | None = None) -> Any:
-        """The first form, or with `version` the second."""
+        """Return the first form of the result, or with `version` the second."""
         return self._replay("nvmlDeviceGetMemoryInfo_v2" if version else "nvmlDeviceGetMemoryInfo", handle)
 
     def nvmlDeviceGetTemperature(self, handle: int, sensor: int) -> Any:
-        """Of the one sensor that there is."""
+        """Return the temperature of the only sensor."""
         if sensor != pynvml.NVML_TEMPERATURE_GPU:
             raise pynvml.NVMLError(pynvml.NVML_ERROR_INVALID_ARGUMENT)
         return self._replay("nvmlDeviceGetTemperature", handle)
 
     def __getattr__(self, name: str) -> Any:
-        """Constants and error classes from pynvml; the other calls from the recording."""
+        """Return constants and error classes of pynvml, and other calls from the recording."""
         real = getattr(pynvml, name)
         if not name.startswith(("nvmlDeviceGet", "nvmlSystemGet")):
             return real
@@ -179,6 +179,6 @@ def _struct(answer: Any) -> Any:
         return SimpleNamespace(**answer)
     if isinstance(answer, list) and answer and isinstance(answer[0], dict):
         return [SimpleNamespace(**each) for each in answer]
-    if isinstance(answer, list):  # pynvml gives pairs as tuples or lists
+    if isinstance(answer, list):  # pynvml returns pairs as tuples or lists
         return tuple(answer) if answer else []
     return answer

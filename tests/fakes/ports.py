@@ -8,7 +8,7 @@ from contextlib import suppress
 
 
 def free_port() -> int:
-    """A port that nobody listens on, below those that the kernel gives to connections and to port 0 meanwhile."""
+    """Return an unused port below the kernel's ephemeral range."""
     while True:
         port = 20_000 + secrets.randbelow(12_000)
         with socket.socket() as probe, suppress(OSError):

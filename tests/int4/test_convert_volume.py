@@ -1,4 +1,4 @@
-"""Conversion to INT4 in a volume: nothing is lost when it is interrupted, and nothing takes more room than it may."""
+"""Conversion to INT4 in a volume: interruptions, disk errors and disk space."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from shoehorn.common.errors import ModelUnavailableError, SettingsError, Shoehor
 from shoehorn.config import settings
 from shoehorn.deployment import served_model
 from shoehorn.int4 import artifact, layout, shard_writer
-from shoehorn.int4.convert import Wish
-from shoehorn.int4.layout import BOUND, Shard
-from shoehorn.int4.shard_writer import Made
+from shoehorn.int4.convert import ConversionOptions
+from shoehorn.int4.layout import MAX_BIT_WIDTHS, ShardLayout
+from shoehorn.int4.shard_writer import WrittenShard
 from shoehorn.model.reference import ModelRef
 from shoehorn.store import pull
 from shoehorn.store.reference import model_reference
@@ -36,11 +36,11 @@ from support.converting import (
     MODEL,
     Pulled,
     content,
-    in_here,
-    journalled,
+    convert_here,
     local,
+    recorded_shards,
     start,
-    start_held,
+    start_paused,
     write_model,
 )
 
@@ -69,31 +69,31 @@ def hub(model: Path) -> Iterator[Hub]:
 
 
 @pytest.fixture
-def whole(tmp_path: Path, model: Path) -> dict[str, str]:
+def expected(tmp_path: Path, model: Path) -> dict[str, str]:
     (tmp_path / "whole").mkdir()
-    return content(in_here(local(tmp_path / "whole", model), Wish(8)))
+    return content(convert_here(local(tmp_path / "whole", model), ConversionOptions(8)))
 
 
-@pytest.mark.fault("`kill -9` of a conversion, wherever it is",
-                   "Nothing is served; it goes on with the shard that it was at, and ends with the same bytes.")
-def test_a_killed_conversion_goes_on_to_the_same_bytes(tmp_path: Path, model: Path, whole: dict[str, str]) -> None:
+@pytest.mark.fault("`kill -9` of a conversion at any moment",
+                   "Nothing is served; the next one resumes with the interrupted shard and results in the same bytes.")
+def test_killed_conversion_is_resumed_to_the_same_bytes(tmp_path: Path, model: Path, expected: dict[str, str]) -> None:
     environment = local(tmp_path, model)
     folder = artifact.folder(*volume_and_ref(environment))
-    done: dict[str, int] = {}
-    for most in (0, 2, 5):
-        with start_held(environment, most, "--embedding", "8") as process:
-            wait(lambda: process.poll() is not None or len(journalled(folder)) > most)  # noqa: B023  # at once
+    times_before: dict[str, int] = {}
+    for count in (0, 2, 5):
+        with start_paused(environment, count, "--embedding", "8") as process:
+            wait(lambda: process.poll() is not None or len(recorded_shards(folder)) > count)  # noqa: B023  # called immediately
             workers = psutil.Process(process.pid).children() if process.poll() is None else []
             process.kill()
             process.communicate()
-        assert not psutil.wait_procs(workers, 10)[1], "workers outlive it"
+        assert not psutil.wait_procs(workers, 10)[1], "workers are still running"
         assert artifact.locate(*volume_and_ref(environment)) is None
-        times = {name: (folder / name).stat().st_mtime_ns for name in journalled(folder)}
-        assert done.items() <= times.items(), "a finished shard was made again"
-        done = times
+        times = {name: (folder / name).stat().st_mtime_ns for name in recorded_shards(folder)}
+        assert times_before.items() <= times.items(), "a converted shard was converted again"
+        times_before = times
     with start(environment, "--embedding", "8") as process:
         assert process.wait(300) == 0
-    assert content(folder) == whole
+    assert content(folder) == expected
 
 
 def wait(condition: object, seconds: float = 300) -> None:
@@ -103,9 +103,9 @@ def wait(condition: object, seconds: float = 300) -> None:
         time.sleep(0.005)
 
 
-@pytest.mark.fault("`docker stop` or Ctrl-C while converting", "It ends at once; no process is left.")
+@pytest.mark.fault("`docker stop` or Ctrl-C during a conversion", "It exits immediately; no process is left.")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_stopped_conversion_leaves_no_process(tmp_path: Path, model: Path, number: signal.Signals) -> None:
+def test_stopped_conversion_leaves_no_process(tmp_path: Path, model: Path, number: signal.Signals) -> None:
     environment = local(tmp_path, model)
     folder = artifact.folder(*volume_and_ref(environment))
     with start(environment) as process:
@@ -117,55 +117,57 @@ def test_a_stopped_conversion_leaves_no_process(tmp_path: Path, model: Path, num
     assert not psutil.wait_procs(children, 10)[1]
 
 
-@pytest.mark.fault("The disk gives back other bytes than were written while a model is converted",
-                   "Exit code 4 in words; the shard does not count, and its original stays.")
-def test_a_shard_that_reads_back_changed_does_not_count(tmp_path: Path, hub: Hub,
-                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.fault("The disk returns other bytes than were written during a conversion",
+                   "Exit code 4 with the cause; the shard is not recorded, and its original is kept.")
+def test_shard_with_a_read_back_mismatch_is_not_recorded(tmp_path: Path, hub: Hub,
+                                                         monkeypatch: pytest.MonkeyPatch) -> None:
     volume = Pulled(tmp_path, hub, KEEP_ORIGINAL="no")
     original = pull.locate(volume.settings.models_dir, volume.ref)
     assert original is not None
     bad = volume.originals()[2]
-    verified = shard_writer.verified
+    verify = shard_writer.verify
 
-    def on_a_bad_disk(shard: Shard, made: Made, directory: Path) -> str:
+    def verify_on_a_bad_disk(shard: ShardLayout, written: WrittenShard, directory: Path) -> str:
         if shard.name == bad:
-            path = directory / shard_writer.partial(shard)
+            path = directory / shard_writer.partial_name(shard)
             data = bytearray(path.read_bytes())
             data[len(data) // 2] ^= 16
             path.write_bytes(data)
-        return verified(shard, made, directory)
+        return verify(shard, written, directory)
 
-    monkeypatch.setattr(shard_writer, "verified", on_a_bad_disk)
-    with pytest.raises(ModelUnavailableError, match=f"{bad}.partial reads back other than it was written") as error:
-        in_here(volume.environment)
-    assert "Check the disk" in error.value.remedy
+    monkeypatch.setattr(shard_writer, "verify", verify_on_a_bad_disk)
+    with pytest.raises(ModelUnavailableError, match=f"{bad}.partial") as caught:
+        convert_here(volume.environment)
+    assert caught.value.code == "volume_failed"
+    assert "Check the disk" in caught.value.remedy
     folder = artifact.folder(volume.settings.models_dir, volume.ref)
     assert bad in volume.originals()
-    assert journalled(folder) == {path.name for path in folder.glob("*.safetensors")}
-    assert len(journalled(folder)) == 2
+    assert recorded_shards(folder) == {path.name for path in folder.glob("*.safetensors")}
+    assert len(recorded_shards(folder)) == 2
     monkeypatch.undo()
-    in_here(volume.environment)
+    convert_here(volume.environment)
     assert volume.originals() == []
 
 
-def test_a_shard_of_many_parts_is_compared_and_hashed_whole(tmp_path: Path, model: Path, whole: dict[str, str],
-                                                            monkeypatch: pytest.MonkeyPatch) -> None:
-    """Read back in many small requests; the names have the digests that one pass over each file finds."""
+def test_shard_of_many_ranges_is_verified_completely(tmp_path: Path, model: Path, expected: dict[str, str],
+                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    """Verify in many small requests; the recorded digests are those of the files."""
     monkeypatch.setattr(shard_writer, "_COPY_BYTES", 4096)
-    folder = in_here(local(tmp_path, model), Wish(8))
-    assert content(folder) == whole
-    noted = json.loads((folder / "conversion.json").read_text())["shards"]
-    assert {name: entry["sha256"] for name, entry in noted.items()} == \
-        {name: digest for name, digest in whole.items() if name.endswith(".safetensors")}
+    folder = convert_here(local(tmp_path, model), ConversionOptions(8))
+    assert content(folder) == expected
+    entries = json.loads((folder / "conversion.json").read_text())["shards"]
+    assert {name: entry["sha256"] for name, entry in entries.items()} == \
+        {name: digest for name, digest in expected.items() if name.endswith(".safetensors")}
 
 
-@pytest.mark.fault("The disk fills while a model is converted",
-                   "Exit code 4 in words; goes on where it stopped once there is room.")
-def test_a_disk_that_fills_is_told_and_gone_on_with(tmp_path: Path, model: Path, whole: dict[str, str]) -> None:
-    """Others take what a look at the free space had still seen: here that look is told of more than there is."""
+@pytest.mark.fault("The disk fills during a conversion",
+                   "Exit code 4 with the cause; the next one resumes when space is free.")
+def test_full_disk_is_reported_and_the_conversion_resumed(tmp_path: Path, model: Path,
+                                                         expected: dict[str, str]) -> None:
+    """Others fill the disk after the check of the free space: here the check gets a value that is too large."""
     environment = local(tmp_path, model)
     size = sum(path.stat().st_size for path in (tmp_path / "whole" / "models").rglob("*.safetensors"))
-    misled = textwrap.dedent("""
+    program = textwrap.dedent("""
         import os, sys
         from shoehorn import cli
         os.statvfs = lambda _: os.statvfs_result((4096, 4096, *[1 << 30] * 6, 0, 255))
@@ -176,7 +178,7 @@ def test_a_disk_that_fills_is_told_and_gone_on_with(tmp_path: Path, model: Path,
         set -e
         mount -t tmpfs -o size={size // 2} none {tmp_path}/models
         code=0
-        {sys.executable} -c {shlex.quote(misled)} {convert} || code=$?
+        {sys.executable} -c {shlex.quote(program)} {convert} || code=$?
         echo "full: $code $(cat {tmp_path}/err)"
         mount -o remount,size={2 * size} {tmp_path}/models
         {sys.executable} -m shoehorn.cli {convert}
@@ -185,89 +187,90 @@ def test_a_disk_that_fills_is_told_and_gone_on_with(tmp_path: Path, model: Path,
     done = subprocess.run(["unshare", "--mount", "bash", "-c", script], capture_output=True, text=True, timeout=300,
                           env={**environment, "PATH": os.environ["PATH"],
                                "PYTHONPATH": str(Path(pull.__file__).parents[2])})
-    told, rest = done.stdout.split("\n  -> ")
-    assert re.fullmatch(r"full: 4 .*\nshoehorn: Volume \S+: disk full\.", told), done.stdout + done.stderr
-    assert {line.split()[1]: line.split()[0] for line in rest.splitlines()[1:]} == whole
+    error, rest = done.stdout.split("\n  -> ")
+    assert re.fullmatch(r"full: 4 .*\nshoehorn: Volume \S+: disk full\.", error), done.stdout + done.stderr
+    assert {line.split()[1]: line.split()[0] for line in rest.splitlines()[1:]} == expected
 
 
-def test_too_little_space_is_told_before_a_shard_is_made(tmp_path: Path, model: Path,
-                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_space_is_reported_before_a_shard_is_written(tmp_path: Path, model: Path,
+                                                                monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "statvfs", lambda _: os.statvfs_result((4096, 4096, 9, 9, 9, 9, 9, 9, 0, 255)))
-    with pytest.raises(ModelUnavailableError, match="too small"):
-        in_here(local(tmp_path, model))
+    with pytest.raises(ModelUnavailableError) as caught:
+        convert_here(local(tmp_path, model))
+    assert caught.value.code == "volume_too_small"
     assert not list((tmp_path / "models").rglob("*.safetensors"))
 
 
-def test_the_converted_model_is_one_of_the_volume(tmp_path: Path, hub: Hub) -> None:
+def test_conversion_is_a_model_of_the_volume(tmp_path: Path, hub: Hub) -> None:
     volume = Pulled(tmp_path, hub)
-    folder = in_here(volume.environment)
+    folder = convert_here(volume.environment)
     assert folder == tmp_path / "models" / f"{MODEL}.int4"
     assert served_model.served_folder(volume.settings.models_dir, volume.ref.converted) == folder
     assert len(volume.originals()) == LAYERS + 1
     listed = subprocess.run([sys.executable, "-m", "shoehorn.cli", "models", "--json"], capture_output=True, text=True,
                             check=True, env={**os.environ, **volume.environment}).stdout
     assert {entry["model"]: entry["complete"] for entry in json.loads(listed)} == {MODEL: True, f"{MODEL}.int4": True}
-    made = (folder / "config.json").stat().st_mtime_ns
-    assert in_here(volume.environment) == folder
-    assert (folder / "config.json").stat().st_mtime_ns == made, "it was made once"
+    time_before = (folder / "config.json").stat().st_mtime_ns
+    assert convert_here(volume.environment) == folder
+    assert (folder / "config.json").stat().st_mtime_ns == time_before, "converted twice"
 
 
-def test_ones_own_folder_that_changed_is_converted_again(tmp_path: Path) -> None:
+def test_changed_local_folder_is_converted_again(tmp_path: Path) -> None:
     model = write_model(tmp_path / "own", 1)
     environment = local(tmp_path, model)
-    before = content(in_here(environment))
+    before = content(convert_here(environment))
     shard = model / "model-00002-of-00002.safetensors"
     tensors = load_file(shard)
     tensors["model.layers.0.mlp.up_proj.weight"].neg_()
     save_file(tensors, shard)
     assert served_model.served_folder(*volume_and_conversion(environment)) is None
-    after = content(in_here(environment))
+    after = content(convert_here(environment))
     assert [name for name in before if before[name] != after[name]] == ["conversion.json", shard.name]
     shutil.rmtree(model)
     assert artifact.locate(*volume_and_ref(environment)) is not None
 
 
-def test_a_flipped_byte_of_the_result_is_found(tmp_path: Path, hub: Hub) -> None:
+def test_flipped_byte_of_a_conversion_is_detected(tmp_path: Path, hub: Hub) -> None:
     volume = Pulled(tmp_path, hub)
-    folder = in_here(volume.environment)
+    folder = convert_here(volume.environment)
     shard = next(folder.glob("*.safetensors"))
     data = bytearray(shard.read_bytes())
     data[-1] ^= 1
     shard.write_bytes(data)
     assert served_model.served_folder(volume.settings.models_dir, volume.ref.converted) is None
-    assert in_here(volume.environment) == folder
+    assert convert_here(volume.environment) == folder
     assert content(folder)[shard.name] == json.loads((folder / "conversion.json").read_text())["shards"][shard.name][
         "sha256"]
 
 
 @pytest.mark.fault("`kill -9` of a conversion with KEEP_ORIGINAL=no",
-                   "It goes on with what is left of the original, without the hub.")
-def test_originals_make_way_and_a_killed_conversion_goes_on_without_the_hub(tmp_path: Path, hub: Hub) -> None:
+                   "The next one resumes with the remaining shards of the original, without the hub.")
+def test_originals_are_deleted_and_a_killed_conversion_is_resumed_without_the_hub(tmp_path: Path, hub: Hub) -> None:
     volume = Pulled(tmp_path, hub, KEEP_ORIGINAL="no")
     folder = artifact.folder(volume.settings.models_dir, volume.ref)
     original = pull.locate(volume.settings.models_dir, volume.ref)
     assert original is not None
     copies = shutil.copytree(original, tmp_path / "copies")
-    with start_held(volume.environment, 2) as process:
-        wait(lambda: process.poll() is not None or len(journalled(folder)) > 2)
+    with start_paused(volume.environment, 2) as process:
+        wait(lambda: process.poll() is not None or len(recorded_shards(folder)) > 2)
         process.kill()
         process.communicate()
     assert served_model.served_folder(volume.settings.models_dir, volume.ref.converted) is None
-    left = volume.originals()
-    assert left, "it was killed in the middle"
-    assert len(set(left) & journalled(folder)) <= 1
-    noted = sorted(journalled(folder))[0]
-    shutil.copyfile(copies / noted, original / noted)  # as a kill between the note and the removal leaves it
-    assert pull.locate(volume.settings.models_dir, volume.ref) is None, "what has holes is not served"
-    asked = len(hub.requests)
-    assert artifact.source(volume.settings.models_dir, volume.ref) is not None, "it need not be pulled again"
-    assert in_here(volume.environment) == folder
-    assert len(hub.requests) == asked
+    remaining = volume.originals()
+    assert remaining, "not interrupted"
+    assert len(set(remaining) & recorded_shards(folder)) <= 1
+    recorded = sorted(recorded_shards(folder))[0]
+    shutil.copyfile(copies / recorded, original / recorded)  # left by a kill between record and deletion
+    assert pull.locate(volume.settings.models_dir, volume.ref) is None, "incomplete original is served"
+    requests = len(hub.requests)
+    assert artifact.source(volume.settings.models_dir, volume.ref) is not None, "would be pulled again"
+    assert convert_here(volume.environment) == folder
+    assert len(hub.requests) == requests
     assert volume.originals() == []
     assert served_model.served_folder(volume.settings.models_dir, volume.ref.converted) == folder
 
 
-def test_a_volume_a_seventh_larger_than_the_original_suffices(tmp_path: Path, hub: Hub) -> None:
+def test_volume_a_seventh_larger_than_the_original_suffices(tmp_path: Path, hub: Hub) -> None:
     """As 160 GB are for 140 GB."""
     volume = Pulled(tmp_path, hub, KEEP_ORIGINAL="no")
     original = pull.locate(volume.settings.models_dir, volume.ref)
@@ -288,22 +291,22 @@ def test_a_volume_a_seventh_larger_than_the_original_suffices(tmp_path: Path, hu
     assert done.stdout.count(".safetensors\n") == LAYERS + 1
 
 
-def test_the_original_and_two_shards_of_a_70b_fit_into_160_gb() -> None:
+def test_original_and_two_shards_of_a_70b_fit_in_160_gb() -> None:
     files = captured.files("deepseek-r1-distill-llama-70b")
     before = sum(files.names().values())
-    made = layout.layout(files, BOUND)
+    plan = layout.layout(files, MAX_BIT_WIDTHS)
     assert before > 140e9
-    assert layout.two_in_turn([3, 5, 4, 1]) == 9
-    assert (before + layout.two_in_turn(shard.size for shard in made.shards)) * 1.02 < 160e9
+    assert layout.peak_pair_bytes([3, 5, 4, 1]) == 9
+    assert (before + layout.peak_pair_bytes(shard.size for shard in plan.shards)) * 1.02 < 160e9
 
 
-def test_originals_of_ones_own_folder_are_never_removed(tmp_path: Path, model: Path) -> None:
+def test_originals_of_a_local_folder_are_never_deleted(tmp_path: Path, model: Path) -> None:
     with pytest.raises(SettingsError, match="KEEP_ORIGINAL"):
         settings.load(local(tmp_path, model, KEEP_ORIGINAL="no"))
 
 
-def test_without_the_original_it_says_what_to_type(tmp_path: Path) -> None:
+def test_missing_original_is_reported_with_a_remedy(tmp_path: Path) -> None:
     (tmp_path / "models").mkdir()
     with pytest.raises(ShoehornError) as error:
-        in_here({"MODEL_ID": MODEL, "MODELS_DIR": str(tmp_path / "models"), "QUANTIZATION": "int4"})
+        convert_here({"MODEL_ID": MODEL, "MODELS_DIR": str(tmp_path / "models"), "QUANTIZATION": "int4"})
     assert f"shoehorn pull {MODEL}" in str(error.value)

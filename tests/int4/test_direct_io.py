@@ -1,4 +1,4 @@
-"""Files past the page cache: what is written is what is read, wherever it begins, and with any file system."""
+"""Direct I/O: any range is read and written correctly, on any file system."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ SIZE = 5 * BLOCK + 77
 RANDOM = random.Random(0)  # noqa: S311  # nothing secret
 
 
-@pytest.fixture(params=["direct", "refused at open", "refused at the first transfer"])
+@pytest.fixture(params=["direct", "rejected at open", "rejected at the first transfer"])
 def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """How the file system takes O_DIRECT."""
-    refused = OSError(errno.EINVAL, "no O_DIRECT here")
+    """Simulate the support of the file system for O_DIRECT."""
+    rejected = OSError(errno.EINVAL, "no O_DIRECT here")
     direct: set[int] = set()
     really_open = os.open
 
     def opened(path: object, flags: int, *more: object, **named: object) -> int:
-        if flags & os.O_DIRECT and request.param == "refused at open":
-            raise refused
+        if flags & os.O_DIRECT and request.param == "rejected at open":
+            raise rejected
         descriptor = really_open(path, flags, *more, **named)  # type: ignore[arg-type]
         if flags & os.O_DIRECT and request.param != "direct":
             direct.add(descriptor)
@@ -37,7 +37,7 @@ def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
         def transfer(descriptor: int, *more: object) -> int:
             if descriptor in direct:
                 direct.remove(descriptor)
-                raise refused
+                raise rejected
             return call(descriptor, *more)  # type: ignore[operator,no-any-return]
         return transfer
 
@@ -64,14 +64,14 @@ def test_any_range_is_read_and_written(tmp_path: Path, kind: str, begin: int, le
 
 
 @pytest.mark.usefixtures("kind")
-def test_a_file_that_ends_early_is_told(tmp_path: Path) -> None:
+def test_end_of_file_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(bytes(SIZE))
     with DirectFile(path) as file, pytest.raises(EOFError, match=f"ends before byte {SIZE + 1}"):
         file.read(3, SIZE - 2)
 
 
-def test_neighbours_write_the_halves_of_a_block_at_the_same_time(tmp_path: Path) -> None:
+def test_threads_write_parts_of_one_block_concurrently(tmp_path: Path) -> None:
     path, content = tmp_path / "file", RANDOM.randbytes(400 * BLOCK)
     parts = list(itertools.pairwise([0, *sorted(RANDOM.sample(range(len(content)), 300)), len(content)]))
     RANDOM.shuffle(parts)
@@ -84,7 +84,7 @@ def test_neighbours_write_the_halves_of_a_block_at_the_same_time(tmp_path: Path)
     assert path.read_bytes() == content
 
 
-def test_it_goes_past_the_page_cache(tmp_path: Path) -> None:
+def test_reads_bypass_the_page_cache(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(bytes(64 * BLOCK))
     with DirectFile(path) as file:
@@ -99,6 +99,6 @@ def test_it_goes_past_the_page_cache(tmp_path: Path) -> None:
 
 
 def _from_disk() -> int:
-    """Bytes that this process had read from a disk."""
+    """Return the bytes that this process has read from disks."""
     lines = Path("/proc/self/io").read_text(encoding="ascii").splitlines()
     return int(next(line for line in lines if line.startswith("read_bytes")).split()[1])

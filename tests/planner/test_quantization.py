@@ -8,7 +8,7 @@ import pytest
 
 from fakes import captured as captured_models
 from shoehorn.common.errors import SettingsError
-from shoehorn.int4.layout import Bits
+from shoehorn.int4.layout import BitWidths
 from shoehorn.model import checkpoint as checkpoints
 from shoehorn.planner.plan import Plan
 from support.plans import (
@@ -57,7 +57,7 @@ def test_another_kernel_for_the_same_checkpoint_is_accepted() -> None:
 
 
 def test_quantized_experts_on_a_cpu_need_amx() -> None:
-    lite = checkpoints.read(captured_models.converted("deepseek-v2-lite-chat", Bits(16, 16)))
+    lite = checkpoints.read(captured_models.converted("deepseek-v2-lite-chat", BitWidths(16, 16)))
     without = machine(ram=64)
     with pytest.raises(SettingsError) as caught:
         plan_for(without, lite, VRAM_PROFILE="cpu")

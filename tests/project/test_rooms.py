@@ -15,7 +15,7 @@ ALLOWED = {
     "common": set(), "config": _GROUND, "hardware": _GROUND, "model": _GROUND,
     "hub": {"config"} | _GROUND, "runtime": {"config"} | _GROUND, "planner": _MACHINE,
     "store": {"hub", "config", "model"} | _GROUND, "gateway": {"runtime", "config"} | _GROUND,
-    "observability": {"runtime", "config"} | _GROUND, "int4": {"store", "hub", "config", "model", "hardware"} | _GROUND,
+    "observability": {"runtime", "config"} | _GROUND, "int4": {"store", "hub", "config", "model"} | _GROUND,
     "deployment": {"int4", "store", "planner"} | _MACHINE,
     "engine": {"deployment", "runtime", "planner"} | _MACHINE,
     "commands": {"engine", "deployment", "int4", "gateway", "observability", "store", "runtime", "planner"} | _MACHINE,

@@ -1,8 +1,8 @@
-"""A power cut, simulated on a real file system: what was not synced is not there any more.
+"""Power cuts, simulated on a real file system: data that was not synced is lost.
 
-An ext4 lies in a file of its own, without the mercy that it has for programs that do not sync, and commits nothing by
-itself meanwhile. A copy of that file, made while a write is under way, holds what a disk would hold if the power went
-at that moment; mounted, it shows what the next start finds.
+An ext4 image is mounted without the options that protect programs that do not sync, and without periodic commits. A
+copy of the image during a write contains what a disk would contain after a power cut; mounted, it shows the state of
+the next start.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ OLD = Manifest(MODEL, "master", "https://hub", False, (ModelFile("config.json", 
 
 
 class Disk:
-    """The file system; `cut` notes what would be left of it now."""
+    """The file system; `cut` records its content after a power cut now."""
 
     def __init__(self, home: Path) -> None:
         self._image, self._shown, self.root = home / "disk", home / "shown", home / "mounted"
@@ -49,21 +49,22 @@ class Disk:
         self._image.touch()
         os.truncate(self._image, SIZE_BYTES)
         subprocess.run(["mkfs.ext4", "-q", self._image], check=True)
-        done = subprocess.run(["mount", "-o", "loop,commit=300,noauto_da_alloc,data=writeback", self._image, self.root],
-                              stderr=subprocess.PIPE, text=True, check=False)
-        if done.returncode:
-            pytest.skip(f"no file system can be mounted from a file here: {done.stderr.strip()}")
+        options = "loop,commit=300,noauto_da_alloc,data=writeback"
+        mounted = subprocess.run(["mount", "-o", options, self._image, self.root], stderr=subprocess.PIPE, text=True,
+                                 check=False)
+        if mounted.returncode:
+            pytest.skip(f"loop mounts unavailable: {mounted.stderr.strip()}")
 
     def cut(self, moment: str) -> None:
-        """The power goes here, in one of the worlds."""
+        """Record a power cut at this moment."""
         self._number += 1
-        assert self._number <= 100, "each takes room"
+        assert self._number <= 100, "each copy needs disk space"
         self.cuts.append((moment, self._image.with_name(f"cut-{self._number}")))
         subprocess.run(["cp", "--sparse=always", self._image, self.cuts[-1][1]], check=True)
 
-    def left(self) -> Iterator[tuple[str, Path]]:
-        """For each cut, what is there afterwards, in a folder of its own meanwhile."""
-        cuts, self.cuts = self.cuts, []  # whoever looks may sync
+    def contents_after_cuts(self) -> Iterator[tuple[str, Path]]:
+        """Mount the content after each cut; yield its moment and folder."""
+        cuts, self.cuts = self.cuts, []  # reading may sync
         for moment, image in cuts:
             subprocess.run(["mount", "-o", "loop", image, self._shown], check=True)
             try:
@@ -73,28 +74,28 @@ class Disk:
                 image.unlink()
 
     def close(self) -> None:
-        """Take it away, and what a test that failed was looking at."""
+        """Unmount everything, also after a failed test."""
         subprocess.run(["umount", self._shown], check=False, stderr=subprocess.DEVNULL)
         subprocess.run(["umount", self.root], check=True)
 
 
 @pytest.fixture
 def disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Disk]:
-    """A disk whose power goes before and after every sync and every rename."""
-    made = Disk(tmp_path)
+    """Return a disk with a power cut before and after every sync and rename."""
+    disk = Disk(tmp_path)
 
     def around(name: str, real: Callable[..., None]) -> Callable[..., None]:
         def step(*arguments: object) -> None:
-            made.cut(f"before {name}")
+            disk.cut(f"before {name}")
             real(*arguments)
-            made.cut(f"after {name}")
+            disk.cut(f"after {name}")
 
         return step
 
     for name in ("fsync", "replace"):
         monkeypatch.setattr(os, name, around(name, getattr(os, name)))
-    yield made
-    made.close()
+    yield disk
+    disk.close()
 
 
 def write_state(root: Path, number: int) -> Path:
@@ -112,10 +113,10 @@ def write_manifest(root: Path, number: int) -> Path:
     return manifest.location(root, REF)
 
 
-@pytest.mark.fault("The power goes at any moment of a write of state, keys or manifest, on a real ext4",
-                   "The file is whole, as before or as after; once the write has returned it is the new one.")
+@pytest.mark.fault("Power cut at any moment while state, keys or manifest are written, on a real ext4",
+                   "The file is complete: old or new; after the write returned it is the new one.")
 @pytest.mark.parametrize("write", [write_state, write_keys, write_manifest])
-def test_whenever_the_power_goes_the_file_is_whole(disk: Disk, write: Callable[[Path, int], Path]) -> None:
+def test_power_cut_leaves_the_old_or_the_new_file(disk: Disk, write: Callable[[Path, int], Path]) -> None:
     old = write(disk.root, 1).read_bytes()
     os.sync()
     disk.cuts.clear()
@@ -124,31 +125,31 @@ def test_whenever_the_power_goes_the_file_is_whole(disk: Disk, write: Callable[[
     new = path.read_bytes()
     assert old != new
     name = path.relative_to(disk.root)
-    found = [(moment, {old: "old", new: "new"}.get((root / name).read_bytes(), "neither"))
-             for moment, root in disk.left()]
-    assert len(found) >= 5
-    assert {state for _, state in found} == {"old", "new"}, found
-    assert found[-1] == ("after it returned", "new")
+    contents = [(moment, {old: "old", new: "new"}.get((root / name).read_bytes(), "neither"))
+                for moment, root in disk.contents_after_cuts()]
+    assert len(contents) >= 5
+    assert {state for _, state in contents} == {"old", "new"}, contents
+    assert contents[-1] == ("after it returned", "new")
 
 
-def test_what_was_not_synced_is_lost_here(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else this disk would show nothing."""
+def test_unsynced_data_is_lost_on_this_disk(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check the test disk itself."""
     old = write_state(disk.root, 1).read_bytes()
     os.sync()
     disk.cuts.clear()
     monkeypatch.setattr(os, "fsync", lambda _descriptor: None)
     write_state(disk.root, 2)
     disk.cut("after it returned")
-    assert [(root / "state.json").read_bytes() for _, root in disk.left()][-1] == old
+    assert [(root / "state.json").read_bytes() for _, root in disk.contents_after_cuts()][-1] == old
 
 
-@pytest.mark.fault("The power goes at any moment of a pull, on a real ext4",
-                   "What counts as complete afterwards is whole, by every SHA-256.")
-def test_whenever_the_power_goes_a_model_is_whole_or_incomplete(disk: Disk, tmp_path: Path,
-                                                                monkeypatch: pytest.MonkeyPatch) -> None:
-    def download(_settings: Settings, _hub: RemoteRepository, directory: Path, _wanted: Sequence[ModelFile],
+@pytest.mark.fault("Power cut at any moment of a pull, on a real ext4",
+                   "A model that counts as complete afterwards matches every SHA-256.")
+def test_power_cut_leaves_a_complete_or_an_incomplete_model(disk: Disk, tmp_path: Path,
+                                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(_settings: Settings, _hub: RemoteRepository, directory: Path, _selected: Sequence[ModelFile],
                  needed: Sequence[ModelFile], _report: Report) -> None:
-        for file in needed:  # as the libraries leave them: not synced
+        for file in needed:  # not synced, as by the libraries
             shutil.copyfile(model / file.path, directory / file.path)
 
     monkeypatch.setattr("support.pulling.WEIGHTS_BYTES", 1 << 20)
@@ -160,10 +161,10 @@ def test_whenever_the_power_goes_a_model_is_whole_or_incomplete(disk: Disk, tmp_
     disk.cut("after it returned")
     complete, moments = list[str](), len(disk.cuts)
     monkeypatch.undo()
-    for moment, root in disk.left():
+    for moment, root in disk.contents_after_cuts():
         if pull.locate(root, REF):
             complete.append(moment)
             pull.verify(replace(here, models_dir=root), lambda _progress: None)
     assert complete
     assert complete[-1] == "after it returned"
-    assert len(complete) < moments // 2, "most cuts came before"
+    assert len(complete) < moments // 2, "most cuts happen before completion"

@@ -1,4 +1,4 @@
-"""The store against a stand-in hub, with the hub's real client: whole pulls, broken ones, and what a start trusts."""
+"""Pulls from a stand-in of ModelScope with the real library: complete and interrupted ones, and verification."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from shoehorn.config.settings import Settings
 from shoehorn.hub.files import ModelFile
 from shoehorn.model.files import LocalFiles
 from shoehorn.model.reference import ModelRef
-from shoehorn.store import pull, selection
+from shoehorn.store import pull
 from shoehorn.store.reference import model_reference
 from support.pulling import MODEL, WEIGHTS, Volume, stop_when_arrived, write_model, write_weights
 
@@ -35,7 +35,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def pulled(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
-    """A home whose volume holds the complete model. Copy it, do not change it."""
+    """Return a home whose volume contains the complete model; to be copied, not changed."""
     home = tmp_path_factory.mktemp("pulled")
     with Hub({MODEL: model}) as hub:
         assert Volume(home, hub).pull()[0] == 0
@@ -44,7 +44,7 @@ def pulled(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
 
 @pytest.fixture
 def volume(pulled: Path, tmp_path: Path) -> Volume:
-    """A volume of its own with the complete model, without a hub."""
+    """Return a separate volume with the complete model, without a hub."""
     shutil.copytree(pulled, tmp_path / "home")
     return Volume(tmp_path / "home")
 
@@ -55,7 +55,7 @@ def flip_last_byte(path: Path) -> None:
     path.write_bytes(content)
 
 
-def test_a_pull_fetches_what_serving_needs_and_nothing_else(pulled: Path, model: Path) -> None:
+def test_pull_downloads_only_the_selected_files(pulled: Path, model: Path) -> None:
     volume = Volume(pulled)
     assert sorted(path.name for path in volume.folder.iterdir()) == ["config.json", WEIGHTS, "tokenizer.json"]
     assert (volume.folder / WEIGHTS).read_bytes() == (model / WEIGHTS).read_bytes()
@@ -66,7 +66,7 @@ def test_a_pull_fetches_what_serving_needs_and_nothing_else(pulled: Path, model:
         (model / WEIGHTS).read_bytes()).hexdigest()
 
 
-def test_a_complete_model_asks_no_hub(volume: Volume, tmp_path: Path) -> None:
+def test_complete_model_needs_no_hub(volume: Volume, tmp_path: Path) -> None:
     (volume.models / ".shoehorn" / "locks").rename(tmp_path / "locks")
     (volume.models / ".shoehorn" / "locks").touch()  # nor a lock: the volume may be read-only
     assert volume.complete()
@@ -74,23 +74,23 @@ def test_a_complete_model_asks_no_hub(volume: Volume, tmp_path: Path) -> None:
     assert isinstance(pull.hub_files(volume.settings, volume.ref), LocalFiles)
 
 
-def test_other_times_are_settled_by_the_content_without_a_hub(volume: Volume) -> None:
+def test_changed_times_are_resolved_by_the_content_without_a_hub(volume: Volume) -> None:
     os.utime(volume.folder / WEIGHTS, ns=(1, 1))
     assert not volume.complete()
-    assert isinstance(pull.hub_files(volume.settings, volume.ref), LocalFiles), "to plan, before it is settled"
+    assert isinstance(pull.hub_files(volume.settings, volume.ref), LocalFiles), "needed for planning before the pull"
     assert {progress.phase for progress in volume.pull_here()} == {"verifying"}
     assert volume.complete()
 
 
-@pytest.mark.fault("Power cut during a pull", "The manifest is written only when every file and folder is on the disk.")
-def test_every_file_and_folder_is_on_the_disk_before_the_manifest_says_so(volume: Volume,
-                                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.fault("Power cut during a pull", "The manifest is completed only after every file and folder is synced.")
+def test_every_file_and_folder_is_synced_before_the_manifest_is_complete(volume: Volume,
+                                                                         monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[Path] = []
-    real = os.fsync
+    os_fsync = os.fsync
 
     def fsync(descriptor: int) -> None:
         synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
-        real(descriptor)
+        os_fsync(descriptor)
 
     for path in volume.folder.iterdir():
         os.utime(path, ns=(1, 1))
@@ -100,30 +100,31 @@ def test_every_file_and_folder_is_on_the_disk_before_the_manifest_says_so(volume
     assert {*volume.folder.iterdir(), volume.folder, volume.folder.parent, volume.models} <= set(before)
 
 
-@pytest.mark.fault("A stored file changes", "Found at the next start, and fetched again.")
-def test_a_changed_file_is_found_and_fetched_again(volume: Volume, model: Path) -> None:
+@pytest.mark.fault("A stored file changes", "Detected at the next start and downloaded again.")
+def test_changed_file_is_detected_and_downloaded_again(volume: Volume, model: Path) -> None:
     flip_last_byte(volume.folder / WEIGHTS)
     assert not volume.complete()
     with Hub({MODEL: model}) as hub:
         volume.environment["MODELSCOPE_ENDPOINT"] = hub.url
         assert volume.pull()[0] == 0
-        assert hub.downloads("tokenizer.json") == [], "what is right is not fetched again"
+        assert hub.downloads("tokenizer.json") == [], "a correct file was downloaded again"
     assert (volume.folder / WEIGHTS).read_bytes() == (model / WEIGHTS).read_bytes()
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"version": 2}', '{"version": 1, "files": []}',
                                      '{"version": 1, "model": "owner/tiny", "revision": "master", "endpoint": "",'
                                      ' "complete": true, "files": []}'])
-@pytest.mark.fault("Manifest corrupt", "The model counts as incomplete, and every hash is checked again.")
-def test_a_damaged_manifest_counts_as_none(volume: Volume, content: str) -> None:
+@pytest.mark.fault("Manifest corrupt", "The model counts as incomplete, and every hash is verified again.")
+def test_invalid_manifest_counts_as_missing(volume: Volume, content: str) -> None:
     volume.manifest.write_text(content)
     assert not volume.complete()
-    with pytest.raises(ModelUnavailableError, match="cannot be reached"):
+    with pytest.raises(ModelUnavailableError) as caught:
         volume.pull_here()
+    assert caught.value.code == "hub_unavailable"
 
 
 @pytest.mark.fault("Manifest forged", "Nothing outside the model's folder is touched.")
-def test_a_manifest_cannot_have_files_removed_elsewhere(volume: Volume, model: Path) -> None:
+def test_manifest_cannot_delete_files_elsewhere(volume: Volume, model: Path) -> None:
     victim = volume.models.parent / "victim.json"
     victim.touch()
     manifest = json.loads(volume.manifest.read_text())
@@ -131,22 +132,23 @@ def test_a_manifest_cannot_have_files_removed_elsewhere(volume: Volume, model: P
     volume.manifest.write_text(json.dumps(manifest))
     with Hub({MODEL: model}) as hub:
         volume.environment["MODELSCOPE_ENDPOINT"] = hub.url
-        volume.pull_here()  # all the files are there and right
+        volume.pull_here()  # all files are complete
     assert victim.exists()
 
 
-@pytest.mark.fault("Weights in the folder that no manifest knows", "Named, never served.")
-def test_foreign_weights_in_the_folder_are_named(volume: Volume) -> None:
+@pytest.mark.fault("Weights in the folder that are not in the manifest", "An error with their names; never served.")
+def test_unlisted_weights_are_an_error(volume: Volume) -> None:
     write_weights(volume.folder / "other.safetensors")
     assert not volume.complete()
-    with pytest.raises(ModelUnavailableError, match=r"not the model's: other\.safetensors"):
+    with pytest.raises(ModelUnavailableError, match=r"other\.safetensors") as caught:
         volume.pull_here()
+    assert caught.value.code == "unlisted_weights"
 
 
-def test_another_revision_replaces_what_differs_and_removes_what_is_gone(volume: Volume, tmp_path: Path) -> None:
+def test_another_revision_replaces_changed_and_deletes_obsolete_files(volume: Volume, tmp_path: Path) -> None:
     newer = write_model(tmp_path / "newer")
     other = (newer / "config.json").read_text().replace("Llama", "Qwen3")
-    (newer / "config.json").write_text(other)  # of the same size, and this hub gives no checksums
+    (newer / "config.json").write_text(other)  # of the same size, and this hub lists no checksums
     (newer / "tokenizer.json").unlink()
     with Hub({MODEL: newer}, fault="nosha") as hub:
         volume.environment |= {"MODELSCOPE_ENDPOINT": hub.url, "MODEL_REVISION": "v2"}
@@ -157,14 +159,14 @@ def test_another_revision_replaces_what_differs_and_removes_what_is_gone(volume:
     assert volume.complete()
 
 
-@pytest.mark.fault("`kill -9` of a pull (ModelScope)", "Half a model is none; the next pull goes on where it stopped.")
-def test_a_killed_pull_goes_on_where_it_stopped(tmp_path: Path, model: Path) -> None:
+@pytest.mark.fault("`kill -9` of a pull (ModelScope)", "An incomplete model is not served; the next pull resumes.")
+def test_killed_pull_is_resumed(tmp_path: Path, model: Path) -> None:
     with Hub({MODEL: model}) as hub:
         hub.hold_at_bytes = 2 << 20
         volume = Volume(tmp_path, hub)
         with volume.start("--json") as process:
             stop_when_arrived(process, 1 << 20)
-        assert pull.locate(volume.settings.models_dir, volume.ref) is None, "half a model is no model"
+        assert pull.locate(volume.settings.models_dir, volume.ref) is None, "incomplete model is served"
         hub.hold_at_bytes = 0
         assert volume.pull()[0] == 0
         first, second = hub.downloads(WEIGHTS)
@@ -174,56 +176,56 @@ def test_a_killed_pull_goes_on_where_it_stopped(tmp_path: Path, model: Path) -> 
     assert not list(volume.folder.glob("*.incomplete"))
 
 
-@pytest.mark.fault("The hub cuts the connection in the middle of a file", "The same pull goes on where it stopped.")
-def test_a_cut_connection_is_gone_on_with(tmp_path: Path, model: Path) -> None:
+@pytest.mark.fault("The hub cuts the connection in the middle of a file", "The same pull resumes.")
+def test_cut_connection_is_resumed(tmp_path: Path, model: Path) -> None:
     with Hub({MODEL: model}, fault="cut") as hub:
         volume = Volume(tmp_path, hub)
         code, out, err = volume.pull()
         assert (code, err) == (0, "")
-        assert out.count("retrying") == 1, "in our own log"
+        assert out.count("retrying") == 1
         first, second = hub.downloads(WEIGHTS)
         assert (first, second[-1]) == ("", "-")
     assert volume.complete()
 
 
-@pytest.mark.fault("The hub flips a byte", "Exit code 4; the file is not kept, let alone served.")
-def test_wrong_bytes_are_refused_and_not_kept(tmp_path: Path, model: Path) -> None:
+@pytest.mark.fault("The hub flips a byte", "Exit code 4; the file is deleted and never served.")
+def test_wrong_bytes_are_rejected_and_deleted(tmp_path: Path, model: Path) -> None:
     with Hub({MODEL: model}, fault="flip") as hub:
         volume = Volume(tmp_path, hub)
         code, out, err = volume.pull()
     assert code == 4
-    assert f"wrong bytes in every try, by their SHA-256: {WEIGHTS}." in err
-    assert "Failed to download" not in out + err, "failures are told once"
+    assert f"{WEIGHTS}: SHA-256 mismatch" in err
+    assert "Failed to download" not in out + err, "failures are reported once"
     assert not volume.complete()
     assert not (volume.folder / WEIGHTS).exists()
 
 
-def test_a_checksum_that_comes_with_the_file_is_used_too(tmp_path: Path, model: Path) -> None:
+def test_checksum_in_the_response_is_verified(tmp_path: Path, model: Path) -> None:
     with Hub({MODEL: model}, fault="flip,nosha,linked") as hub:
         code, _, err = Volume(tmp_path, hub).pull()
     assert code == 4
-    assert "wrong bytes" in err
+    assert "SHA-256 mismatch" in err
 
 
-def test_without_any_checksum_the_sizes_decide_and_it_is_said(tmp_path: Path, model: Path) -> None:
+def test_missing_checksums_are_logged_and_sizes_verified(tmp_path: Path, model: Path) -> None:
     with Hub({MODEL: model}, fault="nosha") as hub:
         volume = Volume(tmp_path, hub)
         code, out, _ = volume.pull()
         assert code == 0
-        assert "no checksum for 3 of 3 files" in out
+        assert "verified the size only files=3 total=3" in out
         assert volume.complete()
         flip_last_byte(volume.folder / WEIGHTS)
-        assert volume.pull()[0] == 0, "what was received is known by its checksum from then on"
+        assert volume.pull()[0] == 0, "its checksum is known after the first pull"
     assert (volume.folder / WEIGHTS).read_bytes() == (model / WEIGHTS).read_bytes()
 
 
-@pytest.mark.fault("The hub's library says that all is well, and it is not",
-                   "Every file is checked; one more try, then exit code 4.")
-def test_what_the_library_leaves_is_checked(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A download that says that all is well: first without a file and with a wrong one, then right."""
+@pytest.mark.fault("The hub's library reports success wrongly",
+                   "Every file is verified; one retry, then exit code 4.")
+def test_files_of_the_library_are_verified(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A library that reports success, first with a missing and a wrong file, then with correct files."""
     rounds: list[list[str]] = []
 
-    def download(_settings: Settings, _endpoint: str, directory: Path, _wanted: Sequence[ModelFile],
+    def download(_settings: Settings, _endpoint: str, directory: Path, _selected: Sequence[ModelFile],
                  needed: Sequence[ModelFile], _report: Report) -> None:
         rounds.append([file.path for file in needed])
         for file in needed:
@@ -237,8 +239,9 @@ def test_what_the_library_leaves_is_checked(tmp_path: Path, model: Path, monkeyp
     with Hub({MODEL: model}) as hub:
         volume = Volume(tmp_path, hub)
         wrong_rounds = 2
-        with pytest.raises(ModelUnavailableError, match=f"twice.*{WEIGHTS}"):
+        with pytest.raises(ModelUnavailableError, match=WEIGHTS) as caught:
             volume.pull_here()
+        assert caught.value.code == "hub_checksum_mismatch"
         assert rounds == [["config.json", WEIGHTS, "tokenizer.json"], [WEIGHTS, "tokenizer.json"]]
         assert not (volume.folder / WEIGHTS).exists()
         assert not volume.complete()
@@ -249,8 +252,8 @@ def test_what_the_library_leaves_is_checked(tmp_path: Path, model: Path, monkeyp
     assert volume.complete()
 
 
-@pytest.mark.fault("The hub lists a path with `../`", "One request, the listing, and nothing written.")
-def test_a_path_that_leaves_the_folder_is_refused_before_anything_is_fetched(tmp_path: Path, model: Path) -> None:
+@pytest.mark.fault("The hub lists a path with `../`", "Only the listing is requested, and nothing is written.")
+def test_unsafe_path_is_rejected_before_a_download(tmp_path: Path, model: Path) -> None:
     with Hub({MODEL: model}, fault="traversal") as hub:
         volume = Volume(tmp_path, hub)
         with pytest.raises(ModelUnavailableError, match=r"escape\.json"):
@@ -261,13 +264,13 @@ def test_a_path_that_leaves_the_folder_is_refused_before_anything_is_fetched(tmp
 
 
 @pytest.mark.fault("Two containers on one volume",
-                   "One fetches; the other waits with a message and then finds it complete.")
-def test_two_pulls_at_once_fetch_the_weights_once(tmp_path: Path, model: Path) -> None:
+                   "One downloads; the other waits with a log line and then uses the complete model.")
+def test_concurrent_pulls_download_the_weights_once(tmp_path: Path, model: Path) -> None:
     with Hub({MODEL: model}, bytes_per_second=50_000) as hub:
         volume = Volume(tmp_path, hub)
         with volume.start() as one:
             assert one.stdout is not None
-            out = one.stdout.readline()  # it has the lock
+            out = one.stdout.readline()  # holds the lock
             with volume.start() as two:
                 assert two.stdout is not None
                 out += two.stdout.readline()
@@ -275,102 +278,49 @@ def test_two_pulls_at_once_fetch_the_weights_once(tmp_path: Path, model: Path) -
                 out += one.stdout.read() + two.stdout.read()
         assert (one.returncode, two.returncode) == (0, 0)
         assert hub.downloads(WEIGHTS).count("") == 1
-    assert out.count("another process pulls") == 1
+    assert out.count("Waiting for another pull") == 1
 
 
-@pytest.mark.fault("The model wants remote code (`auto_map`)", "Refused unless TRUST_REMOTE_CODE.")
-def test_remote_code_is_refused_unless_trusted(tmp_path: Path, model: Path) -> None:
+@pytest.mark.fault("The model requires remote code (`auto_map`)", "An error unless TRUST_REMOTE_CODE.")
+def test_remote_code_requires_trust(tmp_path: Path, model: Path) -> None:
     folder = tmp_path / "remote"
     shutil.copytree(model, folder)
     (folder / "config.json").write_text('{"auto_map": {"AutoModel": "modeling.Model"}}')
     with Hub({MODEL: folder}) as hub:
-        with pytest.raises(ModelUnavailableError, match="auto_map") as refusal:
+        with pytest.raises(ModelUnavailableError) as caught:
             Volume(tmp_path, hub).pull_here()
-        assert "TRUST_REMOTE_CODE=yes" in refusal.value.remedy
-        assert "" not in hub.downloads("config.json"), "only looked at"
+        assert caught.value.code == "remote_code_required"
+        assert "TRUST_REMOTE_CODE=yes" in caught.value.remedy
+        assert "" not in hub.downloads("config.json"), "downloaded instead of inspected"
         trusting = Volume(tmp_path, hub, TRUST_REMOTE_CODE="yes")
         assert trusting.pull()[0] == 0
     assert (trusting.folder / "modeling.py").exists()
     assert not (trusting.folder / "pytorch_model.bin").exists()
 
 
-class Listing:
-    """Files of which only names and sizes matter, and an index."""
-
-    def __init__(self, *names: str, index: Sequence[str] = ()) -> None:
-        self.files = tuple(ModelFile(name, 100, "") for name in names)
-        self.index = json.dumps({"weight_map": {name: name for name in index}}).encode()
-
-    def names(self) -> dict[str, int]:
-        return {file.path: file.size_bytes for file in self.files}
-
-    def read(self, name: str, start: int = 0, length: int | None = None) -> bytes:
-        assert (name, start, length) == ("model.safetensors.index.json", 0, None)
-        return self.index
-
-
-def choose(listing: Listing, **environment: str) -> list[str]:
-    chosen = selection.choose(listing, listing.files, settings.load({"MODEL_ID": MODEL, **environment}))
-    return [file.path for file in chosen]
-
-
-def test_only_the_weights_that_the_engine_loads_are_chosen() -> None:
-    index, shards = "model.safetensors.index.json", ["a.safetensors", "b.safetensors"]
-    others = ["c.safetensors", "onnx/model.safetensors", "original/consolidated.00.pth", "model.gguf"]
-    assert choose(Listing("config.json", index, *shards, *others, index=shards)) == ["config.json", index, *shards]
-    assert choose(Listing("config.json", "model.safetensors", "consolidated.safetensors", "fp8/model.safetensors")) == [
-        "config.json", "model.safetensors"]
-    with pytest.raises(ModelUnavailableError, match=r"b\.safetensors.*index\.json"):
-        choose(Listing("config.json", index, "a.safetensors", index=shards))
-
-
-@pytest.mark.parametrize("name", ["tokenizer.json", "chat_template.jinja", "additional_chat_templates/tool.jinja",
-                                  "tokenizer.model", "tokenizer.model.v3", "qwen.tiktoken", "vocab.txt", "merges.txt",
-                                  "1_Pooling/config.json"])
-def test_configuration_and_tokenizer_are_chosen(name: str) -> None:
-    assert name in choose(Listing("config.json", WEIGHTS, name))
-
-
-@pytest.mark.parametrize("name", ["README.md", "pytorch_model.bin", "x.pt", "x.pth", "x.pickle", "modeling.py", "x.sh",
-                                  "requirements.txt", "model.safetensors.py", "LICENSE", ".gitattributes"])
-def test_what_serving_does_not_need_is_not_chosen(name: str) -> None:
-    assert name not in choose(Listing("config.json", WEIGHTS, name))
-    trusted = choose(Listing("config.json", WEIGHTS, name), TRUST_REMOTE_CODE="yes")
-    assert (name in trusted) == name.endswith(".py")
-
-
-@pytest.mark.parametrize(("names", "words"), [
-    (["pytorch_model.bin", "config.json"], r"only as pytorch_model\.bin; pickled files can run code"),
-    (["config.json", "model.gguf"], r"no \*\.safetensors"),
-    ([WEIGHTS], r"has no config\.json")])
-@pytest.mark.fault("Only `.bin`, `.pt`, GGUF or no weights",
-                   "Refused with the reason: pickled weights are never loaded.")
-def test_what_is_no_model_to_be_served_is_refused_with_the_reason(names: list[str], words: str) -> None:
-    with pytest.raises(ModelUnavailableError, match=words):
-        choose(Listing(*names))
-
-
-@pytest.mark.fault("Too little disk for the model", "Told before the first byte.")
-def test_a_full_volume_is_told_before_the_first_byte(tmp_path: Path, model: Path,
-                                                     monkeypatch: pytest.MonkeyPatch) -> None:
-    real = os.statvfs(tmp_path)
-    monkeypatch.setattr(os, "statvfs", lambda _: os.statvfs_result((*real[:4], 0, *real[5:])))
-    with Hub({MODEL: model}) as hub, pytest.raises(ModelUnavailableError, match="4 MiB needed, 0 B free"):
+@pytest.mark.fault("Too little free space for the model", "Reported before the first byte.")
+def test_too_small_volume_is_reported_before_the_first_byte(tmp_path: Path, model: Path,
+                                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    status = os.statvfs(tmp_path)
+    monkeypatch.setattr(os, "statvfs", lambda _: os.statvfs_result((*status[:4], 0, *status[5:])))
+    with Hub({MODEL: model}) as hub, pytest.raises(ModelUnavailableError, match=r"4 MiB.*0 B") as caught:
         Volume(tmp_path, hub).pull_here()
+    assert caught.value.code == "volume_too_small"
     assert hub.downloads(WEIGHTS) == []
 
 
-def test_a_local_folder_is_used_where_it_lies(tmp_path: Path, model: Path) -> None:
-    there = settings.load({"MODEL_SOURCE": "local", "MODEL_ID": str(model), "MODELS_DIR": str(tmp_path / "none")})
-    ref = model_reference(there)
-    assert pull.locate(there.models_dir, ref) == pull.pull(there, lambda _: None) == model.resolve()
-    assert isinstance(pull.hub_files(there, ref), LocalFiles)
-    for folder, words in ((tmp_path, "are needed"), (tmp_path / "absent", "No such file")):
-        with pytest.raises(ModelUnavailableError, match=words):
+def test_local_folder_is_used_in_place(tmp_path: Path, model: Path) -> None:
+    local = settings.load({"MODEL_SOURCE": "local", "MODEL_ID": str(model), "MODELS_DIR": str(tmp_path / "none")})
+    ref = model_reference(local)
+    assert pull.locate(local.models_dir, ref) == pull.pull(local, lambda _: None) == model.resolve()
+    assert isinstance(pull.hub_files(local, ref), LocalFiles)
+    for folder in (tmp_path, tmp_path / "absent"):
+        with pytest.raises(ModelUnavailableError, match=str(folder)) as caught:
             pull.locate(tmp_path, ModelRef(str(folder), "local", "master"))
+        assert caught.value.code == "invalid_model_folder"
 
 
-def test_the_store_is_imported_without_the_hubs_library() -> None:
+def test_store_does_not_import_the_hubs_library() -> None:
     code = "import sys, shoehorn.store.pull; sys.exit(any(name.startswith('modelscope') for name in sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": str(Path(pull.__file__).parents[2])},
                           check=False).returncode == 0

@@ -1,4 +1,4 @@
-"""The store with Hugging Face: the real `huggingface_hub` against a stand-in of the hub, broken and whole."""
+"""Pulls from a stand-in of Hugging Face with the real `huggingface_hub`: complete and interrupted ones."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from fakes.hub import Hub, blob_id, commit_of
 from shoehorn.commands import serve
 from shoehorn.common.errors import ModelUnavailableError
 from shoehorn.hub import huggingface_download
-from shoehorn.hub.huggingface import HuggingFaceHub as Client
+from shoehorn.hub.huggingface import HuggingFaceRepository
 from shoehorn.model.files import LocalFiles
 from shoehorn.store import inventory, manifest, pull
 from support.pulling import MODEL, WEIGHTS, WEIGHTS_BYTES, Volume, stop_when_arrived, write_model
 
 pytestmark = pytest.mark.process
 
-TOKEN = "hf_canary-123456789"  # a canary, looked for in everything that is written
+TOKEN = "hf_canary-123456789"  # a canary that must not be written anywhere
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def pulled(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
-    """A home whose volume holds the complete model. Copy it, do not change it."""
+    """Return a home whose volume contains the complete model; to be copied, not changed."""
     home = tmp_path_factory.mktemp("pulled")
     with HuggingFaceHub({MODEL: model}) as hub:
         code, _, err = Volume(home, hub).pull()
@@ -44,12 +44,12 @@ def pulled(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
 
 @pytest.fixture
 def volume(pulled: Path, tmp_path: Path) -> Volume:
-    """A volume of its own with the complete model, without a hub."""
+    """Return a separate volume with the complete model, without a hub."""
     shutil.copytree(pulled, tmp_path / "home")
     return Volume(tmp_path / "home", MODEL_SOURCE="huggingface")
 
 
-def test_the_stand_in_is_understood_by_the_real_client(model: Path) -> None:
+def test_real_client_accepts_the_fake_hub(model: Path) -> None:
     program = """
 import sys, huggingface_hub as library
 api = library.HfApi(endpoint=sys.argv[1], token=False)
@@ -57,8 +57,8 @@ info = api.model_info("owner/tiny", revision="main")
 print(info.sha)
 for file in api.list_repo_tree("owner/tiny", revision=info.sha, recursive=True):
     print(file.path, file.size, file.lfs.sha256 if file.lfs else file.blob_id)
-told = library.get_hf_file_metadata(library.hf_hub_url("owner/tiny", "model.safetensors", endpoint=sys.argv[1]))
-print(told.commit_hash, told.etag, told.size)
+metadata = library.get_hf_file_metadata(library.hf_hub_url("owner/tiny", "model.safetensors", endpoint=sys.argv[1]))
+print(metadata.commit_hash, metadata.etag, metadata.size)
 try:
     api.model_info("owner/other")
 except library.errors.RepositoryNotFoundError:
@@ -75,7 +75,7 @@ except library.errors.RepositoryNotFoundError:
     assert out[-2:] == [f"{commit_of(model)} {digest} {size}", "absent"]
 
 
-def test_a_pull_fetches_what_serving_needs_at_one_commit(pulled: Path, model: Path) -> None:
+def test_pull_downloads_the_selected_files_of_one_commit(pulled: Path, model: Path) -> None:
     volume = Volume(pulled, MODEL_SOURCE="huggingface")
     assert sorted(path.name for path in volume.folder.iterdir()) == ["config.json", WEIGHTS, "tokenizer.json"]
     assert (volume.folder / WEIGHTS).read_bytes() == (model / WEIGHTS).read_bytes()
@@ -91,23 +91,23 @@ def test_a_pull_fetches_what_serving_needs_at_one_commit(pulled: Path, model: Pa
     assert (pulled / "run" / "huggingface").stat().st_mode & 0o777 == 0o700
 
 
-def test_a_complete_model_asks_no_hub(volume: Volume) -> None:
+def test_complete_model_needs_no_hub(volume: Volume) -> None:
     assert volume.complete()
     assert volume.pull_here() == []
     assert isinstance(pull.hub_files(volume.settings, volume.ref), LocalFiles)
 
 
-def test_a_manifest_of_before_commits_were_kept_is_still_good(volume: Volume) -> None:
+def test_manifest_without_commits_is_still_valid(volume: Volume) -> None:
     document = json.loads(volume.manifest.read_text())
     del document["commit"], document["source"]
     for file in document["files"]:
         del file["blob_id"]
     volume.manifest.write_text(json.dumps({**document, "revision": "master"}))
-    assert Volume(volume.models.parent).complete(), "from ModelScope, at its branch"
-    assert not volume.complete(), "not from another hub"
+    assert Volume(volume.models.parent).complete(), "valid for ModelScope at its branch"
+    assert not volume.complete(), "valid for another hub"
 
 
-def test_what_both_hubs_have_is_not_fetched_twice(volume: Volume, model: Path) -> None:
+def test_file_of_both_hubs_is_downloaded_once(volume: Volume, model: Path) -> None:
     volume.manifest.unlink()
     with Hub({MODEL: model}) as hub:
         Volume(volume.models.parent, hub).pull_here()
@@ -115,7 +115,7 @@ def test_what_both_hubs_have_is_not_fetched_twice(volume: Volume, model: Path) -
         assert "blob_id\": \"\"" in volume.manifest.read_text()
     with HuggingFaceHub({MODEL: model}) as hub:
         Volume(volume.models.parent, hub).pull_here()
-        assert hub.downloads("tokenizer.json") == [], "whose blob id is computed from what lies there"
+        assert hub.downloads("tokenizer.json") == [], "the blob id of the stored file matches"
     assert volume.complete()
 
 
@@ -129,27 +129,27 @@ def test_planning_reads_ranges_only(tmp_path: Path, model: Path) -> None:
 
 
 @pytest.mark.fault("`kill -9` of a pull (Hugging Face)",
-                   "Half a model is none; the next pull goes on where it stopped.")
-def test_a_killed_pull_goes_on_where_it_stopped(tmp_path: Path, model: Path) -> None:
+                   "An incomplete model is not served; the next pull resumes.")
+def test_killed_pull_is_resumed(tmp_path: Path, model: Path) -> None:
     with HuggingFaceHub({MODEL: model}) as hub:
         hub.hold_at_bytes = 2 << 20
         volume = Volume(tmp_path, hub)
         with volume.start("--json") as process:
             stop_when_arrived(process, 1 << 20)
-        assert pull.locate(volume.settings.models_dir, volume.ref) is None, "half a model is no model"
-        arrived = (volume.folder / f"{WEIGHTS}.incomplete").stat().st_size
+        assert pull.locate(volume.settings.models_dir, volume.ref) is None, "incomplete model is served"
+        received = (volume.folder / f"{WEIGHTS}.incomplete").stat().st_size
         hub.hold_at_bytes = 0
         assert volume.pull()[0] == 0
-        assert hub.downloads(WEIGHTS)[-1] == f"bytes={arrived}-", "no byte that is on the disk comes twice"
-        assert arrived >= 1 << 20
+        assert hub.downloads(WEIGHTS)[-1] == f"bytes={received}-", "stored bytes were downloaded again"
+        assert received >= 1 << 20
         assert hub.downloads("tokenizer.json").count("") == 1
     assert (volume.folder / WEIGHTS).read_bytes() == (model / WEIGHTS).read_bytes()
     assert not list(volume.folder.glob("*.incomplete"))
 
 
 @pytest.mark.parametrize("fault", ["cut", "reset", "busy", "down"])
-@pytest.mark.fault("The hub answers 429 then 200, cuts, resets", "Tried again with growing pauses; the pull ends well.")
-def test_what_passes_is_got_over(tmp_path: Path, model: Path, fault: str) -> None:
+@pytest.mark.fault("The hub returns 429 then 200, cuts, resets", "Retried with growing delays; the pull succeeds.")
+def test_transient_errors_are_retried(tmp_path: Path, model: Path, fault: str) -> None:
     with HuggingFaceHub({MODEL: model}, fault=fault) as hub:
         volume = Volume(tmp_path, hub)
         code, out, err = volume.pull()
@@ -158,8 +158,8 @@ def test_what_passes_is_got_over(tmp_path: Path, model: Path, fault: str) -> Non
     assert volume.complete()
 
 
-@pytest.mark.fault("Hugging Face's storage ignores Range", "Fetched from the start; the result is the same.")
-def test_a_hub_that_ignores_ranges_costs_bytes_only(tmp_path: Path, model: Path) -> None:
+@pytest.mark.fault("Hugging Face's storage ignores Range", "Downloaded from the start; the result is the same.")
+def test_hub_that_ignores_ranges_costs_only_bytes(tmp_path: Path, model: Path) -> None:
     with HuggingFaceHub({MODEL: model}, fault="norange") as hub:
         volume = Volume(tmp_path, hub)
         volume.folder.mkdir(parents=True)
@@ -169,8 +169,8 @@ def test_a_hub_that_ignores_ranges_costs_bytes_only(tmp_path: Path, model: Path)
 
 
 @pytest.mark.parametrize("length", [1000, WEIGHTS_BYTES * 2], ids=["short", "long"])
-@pytest.mark.fault("A partial file of something else", "Not trusted; fetched anew.")
-def test_a_partial_file_of_something_else_is_not_kept(tmp_path: Path, model: Path, length: int) -> None:
+@pytest.mark.fault("A partial file of other content", "Discarded; downloaded from the start.")
+def test_partial_file_of_other_content_is_discarded(tmp_path: Path, model: Path, length: int) -> None:
     with HuggingFaceHub({MODEL: model}) as hub:
         volume = Volume(tmp_path, hub)
         volume.folder.mkdir(parents=True)
@@ -180,35 +180,35 @@ def test_a_partial_file_of_something_else_is_not_kept(tmp_path: Path, model: Pat
 
 
 @pytest.mark.parametrize(("fault", "name"), [("flip", WEIGHTS), ("mislabelled", "tokenizer.json")])
-def test_wrong_bytes_are_refused_and_not_kept(tmp_path: Path, model: Path, fault: str, name: str) -> None:
+def test_wrong_bytes_are_rejected_and_deleted(tmp_path: Path, model: Path, fault: str, name: str) -> None:
     with HuggingFaceHub({MODEL: model}, fault=fault) as hub:
         volume = Volume(tmp_path, hub)
         code, _, err = volume.pull()
     assert code == 4
-    assert "came twice with a wrong size or checksum" in err
+    assert "mismatch in two downloads" in err
     assert name in err
     assert "HF_ENDPOINT" in err
     assert not volume.complete()
     assert not (volume.folder / name).exists()
 
 
-def test_a_file_larger_than_one_answer_comes_in_pieces(tmp_path: Path, model: Path,
-                                                       monkeypatch: pytest.MonkeyPatch) -> None:
-    piece = 1_000_000
-    monkeypatch.setattr(huggingface_download, "_PIECE_BYTES", piece)
-    with HuggingFaceHub({MODEL: model}) as hub, Client(*Volume(tmp_path, hub).hub_arguments) as client:
+def test_file_larger_than_one_response_is_requested_in_ranges(tmp_path: Path, model: Path,
+                                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    step = 1_000_000
+    monkeypatch.setattr(huggingface_download, "_RANGE_BYTES", step)
+    with HuggingFaceHub({MODEL: model}) as hub, HuggingFaceRepository(*Volume(tmp_path, hub).hub_arguments) as client:
         settings = Volume(tmp_path, hub).settings
         size = client.names()[WEIGHTS]
         library = huggingface_download._library(settings, client)
         url = library.hf_hub_url(MODEL, WEIGHTS, revision=client.commit, endpoint=client.endpoint)
-        (tmp_path / f"{WEIGHTS}.incomplete").write_bytes((model / WEIGHTS).read_bytes()[:piece + 7])
+        (tmp_path / f"{WEIGHTS}.incomplete").write_bytes((model / WEIGHTS).read_bytes()[:step + 7])
         huggingface_download._fetch(library, url, {}, tmp_path / WEIGHTS, size, lambda _: None)
-        assert hub.downloads(WEIGHTS) == [f"bytes={piece + 7}-{2 * piece - 1}", f"bytes={2 * piece}-{3 * piece - 1}",
-                                          f"bytes={3 * piece}-{4 * piece - 1}", f"bytes={4 * piece}-{size - 1}"]
+        assert hub.downloads(WEIGHTS) == [f"bytes={step + 7}-{2 * step - 1}", f"bytes={2 * step}-{3 * step - 1}",
+                                          f"bytes={3 * step}-{4 * step - 1}", f"bytes={4 * step}-{size - 1}"]
     assert (tmp_path / WEIGHTS).read_bytes() == (model / WEIGHTS).read_bytes()
 
 
-def test_a_path_that_leaves_the_folder_is_refused_before_anything_is_fetched(tmp_path: Path, model: Path) -> None:
+def test_unsafe_path_is_rejected_before_a_download(tmp_path: Path, model: Path) -> None:
     with HuggingFaceHub({MODEL: model}, fault="traversal") as hub:
         volume = Volume(tmp_path, hub)
         with pytest.raises(ModelUnavailableError, match=r"escape\.json"):
@@ -218,42 +218,42 @@ def test_a_path_that_leaves_the_folder_is_refused_before_anything_is_fetched(tmp
     assert not volume.folder.exists()
 
 
-def test_a_file_that_is_listed_but_not_given_is_named(tmp_path: Path, model: Path) -> None:
+def test_listed_but_missing_file_is_named(tmp_path: Path, model: Path) -> None:
     with HuggingFaceHub({MODEL: model}, fault="absent") as hub:
         code, _, err = Volume(tmp_path, hub).pull()
     assert code == 4
-    assert f"does not have {WEIGHTS}" in err
+    assert f"{WEIGHTS}: listed by the hub, but not found" in err
 
 
-@pytest.mark.parametrize(("fault", "cause", "remedy"), [
-    ("401", "no model owner/tiny, or does not let us read it", "HF_TOKEN"), ("403", "does not let us read", "HF_TOKEN"),
-    ("404", f"no model {MODEL} at revision main", "Check MODEL_ID"), ("429", "answered 429", "later"),
-    ("503", "answered 503", "later")])
-def test_a_refusal_says_what_to_do(tmp_path: Path, model: Path, fault: str, cause: str, remedy: str) -> None:
-    with HuggingFaceHub({MODEL: model}, fault=fault) as hub, \
-            pytest.raises(ModelUnavailableError, match=cause) as refusal:
-        Client(*Volume(tmp_path, hub).hub_arguments).names()
-    assert remedy in refusal.value.remedy
+@pytest.mark.parametrize(("fault", "code", "remedy"), [
+    ("401", "hub_not_found", "HF_TOKEN"), ("403", "hub_permission_denied", "HF_TOKEN"),
+    ("404", "hub_not_found", "Check MODEL_ID"), ("429", "hub_error", "later"), ("503", "hub_error", "later")])
+def test_error_status_has_a_code_and_a_remedy(tmp_path: Path, model: Path, fault: str, code: str, remedy: str) -> None:
+    with HuggingFaceHub({MODEL: model}, fault=fault) as hub, pytest.raises(ModelUnavailableError) as caught:
+        HuggingFaceRepository(*Volume(tmp_path, hub).hub_arguments).names()
+    assert caught.value.code == code
+    assert remedy in caught.value.remedy
 
 
-@pytest.mark.parametrize(("fault", "words"), [("401", "does not let us read"), ("403", "does not let us read"),
-                                              ("404", "lists but does not have"), ("503", "the hub answered 503")])
-def test_a_refusal_during_the_download_is_told_in_words(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch,
-                                                        fault: str, words: str) -> None:
-    monkeypatch.setattr(huggingface_download, "_MOST_TRIES", 1)
-    with HuggingFaceHub({MODEL: model}) as hub, Client(*Volume(tmp_path, hub).hub_arguments) as client:
-        wanted = [file for file in client.listing() if file.path == WEIGHTS]
+@pytest.mark.parametrize(("fault", "code"), [
+    ("401", "hub_permission_denied"), ("403", "hub_permission_denied"), ("404", "hub_file_not_found"),
+    ("503", "hub_download_interrupted")])
+def test_error_status_during_the_download_has_a_code(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch,
+                                                     fault: str, code: str) -> None:
+    monkeypatch.setattr(huggingface_download, "_MAX_ATTEMPTS", 1)
+    with HuggingFaceHub({MODEL: model}) as hub, HuggingFaceRepository(*Volume(tmp_path, hub).hub_arguments) as client:
+        selected = [file for file in client.listing() if file.path == WEIGHTS]
         hub.faults.add(fault)
-        with pytest.raises(ModelUnavailableError, match=words) as refusal:
-            huggingface_download.download(Volume(tmp_path, hub).settings, client, tmp_path / "model", wanted)
-    assert WEIGHTS in refusal.value.cause
+        with pytest.raises(ModelUnavailableError, match=WEIGHTS) as caught:
+            huggingface_download.download(Volume(tmp_path, hub).settings, client, tmp_path / "model", selected)
+    assert caught.value.code == code
 
 
-def test_the_token_goes_to_the_hub_and_not_where_it_redirects(tmp_path: Path, model: Path) -> None:
+def test_token_is_sent_to_the_hub_but_not_to_redirect_targets(tmp_path: Path, model: Path) -> None:
     with HuggingFaceHub({MODEL: model}) as storage, HuggingFaceHub(
             {MODEL: model}, token=TOKEN, redirect=storage.url.replace("127.0.0.1", "localhost")) as hub:
         volume = Volume(tmp_path, hub, HF_TOKEN=TOKEN)
-        with Client(*volume.hub_arguments) as client:
+        with HuggingFaceRepository(*volume.hub_arguments) as client:
             assert client.read(WEIGHTS, 0, 8) == (model / WEIGHTS).read_bytes()[:8]
         code, out, err = volume.pull("--json")
         assert code == 0, err
@@ -265,7 +265,7 @@ def test_the_token_goes_to_the_hub_and_not_where_it_redirects(tmp_path: Path, mo
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and TOKEN.encode() in path.read_bytes()]
 
 
-def test_the_token_reaches_a_pull_as_a_file(tmp_path: Path, model: Path) -> None:
+def test_token_is_passed_to_a_pull_as_a_file(tmp_path: Path, model: Path) -> None:
     with HuggingFaceHub({MODEL: model}, token=TOKEN) as hub:
         volume = Volume(tmp_path, hub, HF_TOKEN=TOKEN)
         (tmp_path / "run").mkdir()
@@ -276,15 +276,15 @@ def test_the_token_reaches_a_pull_as_a_file(tmp_path: Path, model: Path) -> None
         assert TOKEN not in repr(volume.settings)
 
 
-def test_without_the_token_the_setting_is_named(tmp_path: Path, model: Path) -> None:
+def test_missing_token_names_the_setting(tmp_path: Path, model: Path) -> None:
     with HuggingFaceHub({MODEL: model}, token=TOKEN) as hub:
         code, _, err = Volume(tmp_path, hub).pull()
     assert code == 4
     assert "HF_TOKEN" in err
 
 
-def test_the_manifest_tells_a_source_from_another(volume: Volume) -> None:
-    found = manifest.read(volume.models, volume.ref)
-    assert found is not None
-    assert found.matches(volume.ref)
-    assert not found.matches(Volume(volume.models.parent, MODEL_REVISION="main").ref)
+def test_manifest_matches_its_source_only(volume: Volume) -> None:
+    stored = manifest.read(volume.models, volume.ref)
+    assert stored is not None
+    assert stored.matches(volume.ref)
+    assert not stored.matches(Volume(volume.models.parent, MODEL_REVISION="main").ref)

@@ -1,5 +1,4 @@
-"""A small Llama with random weights, its conversion to INT4, by a thread of this process or as in production, and a
-volume that it was pulled into."""
+"""A small Llama with random weights, a volume with it, and its conversion to INT4, here or in a separate process."""
 
 from __future__ import annotations
 
@@ -22,7 +21,7 @@ from shoehorn.config import settings as settings_module
 from shoehorn.config.settings import Settings
 from shoehorn.int4 import convert, shard_writer
 from shoehorn.int4 import journal as journal_module
-from shoehorn.int4.convert import Wish
+from shoehorn.int4.convert import ConversionOptions
 from shoehorn.model.reference import ModelRef
 from shoehorn.store import pull
 from shoehorn.store.reference import model_reference
@@ -32,7 +31,7 @@ HIDDEN, INNER, VOCAB, LAYERS = 256, 512, 512, 6
 
 
 def write_model(folder: Path, layers: int = LAYERS, hidden: int = HIDDEN) -> Path:
-    """A Llama with random weights, one shard a layer and one for the rest."""
+    """Write a Llama with random weights, one shard per layer and one for the rest."""
     random = torch.Generator().manual_seed(3)
 
     def matrix(rows: int, columns: int) -> torch.Tensor:
@@ -49,12 +48,12 @@ def write_model(folder: Path, layers: int = LAYERS, hidden: int = HIDDEN) -> Pat
         shards.append({f"model.layers.{layer}.{name}.weight": matrix(*size) for name, size in sizes.items()}
                       | {f"model.layers.{layer}.input_layernorm.weight": torch.ones(hidden, dtype=torch.bfloat16),
                          f"model.layers.{layer}.self_attn.q_proj.bias": torch.zeros(hidden, dtype=torch.bfloat16)})
-    places = {}
+    weight_map = {}
     for number, tensors in enumerate(shards, 1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         save_file(tensors, folder / name, {"format": "pt"})
-        places |= dict.fromkeys(tensors, name)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+        weight_map |= dict.fromkeys(tensors, name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     (folder / "config.json").write_text(json.dumps({
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": hidden,
         "intermediate_size": INNER, "num_hidden_layers": layers, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -69,35 +68,35 @@ def local(home: Path, model: Path, **more: str) -> dict[str, str]:
             "RUN_DIR": str(home / "run"), "QUANTIZATION": "int4", **more}
 
 
-def in_here(environment: dict[str, str], wish: Wish = Wish()) -> Path:  # noqa: B008  # it is frozen
-    """A conversion by a thread of this process; those that `start` begins have their own processes."""
+def convert_here(environment: dict[str, str], options: ConversionOptions | None = None) -> Path:
+    """Convert in a thread of this process."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shard_writer, "workers", lambda: ThreadPoolExecutor(1))
-        return convert.convert(settings_module.load(environment), wish, lambda _: None)
+        patch.setattr(shard_writer, "workers", lambda _: ThreadPoolExecutor(1))
+        return convert.convert(settings_module.load(environment), options or ConversionOptions(), 1, lambda _: None)
 
 
 def start(environment: dict[str, str], *arguments: str,
           program: Sequence[str] = ("-m", "shoehorn.cli")) -> subprocess.Popen[str]:
-    """A running `shoehorn convert`; `program` is what Python runs for it."""
+    """Start `shoehorn convert`; `program` are the arguments of Python."""
     source = str(Path(pull.__file__).parents[2])
     return subprocess.Popen([sys.executable, *program, "convert", "--json", *arguments], text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                             env={**environment, "PATH": os.environ["PATH"], "PYTHONPATH": source})
 
 
-def start_held(environment: dict[str, str], most: int, *arguments: str) -> subprocess.Popen[str]:
-    """A conversion that comes no further than the note of a shard more than `most`, until it is killed."""
+def start_paused(environment: dict[str, str], shards: int, *arguments: str) -> subprocess.Popen[str]:
+    """Start a conversion that pauses after more than `shards` shards, until it is killed."""
     code = textwrap.dedent(f"""
         import sys, time
         from shoehorn import cli
         from shoehorn.int4 import convert
-        note = convert._note
-        def held(*arguments):
-            journal = note(*arguments)
-            if len(journal.shards) > {most}:
+        record = convert._record
+        def paused(*arguments):
+            journal = record(*arguments)
+            if len(journal.shards) > {shards}:
                 time.sleep(600)
             return journal
-        convert._note = held
+        convert._record = paused
         sys.exit(cli.main(sys.argv[1:]))
         """)
     return start(environment, *arguments, program=("-c", code))
@@ -111,13 +110,13 @@ def all_tensors(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
 
 
-def journalled(folder: Path) -> set[str]:
+def recorded_shards(folder: Path) -> set[str]:
     journal = journal_module.read_journal(folder)
     return set(journal.shards) if journal else set()
 
 
 class Pulled:
-    """A volume with the model of a hub in it."""
+    """A volume with the model of a hub."""
 
     def __init__(self, home: Path, hub: Hub, **more: str) -> None:
         (home / "models").mkdir()

@@ -1,4 +1,4 @@
-"""A small checkpoint, a volume, and pulls into it: each a process of its own, as in production."""
+"""A small checkpoint, a volume, and pulls to it as separate processes, as in production."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ WEIGHTS_BYTES = 4 << 20
 
 
 def write_weights(path: Path, fill: int = 0) -> None:
-    """A safetensors file of about WEIGHTS_BYTES; another `fill` is another content."""
+    """Write a safetensors file of about WEIGHTS_BYTES; `fill` changes its content."""
     start, size = header({"model.norm.weight": ("F32", [WEIGHTS_BYTES // 4])})
     path.write_bytes(start + bytes([fill]) + bytes(range(256)) * (size // 256 - 1) + bytes(255))
 
 
 def write_model(folder: Path) -> Path:
-    """A checkpoint, with files that are not to be fetched."""
+    """Write a checkpoint, with files that a pull does not download."""
     folder.mkdir(parents=True, exist_ok=True)
     write_weights(folder / WEIGHTS)
     for name, text in {"config.json": '{"architectures": ["LlamaForCausalLM"]}', "tokenizer.json": "{}",
@@ -42,7 +42,7 @@ def write_model(folder: Path) -> Path:
 
 
 class Volume:
-    """A models volume below `home`, and what a user of it does."""
+    """A models volume below `home`, and commands on it."""
 
     def __init__(self, home: Path, hub: Hub | None = None, **more: str) -> None:
         self.environment = {"MODEL_ID": MODEL, "MODELS_DIR": str(home / "models"), "RUN_DIR": str(home / "run"),
@@ -74,11 +74,11 @@ class Volume:
         return self.models / ".shoehorn" / "manifests" / f"{MODEL.replace('/', '--')}.json"
 
     def complete(self) -> bool:
-        """Whether the store says so."""
+        """Return whether the model is complete."""
         return pull_module.locate(self.models, self.ref) == self.folder
 
     def start(self, *arguments: str, program: Sequence[str] = ("-m", "shoehorn.cli")) -> subprocess.Popen[str]:
-        """A running `shoehorn pull`; `program` is what Python runs for it."""
+        """Start `shoehorn pull`; `program` are the arguments of Python."""
         source = Path(pull_module.__file__).parents[2]
         environment = {**self.environment, "PATH": os.environ["PATH"], "HOME": str(self.models.parent),
                        "PYTHONPATH": str(source)}
@@ -86,30 +86,31 @@ class Volume:
                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     def pull(self, *arguments: str) -> tuple[int, str, str]:
-        """Exit code, standard output and standard error of a whole `shoehorn pull`."""
+        """Run `shoehorn pull`; return exit code, standard output and standard error."""
         with self.start(*arguments) as process:
             out, err = process.communicate(timeout=120)
         return process.returncode, out, err
 
     def pull_here(self) -> list[Progress]:
-        """A pull in this process, which must not need the hub's library; returns its progress."""
-        seen: list[Progress] = []
-        assert pull_module.pull(self.settings, seen.append) == self.folder
-        return seen
+        """Pull in this process, without the hub's library; return the progress reports."""
+        reports: list[Progress] = []
+        assert pull_module.pull(self.settings, reports.append) == self.folder
+        return reports
 
 
-HELD_AT_THE_CHECK = ("-c", """
+PAUSED_AT_VERIFICATION = ("-c", """
 import hashlib, sys, time, types
-from shoehorn import cli, store
-hangs = types.SimpleNamespace(update=lambda _: time.sleep(600))
-store.hashlib = types.SimpleNamespace(sha256=lambda: hangs, sha1=hashlib.sha1)
+from shoehorn import cli
+from shoehorn.store import check
+hanging = types.SimpleNamespace(update=lambda _: time.sleep(600))
+check.hashlib = types.SimpleNamespace(sha256=lambda: hanging, sha1=hashlib.sha1)
 sys.exit(cli.main(sys.argv[1:]))
 """)
-"""A program for `Volume.start` that hangs where it hashes what arrived."""
+"""A program for `Volume.start` that hangs when it hashes downloaded files."""
 
 
 def stop_when_arrived(process: subprocess.Popen[str], least_bytes: int, number: int = signal.SIGKILL) -> None:
-    """Wait until a `pull --json` has fetched so many bytes, then `kill -9` it, or send another signal."""
+    """Send a signal, by default SIGKILL, when a `pull --json` has received so many bytes."""
     assert process.stdout is not None
     for line in process.stdout:
         if json.loads(line)["bytes_done"] >= least_bytes:

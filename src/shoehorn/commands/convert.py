@@ -12,9 +12,11 @@ from pathlib import Path
 from shoehorn.commands import output
 from shoehorn.common.progress import Report
 from shoehorn.config.settings import Settings
+from shoehorn.hardware import detect
 from shoehorn.int4 import convert as converter
-from shoehorn.int4.convert import Wish
+from shoehorn.int4.convert import ConversionOptions
 from shoehorn.int4.layout import GROUPS
+from shoehorn.int4.shard_writer import worker_count
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,6 +36,9 @@ def run(arguments: argparse.Namespace, environment: Mapping[str, str]) -> int:
     changes = {"MODEL_ID": arguments.model} if arguments.model else {}
 
     def work(settings: Settings, report: Report) -> Path:
-        return converter.convert(settings, Wish(arguments.embedding, arguments.group_size), report)
+        machine = detect.detect()
+        options = ConversionOptions(arguments.embedding, arguments.group_size)
+        cpu_workers = worker_count(machine.cpus, machine.host_available_bytes)
+        return converter.convert(settings, options, cpu_workers, report)
 
     return output.run_work(work, {**environment, **changes}, as_json=arguments.json)

@@ -30,12 +30,12 @@ class Mount:
 
     @property
     def is_anonymous(self) -> bool:
-        """Whether it is an anonymous container volume, which is deleted with its container."""
+        """True for an anonymous container volume, which is deleted with its container."""
         return bool(_ANONYMOUS.search(self.root))
 
     @property
     def local_locks(self) -> str:
-        """The mount option that makes file locks invisible to other machines; "" if there is none."""
+        """The mount option that makes file locks invisible to other machines, or ""."""
         kind = "nfs" if self.kind == "nfs4" else self.kind
         return next((option for option in _LOCAL_LOCKS.get(kind, ()) if option in self.options), "")
 

@@ -60,7 +60,7 @@ class Profile:
 
     @property
     def is_auto(self) -> bool:
-        """Whether the plan chooses every option."""
+        """True if the plan chooses every option."""
         return self.name == AUTO
 
 
@@ -140,7 +140,7 @@ def parse(document: object, where: str, name: str) -> Profile:
 
 def automatic() -> Profile:
     """Return the profile that sets nothing."""
-    return Profile(AUTO, "chosen by the plan for this machine and model", Match("cuda", 1, 0), {}, {})
+    return Profile(AUTO, "the best that this machine can do with this model", Match("cuda", 1, 0), {}, {})
 
 
 def _match(section: Mapping[str, Any]) -> Match:

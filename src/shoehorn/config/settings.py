@@ -209,20 +209,20 @@ def load(environment: Mapping[str, str], read_file: Callable[[str], str] | None 
     """
     read = read_file or (lambda path: Path(path).read_text(encoding="utf-8"))
     values: dict[str, Any] = {}
-    given: set[str] = set()
+    names: set[str] = set()
     mistakes: list[str] = []
     for setting in TABLE:
         try:
             text = _text(setting, environment, read)
             if text:
-                given.add(setting.name)
+                names.add(setting.name)
             text = text or setting.default
             values[setting.name.lower()] = setting.parse(text) if text else setting.unset
         except ValueError as error:
             mistakes.append(f"{setting.name}: {error}")
     if mistakes:
         raise _invalid(mistakes)
-    settings = _with_derived_defaults(Settings(**values, given=frozenset(given)))
+    settings = _with_derived_defaults(Settings(**values, given=frozenset(names)))
     if contradictions := _contradictions(settings):
         raise _invalid(contradictions)
     return settings

@@ -32,7 +32,7 @@ OWNED = {
                      "sse-keep-alive-interval", "trust-request-chat-template", "trust-request-mm-kwargs",
                      "data-parallel-supervisor-port"), ""),
 }
-"""Options that Shoehorn sets: the setting to use instead, or "" if there is none."""
+"""Options that Shoehorn sets: the setting to use instead, or ""."""
 
 REMOVED = {
     "swap-space": "preempted sequences are recomputed, not swapped",
@@ -167,7 +167,7 @@ def check(name: str, value: object) -> object:
 def _take(rest: list[str]) -> tuple[str, object]:
     """Remove one option with its values from the front. Raises ValueError after removing at least a word."""
     word = rest.pop(0)
-    spelled, given, text = word.partition("=")
+    spelled, has_value, text = word.partition("=")
     if re.fullmatch(r"-O=?\d", word):
         return "optimization-level", word[-1]
     if not spelled.startswith("-") or spelled in ("-", "--"):
@@ -177,7 +177,7 @@ def _take(rest: list[str]) -> tuple[str, object]:
     no = name.removeprefix("no-")
     if name not in recorded() and no != name and no in recorded() and recorded()[no].negatable:
         _option(no)
-        return _switch(no, False, bool(given))
+        return _switch(no, False, bool(has_value))
     try:
         option = _option(name)
     except ValueError:
@@ -185,10 +185,10 @@ def _take(rest: list[str]) -> tuple[str, object]:
             rest.pop(0)  # report the option once, not each of its values
         raise
     if option.takes == "switch":
-        return _switch(name, True, bool(given))
-    values = [text] if given else []
+        return _switch(name, True, bool(has_value))
+    values = [text] if has_value else []
     while rest and (not rest[0].startswith("-") or _NEGATIVE.fullmatch(rest[0])) and (
-            not values or (option.takes == "list" and not given)):
+            not values or (option.takes == "list" and not has_value)):
         values.append(rest.pop(0))
     if not values:
         raise ValueError(f"--{name}: value missing")
@@ -218,8 +218,8 @@ def _option(name: str) -> Option:
     return recorded()[name]
 
 
-def _switch(name: str, on: bool, given: bool) -> tuple[str, bool]:
-    if given:
+def _switch(name: str, on: bool, has_value: bool) -> tuple[str, bool]:
+    if has_value:
         raise ValueError(f"--{name}: a switch has no value" +
                          (f"; write --{name} or --no-{name}" if recorded()[name].negatable else ""))
     return name, on

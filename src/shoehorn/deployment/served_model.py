@@ -12,7 +12,7 @@ from shoehorn.common import disk
 from shoehorn.common.errors import ShoehornError
 from shoehorn.config.settings import Settings
 from shoehorn.int4 import artifact, layout
-from shoehorn.int4.layout import BOUND, KEPT, Outline
+from shoehorn.int4.layout import MAX_BIT_WIDTHS, UNQUANTIZED, PlannedFiles
 from shoehorn.model import checkpoint
 from shoehorn.model.files import Files, LocalFiles
 from shoehorn.model.reference import ModelRef
@@ -63,7 +63,7 @@ def in_use(models_dir: Path, refs: Iterable[ModelRef]) -> Iterator[None]:
     with ExitStack() as stack:
         for ref in refs:
             if not ref.is_local:
-                stack.enter_context(inventory.used(models_dir, ref.stored_id))
+                stack.enter_context(inventory.use_lock(models_dir, ref.stored_id))
         yield
 
 
@@ -108,11 +108,11 @@ class ShapeReader:
     def _conversion(self, ref: ModelRef, on_cpu: bool) -> ModelShape:
         """Derive the shape of a future conversion; `disk_bytes` is the peak while it is written."""
         files = pull.hub_files(self._settings, ref.original)
-        conversion = layout.layout(files, KEPT if on_cpu else BOUND)
-        shape = checkpoint.read(Outline(files, conversion))
+        conversion = layout.layout(files, UNQUANTIZED if on_cpu else MAX_BIT_WIDTHS)
+        shape = checkpoint.read(PlannedFiles(files, conversion))
         sizes = files.names()
         original_bytes = sum(sizes[name] for name in shards(files, sizes))
         if not self._settings.keep_original:  # each original shard is removed once its conversion is written
             new = [shard.size for shard in conversion.shards]
-            original_bytes += layout.two_in_turn(new) - sum(new)
+            original_bytes += layout.peak_pair_bytes(new) - sum(new)
         return replace(shape, disk_bytes=shape.disk_bytes + original_bytes)

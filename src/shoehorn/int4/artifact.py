@@ -1,9 +1,9 @@
-"""Where a model's INT4 conversion lies, how far it is, and what planning may expect of it before it is made.
+"""INT4 conversion of a model in the volume: its folder, and whether it and its original are complete.
 
 Rules:
-- it is a model of its own in the volume, `OWNER/NAME.int4`, with a manifest like every other: complete last of all;
-- the journal in its folder, `conversion.json`, holds what it is made from, what was decided and, shard by shard, what
-  is done and how much was lost; it stays there as the record.
+- the conversion is a separate model in the volume, `OWNER/NAME.int4`, with a manifest that is completed last;
+- the journal in its folder, `conversion.json`, records the source, the bit widths and each converted shard with its
+  error; it is kept after completion.
 """
 
 from __future__ import annotations
@@ -29,49 +29,49 @@ def folder(models_dir: Path, ref: ModelRef) -> Path:
 
 def locate(models_dir: Path, ref: ModelRef) -> Path | None:
     """Return the folder of the complete conversion, or None."""
-    found = pull.locate(models_dir, ref.converted)
-    if found is None:
+    directory = pull.locate(models_dir, ref.converted)
+    if directory is None:
         return None
-    journal = read_journal(found)
+    journal = read_journal(directory)
     if journal is None or journal.source["model"] != ref.id:
         return None
     if has_changed(journal, ref):
-        log.warning("%s changed since it was converted; it is converted again", ref.id)
+        log.warning("Model changed since its conversion, converting again model=%s", ref.id)
         return None
-    return found
+    return directory
 
 
 def stamps(directory: Path) -> dict[str, str]:
-    """By the name of each shard of one's own folder, what changes when it does."""
+    """Return size and time of each shard of a local folder, by name."""
     files = LocalFiles(directory)
-    found = {name: stamp(directory / name) for name in shards(files, files.names())}
-    return {name: f"{each.size_bytes} bytes, {each.mtime_ns}" if each else "missing" for name, each in found.items()}
+    current = {name: stamp(directory / name) for name in shards(files, files.names())}
+    return {name: f"{each.size_bytes} bytes, {each.mtime_ns}" if each else "missing" for name, each in current.items()}
 
 
 def has_changed(journal: Journal, ref: ModelRef) -> bool:
-    """Whether one's own folder has other weights now; the hub's have a revision instead."""
+    """Return whether the weights of a local folder changed; those of a hub have a revision."""
     if ref.source != "local" or not any(journal.source["shards"].values()):
         return False
     try:
         return stamps(Path(ref.id)) != dict(journal.source["shards"])
     except ModelUnavailableError:
-        return False  # it is gone, and what was made of it is not
+        return False  # deleted; its conversion remains valid
 
 
 def source(models_dir: Path, ref: ModelRef) -> Path | None:
-    """The original's folder, when all of it that is not converted yet is there as it was checked; else None."""
+    """Return the folder of the original if every shard that is not converted yet is unchanged; else None."""
     original = ref.original
-    whole = pull.locate(models_dir, original)
-    if whole or original.is_local:
-        return whole
+    complete = pull.locate(models_dir, original)
+    if complete or original.is_local:
+        return complete
     known, journal = manifest.read(models_dir, original), read_journal(folder(models_dir, ref))
-    if not known or not known.matches(original) or not journal or not _same(journal, original, known.commit):
+    if not known or not known.matches(original) or not journal or not _is_journal_of(journal, original, known.commit):
         return None
     directory = original.directory(models_dir)
-    left = [file for file in known.files if file.path not in journal.shards]
-    return directory if all(manifest.is_unchanged(directory, file) for file in left) else None
+    remaining = [file for file in known.files if file.path not in journal.shards]
+    return directory if all(manifest.is_unchanged(directory, file) for file in remaining) else None
 
 
-def _same(journal: Journal, ref: ModelRef, commit: str) -> bool:
-    made = journal.source
-    return bool((made["model"], made["revision"], made["commit"]) == (ref.id, ref.revision, commit))
+def _is_journal_of(journal: Journal, ref: ModelRef, commit: str) -> bool:
+    source = journal.source
+    return bool((source["model"], source["revision"], source["commit"]) == (ref.id, ref.revision, commit))

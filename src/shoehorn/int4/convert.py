@@ -1,11 +1,10 @@
-"""A checkpoint in bf16, fp16 or fp32 -> the same in INT4, as unmodified vLLM reads it.
+"""Conversion of a bf16, fp16 or fp32 checkpoint to INT4 for unmodified vLLM.
 
 Rules:
-- a shard is written beside its place (`int4_shards`), synced, read back from the disk, compared with what was made,
-  hashed and renamed, then noted in the journal; a killed conversion goes on with the shard that it was at, and its
-  result has the same bytes;
-- with KEEP_ORIGINAL=no an original shard is removed once its successor is noted, and not before;
-- the manifest is completed last: nothing half converted is ever served.
+- a shard is written under a partial name, synced, verified on disk, renamed and recorded in the journal; a killed
+  conversion resumes with the interrupted shard and results in the same bytes;
+- with KEEP_ORIGINAL=no an original shard is deleted only after its conversion is recorded;
+- the manifest is completed last: an incomplete conversion is never served.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 from shoehorn.common import disk
@@ -30,9 +28,9 @@ from shoehorn.hub.files import ModelFile
 from shoehorn.int4 import artifact, layout, shard_writer
 from shoehorn.int4 import journal as journal_module
 from shoehorn.int4.journal import Journal
-from shoehorn.int4.layout import INDEX, KEPT, Bits, Shard
-from shoehorn.int4.shard_writer import Made
-from shoehorn.model.files import LocalFiles
+from shoehorn.int4.layout import INDEX, UNQUANTIZED, BitWidths, ShardLayout
+from shoehorn.int4.shard_writer import WrittenShard
+from shoehorn.model.files import WEIGHTS_SUFFIXES, LocalFiles
 from shoehorn.model.reference import ModelRef
 from shoehorn.model.safetensors import Tensor, header, shards
 from shoehorn.store import inventory, locks, manifest, pull
@@ -42,196 +40,207 @@ from shoehorn.store.reference import model_reference
 log = logging.getLogger("convert")
 
 ACCEPTABLE_ERROR = 0.12
-"""The relative error up to which embedding and head get 4 bits: normally distributed weights have 0.097."""
+"""Maximum relative error for 4 bits in embedding and head: normally distributed weights have 0.097."""
 
 _SAMPLED_ROWS = 2048
-_NOT_COPIED = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx", "*.h5",
-               "*.msgpack", "*.incomplete", "config.json", journal_module.JOURNAL)
+_NOT_COPIED = (*WEIGHTS_SUFFIXES, ".safetensors.index.json", ".incomplete")
+_REWRITTEN = ("config.json", journal_module.JOURNAL)
 
 
 @dataclass(frozen=True)
-class Wish:
-    """What a person asked for; None leaves it to the measured error (`embedding`, for the head too) or the model."""
+class ConversionOptions:
+    """Options of a conversion.
+
+    Attributes:
+        embedding: bits of embedding and head; None to decide by the measured error.
+        group: weights that share a scale; None to decide by the model.
+    """
 
     embedding: int | None = None
     group: int | None = None
 
 
-def convert(settings: Settings, wish: Wish, report: Report) -> Path:
-    """Convert the model that the settings name, and return the new folder. One that is complete is left as it is.
+def convert(settings: Settings, options: ConversionOptions, cpu_workers: int, report: Report) -> Path:
+    """Convert the model of the settings and return its folder; do nothing if the conversion is complete.
+
+    Args:
+        cpu_workers: number of threads, if no GPU is used.
 
     Raises:
-        ModelUnavailableError: the original is not there, or the volume fails.
-        SettingsError: it cannot be converted.
+        ModelUnavailableError: the original is incomplete, or the volume failed.
+        SettingsError: the model cannot be converted.
     """
     ref, models_dir = model_reference(settings), settings.models_dir
     try:
-        if found := artifact.locate(models_dir, ref):
-            return found
-        with locks.only_writer(models_dir, ref.converted.stored_id), _held(models_dir, ref):
-            return artifact.locate(models_dir, ref) or _convert(settings, ref, wish, report)
+        if directory := artifact.locate(models_dir, ref):
+            return directory
+        with locks.write_lock(models_dir, ref.converted.stored_id), _original_in_use(models_dir, ref):
+            return artifact.locate(models_dir, ref) or _convert(settings, ref, options, cpu_workers, report)
     except OSError as error:
         raise disk.volume_error(settings.models_dir, error) from error
 
 
-def _convert(settings: Settings, ref: ModelRef, wish: Wish, report: Report) -> Path:
+def _convert(settings: Settings, ref: ModelRef, options: ConversionOptions, cpu_workers: int, report: Report) -> Path:
     models_dir = settings.models_dir
     source = pull.pull(settings, report) if ref.is_local else artifact.source(models_dir, ref)
     directory = artifact.folder(models_dir, ref)
     journal = journal_module.read_journal(directory)
-    if journal and source and _is_wanted(journal, models_dir, ref, wish):
-        journal = _checked(journal, directory, report)
+    if journal and source and _is_resumable(journal, models_dir, ref, options):
+        journal = _verified_journal(journal, directory, report)
     else:
         journal = None
-    if source is None or (journal and not _is_left(journal, source)):
-        raise ModelUnavailableError(f"{ref.id} is not complete in {models_dir}.", f"Type: shoehorn pull {ref.id}")
-    journal = journal or _begin(settings, ref, wish, source)
+    if source is None or (journal and not _has_remaining_shards(journal, source)):
+        raise ModelUnavailableError(f"{ref.id}: not complete in {models_dir}.", f"Run: shoehorn pull {ref.id}",
+                                    code="incomplete_model")
+    journal = journal or _begin(settings, ref, options, source)
     files = LocalFiles(source)
-    left = [name for name in journal.source["shards"] if name not in journal.shards]
-    made = [layout.shard(files, name, journal.bits, journal.group) for name in left]
-    sizes = [shard.size for shard in made]
+    remaining = [layout.shard(files, name, journal.bits, journal.group) for name in journal.source["shards"]
+                 if name not in journal.shards]
+    sizes = [shard.size for shard in remaining]
     if not settings.keep_original:
-        _make_way(models_dir, ref, source, journal)  # a kill can have come between the note and the removal
-    disk.require_space(directory, sum(sizes) if settings.keep_original else layout.two_in_turn(sizes))
+        _delete_converted(models_dir, ref, source, journal)  # a kill between record and deletion leaves originals
+    disk.require_space(directory, sum(sizes) if settings.keep_original else layout.peak_pair_bytes(sizes))
     done = 0
 
     def count(source_bytes: int) -> None:
         nonlocal done
         done += source_bytes
 
-    with report_progress("converting", sum(shard.source_bytes for shard in made), lambda: done, report), \
-            shard_writer.workers() as pool, ThreadPoolExecutor(1) as verifier:
-        noted: Future[Journal] | None = None
-        for shard in made:  # one is verified while the next one is made
-            result = shard_writer.make(pool, shard, source, directory, journal.group, count)
-            journal = noted.result() if noted else journal
-            noted = verifier.submit(_note, settings, ref, journal, shard, result, source)
-        journal = noted.result() if noted else journal
+    with report_progress("converting", sum(shard.source_bytes for shard in remaining), lambda: done, report), \
+            shard_writer.workers(cpu_workers) as pool, ThreadPoolExecutor(1) as verifier:
+        recorded: Future[Journal] | None = None
+        for shard in remaining:  # one is verified while the next one is written
+            written = shard_writer.write_shard(pool, shard, source, directory, journal.group, count)
+            journal = recorded.result() if recorded else journal
+            recorded = verifier.submit(_record, settings, ref, journal, shard, written, source)
+        journal = recorded.result() if recorded else journal
     return _complete(models_dir, ref, journal)
 
 
-def _held(models_dir: Path, ref: ModelRef) -> AbstractContextManager[None]:
-    """Keeps the original from being removed meanwhile."""
+def _original_in_use(models_dir: Path, ref: ModelRef) -> AbstractContextManager[None]:
+    """Prevent the deletion of the original."""
     if ref.is_local:
         return nullcontext()
-    return inventory.used(models_dir, ref.stored_id)
+    return inventory.use_lock(models_dir, ref.stored_id)
 
 
-def _is_wanted(journal: Journal, models_dir: Path, ref: ModelRef, wish: Wish) -> bool:
-    """Whether what was begun is what is wanted now."""
+def _is_resumable(journal: Journal, models_dir: Path, ref: ModelRef, options: ConversionOptions) -> bool:
+    """Return whether the journal is that of this original with these options."""
     known = manifest.read(models_dir, ref)
-    same = (journal.source["model"], journal.source["revision"], journal.source["commit"]) == (
+    same_source = (journal.source["model"], journal.source["revision"], journal.source["commit"]) == (
         ref.id, ref.revision, known.commit if known else "")
-    as_wished = wish.embedding in (None, journal.embedding) and wish.group in (None, journal.group)
-    return same and as_wished and not artifact.has_changed(journal, ref)
+    same_options = options.embedding in (None, journal.bits.embedding) and options.group in (None, journal.group)
+    return same_source and same_options and not artifact.has_changed(journal, ref)
 
 
-def _is_left(journal: Journal, source: Path) -> bool:
-    """Whether the original still has every shard that is not made."""
+def _has_remaining_shards(journal: Journal, source: Path) -> bool:
+    """Return whether the original has every shard that is not converted yet."""
     return set(journal.source["shards"]) <= LocalFiles(source).names().keys() | journal.shards.keys()
 
 
-def _checked(journal: Journal, directory: Path, report: Report) -> Journal:
-    """The journal with those of its shards that are still what was made, every byte."""
+def _verified_journal(journal: Journal, directory: Path, report: Report) -> Journal:
+    """Return the journal with the shards whose checksums match."""
     for path in directory.glob(f".{journal_module.JOURNAL}.*"):
-        path.unlink()  # a kill while the journal was written left it
-    there = LocalFiles(directory).names()
-    left = {name: entry for name, entry in journal.shards.items() if there.get(name) == entry["size"]}
-    kept, hashed = {}, 0
-    with report_progress("verifying", sum(entry["size"] for entry in left.values()), lambda: hashed, report):
-        for name, entry in left.items():
+        path.unlink()  # left by a kill while the journal was written
+    sizes = LocalFiles(directory).names()
+    candidates = {name: entry for name, entry in journal.shards.items() if sizes.get(name) == entry["size"]}
+    valid, hashed = {}, 0
+    with report_progress("verifying", sum(entry["size"] for entry in candidates.values()), lambda: hashed, report):
+        for name, entry in candidates.items():
             with (directory / name).open("rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() == entry["sha256"]:
-                    kept[name] = entry
+                    valid[name] = entry
                 else:
-                    log.warning("%s is not what was made, and is made again", name)
+                    log.warning("Checksum mismatch, converting again shard=%s", name)
             hashed += entry["size"]
-    return replace(journal, shards=kept)
+    return replace(journal, shards=valid)
 
 
-def _begin(settings: Settings, ref: ModelRef, wish: Wish, source: Path) -> Journal:
-    """Decide, and write what is known before the weights: config, index, tokenizer, journal, manifest."""
+def _begin(settings: Settings, ref: ModelRef, options: ConversionOptions, source: Path) -> Journal:
+    """Choose the bit widths and write all files but the weights: config, index, tokenizer, journal, manifest."""
     models_dir, files = settings.models_dir, LocalFiles(source)
     directory = artifact.folder(models_dir, ref)
     names = files.names()
-    layout.layout(files, KEPT, wish.group)  # refuses what cannot be converted
-    bits = _chosen(files, settings, wish)
-    made = layout.layout(files, bits, wish.group)
+    layout.layout(files, UNQUANTIZED, options.group)  # raises for unsupported models
+    bits = _choose_bits(files, settings, options)
+    plan = layout.layout(files, bits, options.group)
     known = manifest.read(models_dir, ref)
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
     hashes = {file.path: file.sha256 for file in known.files} if known else artifact.stamps(source)
     journal = Journal({"model": ref.id, "revision": ref.revision, "commit": known.commit if known else "",
                        "shards": {name: hashes.get(name, "") for name in shards(files, names)}},
-                      made.bits.embedding, made.bits.head, made.group)
+                      plan.bits, plan.group)
     manifest.write(models_dir, ref.converted, _manifest(ref, known, (), complete=False))
     for name in names:
-        if not any(fnmatchcase(name, pattern) for pattern in _NOT_COPIED):
+        if name not in _REWRITTEN and not name.endswith(_NOT_COPIED):
             shutil.copyfile(source / name, directory / name)
-    write_atomic(directory / "config.json", json.dumps(made.config, indent=1) + "\n")
-    if made.index:
-        write_atomic(directory / INDEX, json.dumps(made.index, indent=1) + "\n")
+    write_atomic(directory / "config.json", json.dumps(plan.config, indent=1) + "\n")
+    if plan.index:
+        write_atomic(directory / INDEX, json.dumps(plan.index, indent=1) + "\n")
     journal.write(directory)
-    log.info("converting %s: groups of %d, embedding %d bits, head %d bits", ref.id, journal.group,
-             journal.embedding, journal.head)
+    log.info("Converting to INT4 model=%s group=%d embedding_bits=%d head_bits=%d", ref.id, journal.group,
+             journal.bits.embedding, journal.bits.head)
     return journal
 
 
-def _chosen(files: LocalFiles, settings: Settings, wish: Wish) -> Bits:
-    """The bits of embedding and head: as asked for, as the engine can read, or by their error."""
-    if wish.embedding:
-        return Bits(wish.embedding, wish.embedding)
+def _choose_bits(files: LocalFiles, settings: Settings, options: ConversionOptions) -> BitWidths:
+    """Choose the bits of embedding and head: from the options, for the CPU, or by their error."""
+    if options.embedding:
+        return BitWidths(options.embedding, options.embedding)
     if settings.vram_profile == "cpu":
-        return KEPT
+        return UNQUANTIZED
     bits = {"embedding": 16, "head": 16}
-    group = wish.group or layout.layout(files, KEPT).group
+    group = options.group or layout.layout(files, UNQUANTIZED).group
     for name, size in files.names().items():
         for tensor in header(files, name, size) if name.endswith(".safetensors") else ():
             kind = layout.kind(tensor)
             if kind in bits and not tensor.shape[1] % group:
                 error = _sampled_error(files, name, tensor, group)
                 bits[kind] = 4 if error <= ACCEPTABLE_ERROR else 8
-                log.info("%s: relative error %.3f with 4 bits, so it gets %d", tensor.name, error, bits[kind])
-    return Bits(**bits)
+                log.info("Chose bit width tensor=%s error_with_4_bits=%.3f bits=%d", tensor.name, error, bits[kind])
+    return BitWidths(**bits)
 
 
 def _sampled_error(files: LocalFiles, name: str, tensor: Tensor, group: int) -> float:
-    """The relative error of a matrix with 4 bits, from rows evenly spread over it."""
-    from shoehorn.int4 import quantizer  # torch is loaded only where weights are touched
+    """Measure the relative error of a matrix with 4 bits, in evenly spread rows."""
+    from shoehorn.int4 import quantizer  # imports torch, which only a conversion needs
 
     rows, columns = tensor.shape
     width = tensor.bytes // rows
     blocks = min(16, rows)
-    each = min(rows // blocks, _SAMPLED_ROWS // blocks)
-    lost = whole = 0.0
+    block_rows = min(rows // blocks, _SAMPLED_ROWS // blocks)
+    squared_error = squared_norm = 0.0
     for block in range(blocks):
-        data = files.read(name, tensor.begin + rows * block // blocks * width, each * width)
+        data = files.read(name, tensor.begin + rows * block // blocks * width, block_rows * width)
         weight = quantizer.from_bytes(bytearray(data), tensor.dtype, columns)
-        found = quantizer.quantize(weight, 4, group, quantizer.DTYPES["BF16"])
-        lost, whole = lost + found.lost, whole + found.whole
-    return float((lost / whole) ** 0.5) if whole else 0.0
+        quantized = quantizer.quantize(weight, 4, group, quantizer.DTYPES["BF16"])
+        squared_error += quantized.squared_error
+        squared_norm += quantized.squared_norm
+    return float((squared_error / squared_norm) ** 0.5) if squared_norm else 0.0
 
 
-def _note(settings: Settings, ref: ModelRef, journal: Journal, shard: Shard, made: Made, source: Path) -> Journal:
-    """Make a shard that is written count: verified, renamed, noted; then its original may go."""
+def _record(settings: Settings, ref: ModelRef, journal: Journal, shard: ShardLayout, written: WrittenShard,
+            source: Path) -> Journal:
+    """Verify and rename a written shard, record it in the journal, then delete its original if permitted."""
     directory = artifact.folder(settings.models_dir, ref)
-    sha256 = shard_writer.verified(shard, made, directory)
-    os.replace(directory / shard_writer.partial(shard), directory / shard.name)
+    sha256 = shard_writer.verify(shard, written, directory)
+    os.replace(directory / shard_writer.partial_name(shard), directory / shard.name)
     sync_directory(directory)
-    entry = {"size": shard.size, "sha256": sha256, "errors": made.errors}
+    entry = {"size": shard.size, "sha256": sha256, "errors": written.errors}
     journal = replace(journal, shards={**journal.shards, shard.name: entry})
     journal.write(directory)
     if not settings.keep_original:
-        _make_way(settings.models_dir, ref, source, journal)
+        _delete_converted(settings.models_dir, ref, source, journal)
     return journal
 
 
-def _make_way(models_dir: Path, ref: ModelRef, source: Path, journal: Journal) -> None:
-    """Remove each original whose successor is noted; from the first one on the original is not complete."""
-    there = [source / name for name in journal.shards if (source / name).exists()]
-    if there and (known := manifest.read(models_dir, ref)):
+def _delete_converted(models_dir: Path, ref: ModelRef, source: Path, journal: Journal) -> None:
+    """Delete the original of each recorded shard, after marking the original as incomplete."""
+    paths = [source / name for name in journal.shards if (source / name).exists()]
+    if paths and (known := manifest.read(models_dir, ref)):
         manifest.write(models_dir, ref, replace(known, complete=False))
-    for path in there:
+    for path in paths:
         path.unlink()
 
 

@@ -1,12 +1,12 @@
-"""Reading and writing whole files past the page cache (O_DIRECT), by many threads at once.
+"""Direct I/O (O_DIRECT) for files that many threads read and write.
 
-A conversion touches every byte once. Through the page cache that can cost more processor time than the compiled
-arithmetic, drives out what others keep there, and a read-back would show the cache and not the disk.
+A conversion touches every byte once. The page cache can cost more CPU time than the quantizer, evicts other data, and a
+verification would read the cache instead of the disk.
 Rules:
-- only whole blocks go past the cache; the rest of a block at either end goes through it, so that neighbours may write
-  the two halves of one block at the same time;
-- each thread has its own memory for it, used again from call to call;
-- a file system without O_DIRECT (tmpfs, some network ones) is read and written through the cache.
+- only complete blocks bypass the cache; partial blocks at either end use it, so that two threads may write the two
+  parts of one block concurrently;
+- each thread reuses its own buffers;
+- a file system without O_DIRECT (tmpfs, some network file systems) is read and written through the cache.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from types import TracebackType
 from typing import Self
 
 BLOCK = mmap.PAGESIZE
-"""What a direct transfer is aligned to, in the file and in memory; no page of the cache spans two of these."""
+"""Alignment of direct transfers in file and memory; no page of the cache spans two blocks."""
 
 _LARGE = 2 << 20
 _memory = threading.local()
-_libc = ctypes.CDLL(None, use_errno=True)  # posix_fallocate, which Python has, writes zeros where there is no such call
+_libc = ctypes.CDLL(None, use_errno=True)  # os.posix_fallocate writes zeros if the call is unsupported
 
 
 class DirectFile:
-    """An open file; the threads of a process may share it.
+    """An open file that threads may share.
 
     Args:
-        writable: open it for reading and writing; it must exist.
+        writable: open the existing file for reading and writing.
     """
 
     def __init__(self, path: Path, *, writable: bool = False) -> None:
@@ -58,44 +58,44 @@ class DirectFile:
         os.close(self._cached)
 
     def read(self, begin: int, length: int) -> memoryview:
-        """`length` bytes from byte `begin`, valid until this thread's next `read`.
+        """Read `length` bytes from byte `begin`; valid until this thread's next `read`.
 
         Raises:
-            EOFError: the file ends before.
+            EOFError: the file is shorter.
         """
         lead = begin % BLOCK
-        view = _own("read", lead + length)
-        got = 0
-        while got < lead + length:
-            got -= got % BLOCK  # what is asked for again after a short read begins with a block
-            many = self._transfer(os.preadv, [view[got:]], begin - lead + got)
-            if got + many < lead + length and many < BLOCK:
+        view = _buffer("read", lead + length)
+        received = 0
+        while received < lead + length:
+            received -= received % BLOCK  # continue a short read at a block
+            count = self._transfer(os.preadv, [view[received:]], begin - lead + received)
+            if received + count < lead + length and count < BLOCK:
                 raise EOFError(f"ends before byte {begin + length}")
-            got += many
+            received += count
         return view[lead:lead + length]
 
-    def write(self, data: memoryview, place: int) -> None:
-        """Write at byte `place`."""
-        lead = min(-place % BLOCK, len(data))
-        whole = (len(data) - lead) // BLOCK * BLOCK
-        _through_cache(self._cached, data[:lead], place)
-        _through_cache(self._cached, data[lead + whole:], place + lead + whole)
-        if not whole:
+    def write(self, data: memoryview, position: int) -> None:
+        """Write at byte `position`."""
+        lead = min(-position % BLOCK, len(data))
+        aligned = (len(data) - lead) // BLOCK * BLOCK
+        _through_cache(self._cached, data[:lead], position)
+        _through_cache(self._cached, data[lead + aligned:], position + lead + aligned)
+        if not aligned:
             return
-        view = _own("write", whole)[:whole]
-        view[:] = data[lead:lead + whole]
-        put = 0
-        while put < whole:
-            put += self._transfer(os.pwritev, [view[put:]], place + lead + put)
-            if put % BLOCK:  # a disk that is almost full takes a part of a block
-                _through_cache(self._cached, view[put:], place + lead + put)
+        view = _buffer("write", aligned)[:aligned]
+        view[:] = data[lead:lead + aligned]
+        written = 0
+        while written < aligned:
+            written += self._transfer(os.pwritev, [view[written:]], position + lead + written)
+            if written % BLOCK:  # an almost full disk accepts a partial block
+                _through_cache(self._cached, view[written:], position + lead + written)
                 return
 
     def reserve(self, size: int) -> None:
-        """Make the file `size` bytes long and take the room for them, so that threads need not wait for each other.
+        """Allocate `size` bytes, so that writing threads do not wait for each other.
 
         Raises:
-            OSError: there is no such room.
+            OSError: too little free space.
         """
         if _libc.fallocate(self._cached, 0, ctypes.c_int64(0), ctypes.c_int64(size)):
             number = ctypes.get_errno()
@@ -104,35 +104,36 @@ class DirectFile:
             os.truncate(self._cached, size)
 
     def sync(self) -> None:
-        """Return once all of it is on the disk; what is read then comes from there."""
+        """Sync the file and drop its cached pages, so that later reads come from the disk."""
         os.fsync(self._cached)
         os.posix_fadvise(self._cached, 0, 0, os.POSIX_FADV_DONTNEED)
 
-    def _transfer(self, call: Callable[[int, list[memoryview], int], int], parts: list[memoryview], place: int) -> int:
-        """One system call; some file systems say only here that they have no O_DIRECT."""
+    def _transfer(self, call: Callable[[int, list[memoryview], int], int], parts: list[memoryview],
+                  position: int) -> int:
+        """Run a system call; fall back to the cache if O_DIRECT is rejected only now."""
         try:
-            return call(self._direct, parts, place)
+            return call(self._direct, parts, position)
         except OSError as error:
             flags = fcntl.fcntl(self._direct, fcntl.F_GETFL)
             if error.errno != errno.EINVAL or not flags & os.O_DIRECT:
                 raise
             fcntl.fcntl(self._direct, fcntl.F_SETFL, flags & ~os.O_DIRECT)
-            return call(self._direct, parts, place)
+            return call(self._direct, parts, position)
 
 
-def _own(use: str, size: int) -> memoryview:
-    """This thread's memory for a use: whole blocks, at least `size` bytes, aligned."""
+def _buffer(use: str, size: int) -> memoryview:
+    """Return this thread's buffer for a use: aligned, at least `size` bytes."""
     view: memoryview | None = getattr(_memory, use, None)
     if view is None or len(view) < size:
         memory = mmap.mmap(-1, -(-max(size, 1) // _LARGE) * _LARGE)
-        with suppress(OSError):  # a kernel without them
-            memory.madvise(mmap.MADV_HUGEPAGE)  # fewer pages to look up at each transfer
+        with suppress(OSError):  # a kernel without huge pages
+            memory.madvise(mmap.MADV_HUGEPAGE)  # fewer page lookups per transfer
         view = memoryview(memory)
         setattr(_memory, use, view)
     return view
 
 
-def _through_cache(descriptor: int, data: memoryview, place: int) -> None:
-    put = 0
-    while put < len(data):
-        put += os.pwrite(descriptor, data[put:], place + put)
+def _through_cache(descriptor: int, data: memoryview, position: int) -> None:
+    written = 0
+    while written < len(data):
+        written += os.pwrite(descriptor, data[written:], position + written)

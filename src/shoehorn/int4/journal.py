@@ -1,4 +1,4 @@
-"""The journal of a conversion: what is written to disk to resume it."""
+"""Journal of a conversion: the state on disk from which it resumes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from shoehorn import __version__
 from shoehorn.common.atomic_file import write_atomic
-from shoehorn.int4.layout import Bits
+from shoehorn.int4.layout import BitWidths
 
 log = logging.getLogger("convert")
 
@@ -21,45 +21,42 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Journal:
-    """How far a conversion is.
+    """State of a conversion.
 
     Attributes:
-        source: model, revision and commit, and by the name of each shard its SHA-256, or for one's own folder its size
-            and time of change.
-        embedding, head: bits, 16 for as they are; group: weights that share a scale.
-        shards: by name, what is done: size, sha256, and the relative error |w - w'| / |w| by tensor.
+        source: model, revision and commit, and for each shard its SHA-256, or for a local folder its size and time.
+        bits: of embedding and head.
+        group: weights that share a scale.
+        shards: converted shards by name: size, sha256, and relative error |w - w'| / |w| by tensor.
     """
 
     source: Mapping[str, Any]
-    embedding: int
-    head: int
+    bits: BitWidths
     group: int
     tool: str = f"shoehorn {__version__}"
     shards: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
-    @property
-    def bits(self) -> Bits:
-        """As `int4_layout` takes it."""
-        return Bits(self.embedding, self.head)
-
     def write(self, directory: Path) -> None:
-        """Replace the journal; durable when it returns."""
-        write_atomic(directory / JOURNAL, json.dumps({"version": VERSION, **asdict(self)}, indent=1) + "\n")
+        """Replace the journal durably."""
+        document = {"version": VERSION, "source": self.source, **asdict(self.bits), "group": self.group,
+                    "tool": self.tool, "shards": self.shards}
+        write_atomic(directory / JOURNAL, json.dumps(document, indent=1) + "\n")
 
 
 def read_journal(directory: Path) -> Journal | None:
-    """The journal of a conversion; None where there is none that can be understood."""
+    """Return the journal of a conversion; None if missing or invalid."""
     try:
         document = json.loads((directory / JOURNAL).read_text(encoding="utf-8"))
         if document.pop("version") != VERSION:
             return None
-        found = Journal(**document)
-        known, sizes = dict(found.source["shards"]), [entry["size"] for entry in found.shards.values()]
-        if not set(found.shards) <= set(known) or not all(type(size) is int for size in sizes):
-            raise ValueError("its shards are none of the source's")
-        return found
+        bits = BitWidths(document.pop("embedding"), document.pop("head"))
+        journal = Journal(**document, bits=bits)
+        originals, sizes = dict(journal.source["shards"]), [entry["size"] for entry in journal.shards.values()]
+        if not set(journal.shards) <= set(originals) or not all(type(size) is int for size in sizes):
+            raise ValueError("unknown shards")
+        return journal
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        log.warning("%s cannot be used (%s); the conversion begins anew", directory / JOURNAL, error)
+        log.warning("Invalid journal, restarting the conversion path=%s error=%s", directory / JOURNAL, error)
         return None

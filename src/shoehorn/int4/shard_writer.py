@@ -1,9 +1,9 @@
-"""One shard of a checkpoint -> the same in INT4, as `int4_layout` lays it out, and the proof that it is on the disk.
+"""Conversion of one shard to INT4 in the given layout, and its verification on disk.
 
 Rules:
-- rows are read, quantized and written by threads, a few MiB at a time: memory does not grow with the model;
-- every part that is written has a checksum of what was made, in memory; the shard counts once the disk gives back a
-  file in which each part has it, with nothing between the parts.
+- threads read, quantize and write rows of a few MiB: memory use does not grow with the model;
+- every written range has a checksum of the data in memory; a shard is valid once the file read back from disk matches
+  the checksum of every range, without gaps between ranges.
 """
 
 from __future__ import annotations
@@ -14,220 +14,224 @@ import zlib
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, as_completed, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import gcd
 from pathlib import Path
 
 from shoehorn.common.errors import ModelUnavailableError
-from shoehorn.hardware import detect
 from shoehorn.int4.direct_io import BLOCK, DirectFile
-from shoehorn.int4.layout import Item, Shard
+from shoehorn.int4.layout import ShardLayout, TensorLayout
 from shoehorn.model.files import LocalFiles
 from shoehorn.model.safetensors import header
 
 _CHUNK_ELEMENTS = 1 << 22
 _COPY_BYTES = 8 << 20
-_MOST_BYTES = 3 << 30
+_MAX_BYTES = 3 << 30
 _BASE_BYTES = 1 << 30
 _WORKER_BYTES = 64 << 20
 _WORKERS_ON_GPU = 8
-_WORKERS_A_CORE = 4
+_WORKERS_PER_CPU = 4
 _READERS = 4
 
 
 @dataclass(frozen=True)
-class Part:
-    """Bytes of a new file: where they start, how many, and the CRC-32 of what they have to be."""
+class ByteRange:
+    """A range of a converted file, with the expected CRC-32.
 
-    place: int
+    Attributes:
+        begin: first byte.
+    """
+
+    begin: int
     length: int
     crc: int
 
 
 @dataclass(frozen=True)
-class Made:
-    """A shard that is written. `errors` has |w - w'| / |w| by tensor, `parts` all of its bytes."""
-
-    errors: dict[str, float]
-    parts: tuple[Part, ...]
-
-
-@dataclass(frozen=True)
-class _Job:
-    """Some rows of one tensor: what to read, what to make of it, and where that goes.
+class WrittenShard:
+    """A written shard.
 
     Attributes:
-        begin: the byte of the source that the rows start at; `length` bytes are read.
-        places: the bytes of the target that the packed rows and the scales start at; the first one for a copy.
+        errors: |w - w'| / |w| by tensor.
+        ranges: all bytes of the file, by position.
     """
 
-    item: Item
-    begin: int
-    length: int
-    places: tuple[int, ...]
+    errors: dict[str, float]
+    ranges: tuple[ByteRange, ...]
 
 
 @dataclass(frozen=True)
-class _Done:
-    """|w - w'|^2 and |w|^2, both 0 for a copy."""
+class ChunkResult:
+    """Result of some rows: |w - w'|^2 and |w|^2, both 0 for a copy, and the written ranges."""
 
-    lost: float
-    whole: float
-    parts: tuple[Part, ...]
+    squared_error: float
+    squared_norm: float
+    ranges: tuple[ByteRange, ...]
 
 
-def workers() -> Executor:
-    """On a GPU a few threads that keep it busy; else some for each core: most wait for the disk while one computes."""
-    from shoehorn.int4 import quantizer  # torch is loaded only where weights are touched
+def worker_count(cpus: float, available_bytes: int) -> int:
+    """Return the number of CPU worker threads: several per CPU, since most wait for the disk while one computes."""
+    memory = min(available_bytes or _MAX_BYTES, _MAX_BYTES) - _BASE_BYTES
+    return max(1, min(round(_WORKERS_PER_CPU * cpus), memory // _WORKER_BYTES))
+
+
+def workers(cpu_workers: int) -> Executor:
+    """Return a thread pool: on a GPU enough threads to keep it busy, else `cpu_workers`."""
+    from shoehorn.int4 import quantizer  # imports torch, which only a conversion needs
 
     if quantizer.device() != "cpu":
         return ThreadPoolExecutor(_WORKERS_ON_GPU)
-    machine = detect.detect()
-    memory = min(machine.host_available_bytes or _MOST_BYTES, _MOST_BYTES) - _BASE_BYTES
-    many = max(1, min(round(_WORKERS_A_CORE * machine.cpus), memory // _WORKER_BYTES))
-    return ThreadPoolExecutor(many, "convert", quantizer.use_one_thread)
+    return ThreadPoolExecutor(cpu_workers, "convert", quantizer.use_one_thread)
 
 
-def partial(shard: Shard) -> str:
-    """The name that a shard has until it counts."""
+def partial_name(shard: ShardLayout) -> str:
+    """Return the name of a shard before its verification."""
     return f"{shard.name}.partial"
 
 
-def make(pool: Executor, shard: Shard, source: Path, directory: Path, group: int, count: Callable[[int], None]) -> Made:
-    """Write a shard beside its place.
+def write_shard(pool: Executor, shard: ShardLayout, source: Path, directory: Path, group: int,
+                count: Callable[[int], None]) -> WrittenShard:
+    """Write a shard under its partial name.
 
     Args:
-        count: told the bytes of the source that are done, each time some are.
+        count: called with the number of source bytes after each chunk.
 
     Raises:
         ModelUnavailableError: the source is damaged.
     """
-    path = directory / partial(shard)
+    path = directory / partial_name(shard)
     path.write_bytes(b"")
-    with DirectFile(source / shard.name) as old, DirectFile(path, writable=True) as new:
-        new.reserve(shard.size)
-        parts = [_write(new, memoryview(shard.header), 0)]
-        parts += [_write_shape(new, item) for item in shard.items if item.bits != 16]
-        jobs = {pool.submit(_work, job, old, new, group): job for item in shard.items for job in _jobs(item, group)}
+    with DirectFile(source / shard.name) as original, DirectFile(path, writable=True) as target:
+        target.reserve(shard.size)
+        ranges = [_write(target, memoryview(shard.header), 0)]
+        ranges += [_write_shape(target, tensor) for tensor in shard.tensors if tensor.bits != 16]
+        chunks = {pool.submit(_convert_chunk, chunk, original, target, group): chunk
+                  for tensor in shard.tensors for chunk in _chunks(tensor, group)}
         try:
-            for future in as_completed(jobs):
-                job = jobs[future]
+            for future in as_completed(chunks):
+                chunk = chunks[future]
                 future.result()
-                count(job.length)
+                count(chunk.source.bytes)
         except (ValueError, EOFError) as error:
-            raise ModelUnavailableError(f"{shard.name}: {job.item.source.name} {error}.", "The checkpoint is damaged: "
-                                        "choose another MODEL_ID or MODEL_REVISION.") from error
+            raise ModelUnavailableError(f"{shard.name}: {chunk.source.name}: {error}.",
+                                        "The checkpoint is damaged: choose another MODEL_ID or MODEL_REVISION.",
+                                        code="invalid_weights") from error
         finally:
-            for future in jobs:
+            for future in chunks:
                 future.cancel()
-            wait(jobs)  # the files are closed after it
-    lost: defaultdict[str, float] = defaultdict(float)
-    whole: defaultdict[str, float] = defaultdict(float)
-    for future, job in jobs.items():  # in order, so that the same sums come out every time
-        done = future.result()
-        lost[job.item.source.name] += done.lost
-        whole[job.item.source.name] += done.whole
-        parts += done.parts
-    errors = {name: float(f"{(lost[name] / (whole[name] or 1.0)) ** 0.5:.5g}")
-              for name in (item.source.name for item in shard.items if item.bits != 16)}
-    return Made(errors, tuple(sorted(parts, key=lambda part: part.place)))
+            wait(chunks)  # before the files are closed
+    squared_errors: defaultdict[str, float] = defaultdict(float)
+    squared_norms: defaultdict[str, float] = defaultdict(float)
+    for future, chunk in chunks.items():  # in a fixed order, so that the sums are reproducible
+        result = future.result()
+        squared_errors[chunk.source.name] += result.squared_error
+        squared_norms[chunk.source.name] += result.squared_norm
+        ranges += result.ranges
+    errors = {name: float(f"{(squared_errors[name] / (squared_norms[name] or 1.0)) ** 0.5:.5g}")
+              for name in (tensor.source.name for tensor in shard.tensors if tensor.bits != 16)}
+    return WrittenShard(errors, tuple(sorted(ranges, key=lambda each: each.begin)))
 
 
-def verified(shard: Shard, made: Made, directory: Path) -> str:
-    """Read back a shard that is written; returns its SHA-256 once it is durable and what was made.
+def verify(shard: ShardLayout, written: WrittenShard, directory: Path) -> str:
+    """Read a written shard back from disk and return its SHA-256.
 
     Raises:
-        OSError: it is not.
+        OSError: it is not durable, or differs from the data in memory.
     """
     end = 0
-    for part in made.parts:
-        if part.place != end:
-            raise _other_than_written(shard, end)
-        end += part.length
+    for each in written.ranges:
+        if each.begin != end:
+            raise _mismatch_error(shard, end)
+        end += each.length
     if end != shard.size:
-        raise _other_than_written(shard, end)
+        raise _mismatch_error(shard, end)
     digest = hashlib.sha256()
-    ahead: deque[Future[bytes]] = deque()
-    with DirectFile(directory / partial(shard)) as file, ThreadPoolExecutor(_READERS, "verify") as readers:
+    reads: deque[Future[bytes]] = deque()
+    with DirectFile(directory / partial_name(shard)) as file, ThreadPoolExecutor(_READERS, "verify") as readers:
         file.sync()
-        for parts in _runs(made.parts):
-            ahead.append(readers.submit(_read_back, file, parts, shard))
-            if len(ahead) > 2 * _READERS:
-                digest.update(ahead.popleft().result())
-        for read in ahead:
+        for run in _runs(written.ranges):
+            reads.append(readers.submit(_read_back, file, run, shard))
+            if len(reads) > 2 * _READERS:
+                digest.update(reads.popleft().result())
+        for read in reads:
             digest.update(read.result())
-    header(LocalFiles(directory), partial(shard), end)
+    header(LocalFiles(directory), partial_name(shard), end)
     return digest.hexdigest()
 
 
-def _runs(parts: Iterable[Part]) -> Iterator[list[Part]]:
-    """Parts that are read at once: the disk has few large requests of the workers to serve, and as many of these."""
-    run: list[Part] = []
-    for part in parts:
-        if run and part.place + part.length - run[0].place > _COPY_BYTES:
+def _runs(ranges: Iterable[ByteRange]) -> Iterator[list[ByteRange]]:
+    """Group consecutive ranges that are read together, in requests as large as those of the workers."""
+    run: list[ByteRange] = []
+    for each in ranges:
+        if run and each.begin + each.length - run[0].begin > _COPY_BYTES:
             yield run
             run = []
-        run.append(part)
+        run.append(each)
     if run:
         yield run
 
 
-def _read_back(file: DirectFile, parts: list[Part], shard: Shard) -> bytes:
-    begin = parts[0].place
-    data = file.read(begin, parts[-1].place + parts[-1].length - begin)
-    for part in parts:
-        if zlib.crc32(data[part.place - begin:part.place - begin + part.length]) != part.crc:
-            raise _other_than_written(shard, part.place)
+def _read_back(file: DirectFile, ranges: list[ByteRange], shard: ShardLayout) -> bytes:
+    begin = ranges[0].begin
+    data = file.read(begin, ranges[-1].begin + ranges[-1].length - begin)
+    for each in ranges:
+        if zlib.crc32(data[each.begin - begin:each.begin - begin + each.length]) != each.crc:
+            raise _mismatch_error(shard, each.begin)
     return bytes(data)
 
 
-def _other_than_written(shard: Shard, place: int) -> OSError:
-    return OSError(errno.EIO, f"{partial(shard)} reads back other than it was written, at byte {place}")
+def _mismatch_error(shard: ShardLayout, position: int) -> OSError:
+    return OSError(errno.EIO, f"{partial_name(shard)}: data read back differs from data written at byte {position}")
 
 
-def _jobs(item: Item, group: int) -> Iterator[_Job]:
-    tensor, places = item.source, item.places
-    if item.bits == 16:
-        for start in range(0, tensor.bytes, _COPY_BYTES):
-            yield _Job(item, tensor.begin + start, min(_COPY_BYTES, tensor.bytes - start),
-                       (places[tensor.name] + start,))
+def _chunks(tensor: TensorLayout, group: int) -> Iterator[TensorLayout]:
+    """Divide a tensor into rows, or a copied one into bytes, each with its own offsets."""
+    source, offsets = tensor.source, tensor.offsets
+    if tensor.bits == 16:
+        for start in range(0, source.bytes, _COPY_BYTES):
+            chunk = replace(source, bytes=min(_COPY_BYTES, source.bytes - start), begin=source.begin + start)
+            yield TensorLayout(chunk, 16, {source.name: offsets[source.name] + start})
         return
-    rows, columns = tensor.shape
-    width = tensor.bytes // rows
-    packed, scale = places[_part(item, "packed")], places[_part(item, "scale")]
+    rows, columns = source.shape
+    row_bytes = source.bytes // rows
+    packed, scale = _part(tensor, "packed"), _part(tensor, "scale")
+    packed_row, scale_row = columns * tensor.bits // 8, columns // group * 2
     step = max(1, _CHUNK_ELEMENTS // columns)
-    unit = BLOCK // gcd(BLOCK, columns * item.bits // 8, columns // group * 2)  # rows whose parts are whole blocks
+    unit = BLOCK // gcd(BLOCK, packed_row, scale_row)  # rows whose parts are complete blocks
     step -= step % unit if step > unit else 0
     for start in range(0, rows, step):
-        yield _Job(item, tensor.begin + start * width, min(step, rows - start) * width,
-                   (packed + start * columns * item.bits // 8, scale + start * (columns // group) * 2))
+        count = min(step, rows - start)
+        chunk = replace(source, shape=(count, columns), bytes=count * row_bytes,
+                        begin=source.begin + start * row_bytes)
+        yield TensorLayout(chunk, tensor.bits, {packed: offsets[packed] + start * packed_row,
+                                                scale: offsets[scale] + start * scale_row})
 
 
-def _part(item: Item, what: str) -> str:
-    return f"{item.source.name.removesuffix('.weight')}.weight_{what}"
+def _part(tensor: TensorLayout, kind: str) -> str:
+    return f"{tensor.source.name.removesuffix('.weight')}.weight_{kind}"
 
 
-def _work(job: _Job, old: DirectFile, new: DirectFile, group: int) -> _Done:
-    """Do one job, in a worker."""
-    tensor, bits = job.item.source, job.item.bits
-    data = old.read(job.begin, job.length)
-    if bits == 16:
-        return _Done(0.0, 0.0, (_write(new, data, job.places[0]),))
-    from shoehorn.int4 import quantizer  # torch is loaded only where weights are touched
+def _convert_chunk(chunk: TensorLayout, original: DirectFile, target: DirectFile, group: int) -> ChunkResult:
+    """Convert and write some rows, in a worker thread."""
+    source = chunk.source
+    data = original.read(source.begin, source.bytes)
+    if chunk.bits == 16:
+        return ChunkResult(0.0, 0.0, (_write(target, data, chunk.offsets[source.name]),))
+    from shoehorn.int4 import quantizer  # imports torch, which only a conversion needs
 
-    found = quantizer.quantize_here(quantizer.from_bytes(data, tensor.dtype, tensor.shape[1]), bits, group,
-                               quantizer.DTYPES["F16" if tensor.dtype == "F16" else "BF16"])
-    return _Done(found.lost, found.whole, tuple(
-        _write(new, quantizer.to_bytes(part), place)
-        for part, place in zip((found.packed, found.scale), job.places, strict=True)))
-
-
-def _write(file: DirectFile, data: memoryview, place: int) -> Part:
-    file.write(data, place)
-    return Part(place, len(data), zlib.crc32(data))
+    rows = quantizer.quantize_on_device(quantizer.from_bytes(data, source.dtype, source.shape[1]), chunk.bits, group,
+                                        quantizer.DTYPES["F16" if source.dtype == "F16" else "BF16"])
+    return ChunkResult(rows.squared_error, rows.squared_norm, tuple(
+        _write(target, quantizer.to_bytes(data), chunk.offsets[_part(chunk, kind)])
+        for kind, data in (("packed", rows.packed), ("scale", rows.scale))))
 
 
-def _write_shape(file: DirectFile, item: Item) -> Part:
-    rows, columns = item.source.shape
+def _write(file: DirectFile, data: memoryview, begin: int) -> ByteRange:
+    file.write(data, begin)
+    return ByteRange(begin, len(data), zlib.crc32(data))
+
+
+def _write_shape(file: DirectFile, tensor: TensorLayout) -> ByteRange:
+    rows, columns = tensor.source.shape
     return _write(file, memoryview(rows.to_bytes(8, "little") + columns.to_bytes(8, "little")),
-                  item.places[_part(item, "shape")])
+                  tensor.offsets[_part(tensor, "shape")])

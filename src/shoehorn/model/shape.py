@@ -116,5 +116,5 @@ class ModelShape:
 
     @property
     def understood(self) -> bool:
-        """Whether the architecture is supported, so that quantization and accurate estimates are possible."""
+        """True if the architecture is supported, so that quantization and accurate estimates are possible."""
         return self.architecture in KNOWN

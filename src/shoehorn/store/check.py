@@ -21,7 +21,7 @@ def verify_files(directory: Path, files: Iterable[ModelFile], known: Iterable[Mo
     """Hash and sync the files of the expected size; return them with their actual checksums, by path.
 
     Args:
-        known: files verified earlier; unchanged ones are not read again.
+        known: files verified earlier; unchanged ones are not read.
     """
     files = tuple(files)
     by_blob = {file.path for file in files if file.blob_id}

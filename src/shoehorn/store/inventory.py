@@ -1,9 +1,8 @@
-"""The models of a volume, found by their manifests; who uses them; and removing one.
+"""Inventory of the models in a volume: listing, use locks and deletion.
 
 Rules:
-- whoever serves a model holds a shared lock on it, which the kernel drops with the process; a removal needs it alone,
-  and the lock of the one writer as well;
-- reading a list changes nothing and needs no volume that can be written.
+- a process that serves a model holds a shared lock on it; deletion requires that lock exclusively, and the write lock;
+- listing changes nothing and works on a read-only volume.
 """
 
 from __future__ import annotations
@@ -20,8 +19,8 @@ from pathlib import Path
 from shoehorn.common import disk
 from shoehorn.common.errors import ModelUnavailableError
 from shoehorn.common.locks import exclusive, is_locked, shared
+from shoehorn.config.models_dir import ModelsDir
 from shoehorn.hub.files import is_plain
-from shoehorn.store import locks
 
 log = logging.getLogger("store")
 
@@ -31,10 +30,10 @@ class StoredModel:
     """One model of the volume.
 
     Attributes:
-        commit: which `revision` was when it was pulled; "" where the hub told none.
-        bytes: on the disk, partial files with them.
-        last_used: Unix time at which it was last served; None when never.
-        in_use: an appliance serves it now.
+        commit: commit of `revision` at the time of the pull; "" if unknown.
+        bytes: size on disk, including partial files.
+        last_used: Unix time of its last use; None if never used.
+        in_use: a process serves it now.
     """
 
     model: str
@@ -47,49 +46,51 @@ class StoredModel:
 
 
 def models(models_dir: Path) -> list[StoredModel]:
-    """Every model that a pull has begun, by name."""
-    found = []
-    for path in sorted((models_dir / ".shoehorn" / "manifests").glob("*.json")):
+    """List every model with a manifest, by name."""
+    volume, stored = ModelsDir(models_dir), []
+    for path in sorted(volume.manifests.glob("*.json")):
         try:
             document = json.loads(path.read_text(encoding="utf-8"))
             model, revision, complete = document["model"], document["revision"], document["complete"]
             if not isinstance(model, str) or not is_plain(model):
-                raise ValueError(f"{model!r} is no model")
+                raise ValueError(f"invalid model name {model!r}")
         except (OSError, ValueError, KeyError, TypeError) as error:
-            log.warning("%s cannot be read (%s)", path, error)
+            log.warning("Cannot read manifest path=%s error=%s", path, error)
             continue
-        found.append(StoredModel(model, str(revision), disk.disk_used(models_dir / model), complete is True,
-                                 _used(models_dir, model), is_locked(_use_lock(models_dir, model)),
-                                 str(document.get("commit", ""))))
-    return found
+        lock = volume.use_lock(model)
+        stored.append(StoredModel(model, str(revision), disk.disk_used(volume.model(model)), complete is True,
+                                  _last_used(lock), is_locked(lock), str(document.get("commit", ""))))
+    return stored
 
 
 def remove(models_dir: Path, model: str) -> int:
-    """Remove a model; returns the bytes that it took.
+    """Delete a model and return the freed bytes.
 
     Raises:
-        ModelUnavailableError: there is none of that name, it is in use or being pulled, or the volume refuses.
+        ModelUnavailableError: not found, in use, being pulled, or the volume failed.
     """
-    manifest = models_dir / ".shoehorn" / "manifests" / f"{model.replace('/', '--')}.json"
-    if not is_plain(model) or not manifest.exists():
-        known = ", ".join(each.model for each in models(models_dir)) or "none"
-        raise ModelUnavailableError(f"{models_dir} holds no model {model}.", f"There are: {known}.")
+    volume = ModelsDir(models_dir)
+    if not is_plain(model) or not volume.manifest(model).exists():
+        names = ", ".join(each.model for each in models(models_dir)) or "none"
+        raise ModelUnavailableError(f"Model {model}: not found in {models_dir}.", f"Choose one of: {names}.",
+                                    code="model_not_found")
+    in_use = ModelUnavailableError(f"Model {model}: in use.", "Stop the appliance that serves it.", code="model_in_use")
+    pulling = ModelUnavailableError(f"Model {model}: being pulled.", "Stop the pull.", code="model_being_pulled")
     try:
-        with _alone(_use_lock(models_dir, model), f"{model} is being served.", "Stop the appliance that serves it."), \
-                _alone(locks.lock_path(models_dir, model), f"{model} is being pulled.", "Stop the pull first."):
-            freed = disk.disk_used(models_dir / model)
-            manifest.unlink()
-            shutil.rmtree(models_dir / model, ignore_errors=False)
-            _use_lock(models_dir, model).unlink(missing_ok=True)
+        with _exclusive(volume.use_lock(model), in_use), _exclusive(volume.writer_lock(model), pulling):
+            freed = disk.disk_used(volume.model(model))
+            volume.manifest(model).unlink()
+            shutil.rmtree(volume.model(model), ignore_errors=False)
+            volume.use_lock(model).unlink(missing_ok=True)
     except OSError as error:
         raise disk.volume_error(models_dir, error) from error
     return freed
 
 
 @contextmanager
-def used(models_dir: Path, model: str) -> Iterator[None]:
-    """Mark a model as served, and note the time. A volume that cannot be written has no mark, and needs none."""
-    path = _use_lock(models_dir, model)
+def use_lock(models_dir: Path, model: str) -> Iterator[None]:
+    """Mark a model as in use and record the time. A read-only volume gets no mark, since nothing can be deleted."""
+    path = ModelsDir(models_dir).use_lock(model)
     with ExitStack() as stack:
         with suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -99,23 +100,19 @@ def used(models_dir: Path, model: str) -> Iterator[None]:
 
 
 @contextmanager
-def _alone(path: Path, cause: str, remedy: str) -> Iterator[None]:
-    """Hold a lock that nobody else holds, or refuse."""
+def _exclusive(path: Path, refusal: ModelUnavailableError) -> Iterator[None]:
+    """Hold a lock exclusively; raise `refusal` if another process holds it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         try:
             stack.enter_context(exclusive(path, wait=False))
         except BlockingIOError:
-            raise ModelUnavailableError(cause, remedy) from None
+            raise refusal from None
         yield
 
 
-def _use_lock(models_dir: Path, model: str) -> Path:
-    return models_dir / ".shoehorn" / "locks" / f"{model.replace('/', '--')}.use"
-
-
-def _used(models_dir: Path, model: str) -> float | None:
+def _last_used(lock: Path) -> float | None:
     try:
-        return _use_lock(models_dir, model).stat().st_mtime
+        return lock.stat().st_mtime
     except OSError:
         return None

@@ -46,7 +46,7 @@ class Manifest:
     source: str = "modelscope"
 
     def matches(self, ref: ModelRef) -> bool:
-        """Whether it describes this model, revision and source."""
+        """Return whether the manifest is that of this model, revision and source."""
         return (self.model, self.revision, self.source) == (ref.stored_id, ref.revision, ref.stored_source)
 
 

@@ -94,7 +94,7 @@ def pull(settings: Settings, report: Report) -> Path:
             return locate_local(ref, report) or require_local_folder(ref)
         if directory := locate(settings.models_dir, ref):  # needs no lock: the volume may be read-only
             return directory
-        with locks.only_writer(settings.models_dir, ref.stored_id):
+        with locks.write_lock(settings.models_dir, ref.stored_id):
             if accepted := _accept_existing(settings.models_dir, ref, report):
                 return accepted
             _require_online(settings, ref)
@@ -117,7 +117,7 @@ def verify(settings: Settings, report: Report) -> Path:
         raise ModelUnavailableError(f"{ref.id}: not complete in {models_dir}.",
                                     f"Run: shoehorn pull {ref.id}", code="incomplete_model")
     try:
-        with locks.only_writer(models_dir, ref.stored_id):
+        with locks.write_lock(models_dir, ref.stored_id):
             verified = verify_files(directory, known.files, (), report)
             if failed := mismatches(known.files, verified):
                 files = with_results(known.files, verified)
@@ -173,35 +173,35 @@ def _fetch_from(hub: RemoteRepository, settings: Settings, ref: ModelRef, report
     directory, known = ref.directory(models_dir), manifest.read(models_dir, ref)
     recorded = known.files if known else ()
     with hub:
-        wanted = select_files(hub, hub.listing(), settings)
+        selected = select_files(hub, hub.listing(), settings)
         _require_no_code(hub, settings)
     directory.mkdir(parents=True, exist_ok=True)
     if known is None or not known.matches(ref):  # without a checksum these cannot be verified
-        _remove(directory, [file for file in wanted if not file.sha256 and not file.blob_id], partial=True)
-    verified = verify_files(directory, wanted, recorded, report)
-    paths = {file.path for file in wanted}
+        _remove(directory, [file for file in selected if not file.sha256 and not file.blob_id], partial=True)
+    verified = verify_files(directory, selected, recorded, report)
+    paths = {file.path for file in selected}
     obsolete = [file for file in recorded if file.path not in paths]
     incomplete = Manifest(ref.stored_id, ref.revision, hub.endpoint, False,
-                          (*with_results(wanted, verified), *obsolete), hub.commit, ref.stored_source)
+                          (*with_results(selected, verified), *obsolete), hub.commit, ref.stored_source)
     manifest.write(models_dir, ref, incomplete)
     _remove(directory, obsolete, partial=True)
     for _ in range(_MAX_DOWNLOADS):
-        missing = mismatches(wanted, verified)
+        missing = mismatches(selected, verified)
         if not missing:
             break
         _remove(directory, missing)
         disk.require_space(directory, sum(file.size_bytes for file in missing) - stored_bytes(directory, missing))
-        download(settings, hub, directory, wanted, missing, report)
-        verified = verify_files(directory, wanted, tuple(verified.values()), report)
-    if failed := mismatches(wanted, verified):
+        download(settings, hub, directory, selected, missing, report)
+        verified = verify_files(directory, selected, tuple(verified.values()), report)
+    if failed := mismatches(selected, verified):
         _remove(directory, failed)
         names = ", ".join(file.path for file in failed)
         raise ModelUnavailableError(f"{names}: size or checksum mismatch in two downloads.",
                                     f"Retry later, or set another {hub.endpoint_setting}; no invalid file was kept.",
                                     code="hub_checksum_mismatch")
-    if unverifiable := sum(not file.sha256 and not file.blob_id for file in wanted):
-        log.warning("Hub lists no checksum, verified the size only files=%d total=%d", unverifiable, len(wanted))
-    return _complete(models_dir, ref, incomplete, wanted, verified)
+    if unverifiable := sum(not file.sha256 and not file.blob_id for file in selected):
+        log.warning("Hub lists no checksum, verified the size only files=%d total=%d", unverifiable, len(selected))
+    return _complete(models_dir, ref, incomplete, selected, verified)
 
 
 def _require_no_code(hub: RemoteRepository, settings: Settings) -> None:

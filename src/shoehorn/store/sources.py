@@ -91,13 +91,13 @@ def open_fallback(settings: Settings, ref: ModelRef, hub: RemoteRepository, know
     return other
 
 
-def download(settings: Settings, hub: RemoteRepository, directory: Path, wanted: Sequence[ModelFile],
+def download(settings: Settings, hub: RemoteRepository, directory: Path, selected: Sequence[ModelFile],
              needed: Sequence[ModelFile], report: Report) -> None:
-    """Download `needed` to `directory`, and report the stored bytes of `wanted`.
+    """Download `needed` to `directory`, and report the stored bytes of `selected`.
 
     Raises:
         ModelUnavailableError: a file is unavailable; other and partial files are kept.
     """
-    with report_progress("pulling", sum(file.size_bytes for file in wanted), lambda: stored_bytes(directory, wanted),
-                         report):
+    total_bytes = sum(file.size_bytes for file in selected)
+    with report_progress("pulling", total_bytes, lambda: stored_bytes(directory, selected), report):
         _DOWNLOADS[hub.source](settings, hub, directory, needed)
