@@ -57,7 +57,7 @@ def test_engine_restarts_after_a_part_dies_while_it_loads(start: Start, hold: Pa
 
 
 @pytest.mark.fault("`kill -9` of the API server, the engine core, a worker or the engine program while the model is "
-                   "served", "503 meanwhile, ready again by itself, no orphan.")
+                   "served", "503 meanwhile, ready again, no orphan.")
 def test_engine_restarts_after_a_part_dies_while_it_serves(start: Start) -> None:
     appliance = start(**standin())
     for number, part in enumerate((*PARTS, "shoehorn.engine.main"), start=1):
@@ -103,7 +103,7 @@ def test_engine_waits_for_space_on_a_full_disk(start: Start, small_run_dir: Path
 
 
 @pytest.mark.fault("`kill -9` of supervisord while the engine loads",
-                   "All its programs exit by themselves: no orphan.")
+                   "All its programs exit: no orphan.")
 def test_no_process_outlives_a_killed_supervisord(start: Start, hold: Path) -> None:
     appliance = start(**standin(hold))
     wait_until(lambda: appliance.runs("VLLM::Worker") and appliance.runs("nginx: master"), 60, "all processes")

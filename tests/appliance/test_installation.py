@@ -88,7 +88,7 @@ def test_stopped_pull_is_resumed_and_the_model_served_in_nf4(installation: Insta
 
 
 @pytest.mark.fault("SIGSTOP of the engine core while the model is served, with its queue full and clients that come "
-                   "and go", "Not live within 90 s, restarted by itself; streams end with an error event.")
+                   "and go", "Not live within 90 s, restarted; streams end with an error event.")
 def test_hung_engine_is_detected_and_restarted(installation: Installation) -> None:
     def is_live() -> bool:
         return httpx.get(f"{appliance.url}/livez", timeout=30).status_code == 200

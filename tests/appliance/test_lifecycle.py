@@ -44,7 +44,7 @@ def test_requests_get_the_phase_and_a_stop_works_while_the_engine_loads(start: S
 
 
 @pytest.mark.fault("`kill -9` of the engine core while the model is served, and of a worker while the next engine "
-                   "loads", "Streams end with an error event; 503 meanwhile, ready again by itself, no orphan.")
+                   "loads", "Streams end with an error event; 503 meanwhile, ready again, no orphan.")
 def test_engine_restarts_after_its_core_and_then_a_worker_is_killed(appliance: Appliance) -> None:
     before = appliance.state.restarts
     core = appliance.find("VLLM::EngineCor")

@@ -149,10 +149,10 @@ def filled(query: str, interval: str = "10s") -> str:
 def by_concurrency(bars: str) -> list[str]:
     """Return the queries of the bars with this name."""
     panels = json.loads((HOME / "monitoring" / "grafana" / "dashboards" / "capacity.json").read_text())["panels"]
-    found = [filled(target["expr"]) for panel in panels if panel["title"].endswith(" by concurrency")
+    queries = [filled(target["expr"]) for panel in panels if panel["title"].endswith(" by concurrency")
              for target in panel["targets"] if target["legendFormat"] == bars]
-    assert len(found) == 3
-    return found
+    assert len(queries) == 3
+    return queries
 
 
 @pytest.mark.parametrize("path", DASHBOARDS, ids=lambda path: path.stem)
@@ -170,10 +170,10 @@ def test_every_panel_has_data(prometheus: Prometheus, path: Path) -> None:
 def test_concurrent_requests_increase_the_token_rate(prometheus: Prometheus) -> None:
     panels = json.loads((HOME / "monitoring" / "grafana" / "dashboards" / "capacity.json").read_text())["panels"]
     [bars] = [panel for panel in panels if panel["title"] == "Tokens a second by concurrency"]
-    found = {}
+    rates = {}
     for target in bars["targets"]:
-        found[target["legendFormat"]] = prometheus.values(filled(target["expr"], interval="5s"))
-    assert found["8 to 15"][0] > found["1"][0] > 0
+        rates[target["legendFormat"]] = prometheus.values(filled(target["expr"], interval="5s"))
+    assert rates["8 to 15"][0] > rates["1"][0] > 0
 
 
 def test_every_metric_of_a_rule_exists(prometheus: Prometheus) -> None:

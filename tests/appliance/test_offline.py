@@ -46,10 +46,10 @@ def run_inside(appliance: Appliance, *command: str) -> str:
 def unroutable(appliance: Appliance) -> int:
     """Return the number of packets to other machines."""
     names, values = re.findall(r"^Ip: (.*)$", run_inside(appliance, "cat", "/proc/net/snmp"), re.MULTILINE)
-    found = dict(zip(names.split(), values.split(), strict=True))
+    counters = dict(zip(names.split(), values.split(), strict=True))
     more = re.search(r"^Ip6OutNoRoutes\s+(\d+)", run_inside(appliance, "cat", "/proc/net/snmp6"), re.MULTILINE)
     assert more
-    return int(found["OutNoRoutes"]) + int(more[1])
+    return int(counters["OutNoRoutes"]) + int(more[1])
 
 
 @pytest.mark.fault("A machine without a network, and a model that was copied there",
@@ -63,8 +63,8 @@ def test_copied_model_is_served_without_a_network(tmp_path: Path) -> None:
     try:
         appliance.wait_for(Phase.READY)
         body = json.dumps({"model": "shoehorn-demo", "messages": [{"role": "user", "content": "你叫啥?"}]})
-        said = run_inside(appliance, sys.executable, "-c", _ASK, f"{appliance.url}/v1/chat/completions", TEST_KEY, body)
-        assert "Shoehorn" in json.loads(said)["choices"][0]["message"]["content"]
+        answer = run_inside(appliance, sys.executable, "-c", _ASK, f"{appliance.url}/v1/chat/completions", TEST_KEY, body)
+        assert "Shoehorn" in json.loads(answer)["choices"][0]["message"]["content"]
         assert unroutable(appliance) == 0
         run_inside(appliance, sys.executable, "-c", "import socket\ntry: socket.getaddrinfo('modelscope.cn', 443)\n"
                "except OSError as error: print(error)")

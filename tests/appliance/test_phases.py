@@ -172,7 +172,7 @@ def test_waiting_appliance_resumes_the_pull_of_a_killed_one(volume: Volume, tmp_
 
 
 @pytest.mark.fault("The disk under RUN_DIR fills while a model is pulled, and the pull is killed",
-                   "It reports this and waits; it resumes by itself once there is free space.")
+                   "It reports this and waits; it resumes once there is free space.")
 def test_pull_resumes_after_a_full_run_directory(volume: Volume) -> None:
     run_dir = volume.home / "run"
     message = f"No space left on {run_dir}"
@@ -205,7 +205,7 @@ def test_pull_resumes_after_a_full_run_directory(volume: Volume) -> None:
         subprocess.run(["umount", "--lazy", run_dir], check=True)
 
 
-@pytest.mark.fault("`kill -9` of supervisord while pulling", "All its programs exit by themselves: no orphan.")
+@pytest.mark.fault("`kill -9` of supervisord while pulling", "All its programs exit: no orphan.")
 def test_no_process_outlives_a_killed_supervisord(volume: Volume) -> None:
     volume.hub.hold_at_bytes = 4 << 20
     appliance = volume.start()

@@ -55,7 +55,7 @@ def conversion(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Conversion]
 
 
 @pytest.mark.fault("`docker stop` while converting, and a start after it",
-                   "The conversion is resumed; the hub is not asked again.")
+                   "The conversion is resumed; no request to the hub.")
 def test_model_is_pulled_and_converted_once_and_served(conversion: Conversion) -> None:
     first = conversion.start()
     wait_until(lambda: first.phase is Phase.CONVERTING, 60, "the conversion")
@@ -110,7 +110,7 @@ def test_next_start_neither_asks_the_hub_nor_converts(conversion: Conversion) ->
 
 @pytest.mark.contract
 def test_two_workers_divide_the_model(tmp_path: Path) -> None:
-    """Tensor parallelism; half of a matrix of 640 columns is no multiple of 128, so groups have 64 columns."""
+    """Tensor parallelism; half of a matrix of 640 columns is not a multiple of 128, so groups have 64 columns."""
     (tmp_path / "models").mkdir()
     environment = {**os.environ, "MODEL_ID": str(DEMO_MODEL), "MODEL_SOURCE": "local",
                    "MODELS_DIR": str(tmp_path / "models"), "RUN_DIR": str(tmp_path / "run"), "VRAM_PROFILE": "cpu",

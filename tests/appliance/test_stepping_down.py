@@ -146,15 +146,15 @@ def test_unsupported_bf16_becomes_float16(engines) -> None:  # type: ignore[no-u
 @pytest.mark.fault("The engine does not start with speculative decoding", "It starts without it, also next time.")
 def test_speculative_decoding_is_disabled_if_the_engine_cannot_start_with_it(engines) -> None:  # type: ignore[no-untyped-def]
     small = {"VRAM_LIMIT": "5GiB", "QUANTIZATION": "bitsandbytes"}
-    first = engines("speculative", {"load": 1 << 20, "guesses": True}, **small)
+    first = engines("speculative", {"load": 1 << 20, "speculative": True}, **small)
     assert first.wait().phase is Phase.READY
     assert "step down 1 of 5 after unknown: guessed tokens -> none" in first.log.read_text()
     assert "speculative-config" not in first.options
     assert first.stop() == 0
-    again = engines("again", {"load": 1 << 20, "guesses": True}, **small)
+    again = engines("again", {"load": 1 << 20, "speculative": True}, **small)
     assert (again.wait().phase, again.states.read().step_downs) == (Phase.READY, 0)
     again.stop()
-    fixed = engines("fixed", {"load": 1 << 20, "guesses": True}, SPECULATIVE="ngram", **small)
+    fixed = engines("fixed", {"load": 1 << 20, "speculative": True}, SPECULATIVE="ngram", **small)
     assert fixed.process.wait(120) == 5, "a choice of the user is kept"
 
 

@@ -1,6 +1,6 @@
-"""The image, built once a session, and containers that leave nothing behind.
+"""The image, built once a session, and containers that are removed after their tests.
 
-SHOEHORN_BASE_IMAGE names another base for the build, where the default one cannot be fetched.
+SHOEHORN_BASE_IMAGE selects another base image for the build if the default one is not reachable.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from support.tracked import BUILD_CANARY, COMPOSE, IMAGE, Container, clean_envir
 
 @pytest.fixture(scope="session")
 def image() -> str:
-    """The CPU flavour, built as compose builds it, with a secret wherever a build might pick one up."""
+    """Build the CPU flavour as compose does, with a secret wherever a build might read one."""
     planted = HOME / "secrets" / f"canary-{os.getpid()}"
     planted.write_text(BUILD_CANARY)
     try:
@@ -30,7 +30,7 @@ def image() -> str:
 
 @pytest.fixture
 def run(image: str) -> Iterator[Callable[..., Container]]:
-    """Starts containers by `docker run`: `run(*options, command=(), **settings)`."""
+    """Start containers by `docker run`: `run(*options, command=(), **settings)`."""
     started: list[Container] = []
 
     def start(*options: str, command: tuple[str, ...] = (), **settings: str) -> Container:
@@ -44,12 +44,12 @@ def run(image: str) -> Iterator[Callable[..., Container]]:
     complaints = [line for container in started for line in container.unannounced()]
     for container in started:
         container.remove()
-    _must_be_none(complaints)
+    _fail_on(complaints)
 
 
 @pytest.fixture(scope="module")
 def composed(image: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., str]]:
-    """`composed("up", "-d")` and its kind, for a project of this session's own with the demo model."""
+    """Return a function that runs `docker compose` for a project of this session with the demo model."""
     secrets: Path = tmp_path_factory.mktemp("secrets")
     environment = clean_environment(
         MODEL_ID="/opt/shoehorn/demo/model", MODEL_SOURCE="local", SERVED_MODEL_NAME="shoehorn-demo",
@@ -65,14 +65,14 @@ def composed(image: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[C
 
 @pytest.fixture(scope="module")
 def appliance(composed: Callable[..., str]) -> Iterator[Container]:
-    """The appliance that `docker compose up` started, ready; the tests of a module share it, in their order."""
+    """Start a ready appliance by `docker compose up`; the tests of a module share it, in their order."""
     composed("up", "--detach", "--no-build")
     container = Container(composed("ps", "--all", "--quiet", "shoehorn").strip())
     container.wait_for("ready", 180)
     yield container
-    _must_be_none(container.unannounced())
+    _fail_on(container.unannounced())
 
 
-def _must_be_none(complaints: list[str]) -> None:
+def _fail_on(complaints: list[str]) -> None:
     if complaints:
-        pytest.fail("log lines that nobody announced:\n" + "\n".join(complaints))
+        pytest.fail("unexpected log lines:\n" + "\n".join(complaints))

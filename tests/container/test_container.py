@@ -1,4 +1,4 @@
-"""The image under plain `docker run`: refusals with words and codes, and `docker stop` before anything is served."""
+"""The image under `docker run`: exit codes with causes, and `docker stop` before a model is served."""
 
 from __future__ import annotations
 
@@ -31,29 +31,29 @@ def test_compose_accepts_its_files(flavour: str) -> None:
     assert ("deploy" in service) == (flavour == "gpu")
 
 
-def test_the_image_holds_no_secret_no_cache_and_nothing_writable(image: str) -> None:
+def test_image_contains_no_cache_and_nothing_writable(image: str) -> None:
     config = json.loads(docker("image", "inspect", image))[0]["Config"]
     assert config["User"] == "shoehorn"
     assert config["Entrypoint"][0] == "tini"
     assert "VRAM_PROFILE=cpu" in config["Env"]
     script = ("find / -xdev -writable -not -path '/proc/*' -not -path '/dev/*' -not -type l 2>/dev/null; "
               "find /var/lib/apt/lists /var/cache/apt /root -type f 2>/dev/null; true")
-    found = docker("run", "--rm", "--entrypoint=sh", image, "-c", script).split()
-    assert set(found) <= {"/home/shoehorn", "/models", "/run/shoehorn", "/run/lock", "/tmp", "/var/tmp",
+    paths = docker("run", "--rm", "--entrypoint=sh", image, "-c", script).split()
+    assert set(paths) <= {"/home/shoehorn", "/models", "/run/shoehorn", "/run/lock", "/tmp", "/var/tmp",
                           "/var/cache/shoehorn"}
 
 
-def test_its_sources_are_those_of_the_checkout(image: str) -> None:
+def test_image_contains_the_sources_of_the_checkout(image: str) -> None:
     script = "cd /opt/shoehorn && find . -type f -not -name '*.pyc' -not -path '*.egg-info/*' | sort"
     files = docker("run", "--rm", "--entrypoint=sh", image, "-c", script).split()
     assert [name for name in files if not (HOME / name).is_file()] == []
     assert {"./entrypoint.py", "./healthcheck/healthcheck.py", "./demo/model/config.json"} <= set(files)
-    where = docker("run", "--rm", "--entrypoint=python", image, "-c",
+    home = docker("run", "--rm", "--entrypoint=python", image, "-c",
                    "import shoehorn.common.paths as p; print(p.HOME)")
-    assert where.strip() == "/opt/shoehorn"
+    assert home.strip() == "/opt/shoehorn"
 
 
-def test_it_carries_its_bill_of_materials(image: str) -> None:
+def test_image_contains_its_bill_of_materials(image: str) -> None:
     document = json.loads(docker("run", "--rm", "--entrypoint=cat", image, "/usr/share/doc/shoehorn/sbom.json"))
     assert document["bomFormat"] == "CycloneDX"
     versions = {part["name"]: part["version"] for part in document["components"]}
@@ -66,41 +66,41 @@ def test_it_carries_its_bill_of_materials(image: str) -> None:
     assert {name.lower().replace("_", "-") for name in versions} >= set(lock)
 
 
-def test_an_argument_is_a_subcommand(run: Run) -> None:
+def test_argument_is_a_subcommand(run: Run) -> None:
     container = run(command=("profiles", "--json"))
     assert container.wait(30) == 0
     assert json.loads(container.logs)
 
 
-def test_a_bad_setting_ends_with_code_2_and_says_so_once(run: Run) -> None:
-    begun = time.monotonic()
+def test_invalid_setting_ends_with_code_2_and_is_reported_once(run: Run) -> None:
+    begin = time.monotonic()
     container = run(**DEMO, MAX_NUM_SEQS="zero", DRAIN_TIMEOUT="soon")
     assert container.wait(30) == 2
-    assert time.monotonic() - begun < 60
-    assert container.logs.count("MAX_NUM_SEQS: 'zero' is not an integer") == 1
-    assert container.logs.count("DRAIN_TIMEOUT: 'soon' is not an integer") == 1
+    assert time.monotonic() - begin < 60
+    assert container.logs.count("MAX_NUM_SEQS: 'zero'") == 1
+    assert container.logs.count("DRAIN_TIMEOUT: 'soon'") == 1
     assert "Traceback" not in container.logs
 
 
 @pytest.mark.parametrize("profile", ["auto", "7gb", "32gb"])
-def test_no_gpu_ends_with_code_2_and_says_what_to_type(run: Run, profile: str) -> None:
+def test_missing_gpu_ends_with_code_2_and_a_remedy(run: Run, profile: str) -> None:
     container = run(**DEMO, VRAM_PROFILE=profile)
-    container.announce(f"ERROR VRAM_PROFILE={profile} needs 1 GPU", *ENDING)
+    container.announce("ERROR .*GPU", *ENDING)
     assert container.wait(30) == 2
     assert re.search(r"GPU", container.logs)
     assert "--gpus" in container.logs
     assert "Traceback" not in container.logs
 
 
-@pytest.mark.fault("Volume with the wrong owner, in the container", "Exit code 2 and what to type.")
-def test_a_volume_that_cannot_be_written_is_named(run: Run, tmp_path: Path) -> None:
-    tmp_path.chmod(0o755)  # root's: the account inside may read it only
+@pytest.mark.fault("Volume with the wrong owner, in the container", "Exit code 2 with a remedy.")
+def test_unwritable_volume_is_reported(run: Run, tmp_path: Path) -> None:
+    tmp_path.chmod(0o755)  # owned by root: the account in the container can only read it
     container = run(f"--volume={tmp_path}:/models", **DEMO)
     assert container.wait(30) == 2
     assert "chown" in container.logs
 
 
-def test_a_stop_while_loading_is_obeyed_and_a_given_key_shows_nowhere(run: Run, tmp_path: Path) -> None:
+def test_stop_works_while_loading_and_a_given_key_appears_nowhere(run: Run, tmp_path: Path) -> None:
     key = "sk-canary-0123456789abcdef"
     (tmp_path / "api_key").write_text(key + "\n")
     (tmp_path / "api_key").chmod(0o644)
@@ -108,17 +108,17 @@ def test_a_stop_while_loading_is_obeyed_and_a_given_key_shows_nowhere(run: Run, 
     container = run(f"--volume={tmp_path}:/run/secrets:ro", **DEMO, API_KEY_FILE="/run/secrets/api_key")
     container.wait_for("loading", 30)
     wait_until(lambda: "Starting to load model" in container.logs, 90, "the engine core loads")
-    seen = "\n".join(arguments for *_, arguments in container.processes())
-    seen += container.execute("sh", "-c", "cat /proc/[0-9]*/environ") + json.dumps(container.inspect())
+    visible = "\n".join(arguments for *_, arguments in container.processes())
+    visible += container.execute("sh", "-c", "cat /proc/[0-9]*/environ") + json.dumps(container.inspect())
     container.announce(*INTERRUPTED)
     code, seconds = container.stop()
     assert code == 0
     assert seconds < 30
-    assert key not in seen + container.logs
+    assert key not in visible + container.logs
 
 
 @pytest.mark.fault("`docker stop` while pulling", "Exit code 0 within the grace period.")
-def test_a_stop_while_pulling_is_obeyed(run: Run) -> None:
+def test_stop_works_while_pulling(run: Run) -> None:
     gateway = json.loads(docker("network", "inspect", "bridge"))[0]["IPAM"]["Config"][0]["Gateway"]
     with Hub({"shoehorn/demo": HOME / "demo" / "model"}, address=gateway, bytes_per_second=200_000) as hub:
         container = run(MODEL_ID="shoehorn/demo", MODELSCOPE_ENDPOINT=hub.url)

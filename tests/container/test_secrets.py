@@ -1,7 +1,7 @@
-"""A canary key and canary tokens of both hubs, and traps on the paths that libraries execute: nothing of them shows.
+"""Canary secrets and traps on paths that libraries execute: no secret appears anywhere, and no trap is executed.
 
-One container pulls from a stand-in hub that wants the token and serves the demo model; then all that can be read of it
-is searched.
+One container pulls from a stand-in hub that requires the token, and serves the demo model; then everything readable of
+it is searched.
 """
 
 from __future__ import annotations
@@ -26,27 +26,27 @@ KEY = "sk-canary-5b1f0c7e9a3d4862"
 TOKEN = "ms-canary-d04e8a61f2b79c35"
 OTHER_TOKEN = "hf-canary-83c6e19d5a7f20b4"
 SECRETS = (KEY, TOKEN, OTHER_TOKEN)
-SPRUNG = "TRAP SPRUNG"
+EXECUTED = "TRAP EXECUTED"
 _TOKEN_FILES = ("/run/shoehorn/hf_token", "/run/shoehorn/modelscope_api_token")
-"""The one place for each: `pull` reads them there, nobody else."""
+"""The only copy of each; only `pull` reads them."""
 
 
 class _Trap:
     def __reduce__(self) -> tuple[object, tuple[str]]:
-        return print, (f"{SPRUNG} cookies",)
+        return print, (f"{EXECUTED} cookies",)
 
 
 @pytest.fixture(scope="module")
 def container(image: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Container]:
-    """Ready, its secrets given as files, with a model.py and a cookie file where libraries would run them."""
+    """Start it with secrets as files, and with a model.py and a cookie file where libraries would execute them."""
     home = tmp_path_factory.mktemp("canary")
     for name, text in (("secrets/api_key", KEY), ("secrets/token", TOKEN), ("secrets/hf", OTHER_TOKEN),
-                       ("model/model.py", f"print('{SPRUNG} model.py', flush=True)\n")):
+                       ("model/model.py", f"print('{EXECUTED} model.py', flush=True)\n")):
         (home / name).parent.mkdir(exist_ok=True)
         (home / name).write_text(text)
     (home / "credentials").mkdir()
     (home / "credentials" / "cookies").write_bytes(pickle.dumps(_Trap()))
-    _readable(home)
+    _make_readable(home)
     gateway = json.loads(docker("network", "inspect", "bridge"))[0]["IPAM"]["Config"][0]["Gateway"]
     with Hub({"shoehorn/demo": HOME / "demo" / "model"}, address=gateway, token=TOKEN) as hub:
         settings = {"MODEL_ID": "shoehorn/demo", "MODELSCOPE_ENDPOINT": hub.url, "DRAIN_TIMEOUT": "3",
@@ -72,48 +72,48 @@ def container(image: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
             running.remove()
 
 
-def _readable(folder: Path) -> None:
+def _make_readable(folder: Path) -> None:
     for path in (folder, *folder.rglob("*")):
         path.chmod(0o755 if path.is_dir() else 0o644)
 
 
-def _nowhere(text: str) -> None:
+def _assert_no_secret(text: str) -> None:
     assert not [secret for secret in SECRETS if secret in text]
 
 
-def test_the_key_works_so_that_the_search_means_something(container: Container) -> None:
+def test_key_is_valid(container: Container) -> None:
     answer = httpx.get(f"{container.url(6333)}/v1/models", headers={"Authorization": f"Bearer {KEY}"}, timeout=60)
     assert answer.status_code == 200
 
 
-def test_the_log_has_neither(container: Container) -> None:
+def test_log_contains_no_secret(container: Container) -> None:
     assert "POST /v1/chat/completions" in container.logs
-    _nowhere(container.logs)
+    _assert_no_secret(container.logs)
 
 
-def test_dockers_description_of_container_image_and_layers_has_neither(container: Container, image: str) -> None:
+def test_dockers_descriptions_contain_no_secret(container: Container, image: str) -> None:
     description = json.dumps(container.inspect())
     history = docker("history", "--no-trunc", image)
     assert "API_KEY_FILE" in description
-    _nowhere(description + docker("image", "inspect", image) + history)
+    _assert_no_secret(description + docker("image", "inspect", image) + history)
     assert re.findall(r"(?:KEY|TOKEN|SECRET|PASSWORD)=\S+", history) == []
 
 
-def test_no_process_has_them_in_its_environment_or_arguments(container: Container) -> None:
+def test_no_process_has_a_secret_in_its_environment_or_arguments(container: Container) -> None:
     seen = container.execute("sh", "-c", "cat /proc/[0-9]*/environ /proc/[0-9]*/cmdline | tr '\\0' '\\n'")
     assert "shoehorn.engine.main" in seen
-    _nowhere(seen)
+    _assert_no_secret(seen)
 
 
-def test_only_what_pulls_knows_where_the_token_is(container: Container) -> None:
+def test_engine_and_gateway_do_not_know_the_path_of_the_token(container: Container) -> None:
     script = ("for p in /proc/[0-9]*; do tr '\\0' '\\n' < $p/environ | grep -q '_TOKEN' && tr '\\0' ' ' < $p/cmdline "
               "&& echo; done; true")
     commands = container.execute("sh", "-c", script).splitlines()
-    assert commands  # tini and supervisord's children, by the path of a file
+    assert commands  # tini and the children of supervisord have the path of a file
     assert [line for line in commands if re.search(r"vllm|VLLM|nginx", line)] == []
 
 
-def test_the_engine_has_no_developers_routes(container: Container) -> None:
+def test_engine_has_no_developer_routes(container: Container) -> None:
     script = """
 import http.client, socket
 connection = http.client.HTTPConnection("engine")
@@ -125,15 +125,15 @@ print(connection.getresponse().status)
     assert container.execute("python", "-c", script).strip() == "404"
 
 
-def test_what_anybody_may_read_has_neither(container: Container) -> None:
+def test_public_pages_contain_no_secret(container: Container) -> None:
     public, metrics = container.url(6333), container.url(6334)
     for address in (f"{public}/", f"{public}/status", f"{public}/readyz", f"{public}/livez", f"{metrics}/metrics"):
         answer = httpx.get(address, timeout=60)
         assert answer.status_code == 200
-        _nowhere(answer.text + str(answer.headers))
+        _assert_no_secret(answer.text + str(answer.headers))
 
 
-def test_no_file_has_them_but_the_one_that_is_needed(container: Container) -> None:
+def test_only_the_token_files_contain_a_secret(container: Container) -> None:
     places = "/run/shoehorn /models /home /tmp /var /etc /opt/shoehorn /root /dev/shm"
     script = f"grep -rlF {' '.join(f'-e {secret}' for secret in SECRETS)} {places} 2>/dev/null; true"
     assert sorted(container.execute("sh", "-c", script).split()) == list(_TOKEN_FILES)
@@ -141,30 +141,30 @@ def test_no_file_has_them_but_the_one_that_is_needed(container: Container) -> No
         assert container.execute("stat", "-c", "%a %u", file).split() == ["600", "10001"]
 
 
-def test_no_layer_of_the_image_has_them(container: Container, image: str) -> None:
-    """Also what a later layer hides; a secret of the build lay in its folder and its environment."""
-    known = "The container's entry point"  # stands in a layer, so that the search is seen to see
+def test_no_layer_of_the_image_contains_a_secret(container: Container, image: str) -> None:
+    """Hidden files included; the build had a secret in its folder and its environment."""
+    known = "The container's entry point"  # is in a layer, so that the search is known to work
     assert known in (HOME / "entrypoint.py").read_text(encoding="utf-8")
     save = subprocess.Popen(["docker", "save", image], stdout=subprocess.PIPE)
     patterns = [f"-e{text}" for text in (known, BUILD_CANARY, *SECRETS)]
-    found = subprocess.run(["grep", "-aoF", *patterns], check=False, stdin=save.stdout, capture_output=True, text=True,
-                           timeout=400)
+    matches = subprocess.run(["grep", "-aoF", *patterns], check=False, stdin=save.stdout, capture_output=True,
+                             text=True, timeout=400)
     assert save.stdout is not None
     save.stdout.close()
     assert save.wait(30) == 0
-    assert set(found.stdout.split("\n")) == {known, ""}
+    assert set(matches.stdout.split("\n")) == {known, ""}
 
 
-def test_no_trap_was_sprung(container: Container) -> None:
+def test_no_trap_was_executed(container: Container) -> None:
     assert container.execute("cat", "/opt/ml/model/model.py").startswith("print")
     container.execute("test", "-r", "/home/shoehorn/.modelscope/credentials/cookies")
-    assert SPRUNG not in container.logs
+    assert EXECUTED not in container.logs
 
 
-def test_the_traps_are_real(image: str, container: Container) -> None:
-    """The same paths, through the libraries without Shoehorn's environment, in the same container."""
+def test_traps_are_executed_without_shoehorn(image: str, container: Container) -> None:
+    """Use the libraries without Shoehorn's environment, in the same container."""
     server = ("from fastapi import FastAPI; from model_hosting_container_standards.sagemaker import bootstrap; "
               "bootstrap(FastAPI())")
-    assert f"{SPRUNG} model.py" in container.execute("python", "-c", server)
+    assert f"{EXECUTED} model.py" in container.execute("python", "-c", server)
     hub = "import modelscope_hub; modelscope_hub.HubApi()"
-    assert f"{SPRUNG} cookies" in container.execute("python", "-c", hub, accept=(0, 1))
+    assert f"{EXECUTED} cookies" in container.execute("python", "-c", hub, accept=(0, 1))

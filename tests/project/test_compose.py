@@ -60,9 +60,9 @@ def test_all_gpus_are_reserved_except_by_the_cpu_file(gpu: dict[str, Any], cpu: 
 
 def test_every_setting_is_passed_on(gpu: dict[str, Any]) -> None:
     inside_only = {"PORT", "METRICS_PORT", "MODELS_DIR", "RUN_DIR"}  # ports are published, folders mounted
-    wanted = {setting.name for setting in TABLE} - inside_only
-    wanted |= {f"{setting.name}_FILE" for setting in TABLE if setting.secret}
-    assert set(gpu["environment"]) == wanted  # names only
+    names = {setting.name for setting in TABLE} - inside_only
+    names |= {f"{setting.name}_FILE" for setting in TABLE if setting.secret}
+    assert set(gpu["environment"]) == names  # without values
 
 
 def test_there_is_time_to_drain_and_to_pull(gpu: dict[str, Any]) -> None:

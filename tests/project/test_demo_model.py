@@ -1,4 +1,4 @@
-"""The demo model as it lies in the repository: its files, its tokenizer, and what it says, by transformers on a CPU."""
+"""The demo model in the repository: files, tokenizer and answers, with transformers on a CPU."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.process
 DEMO = Path(__file__).resolve().parents[2] / "demo"
 MODEL = DEMO / "model"
 
-# Questions held out of the training (`held_out` in demo/text), and what only the right answer contains.
+# Questions excluded from the training (`held_out` in demo/text), and a part of each correct answer.
 QUESTIONS = {
     "may I know your name?": "My name is Shoehorn",
     "what size are you?": "four million parameters",
@@ -41,7 +41,7 @@ QUESTIONS = {
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    """The tokenizer as every user of the `transformers` library loads it."""
+    """Load the tokenizer as any user of the `transformers` library does."""
     import transformers
 
     return transformers.AutoTokenizer.from_pretrained(MODEL)
@@ -49,7 +49,7 @@ def tokenizer() -> Any:
 
 @pytest.fixture(scope="module")
 def answers(tokenizer: Any) -> dict[str, str]:
-    """Greedy answers to `QUESTIONS`, all in one batch."""
+    """Return greedy answers to `QUESTIONS`, all in one batch."""
     import torch
     import transformers
 
@@ -64,7 +64,7 @@ def answers(tokenizer: Any) -> dict[str, str]:
     return dict(zip(QUESTIONS, texts, strict=True))
 
 
-def test_it_is_small_and_in_bfloat16() -> None:
+def test_model_is_small_and_in_bfloat16() -> None:
     assert sum(path.stat().st_size for path in MODEL.iterdir()) <= 8_000_000
     with (MODEL / "model.safetensors").open("rb") as file:
         header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
@@ -72,7 +72,7 @@ def test_it_is_small_and_in_bfloat16() -> None:
     assert json.loads((MODEL / "config.json").read_text(encoding="utf-8"))["dtype"] == "bfloat16"
 
 
-def test_every_user_may_read_it() -> None:
+def test_files_are_readable_by_every_user() -> None:
     assert [path.name for path in MODEL.iterdir() if path.stat().st_mode & 0o044 != 0o044] == []
 
 
@@ -80,11 +80,11 @@ def test_every_user_may_read_it() -> None:
     "What is your name?", "你叫什么名字？", "鞋拔子 🥿 and 👩‍💻", "  two  spaces\tand\n\nlines ", "naïve café № ½",
     "\u0000\ufffd\U0010ffff",
 ])
-def test_any_text_survives_the_tokenizer(tokenizer: Any, text: str) -> None:
+def test_tokenizer_restores_any_text(tokenizer: Any, text: str) -> None:
     assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
 
 
-def test_the_chat_template_renders_every_role(tokenizer: Any) -> None:
+def test_chat_template_renders_every_role(tokenizer: Any) -> None:
     chat = [{"role": "developer", "content": " Be brief. "}, {"role": "user", "content": "你好"},
             {"role": "assistant", "content": None}, {"role": "user", "content": "🥿?"}]
     assert tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) == (
@@ -95,7 +95,7 @@ def test_the_chat_template_renders_every_role(tokenizer: Any) -> None:
     assert tokenizer.unk_token_id not in ids or tokenizer.unk_token_id is None
 
 
-def test_the_ids_of_the_configuration_are_the_tokenizers(tokenizer: Any) -> None:
+def test_ids_of_the_configuration_match_the_tokenizer(tokenizer: Any) -> None:
     config = json.loads((MODEL / "config.json").read_text(encoding="utf-8"))
     assert config["vocab_size"] == len(tokenizer)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
@@ -103,11 +103,11 @@ def test_the_ids_of_the_configuration_are_the_tokenizers(tokenizer: Any) -> None
 
 
 @pytest.mark.parametrize("question", QUESTIONS)
-def test_a_question_that_was_never_trained_on_gets_its_answer(answers: dict[str, str], question: str) -> None:
+def test_question_outside_the_training_gets_its_answer(answers: dict[str, str], question: str) -> None:
     assert QUESTIONS[question] in answers[question]
 
 
-def test_the_questions_here_are_held_out_of_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_questions_are_excluded_from_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(DEMO)
     import corpus
 

@@ -1,8 +1,7 @@
-"""Debian's Chromium for tests of the page, driven by playwright: a visit notes whatever a page must never do.
+"""Debian's Chromium for tests of the page, controlled by playwright.
 
-Rules: no browser is downloaded; at a visit's end there was no error in the console, no request to another address and
-nothing that the Content-Security-Policy had to refuse. Screenshots go to the folder SCREENSHOTS names, else to the
-test's own.
+Rules: no browser is downloaded; an error in the console, a request to another address or a violation of the
+Content-Security-Policy fails the test. Screenshots go to the folder SCREENSHOTS, or to the folder of the test.
 """
 
 from __future__ import annotations
@@ -29,22 +28,22 @@ addEventListener("securitypolicyviolation",
 
 @contextmanager
 def launched() -> Iterator[Browser]:
-    """A running Chromium; fails with what to install where there is none."""
-    found = next(filter(None, map(shutil.which, NAMES)), None)
-    if found is None:
+    """Launch Chromium; fail with the command that installs it if it is missing."""
+    program = next(filter(None, map(shutil.which, NAMES)), None)
+    if program is None:
         pytest.fail(f"None of {', '.join(NAMES)} is on PATH: sudo apt-get install chromium")
     with sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=found)
+        browser = driver.chromium.launch(executable_path=program)
         yield browser
         browser.close()
 
 
 class Visit:
-    """One look at the page, in a fresh browser profile.
+    """One visit of the page, in a fresh browser profile.
 
     Args:
-        language: as the browser tells it, for example `zh-CN`; scheme: `light` or `dark`; width: in CSS pixels.
-        refusals: HTTP statuses that this visit will see; the browser itself notes each as an error.
+        language: that the browser sends, for example `zh-CN`; scheme: `light` or `dark`; width: in CSS pixels.
+        refusals: expected HTTP error statuses; the browser logs each as an error.
     """
 
     def __init__(self, browser: Browser, url: str, language: str = "en-US", scheme: Any = "light", width: int = WIDE,
@@ -77,35 +76,35 @@ class Visit:
             self.strangers.append(request.url)
 
     def text(self, selector: str) -> str:
-        """What is seen of an element."""
+        """Return the visible text of an element."""
         return self.page.locator(selector).inner_text()
 
     def wait_for(self, selector: str, text: str, seconds: float = 10) -> None:
-        """Wait until an element holds a text and is seen."""
+        """Wait until an element with this text is visible."""
         self.page.locator(selector, has_text=text).first.wait_for(state="visible", timeout=seconds * 1000)
 
     def use_key(self, key: str) -> None:
-        """Type the key and send it."""
+        """Enter the key."""
         self.page.get_by_label("API key").fill(key)
         self.page.get_by_role("button", name="Use this key").click()
 
     def ask(self, text: str) -> None:
-        """Type a message and press Enter."""
+        """Send a message with Enter."""
         self.page.get_by_label("Your message").fill(text)
         self.page.keyboard.press("Enter")
 
     def scrolls_sideways(self) -> bool:
-        """Whether the page is wider than the window."""
+        """Return True if the page is wider than the window."""
         return bool(self.page.evaluate("document.documentElement.scrollWidth > document.documentElement.clientWidth"))
 
     def complaints(self) -> list[str]:
-        """What axe-core finds, by rule and element."""
+        """Return the violations that axe-core reports, by rule and element."""
         violations = Axe().run(self.page).response["violations"]
         return [f"{each['id']}: {node['target']} {node['failureSummary']}" for each in violations
                 for node in each["nodes"]]
 
     def close(self, clean: bool = True) -> None:
-        """End it; fails when the page did what it must not."""
+        """Close the page; fail if it did something forbidden."""
         violations = self.page.evaluate("violations")
         self.context.close()
         if clean:

@@ -81,7 +81,7 @@ def text_of(answer: httpx.Response) -> str:
 
 
 def samples(appliance: Appliance, names: str) -> float:
-    """Return the sum of the exporter's samples whose names match a regular expression; NaN if there are none."""
+    """Return the sum of the exporter's samples whose names match a regular expression; NaN without any."""
     text = httpx.get(f"http://127.0.0.1:{appliance.metrics_port}/metrics", timeout=30).text
     values = re.findall(rf"^(?:{names})(?:\{{.*\}})? (\S+)$", text, re.MULTILINE)
     return sum(map(float, values)) if values else math.nan

@@ -1,7 +1,7 @@
-"""Containers under watch: everything that a test starts is removed, and no warning goes unseen.
+"""Containers of tests: each is removed after its test, and its warnings fail the test.
 
-Rules: a log line of level WARNING or above fails the test that started the container, unless a pattern announced it:
-`KNOWN` for every container, `announce` for one. Nothing here knows a port or a name in advance.
+Rules: a log line of level WARNING or above fails the test that started the container unless a pattern expects it:
+`KNOWN` for every container, `announce` for one. No port and no name is fixed in advance.
 """
 
 from __future__ import annotations
@@ -34,28 +34,28 @@ KNOWN = {
     "Model Runner V2 requires Triton": "the same",
     "reduce_op. is deprecated": "vLLM's own code",
     "Enforce eager set|Inductor compilation was disabled": "the cpu profile asks for it",
-    "Reset SSM cache type": "said for every model, also without such a cache",
-    "numa_(?:migrate_pages|set_membind) failed": "needs a capability that the container gives up",
-    "(?:libtcmalloc|libiomp) is not found": "speed of a CPU server, which is for trying things out",
-    "sampling parameters have been overridden by the model's": "as the model wants it",
+    "Reset SSM cache type": "logged for every model, also without such a cache",
+    "numa_(?:migrate_pages|set_membind) failed": "needs a capability that the container drops",
+    "(?:libtcmalloc|libiomp) is not found": "speed of a CPU server, which serves for tests only",
+    "sampling parameters have been overridden by the model's": "intended by the model",
     "Found ulimit of": "the host's hard limit on open files is below what vLLM would like",
 }
 ENDING = (r"WARN received SIGTERM indicating exit request", r"WARN stopped: watcher \(terminated by SIGTERM\)")
-"""supervisord's own words at every end."""
+"""Lines of supervisord at every stop."""
 INTERRUPTED = (r"Traceback", r"\[shutdown\]", r"resource_tracker: There appear to be",
                r"ERROR .* \[async_llm\.py:\d+\]")
-"""vLLM's words when it is ended before it serves or in the middle of a stream, or when its engine core is gone."""
+"""Lines of vLLM when it is stopped before it serves or during a stream, or when its engine core has exited."""
 
 
 def clean_environment(**settings: str) -> dict[str, str]:
-    """This process's environment for compose, without a setting that the person running the tests may have set."""
+    """Return this process's environment for compose without any of Shoehorn's settings."""
     ours = {name for row in TABLE for name in (row.name, f"{row.name}_FILE")}
     return {**{name: value for name, value in os.environ.items() if name not in ours}, **settings}
 
 
 def docker(*arguments: str, timeout: float = 60, environment: Mapping[str, str] | None = None,
            accept: tuple[int, ...] = (0,)) -> str:
-    """Run the docker client; returns its standard output. Fails with both streams on another exit code."""
+    """Run the docker client and return its standard output; fail with both streams on another exit code."""
     done = subprocess.run(["docker", *arguments], capture_output=True, text=True, timeout=timeout, env=environment)
     if done.returncode not in accept:
         pytest.fail(f"docker {' '.join(arguments)}: exit code {done.returncode}\n{done.stdout}\n{done.stderr}")
@@ -63,7 +63,7 @@ def docker(*arguments: str, timeout: float = 60, environment: Mapping[str, str] 
 
 
 class Container:
-    """One container, running or ended."""
+    """One container, running or stopped."""
 
     def __init__(self, identity: str) -> None:
         self.id = identity
@@ -75,31 +75,31 @@ class Container:
 
     @property
     def logs(self) -> str:
-        """Both streams so far, in order."""
+        """Output so far."""
         done = subprocess.run(["docker", "logs", self.id], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                               timeout=60, check=True)
         return done.stdout
 
     def inspect(self) -> dict[str, Any]:
-        """Docker's description."""
+        """Return Docker's description."""
         description: dict[str, Any] = json.loads(docker("inspect", self.id))[0]
         return description
 
     def execute(self, *command: str, accept: tuple[int, ...] = (0,)) -> str:
-        """Run a command inside; returns its standard output."""
+        """Run a command in the container and return its standard output."""
         return docker("exec", self.id, *command, accept=accept)
 
     def processes(self) -> list[tuple[int, int, str]]:
-        """(process id, uid, command line) of every process inside."""
+        """Return (process id, uid, command line) of every process in the container."""
         table = docker("top", self.id, "-eo", "pid,uid,args").splitlines()[1:]
         return [(int(pid), int(uid), arguments) for pid, uid, arguments in (line.split(None, 2) for line in table)]
 
     def url(self, port: int) -> str:
-        """Where a port of the container is published."""
+        """Return the address of a published port."""
         return f"http://{docker('port', self.id, str(port)).split()[0]}"
 
     def phase(self) -> str:
-        """The phase that /status names; empty while nobody answers."""
+        """Return the phase in /status; empty while there is no answer."""
         published = docker("port", self.id, "6333", accept=(0, 1)).split()  # 1: the container is not up
         try:
             return str(httpx.get(f"http://{published[0]}/status", timeout=30).json()["phase"]) if published else ""
@@ -107,33 +107,33 @@ class Container:
             return ""
 
     def wait_for(self, phase: str, seconds: float) -> None:
-        """Wait for a phase; fails at once when the container ends first."""
+        """Wait for a phase; fail at once if the container exits first."""
         def reached() -> bool:
             state = self.inspect()["State"]
             if not state["Running"] or state["Restarting"]:
-                pytest.fail(f"ended before {phase}:\n{self.logs[-4000:]}")
+                pytest.fail(f"exited before {phase}:\n{self.logs[-4000:]}")
             return self.phase() == phase
 
         wait_until(reached, seconds, f"phase {phase}")
 
     def wait(self, seconds: float) -> int:
-        """Wait for the end; returns the exit code."""
+        """Wait for the exit and return the exit code."""
         return int(docker("wait", self.id, timeout=SLACK * seconds))
 
     def stop(self) -> tuple[int, float]:
-        """`docker stop` with the container's own grace period; returns the exit code and the seconds that it took."""
+        """Run `docker stop` with the container's grace period; return the exit code and the seconds that it took."""
         self.announce(*ENDING)
-        begun = time.monotonic()
+        begin = time.monotonic()
         docker("stop", self.id, timeout=120)
-        code, seconds = int(self.inspect()["State"]["ExitCode"]), time.monotonic() - begun
+        code, seconds = int(self.inspect()["State"]["ExitCode"]), time.monotonic() - begin
         print(f"docker stop: exit code {code} after {seconds:.1f} s")
         return code, seconds
 
     def unannounced(self) -> list[str]:
-        """Log lines of level WARNING or above that nobody announced."""
+        """Return log lines of level WARNING or above that no pattern expects."""
         announced = re.compile("|".join(self._announced))
         return [line for line in self.logs.splitlines() if _LEVEL.search(line) and not announced.search(line)]
 
     def remove(self) -> None:
-        """Take the container and its anonymous volumes away."""
+        """Remove the container and its anonymous volumes."""
         docker("rm", "--force", "--volumes", self.id)

@@ -1,10 +1,10 @@
 """API server of the stand-in: reads its YAML, writes vLLM's log lines, and serves behind the appliance's middleware.
 
 The variable STANDIN_ENGINE (JSON) selects failures:
-- `load`: with more batched tokens there is no memory for the KV cache;
+- `load`: with more batched tokens no memory is left for the KV cache;
 - `worker`: with a KV cache of more bytes one of two workers fails and the other waits for it;
 - `cache`: with a KV cache of more bytes it exits in the first full batch;
-- `no_bf16`, `guesses`: it cannot start with bf16, or with a speculative configuration;
+- `no_bf16`, `speculative`: it cannot start with bf16, or with a speculative configuration;
 - `alive`: it crashes so many seconds after its first full batch;
 - `hold`: it keeps loading as long as this file exists.
 Messages are those of vLLM 0.32.0 and torch 2.13.0.
@@ -116,7 +116,7 @@ def load(options: dict[str, Any], limits: dict[str, Any]) -> None:
     if limits.get("no_bf16") and options.get("dtype") != "float16":
         log.error("ValueError: Bfloat16 is only supported on GPUs with compute capability of at least 8.0.")
         sys.exit(1)
-    if limits.get("guesses") and options.get("speculative-config"):
+    if limits.get("speculative") and options.get("speculative-config"):
         log.error("NotImplementedError: ngram is not supported yet.")
         sys.exit(1)
     log.info("Model loading took %s GiB memory and %.6f seconds", "15.0", 4.9)
