@@ -68,7 +68,7 @@ def test_engine_restarts_after_a_part_dies_while_it_serves(start: Start) -> None
         appliance.find(part).kill()
         wait_until(lambda number=number: appliance.state.restarts == number, 30, "a counted restart")
         assert psutil.wait_procs(parts, timeout=30)[1] == []
-        if part.startswith("VLLM"):  # otherwise nobody remains who could send an event
+        if part.startswith("VLLM"):  # without the API server no event can be sent
             stream.assert_ended_with_error()
     appliance.wait_for(Phase.READY)
     assert chat(appliance).status_code == 200

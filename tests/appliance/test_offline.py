@@ -63,7 +63,8 @@ def test_copied_model_is_served_without_a_network(tmp_path: Path) -> None:
     try:
         appliance.wait_for(Phase.READY)
         body = json.dumps({"model": "shoehorn-demo", "messages": [{"role": "user", "content": "你叫啥?"}]})
-        answer = run_inside(appliance, sys.executable, "-c", _ASK, f"{appliance.url}/v1/chat/completions", TEST_KEY, body)
+        answer = run_inside(appliance, sys.executable, "-c", _ASK, f"{appliance.url}/v1/chat/completions", TEST_KEY,
+                            body)
         assert "Shoehorn" in json.loads(answer)["choices"][0]["message"]["content"]
         assert unroutable(appliance) == 0
         run_inside(appliance, sys.executable, "-c", "import socket\ntry: socket.getaddrinfo('modelscope.cn', 443)\n"

@@ -121,7 +121,7 @@ def test_engine_that_dies_in_its_first_full_batch_was_never_ready(engines) -> No
     assert state.step_downs >= 1
     assert int(str(engine.options["kv-cache-memory-bytes"])) <= 13 << 29
     assert engine.options["max-num-batched-tokens"] == 2048, "a smaller KV cache was enough"
-    assert "Engine died during its first full batch" in log
+    assert state.failures == {"gpu_out_of_memory": state.step_downs}
     assert log.index("step down 1 of 5 after gpu_out_of_memory") < log.index("ready after")
     assert "ready after" not in log[:log.index("step down 1 of 5")]
 
@@ -133,7 +133,6 @@ def test_start_that_waits_for_a_failed_worker_is_aborted(engines) -> None:  # ty
     state = engine.wait()
     log = engine.log.read_text()
     assert (state.phase, state.failures) == (Phase.READY, {"gpu_out_of_memory": 1}), log
-    assert "Aborting start: a worker failed" in log
     assert int(str(engine.options["kv-cache-memory-bytes"])) <= 8_200_000_000
 
 
@@ -148,7 +147,7 @@ def test_speculative_decoding_is_disabled_if_the_engine_cannot_start_with_it(eng
     small = {"VRAM_LIMIT": "5GiB", "QUANTIZATION": "bitsandbytes"}
     first = engines("speculative", {"load": 1 << 20, "speculative": True}, **small)
     assert first.wait().phase is Phase.READY
-    assert "step down 1 of 5 after unknown: guessed tokens -> none" in first.log.read_text()
+    assert "step down 1 of 5 after unknown" in first.log.read_text()
     assert "speculative-config" not in first.options
     assert first.stop() == 0
     again = engines("again", {"load": 1 << 20, "speculative": True}, **small)
