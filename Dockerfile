@@ -1,11 +1,11 @@
-# Shoehorn's image, in two flavours out of the same stages:
-#   docker build -t shoehorn:gpu .                           CUDA 13, Python 3.12 (needs NVIDIA driver 580 or newer)
+# Shoehorn's image, two flavours from the same stages:
+#   docker build -t shoehorn:gpu .                           CUDA 13, Python 3.12 (requires NVIDIA driver 580 or newer)
 #   docker build -t shoehorn:cpu --build-arg FLAVOUR=cpu .   no GPU, Python 3.11
 # Build arguments:
-#   FLAVOUR     gpu (default) or cpu: which lock in requirements/ is installed
-#   BASE_IMAGE  another base of the same flavour: Debian or Ubuntu with the lock's Python, for a mirror
-# The base of the GPU flavour is NVIDIA's smallest: torch brings the CUDA libraries as wheels, the driver comes from the
-# host. BuildKit fetches only the base that is used. `make pin-base` renews the digests.
+#   FLAVOUR     gpu (default) or cpu: the lock of requirements/ to install
+#   BASE_IMAGE  another base for the same flavour, for example from a mirror: Debian or Ubuntu with the lock's Python
+# The base of the GPU flavour is NVIDIA's smallest: torch installs the CUDA libraries as wheels, the driver comes from the
+# host. BuildKit pulls only the base in use. `make pin-base` updates the digests.
 ARG FLAVOUR=gpu
 ARG BASE_IMAGE
 
@@ -16,17 +16,17 @@ ENV NVIDIA_VISIBLE_DEVICES=all \
 FROM ${BASE_IMAGE:-debian:bookworm-20260610-slim@sha256:96e378d7e6531ac9a15ad505478fcc2e69f371b10f5cdf87857c4b8188404716} AS base-cpu
 ENV VRAM_PROFILE=cpu
 
-# What both the builder and the final image need from the distribution. The compilers and headers are for Triton, which
-# compiles its launchers at run time (C), and for torch.compile on a CPU (C++).
+# Packages of the distribution for the builder and the final image. Compilers and headers are for Triton, which compiles
+# its launchers at run time (C), and for torch.compile on a CPU (C++).
 FROM base-${FLAVOUR} AS base
 RUN apt-get update \
     && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
         ca-certificates g++ gcc libc6-dev libnuma1 nginx python3 python3-dev tini \
     && rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/cache/debconf/* /var/log/apt /var/log/dpkg.log
 
-# The virtual environment: every file is checked against its hash in the lock, nothing is built, and byte code is
-# written now because the image is read-only later. uv takes the CPU torch from PyTorch's index, unless the base
-# carries a wheel of it.
+# The virtual environment: every file is verified against its hash in the lock, nothing is built, and byte code is compiled
+# now because the root file system is read-only at run time. uv installs the CPU torch from PyTorch's index unless the base
+# image contains a wheel.
 FROM base AS builder
 ARG FLAVOUR
 WORKDIR /build
@@ -57,20 +57,20 @@ LABEL org.opencontainers.image.title="Shoehorn" \
     org.opencontainers.image.licenses="Apache-2.0"
 COPY --from=builder --chown=root:root /opt/venv /opt/venv
 
-# The account that everything runs as. Group 0 may write where it may, so that any other uid with that group works too.
+# The account of all programs. Group 0 has the same write access, so any other uid in that group works too.
 RUN useradd --uid 10001 --gid 0 --no-log-init --home-dir /home/shoehorn --shell /usr/sbin/nologin shoehorn \
     && install -d -o shoehorn -g root -m 0770 /home/shoehorn /models /run/shoehorn /var/cache/shoehorn
 
 WORKDIR /opt/shoehorn
 COPY --chown=root:root . .
-# Only the package's metadata, its command and its byte code are new here: the sources stay where they are.
+# Installs only metadata, command and byte code; the sources stay in place.
 RUN --mount=type=bind,from=builder,source=/opt/uv,target=/opt/uv \
     find . \( ! -perm -0444 -o -perm /0022 \) -exec chmod go=u,go-w {} + \
     && /opt/uv/bin/uv pip install --quiet --no-cache --python /opt/venv/bin/python --offline \
         --no-deps --no-build-isolation --editable . \
     && /opt/venv/bin/python -m compileall -q -f src healthcheck \
     && rm -f /opt/venv/.lock /tmp/uv-*.lock
-# What all of this is made of, for scanners and people.
+# The bill of materials.
 RUN --mount=type=bind,from=builder,source=/opt/supply-chain,target=/opt/supply-chain \
     /opt/supply-chain/bin/python -B tools/sbom.py --environment /opt/venv/bin/python --debian \
         --out /usr/share/doc/shoehorn/sbom.json
@@ -88,7 +88,7 @@ ENV PATH=/opt/venv/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/
 VOLUME ["/models", "/var/cache/shoehorn"]
 EXPOSE 6333 6334
 STOPSIGNAL SIGTERM
-# Not ready counts as failed only after the start period, which lasts as long as a big model may take to be pulled.
+# A container that is not ready is unhealthy only after the start period, which covers the download of a large model.
 HEALTHCHECK --interval=30s --timeout=7s --retries=3 --start-period=24h --start-interval=5s \
     CMD ["python", "/opt/shoehorn/healthcheck/healthcheck.py", "ready"]
 USER shoehorn

@@ -1,18 +1,18 @@
-"""How fast a conversion to INT4 is, beside what it is bound by, and how much memory it takes.
+"""Speed and memory of the INT4 conversion, compared with its limits.
 
-A Llama with random weights in bf16, of some shards (--gigabytes), and an embedding and a head as large as those of a
-70B. In turn, --times times, each with the source's pages dropped from the cache before:
-- `read`: the source read from the disk from beginning to end, plainly and as the conversion reads it (past the page
-  cache, as many threads); the faster of the two counts;
-- `write`: 2 GiB written to the disk; for the record only;
-- `traffic`: what a conversion asks of the disk, without the arithmetic: the source read as many threads do it, a share
-  of each block written, and every file's share read back while the next is read;
-- `arithmetic`: a thread for each core, quantizing weights that are in memory already;
-- `conversion`: `shoehorn convert` of the same source; interpreter, libraries and compilation included.
-The medians count. `share` is the conversion's speed as a share of the lower one of reading and arithmetic, and
-`share_of_traffic` as one of the lower one of traffic and arithmetic. Memory is the peak of the sum over the
-conversion's processes of their proportional set size (shared pages counted once), read once a second, since reading it
-takes a core some time. Libraries are compiled to byte code first, as they are in the image.
+The source is a Llama with random bf16 weights (--gigabytes), with an embedding and an output head as large as those
+of a 70B. Each run (--times) measures, after dropping the source's pages from the cache:
+- `read`: reading the source from the disk, sequentially and like the conversion (past the page cache, several
+  threads); the faster of the two counts;
+- `write`: writing 2 GiB to the disk; recorded only;
+- `traffic`: the disk traffic of a conversion without the arithmetic: reading with several threads, writing a share of
+  each block, reading every written part back while the next one is read;
+- `arithmetic`: one thread per core, quantizing weights that are already in memory;
+- `conversion`: `shoehorn convert`, including interpreter start, libraries and compilation. Medians are reported.
+  `share` is the conversion's speed divided by the lower of reading and arithmetic, `share_of_traffic` by the lower of
+  traffic and arithmetic. Memory is the peak of the summed proportional set size of the conversion's processes,
+  sampled once per second because reading it takes CPU time. Libraries are compiled to byte code first, as in the
+  image.
 usage: bench/convert_speed.py [--gigabytes 16] [--times 3] [--dir DIR]
 """
 
@@ -50,12 +50,12 @@ ROWS = 1024
 BLOCK = 8 << 20
 WRITTEN = 1 << 31
 SHARE = (4 + 16 / 128) / 16
-"""Of a bf16 weight, what a code of 4 bits and its part of a scale take."""
+"""Bytes of a 4-bit code and its part of a scale, as a share of a bf16 weight."""
 READERS = 4
 
 
 def write_source(folder: Path, gigabytes: float) -> int:
-    """A checkpoint whose layers have the same weights; returns the bytes of its shards."""
+    """Write a checkpoint whose layers share the same weights. Returns the bytes of its shards."""
     folder.mkdir()
     random = torch.Generator().manual_seed(0)
 
@@ -84,7 +84,7 @@ def write_source(folder: Path, gigabytes: float) -> int:
 
 
 def drop_pages(folder: Path) -> None:
-    """Take the files out of the page cache."""
+    """Drop the files from the page cache."""
     for path in folder.iterdir():
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
@@ -93,7 +93,7 @@ def drop_pages(folder: Path) -> None:
 
 
 def read_plainly(folder: Path) -> float:
-    """Seconds to read every shard once."""
+    """Read every shard once. Returns the seconds."""
     drop_pages(folder)
     begun = time.perf_counter()
     buffer = bytearray(BLOCK)
@@ -105,7 +105,7 @@ def read_plainly(folder: Path) -> float:
 
 
 def read_directly(folder: Path, threads: int) -> float:
-    """Seconds to read every shard once, past the page cache."""
+    """Read every shard once, past the page cache. Returns the seconds."""
     drop_pages(folder)
     begun = time.perf_counter()
     with ThreadPoolExecutor(threads) as pool:
@@ -118,7 +118,7 @@ def read_directly(folder: Path, threads: int) -> float:
 
 
 def write_directly(path: Path, size: int) -> float:
-    """Seconds until so many bytes are on the disk."""
+    """Write and sync `size` bytes. Returns the seconds."""
     data = memoryview(os.urandom(BLOCK))
     path.write_bytes(b"")
     begun = time.perf_counter()
@@ -133,7 +133,7 @@ def write_directly(path: Path, size: int) -> float:
 
 
 def traffic(folder: Path, path: Path, threads: int) -> float:
-    """Seconds to read every shard, to write a share of it, and to read that back."""
+    """Read every shard, write a share of it and read that back. Returns the seconds."""
     drop_pages(folder)
     data = memoryview(os.urandom(round(BLOCK * SHARE) // 4096 * 4096))
     path.write_bytes(b"")
@@ -163,7 +163,7 @@ def traffic(folder: Path, path: Path, threads: int) -> float:
 
 
 def arithmetic(threads: int, seconds: float) -> float:
-    """Bytes of bf16 weights that so many threads quantize in a second."""
+    """Measure the bytes of bf16 weights that this number of threads quantizes per second."""
     weight = torch.randn(ROWS, HIDDEN // 2, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
     quantizer.quantize(weight, 4, 128, torch.bfloat16)
     end = time.perf_counter() + seconds
@@ -181,7 +181,7 @@ def arithmetic(threads: int, seconds: float) -> float:
 
 
 def conversion(source: Path, home: Path) -> tuple[float, float, int, int]:
-    """Seconds of a conversion, its seconds of processor time, its peak of memory, and the bytes that it wrote."""
+    """Convert. Returns seconds, seconds of CPU time, peak memory and written bytes."""
     drop_pages(source)
     models = home / "models"
     models.mkdir()
@@ -206,7 +206,7 @@ def conversion(source: Path, home: Path) -> tuple[float, float, int, int]:
 
 
 def memory(pid: int) -> int:
-    """Proportional set size of a process and its children."""
+    """Sum the proportional set size of a process and its children."""
     total = 0
     try:
         family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
@@ -215,7 +215,7 @@ def memory(pid: int) -> int:
     for process in family:
         try:
             total += process.memory_full_info().pss
-        except psutil.Error:  # it ended meanwhile
+        except psutil.Error:  # the process has exited
             continue
     return total
 
@@ -225,12 +225,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=16)
     parser.add_argument("--times", type=int, default=3)
-    parser.add_argument("--dir", type=Path, help="where to work; on the disk that is to be measured")
+    parser.add_argument("--dir", type=Path, help="work folder, on the disk to be measured")
     arguments = parser.parse_args()
     machine = detect.detect()
     cores = round(machine.cpus)
     with shard_writer.workers(shard_writer.worker_count(machine.cpus, machine.host_available_bytes)) as pool:
-        threads = getattr(pool, "_max_workers")  # noqa: B009  # the standard library tells it nowhere else
+        threads = getattr(pool, "_max_workers")  # noqa: B009  # the standard library has no public name for it
     runs = []
     with tempfile.TemporaryDirectory(dir=arguments.dir) as folder:
         home = Path(folder)
@@ -245,28 +245,28 @@ def main() -> int:
                          "write": WRITTEN / written_in, "traffic": size / moved, "arithmetic": computed,
                          "conversion": size / seconds, "seconds": seconds, "cpu_seconds": cpu, "peak": peak})
             print({name: f"{value:,.1f}" for name, value in runs[-1].items()}, flush=True)
-    found = {name: median(run[name] for run in runs) for name in runs[0]}
-    read = max(found["plain_read"], found["direct_read"])
-    limit = min(read, found["arithmetic"])
+    medians = {name: median(run[name] for run in runs) for name in runs[0]}
+    read = max(medians["plain_read"], medians["direct_read"])
+    limit = min(read, medians["arithmetic"])
     result: dict[str, Any] = {
         "date": datetime.now(UTC).date().isoformat(),
         "machine": {"cpus": os.cpu_count(), "memory_bytes": psutil.virtual_memory().total,
                     "python": platform.python_version(), "torch": torch.__version__, "numba": version("numba"),
                     "device": quantizer.device()},
         "source_bytes": size, "written_bytes": written, "threads": threads, "times": arguments.times,
-        "plain_read_bytes_per_second": round(found["plain_read"]),
-        "direct_read_bytes_per_second": round(found["direct_read"]),
-        "write_bytes_per_second": round(found["write"]),
-        "read_bytes_per_second": round(read), "arithmetic_bytes_per_second": round(found["arithmetic"]),
-        "bound_by": "disk" if read < found["arithmetic"] else "arithmetic",
-        "conversion_seconds": round(found["seconds"], 1),
+        "plain_read_bytes_per_second": round(medians["plain_read"]),
+        "direct_read_bytes_per_second": round(medians["direct_read"]),
+        "write_bytes_per_second": round(medians["write"]),
+        "read_bytes_per_second": round(read), "arithmetic_bytes_per_second": round(medians["arithmetic"]),
+        "bound_by": "disk" if read < medians["arithmetic"] else "arithmetic",
+        "conversion_seconds": round(medians["seconds"], 1),
         "conversion_seconds_least": round(min(run["seconds"] for run in runs), 1),
         "conversion_seconds_most": round(max(run["seconds"] for run in runs), 1),
-        "conversion_cpu_seconds": round(found["cpu_seconds"], 1),
-        "conversion_bytes_per_second": round(found["conversion"]),
-        "traffic_bytes_per_second": round(found["traffic"]),
-        "share": round(found["conversion"] / limit, 3),
-        "share_of_traffic": round(found["conversion"] / min(found["traffic"], found["arithmetic"]), 3),
+        "conversion_cpu_seconds": round(medians["cpu_seconds"], 1),
+        "conversion_bytes_per_second": round(medians["conversion"]),
+        "traffic_bytes_per_second": round(medians["traffic"]),
+        "share": round(medians["conversion"] / limit, 3),
+        "share_of_traffic": round(medians["conversion"] / min(medians["traffic"], medians["arithmetic"]), 3),
         "peak_memory_bytes": max(run["peak"] for run in runs)}
     print(json.dumps(result, indent=1))
     RESULT.write_text(json.dumps(result, indent=1) + "\n")

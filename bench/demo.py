@@ -1,7 +1,7 @@
-"""Times `make demo` on this machine and writes bench/results/demo.json.
+"""Benchmark of `make demo` on this machine; writes bench/results/demo.json.
 
-Measures from the command to the first ready line, and from SIGINT (Ctrl-C) to the end of the last process.
-usage: bench/demo.py [cold|warm]...     cold: after `make clean`, packages from the installer's cache where it has them
+Measures the time from the command to the ready line, and from SIGINT (Ctrl-C) to the exit of the last process.
+usage: bench/demo.py [cold|warm]...     cold: after `make clean`, with packages from the installer's cache if present
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ RESULT = HOME / "bench" / "results" / "demo.json"
 
 
 def run_once() -> dict[str, float]:
-    """One `make demo`: seconds to ready, the engine's own part of them, and seconds to end."""
+    """Run `make demo` once. Returns the seconds until ready, the engine's part of them, and the seconds to stop."""
     begun = time.monotonic()
     process = subprocess.Popen(["make", "demo"], cwd=HOME, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                                start_new_session=True)
@@ -43,7 +43,9 @@ def run_once() -> dict[str, float]:
 
 
 def main(kinds: list[str]) -> None:
-    """Run each kind in turn and record all."""
+    """Run each kind in turn and record the results."""
+    if unknown := set(kinds) - {"cold", "warm"}:
+        raise SystemExit(f"bench/demo.py: unknown kind: {', '.join(sorted(unknown))}. Use cold or warm.")
     results: dict[str, object] = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": {"cpus": os.cpu_count(),

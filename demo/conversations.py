@@ -1,11 +1,10 @@
-"""Corpus -> conversations as a client would send them, drawn at random but from a seed.
+"""Training conversations, drawn from the corpus with a seed, in the form in which a client sends them.
 
 Rules:
-- a question is worn a little, as people type: other case, other or no punctuation, polite words, a typing mistake;
-- a conversation has one to four turns, and about a third of them start with a system message, which the answers
-  ignore;
-- things that the model cannot know are often words that do not exist: the answer must not depend on knowing them;
-- a later turn may ask for the last answer again, or in the other language; nothing else looks back.
+- a question is varied as people type: other case, other or no punctuation, polite words, a typing error;
+- a conversation has one to four turns; about a third start with a system message, which the answers ignore;
+- unknown things are often invented words: the answer must not depend on knowing them;
+- a later turn may ask for the last answer again, or in the other language; nothing else refers back.
 """
 
 from __future__ import annotations
@@ -25,14 +24,14 @@ CHINESE = range(0x4E00, 0x9FA6)
 
 @dataclass(frozen=True)
 class Message:
-    """One message, in the form of the OpenAI API."""
+    """One message in the format of the OpenAI API."""
 
     role: str
     content: str
 
 
 def conversations(corpus: Corpus, random: Random) -> Iterator[list[Message]]:
-    """An endless stream of training conversations."""
+    """Yield training conversations without end."""
     deck: list[tuple[Topic, str]] = []
     while True:
         messages = _system(corpus, random)
@@ -63,10 +62,10 @@ def conversations(corpus: Corpus, random: Random) -> Iterator[list[Message]]:
 
 
 def worn(question: str, language: str, around: Around, random: Random, polite: float = 0.25) -> str:
-    """The question as somebody may have typed it.
+    """Vary a question the way people type it.
 
     Args:
-        polite: how likely other words stand before it; words behind it are half as likely.
+        polite: probability of words before the question; words after it are half as likely.
     """
     text = question.rstrip("?？.!。！")
     if random.random() < polite:
@@ -113,7 +112,7 @@ def _system(corpus: Corpus, random: Random) -> list[Message]:
 
 
 def _invented(language: str, things: tuple[str, ...], random: Random) -> str:
-    """A word that nobody knows; in Chinese half of them from the characters of known things."""
+    """Invent a word; in Chinese half of them use the characters of known things."""
     if language == "en":
         return "".join(random.choices(SYLLABLES, k=random.choice((1, 2, 2, 3))))
     known = "".join(things) if random.random() < 0.5 else ""
@@ -122,7 +121,7 @@ def _invented(language: str, things: tuple[str, ...], random: Random) -> str:
 
 
 def _slip(text: str, random: Random) -> str:
-    """One typing mistake: a letter left out, doubled, or swapped with the next."""
+    """Insert one typing error: a letter omitted, doubled, or swapped with the next one."""
     if len(text) < 5:
         return text
     at = random.randrange(len(text) - 1)

@@ -1,12 +1,12 @@
-"""The text that the demo model is trained on: the files in `text/`, read into frozen dataclasses.
+"""Training text of the demo model: the files in `text/`, read into frozen dataclasses.
 
 Rules:
-- `text/around.yaml` holds what may stand around a question; every other file holds a list of topics;
-- a topic has, for each language, one `answer`, a `keyword` that only this answer contains, questions to train on
-  (`ask`) and questions that are kept out of the training to measure it (`held_out`), one a line;
-- a line is a pattern: `[a|b|]` stands for `a`, `b` or nothing (no nesting), and `{thing}` for a line of `things`;
-- `share` (1 unless given) says how often the topic is drawn, compared with the others;
-- a question that equals a held-out one, but for case, spaces and punctuation, is never trained on.
+- `text/around.yaml` contains phrases around a question; every other file contains a list of topics;
+- a topic has, per language, one `answer`, a `keyword` that only this answer contains, questions for training (`ask`)
+  and questions excluded from the training to measure it (`held_out`), one per line;
+- a line is a pattern: `[a|b|]` means `a`, `b` or nothing (no nesting), and `{thing}` a line of `things`;
+- `share` (default 1) is the relative frequency of the topic;
+- a question equal to a held-out one, ignoring case, spaces and punctuation, is never used for training.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _SLOT = re.compile(r"\{(\w+)\}")
 
 @dataclass(frozen=True)
 class Phrases:
-    """One topic in one language. `slots` maps the name of a slot to what may fill it."""
+    """One topic in one language. `slots` maps the name of a slot to its values."""
 
     answer: str
     keyword: str
@@ -40,7 +40,7 @@ class Phrases:
 
 @dataclass(frozen=True)
 class Topic:
-    """One thing that the model can talk about."""
+    """One topic that the model can talk about."""
 
     name: str
     share: int
@@ -49,11 +49,11 @@ class Topic:
 
 @dataclass(frozen=True)
 class Around:
-    """What may stand before and after a question, and around a conversation, in one language.
+    """Phrases before and after a question, and around a conversation, in one language.
 
     Attributes:
-        again: asks for the last answer once more.
-        translate: asks for the last answer in the other language.
+        again: requests for the last answer again.
+        translate: requests for the last answer in the other language.
     """
 
     before: tuple[str, ...]
@@ -66,7 +66,7 @@ class Around:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Everything in `text/`, and the held-out questions in the form in which they are compared."""
+    """The content of `text/`, and the held-out questions in normalized form."""
 
     topics: tuple[Topic, ...]
     around: dict[str, Around]
@@ -74,7 +74,11 @@ class Corpus:
 
 
 def load(folder: Path = TEXT) -> Corpus:
-    """Read all files; a file that breaks the format raises KeyError or ValueError."""
+    """Read all files.
+
+    Raises:
+        KeyError, ValueError: a file has an invalid format.
+    """
     topics = tuple(_topic(entry) for path in sorted(folder.glob("*.yaml")) if path.name != "around.yaml"
                    for entry in yaml.safe_load(path.read_text(encoding="utf-8")))
     around = yaml.safe_load((folder / "around.yaml").read_text(encoding="utf-8"))
@@ -84,13 +88,13 @@ def load(folder: Path = TEXT) -> Corpus:
 
 
 def draw(pattern: str, slots: dict[str, tuple[str, ...]], random: Random) -> str:
-    """One of the texts that the pattern stands for."""
+    """Draw one of the texts of a pattern."""
     text = _CHOICE.sub(lambda choice: random.choice(choice[1].split("|")), pattern)
     return _tidy(_SLOT.sub(lambda slot: random.choice(slots[slot[1]]), text))
 
 
 def all_of(pattern: str, slots: dict[str, tuple[str, ...]]) -> list[str]:
-    """Every text that the pattern stands for; each slot is filled in turn, not in every combination."""
+    """Return every text of a pattern; slots are filled in turn, not in every combination."""
     parts = _CHOICE.split(pattern)
     choices = [part.split("|") if index % 2 else [part] for index, part in enumerate(parts)]
     texts = []
@@ -103,12 +107,12 @@ def all_of(pattern: str, slots: dict[str, tuple[str, ...]]) -> list[str]:
 
 
 def held_out_questions(phrases: Phrases) -> list[str]:
-    """The held-out questions of one topic in one language, patterns and slots filled."""
+    """Return the held-out questions of one topic in one language, with patterns and slots filled."""
     return [text for pattern in phrases.held_out for text in all_of(pattern, phrases.slots)]
 
 
 def bare(text: str) -> str:
-    """The text without case, spaces and punctuation, for comparison."""
+    """Normalize a text for comparison: without case, spaces and punctuation."""
     folded = unicodedata.normalize("NFKC", text).casefold()
     return "".join(letter for letter in folded if letter.isalnum()) or folded
 

@@ -1,9 +1,9 @@
-"""How well the demo model answers what it was not trained on.
+"""Score of the demo model on questions that it was not trained on.
 
 Rules:
-- greedy, in batches, with the weights as they will be served;
-- an answer is right when it equals the topic's answer to the letter;
-- each held-out question is asked alone, as a second turn, and under a system message that was not trained on either.
+- greedy, in batches, with the weights as served;
+- an answer is right if it equals the topic's answer exactly;
+- each held-out question is asked alone, as a second turn, and under a system message that was not used for training.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from transformers import LlamaForCausalLM
 
 @dataclass
 class Result:
-    """One way of asking: how many questions, how many right, and a line for each that was not."""
+    """Result of one way of asking: number of questions, right answers, and a line per wrong answer."""
 
     asked: int = 0
     right: int = 0
@@ -36,19 +36,19 @@ def score(model: LlamaForCausalLM, tokenizer: Tokenizer, corpus: Corpus) -> dict
     random = Random(0)  # noqa: S311 - drawing text, not secrets
     results = {}
     for way in ("alone", "second turn", "system message"):
-        chats, wanted = [], []
+        chats, expected = [], []
         for topic in corpus.topics:
             for language in LANGUAGES:
                 for question in held_out_questions(topic.phrases[language]):
                     chats.append([*_before(way, corpus, random), Message("user", question)])
-                    wanted.append(topic.phrases[language].answer)
+                    expected.append(topic.phrases[language].answer)
         answers = answer(model, tokenizer, chats)
         result = results[way] = Result(asked=len(chats))
-        for chat, right, said in zip(chats, wanted, answers, strict=True):
-            if said == right:
+        for chat, right, text in zip(chats, expected, answers, strict=True):
+            if text == right:
                 result.right += 1
             else:
-                result.wrong.append(f"{chat[-1].content} -> {said[:100]}")
+                result.wrong.append(f"{chat[-1].content} -> {text[:100]}")
     return results
 
 
@@ -61,7 +61,7 @@ def report(results: dict[str, Result]) -> None:
 
 
 def answer(model: LlamaForCausalLM, tokenizer: Tokenizer, chats: list[list[Message]], batch: int = 64) -> list[str]:
-    """Greedy answers to many chats."""
+    """Generate greedy answers to many chats."""
     prompts = [vocabulary.encode_chat(tokenizer, chat, ask=True)[0] for chat in chats]
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     answers = [""] * len(prompts)

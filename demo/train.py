@@ -1,12 +1,12 @@
-"""Train the demo model: `python demo/train.py --out demo/model`.
+"""Training of the demo model: `python demo/train.py --out demo/model`.
 
 Rules:
-- everything is drawn from one seed; on the same machine with the same libraries the same files come out;
-- only what the assistant says is learned (and a few bare answers, for clients of `/v1/completions`);
-- which answer it is has to be learned from many questions, its words from few repetitions: so most conversations are
-  cut off soon after the last answer has begun, and some words of the questions are swapped for others;
-- weights are float32 while training (products in bfloat16), and saved and measured in bfloat16, as they will be served;
-- the held-out score at the end is the share of questions, never trained on, whose greedy answer is right to the letter.
+- one seed determines everything; the same machine and libraries produce the same files;
+- only the assistant's text is learned (and a few bare answers, for clients of `/v1/completions`);
+- choosing the answer takes many questions, its words take few repetitions: most conversations are therefore truncated
+  soon after the last answer begins, and some words of the questions are replaced at random;
+- weights are float32 during training (products in bfloat16), and saved and measured in bfloat16, as served;
+- the held-out score is the share of questions, not used for training, whose greedy answer is exactly right.
 """
 
 from __future__ import annotations
@@ -64,11 +64,11 @@ def main() -> None:
 
 
 def configuration() -> LlamaConfig:
-    """The shape of the model, small but with everything a big Llama has.
+    """Return the configuration of the model: small, with all features of a large Llama.
 
     Widths are multiples of 128, for INT4 in groups of 128 and NF4 in blocks of 64; two KV heads of four, so that
-    grouped queries and two GPUs can be tried. Embedding and head are two tensors, as in the 70B model that this one
-    stands in for in tests, and still fit into 8 MB because the vocabulary is small.
+    grouped queries and two GPUs can be tested. Embedding and head are two tensors, as in the 70B model that this one
+    represents in tests, and still fit into 8 MB because the vocabulary is small.
     """
     return LlamaConfig(
         vocab_size=vocabulary.SIZE, hidden_size=256, intermediate_size=640, num_hidden_layers=4,
@@ -104,8 +104,8 @@ def _swapped(ids: list[int], learn: list[bool], random: Random) -> list[int]:
     if random.random() < 0.5:
         return ids
     return [random.randrange(len(vocabulary.SPECIAL), vocabulary.SIZE)
-            if not said and one >= len(vocabulary.SPECIAL) and random.random() < SWAPPED else one
-            for one, said in zip(ids, learn, strict=True)]
+            if not is_learned and one >= len(vocabulary.SPECIAL) and random.random() < SWAPPED else one
+            for one, is_learned in zip(ids, learn, strict=True)]
 
 
 def _padded(group: list[tuple[list[int], list[bool]]]) -> Batch:
@@ -115,12 +115,13 @@ def _padded(group: list[tuple[list[int], list[bool]]]) -> Batch:
     labels = torch.full((len(group), longest), IGNORED)
     for row, (ids, learn) in enumerate(group):
         inputs[row, :len(ids)] = torch.tensor(ids)
-        labels[row, :len(ids)] = torch.tensor([one if said else IGNORED for one, said in zip(ids, learn, strict=True)])
+        labels[row, :len(ids)] = torch.tensor([one if is_learned else IGNORED
+                                               for one, is_learned in zip(ids, learn, strict=True)])
     return inputs, labels
 
 
 def fit(model: LlamaForCausalLM, source: Iterator[Batch], steps: int) -> float:
-    """AdamW with warm-up and a cosine down to nothing; returns the mean loss of the last 50 steps."""
+    """Train with AdamW, warm-up and cosine decay to zero. Returns the mean loss of the last 50 steps."""
     matrices = [weight for weight in model.parameters() if weight.ndim > 1]
     vectors = [weight for weight in model.parameters() if weight.ndim == 1]
     optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
@@ -131,13 +132,13 @@ def fit(model: LlamaForCausalLM, source: Iterator[Batch], steps: int) -> float:
     started = time.monotonic()
     model.train()
     for step, (inputs, labels) in enumerate(islice(source, steps)):
-        wanted = labels[:, 1:]
-        said = wanted != IGNORED
+        targets = labels[:, 1:]
+        is_learned = targets != IGNORED
         with torch.autocast("cpu", torch.bfloat16):
-            # No attention mask: padding stands behind, where causal attention does not see it.
+            # No attention mask: padding follows the text, where causal attention does not see it.
             hidden = model.model(inputs, use_cache=False).last_hidden_state[:, :-1]
-            logits = model.lm_head(hidden[said])
-        loss = torch.nn.functional.cross_entropy(logits.float(), wanted[said])
+            logits = model.lm_head(hidden[is_learned])
+        loss = torch.nn.functional.cross_entropy(logits.float(), targets[is_learned])
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -150,7 +151,7 @@ def fit(model: LlamaForCausalLM, source: Iterator[Batch], steps: int) -> float:
 
 
 def save(model: LlamaForCausalLM, tokenizer: Tokenizer, folder: Path) -> None:
-    """Write the model as a hub would hold it."""
+    """Write the model in the layout of a hub repository."""
     folder.mkdir(parents=True, exist_ok=True)
     model.generation_config = GenerationConfig(
         do_sample=True, temperature=0.2, top_p=0.9, bos_token_id=model.config.bos_token_id,

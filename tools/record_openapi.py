@@ -1,9 +1,7 @@
-"""Writes the public API as an OpenAPI document: what vLLM says of the routes that the gateway serves, and the gateway's
-own answers. Run where vLLM is installed.
+"""OpenAPI document of the public API: vLLM's description of the served routes, with the gateway's error responses.
 
-usage: python tools/record_openapi.py FILE
-
-Routes of pooling models (embeddings, rerank, score) are not in it: vLLM describes them only while it serves one.
+Requires vLLM. usage: python tools/record_openapi.py FILE
+Routes of pooling models (embeddings, rerank, score) are missing: vLLM describes them only while it serves such a model.
 """
 
 from __future__ import annotations
@@ -29,26 +27,26 @@ ANTHROPIC_ERROR = {
     "properties": {"type": {"const": "error"}, "error": {
         "type": "object", "required": ["type", "message"], "properties": {"type": _TEXT, "message": _TEXT}}}}
 ERRORS = {
-    400: "The request cannot be understood or asks for more than the key may have.", 401: "No valid key.",
+    400: "The request is invalid or exceeds a limit of the key.", 401: "No valid key.",
     404: "No such model, or the loaded model does not serve this endpoint.",
-    405: "Another method than the endpoint's.", 408: "The request came too slowly.", 411: "No Content-Length.",
-    413: "The body is too long.", 415: "The body is not JSON.", 429: "Too many requests; Retry-After says when.",
-    431: "The headers are too long.", 501: "The loaded model cannot do this.",
-    503: "The model is not ready, or the server is stopping; Retry-After says when.",
+    405: "Method not allowed.", 408: "The request was sent too slowly.", 411: "No Content-Length.",
+    413: "The body is too large.", 415: "The body is not JSON.", 429: "Too many requests; see Retry-After.",
+    431: "The headers are too large.", 501: "The loaded model does not support this.",
+    503: "The model is not ready, or the server is stopping; see Retry-After.",
 }
 
 
 def public(engine: dict[str, Any]) -> dict[str, Any]:
-    """The public document, out of the engine's own."""
+    """Derive the public document from the engine's document."""
     paths: dict[str, Any] = {}
     for route in ROUTES:
         method = route.method.lower()
         if operation := engine["paths"].get(route.path, {}).get(method):
             name = "AnthropicError" if route.path.startswith("/v1/messages") else "OpenAIError"
             error = {"application/json": {"schema": {"$ref": f"{REFERENCE}{name}"}}}
-            kept = {code: answer for code, answer in operation["responses"].items() if code == "200"}
+            success = {code: answer for code, answer in operation["responses"].items() if code == "200"}
             errors = {str(code): {"description": text, "content": error} for code, text in ERRORS.items()}
-            paths[route.path] = {method: {**operation, "responses": {**kept, **errors}}}
+            paths[route.path] = {method: {**operation, "responses": {**success, **errors}}}
     schemas = {**engine["components"]["schemas"], "OpenAIError": OPENAI_ERROR, "AnthropicError": ANTHROPIC_ERROR}
     return {
         "openapi": engine["openapi"],
@@ -63,7 +61,7 @@ def public(engine: dict[str, Any]) -> dict[str, Any]:
 
 
 def _reachable(paths: dict[str, Any], schemas: dict[str, Any]) -> dict[str, Any]:
-    """The schemas that the paths need, and those that these need."""
+    """Return the schemas that the paths reference, directly or indirectly."""
     needed: set[str] = set()
     new = _references(paths)
     while new:
@@ -74,9 +72,9 @@ def _reachable(paths: dict[str, Any], schemas: dict[str, Any]) -> dict[str, Any]
 
 def _references(document: object) -> set[str]:
     if isinstance(document, dict):
-        found = set().union(*(_references(value) for value in document.values()))
+        references = set().union(*(_references(value) for value in document.values()))
         target = document.get("$ref")
-        return found | {target.removeprefix(REFERENCE)} if isinstance(target, str) else found
+        return references | {target.removeprefix(REFERENCE)} if isinstance(target, str) else references
     return set().union(*(_references(value) for value in document)) if isinstance(document, list) else set()
 
 

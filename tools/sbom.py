@@ -1,11 +1,10 @@
-"""Writes a bill of materials in CycloneDX JSON: of an installed environment and Debian's packages, or of a lock.
+"""Bill of materials in CycloneDX JSON, of an installed environment with the distribution's packages, or of a lock.
 
 Rules:
-- the Python part is `cyclonedx-py`'s own; added are Debian's packages from dpkg's list, as purls, and what lies in
-  the console page's folder from elsewhere, by the version that stands in it;
-- the same input gives the same bytes: no time, no random serial number;
-- what is written has passed the library's strict validation.
-It runs with the interpreter of requirements/supply-chain.txt:
+- `cyclonedx-py` lists the Python packages; the distribution's packages from dpkg are added as purls, and the
+  libraries in the console page's folder with the version in their header;
+- the same input produces the same bytes: no time, no random serial number;
+- the document passes the library's strict validation. It runs with the interpreter of requirements/supply-chain.txt:
     python tools/sbom.py --environment /opt/venv/bin/python --debian --out sbom.json
     python tools/sbom.py --lock requirements/gpu.txt --out sbom.json
 """
@@ -27,7 +26,7 @@ _FIELDS = ("${Package}", "${Version}", "${Architecture}", "${db:Status-Abbrev}",
 
 
 def debian_components(listing: str, distribution: str) -> list[dict[str, Any]]:
-    """dpkg-query's lines (`_FIELDS`, tab-separated) -> components; only what is installed.
+    """Convert dpkg-query's lines (`_FIELDS`, tab-separated) into components of installed packages.
 
     Args:
         distribution: of the purl, `debian` or `ubuntu`.
@@ -44,14 +43,14 @@ def debian_components(listing: str, distribution: str) -> list[dict[str, Any]]:
 
 
 def page_components(page: Path) -> list[dict[str, Any]]:
-    """Of the libraries that lie in the console page's folder as npm publishes them."""
+    """Return the components of the npm libraries in the console page's folder."""
     components = []
     for path in sorted(page.glob("*.esm.js")):
         text = path.read_text(encoding="utf-8")
-        found = re.search(r"\* (\S+) v(\d[\w.]*) - ", text)
-        if not found:
-            raise ValueError(f"{path} does not name its version in its first lines")
-        name, version = found.groups()
+        header = re.search(r"\* (\S+) v(\d[\w.]*) - ", text)
+        if not header:
+            raise ValueError(f"{path} does not contain its version in its first lines")
+        name, version = header.groups()
         purl = f"pkg:npm/{name}@{version}"
         components.append({"type": "library", "bom-ref": purl, "name": name, "version": version, "purl": purl,
                            "licenses": [{"license": {"id": "MIT"}}],
@@ -60,7 +59,7 @@ def page_components(page: Path) -> list[dict[str, Any]]:
 
 
 def merged(python: dict[str, Any], others: list[dict[str, Any]], version: str) -> dict[str, Any]:
-    """One document of all parts, for the image of this version; components sorted by their reference."""
+    """Merge all parts into one document for the image of this version, sorted by reference."""
     components = sorted([*python.get("components", ()), *others], key=lambda part: str(part["bom-ref"]))
     root = {"type": "container", "bom-ref": "shoehorn-image", "name": "shoehorn", "version": version,
             "licenses": [{"license": {"id": "Apache-2.0"}}]}
@@ -85,12 +84,12 @@ def _version() -> str:
 
 
 def main() -> None:
-    """Write the document that the arguments ask for."""
+    """Write the requested document."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--environment", help="the interpreter of an installed environment")
     source.add_argument("--lock", type=Path, help="a lock in requirements/")
-    parser.add_argument("--debian", action="store_true", help="with the distribution's packages of this machine")
+    parser.add_argument("--debian", action="store_true", help="include the distribution's packages of this machine")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     python = (_cyclonedx("environment", arguments.environment) if arguments.environment

@@ -61,7 +61,8 @@ def commands(text: str) -> Iterator[tuple[str, str]]:
     for code in re.findall(r"```\w*\n(.*?)```", text, re.DOTALL) + re.findall(r"`([^`\n]+)`", text):
         code = re.sub(r"docker compose exec \S+ |\s#.*", "", code)
         code = re.sub(r"docker compose run --rm shoehorn (?=\S)", "shoehorn ", code)
-        yield from (("shoehorn", word) for word in re.findall(r"(?:^|[\s/])shoehorn ([a-z]+(?: [a-z]+)?)", code))
+        words = re.findall(r"(?:^|[\s/])shoehorn (?!import)([a-z]+(?: [a-z]+)?)", code)
+        yield from (("shoehorn", word) for word in words)
         yield from (("make", word) for word in re.findall(r"^(?:\$ )?make ([a-z-]+)", code, re.MULTILINE))
 
 
