@@ -47,10 +47,10 @@ def document(plan: Plan | Refusal) -> dict[str, Any]:
 
 def check(plan: Plan | Refusal, name: str) -> None:
     """Compare a plan with its golden, or write it."""
-    found, path = document(plan), GOLDEN / f"{name}.json"
+    current, path = document(plan), GOLDEN / f"{name}.json"
     if os.environ.get("UPDATE_GOLDENS"):
-        path.write_text(json.dumps(found, indent=1) + "\n")
-    assert json.loads(json.dumps(found)) == json.loads(path.read_text())
+        path.write_text(json.dumps(current, indent=1) + "\n")
+    assert json.loads(json.dumps(current)) == json.loads(path.read_text())
 
 
 @pytest.mark.parametrize(("short", "model", "machine"), PAIRS, ids=str)

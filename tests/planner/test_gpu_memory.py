@@ -1,4 +1,4 @@
-"""What a plan uses of the GPUs: share, limit, KV cache, dtype, CUDA graphs, allocator."""
+"""Use of the GPUs by a plan: share, limit, KV cache, dtype, CUDA graphs, allocator."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def test_larger_share_is_used_where_that_keeps_all_weights_on_the_gpus() -> None
     assert reason(plan, "gpu-memory-utilization") == (0.97, "machine", "keeps-weights-on-gpu")
     assert (plan.offloaded_bytes, plan.config.limits.max_model_len) == (0, 4096)
     assert all(parts.total_bytes <= parts.limit_bytes < 19.7 * GIB for parts in plan.vram)
-    given = planned(machine(TWENTY, TWENTY), shape, VLLM_EXTRA_ARGS="--gpu-memory-utilization 0.92")
-    assert given.offloaded_bytes
+    by_user = planned(machine(TWENTY, TWENTY), shape, VLLM_EXTRA_ARGS="--gpu-memory-utilization 0.92")
+    assert by_user.offloaded_bytes
     assert planned(machine(TWENTY), shape).engine_args["gpu-memory-utilization"] == 0.92, "it would not be enough"
 
 
@@ -154,9 +154,9 @@ def test_allocator_is_bounded_by_the_limit() -> None:
 def test_users_allocator_wins_over_the_plans(tmp_path: Path) -> None:
     plan = {ALLOCATOR: "expandable_segments:True"}
     for name in (ALLOCATOR, "PYTORCH_CUDA_ALLOC_CONF"):
-        given = {name: "max_split_size_mb:64"}
-        environment = engine_environment(given, plan, tmp_path)
-        assert {key: value for key, value in environment.items() if "ALLOC_CONF" in key} == given
+        environment = {name: "max_split_size_mb:64"}
+        result = engine_environment(environment, plan, tmp_path)
+        assert {key: value for key, value in result.items() if "ALLOC_CONF" in key} == environment
     assert engine_environment({}, plan, tmp_path)[ALLOCATOR] == plan[ALLOCATOR]
 
 

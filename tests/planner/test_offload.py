@@ -42,15 +42,15 @@ def test_least_offload_leaves_memory_for_two_requests() -> None:
 def test_profiles_offload_is_an_upper_bound() -> None:
     plan = planned(machine(LARGE), llama_70b(), MAX_MODEL_LEN="22000", VRAM_PROFILE="32gb")
     assert 19 * GIB < plan.offloaded_bytes <= 20 * GIB
-    assert "cpu-offload-gb" not in plan.engine_args, "an upper bound is no option of the plan"
+    assert "cpu-offload-gb" not in plan.engine_args, "the upper bound is not an option of the plan"
 
 
 @pytest.mark.parametrize("layers", [1, 7, 24, 32, 61, 80])
 def test_offloaded_layers_are_spread_and_never_fewer_than_needed(layers: int) -> None:
-    for wanted in range(1, layers + 1):
-        group, last = spread(layers, wanted)
+    for least in range(1, layers + 1):
+        group, last = spread(layers, least)
         offloaded = [layer for layer in range(layers) if layer % group >= group - last]
-        assert wanted <= len(offloaded) <= wanted + wanted // 20
+        assert least <= len(offloaded) <= least + least // 20
     assert spread(layers, layers) == (1, 1)
 
 
@@ -58,8 +58,8 @@ def test_offload_includes_the_embedding_and_keeps_the_users_configuration() -> N
     plan = planned(machine(MIDDLE), llama_70b())
     assert plan.engine_args["additional-config"] == {"shoehorn": {"embedding": "host"}}
     assert plan.vram[0].embeddings_bytes == llama_70b().tensor_bytes.lm_head.parameters * 2
-    given = planned(machine(MIDDLE), llama_70b(), VLLM_EXTRA_ARGS="--additional-config '{\"other\": 1}'")
-    assert given.engine_args["additional-config"] == {"other": 1, "shoehorn": {"embedding": "host"}}
+    configured = planned(machine(MIDDLE), llama_70b(), VLLM_EXTRA_ARGS="--additional-config '{\"other\": 1}'")
+    assert configured.engine_args["additional-config"] == {"other": 1, "shoehorn": {"embedding": "host"}}
 
 
 def test_given_offload_is_used() -> None:

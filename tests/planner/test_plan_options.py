@@ -38,10 +38,10 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 parser = make_arg_parser(FlexibleArgumentParser())
 for path in sys.argv[1:]:
     try:
-        found = vars(parser.parse_args(["--config", path]))
+        parsed_options = vars(parser.parse_args(["--config", path]))
     except SystemExit as error:
-        found = {"refused": str(error.code)}
-    print("RESULT" + json.dumps(found, default=str))
+        parsed_options = {"refused": str(error.code)}
+    print("RESULT" + json.dumps(parsed_options, default=str))
 """
 
 
@@ -99,7 +99,7 @@ def test_every_option_of_every_plan_passes_the_real_parser(tmp_path: Path) -> No
     parsed = [json.loads(line.removeprefix("RESULT")) for line in done.stdout.splitlines()
               if line.startswith("RESULT")]
     assert len(parsed) == len(plans)
-    for options, found in zip(plans, parsed, strict=True):
-        assert "refused" not in found, options
+    for options, parsed_options in zip(plans, parsed, strict=True):
+        assert "refused" not in parsed_options, options
         for option, value in options.items():
-            assert json.loads(json.dumps(found[option.replace("-", "_")])) == value, option
+            assert json.loads(json.dumps(parsed_options[option.replace("-", "_")])) == value, option

@@ -83,7 +83,8 @@ def test_unset_options_get_explicit_values_with_reasons(tmp_path: Path) -> None:
 
 def test_more_sequences_than_batched_tokens_raise_the_batch() -> None:
     plan = planned(machine(SMALL), llama_8b(), VLLM_EXTRA_ARGS="--max-num-seqs 9 --max-num-batched-tokens 8")
-    assert reason(plan, "max-num-batched-tokens")[:2] == (9, "machine")
+    assert reason(plan, "max-num-batched-tokens") == (9, "machine", "one-token-per-sequence")
+    assert plan.engine_args["kv-cache-memory-bytes"] == plan.vram[0].kv_cache_bytes, "sized for the raised batch"
 
 
 def test_settings_reach_the_engine() -> None:
@@ -124,5 +125,5 @@ def test_options_that_are_not_estimated_are_noted() -> None:
                           ("--kv-offloading-size 1", ("not-estimated",)), ("--data-parallel-size 1", ()),
                           ("--data-parallel-size 2", ("not-estimated",))):
         option = switch.removeprefix("--").removeprefix("no-").split()[0]
-        given = planned(machine(LARGE), llama_8b(), VLLM_EXTRA_ARGS=switch)
-        assert reason_of(given, option).notes == notes, switch
+        plan = planned(machine(LARGE), llama_8b(), VLLM_EXTRA_ARGS=switch)
+        assert reason_of(plan, option).notes == notes, switch

@@ -51,7 +51,7 @@ def offload(step: Step) -> Offload:
     return with_options(START, step.options).offload
 
 
-def test_failure_without_lack_of_memory_is_no_step() -> None:
+def test_failure_without_lack_of_memory_has_no_step() -> None:
     assert step(UNKNOWN) is None
 
 
@@ -76,18 +76,18 @@ def test_first_rung_that_is_enough_alone_is_taken() -> None:
 
 
 def test_rungs_are_combined_where_none_is_enough_alone() -> None:
-    found = step(lacks(2200 * MIB), fixed=frozenset({"cpu-offload-gb"}))
-    assert found
-    assert list(found.options) == ["max-num-batched-tokens", "max-num-seqs", "max-model-len"]
-    assert [change.subject for change in found.changes] == list(found.options)
-    assert found.text.count(" -> ") == 3
+    result = step(lacks(2200 * MIB), fixed=frozenset({"cpu-offload-gb"}))
+    assert result
+    assert list(result.options) == ["max-num-batched-tokens", "max-num-seqs", "max-model-len"]
+    assert [change.subject for change in result.changes] == list(result.options)
+    assert result.text.count(" -> ") == 3
 
 
 @pytest.mark.parametrize("missing", [0, 200 * MIB, GIB, 2 * GIB])
 def test_every_step_frees_the_missing_memory(missing: int) -> None:
-    found = step(lacks(missing))
-    assert found
-    assert missing_bytes(START) - missing_bytes(with_options(START, found.options)) >= missing
+    result = step(lacks(missing))
+    assert result
+    assert missing_bytes(START) - missing_bytes(with_options(START, result.options)) >= missing
 
 
 def test_options_of_the_user_are_never_changed() -> None:
@@ -97,36 +97,36 @@ def test_options_of_the_user_are_never_changed() -> None:
 def test_graphs_for_small_batches_are_kept_where_that_is_enough() -> None:
     many = configured(START, max_num_seqs=256, tensor=2)  # 51 graphs of each kind
     others = ALL_FIXED - {"max-cudagraph-capture-size", "enforce-eager"}
-    found = step(lacks(300 * MIB), many, others)
-    assert found
-    assert list(found.options) == ["max-cudagraph-capture-size"]
-    largest = found.options["max-cudagraph-capture-size"]
+    result = step(lacks(300 * MIB), many, others)
+    assert result
+    assert list(result.options) == ["max-cudagraph-capture-size"]
+    largest = result.options["max-cudagraph-capture-size"]
     assert isinstance(largest, int)
     assert 256 < largest < 512, "no fewer than are enough"
-    assert found.changes == (Change("largest CUDA graph", "512", str(largest)),)
+    assert result.changes == (Change("largest CUDA graph", "512", str(largest)),)
     assert missing_bytes(many) - missing_bytes(replace(many, capture_limit=largest)) >= 300 * MIB
-    given = step(lacks(300 * MIB), many, others | {"max-cudagraph-capture-size"})
-    assert given == Step({"enforce-eager": True}, (Change("CUDA graphs", "some", "none"),))
+    with_user_limit = step(lacks(300 * MIB), many, others | {"max-cudagraph-capture-size"})
+    assert with_user_limit == Step({"enforce-eager": True}, (Change("CUDA graphs", "some", "none"),))
 
 
 def test_out_of_memory_makes_the_cache_smaller() -> None:
     out_of_memory = FailedStart(is_memory=True, has_kv_cache=True, missing_bytes=500 * MIB)
     assert step(out_of_memory) is None, "the user's own share is kept"
-    found = planned_step(out_of_memory)
-    assert found
-    share = found.options["gpu-memory-utilization"]
+    result = planned_step(out_of_memory)
+    assert result
+    share = result.options["gpu-memory-utilization"]
     assert isinstance(share, float)
     assert share * 24 * GIB + CONTEXT_BYTES <= START.limit_bytes - 500 * MIB
-    assert list(found.options) == ["gpu-memory-utilization"]
+    assert list(result.options) == ["gpu-memory-utilization"]
 
 
 def test_gpu_used_by_others_gets_a_smaller_limit() -> None:
-    found = planned_step(FailedStart(is_memory=True, is_gpu_in_use=True, missing_bytes=10 * GIB))
-    assert found
-    share = found.options["gpu-memory-utilization"]
+    result = planned_step(FailedStart(is_memory=True, is_gpu_in_use=True, missing_bytes=10 * GIB))
+    assert result
+    share = result.options["gpu-memory-utilization"]
     assert isinstance(share, float)
     assert share < 0.6
-    assert "offload-group-size" in found.options, "an 8B does not fit into the 14 GiB that are left"
+    assert "offload-group-size" in result.options, "an 8B does not fit into the 14 GiB that are left"
     assert step(FailedStart(is_memory=True, is_gpu_in_use=True, missing_bytes=GIB)) is None
 
 
@@ -142,18 +142,18 @@ def test_steps_grow_and_end() -> None:
     assert planned_step(in_use, fixed=ALL_FIXED) is None, "nothing may be made smaller"
     sizes = []
     for steps in range(MAX_STEPS):
-        found = step(NO_MEMORY, fixed=ALL_FIXED - {"cpu-offload-gb"}, steps=steps, shape=llama_70b())
-        assert found
-        sizes.append(offloaded_layers(offload(found), llama_70b().layers))
+        result = step(NO_MEMORY, fixed=ALL_FIXED - {"cpu-offload-gb"}, steps=steps, shape=llama_70b())
+        assert result
+        sizes.append(offloaded_layers(offload(result), llama_70b().layers))
     assert sizes == sorted(sizes)
     assert sizes[-1] >= 3 * sizes[0] > 0
 
 
 def test_offload_of_a_step_is_read_back() -> None:
-    found = step(lacks(3 * GIB))
-    assert found
-    assert isinstance(offload(found), PrefetchOffload)
-    assert found.options["cpu-offload-gb"] == 0
+    result = step(lacks(3 * GIB))
+    assert result
+    assert isinstance(offload(result), PrefetchOffload)
+    assert result.options["cpu-offload-gb"] == 0
     assert offload(Step({"max-num-seqs": 1}, ())) == NoOffload()
 
 

@@ -1,4 +1,4 @@
-"""What plans on GPUs and on the CPU have in common: checks of disk and host memory, remarks, and the plan itself."""
+"""Common core of plans on GPUs and on the CPU: checks of disk and host memory, remarks, and the plan itself."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from shoehorn.planner.refusal_texts import Remedy
 
 @dataclass(frozen=True)
 class Assembly:
-    """All that is decided about a start, before it is checked whether it fits.
+    """Everything decided about a start, before the check that it fits.
 
     Attributes:
         devices: memory of each GPU in use, then of the CPU.

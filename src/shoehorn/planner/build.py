@@ -6,7 +6,7 @@ Rules: pure, and called before a byte of weights moves; a plan that the estimate
 from __future__ import annotations
 
 from shoehorn.common.errors import SettingsError
-from shoehorn.planner.given import given_options
+from shoehorn.planner.base_options import base_options
 from shoehorn.planner.inputs import PlanInputs
 from shoehorn.planner.on_cpu import plan_on_cpu
 from shoehorn.planner.on_gpus import plan_on_gpus
@@ -24,6 +24,6 @@ def make_plan(inputs: PlanInputs) -> Plan | Refusal:
                             "Set MODEL_ID to a version of the model without activation order (AWQ, GPTQ with desc_act: "
                             "false, W4A16 with actorder: null or weight), or to the unquantized one with "
                             "QUANTIZATION=bitsandbytes.", code="unsupported_checkpoint")
-    given = given_options(inputs)
+    base = base_options(inputs)
     builder = plan_on_cpu if inputs.profile.match.device == "cpu" else plan_on_gpus
-    return builder(inputs, given)
+    return builder(inputs, base)

@@ -16,7 +16,7 @@ _Code = tuple[str, Mapping[str, object]]
 
 def derive(options: OptionSet, open_fields: frozenset[Field], model: MemoryModel, chosen: Candidate | None,
            code_without_search: str = "smallest") -> OptionSet:
-    """Write the open fields of a configuration into the given options.
+    """Write the open fields of a configuration into the base options.
 
     Args:
         model: of the configuration.
@@ -37,9 +37,9 @@ def derive(options: OptionSet, open_fields: frozenset[Field], model: MemoryModel
                 code, params = _reason(knob.option, model, chosen, code_without_search)
                 options = options.apply(Reason(knob.option, value, MACHINE, code, params, replaces))
         elif offloads:
-            given = options.values.get(knob.option)
-            if isinstance(value, dict) and isinstance(given, dict):  # the user's own beside ours
-                value = {**value, **given}
+            current = options.values.get(knob.option)
+            if isinstance(value, dict) and isinstance(current, dict):  # keep the user's own entries
+                value = {**value, **current}
             code, params = _reason(knob.option, model, chosen, code_without_search)
             options = options.apply(Reason(knob.option, value, MACHINE, code, params))
     return options

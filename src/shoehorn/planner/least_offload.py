@@ -68,11 +68,11 @@ def _whole_steps(size: float) -> int:
 
 
 @functools.cache
-def spread(layers: int, wanted: int) -> tuple[int, int]:
-    """Find the smallest groups that take `wanted` of the layers, or a twentieth more.
+def spread(layers: int, least: int) -> tuple[int, int]:
+    """Find the smallest groups that take at least that many of the layers, or a twentieth more.
 
     Returns (group size, last layers of each). The smaller the groups, the more evenly the copies spread over a pass.
     """
-    most = wanted + wanted // 20
+    most = least + least // 20
     return next((group, last) for group in range(1, layers + 1) for last in range(1, group + 1)
-                if wanted <= layers // group * last + max(0, layers % group - group + last) <= most)
+                if least <= layers // group * last + max(0, layers % group - group + last) <= most)

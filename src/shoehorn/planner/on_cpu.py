@@ -8,8 +8,8 @@ from shoehorn.common.errors import SettingsError
 from shoehorn.common.units import GIB, format_size
 from shoehorn.planner import remedies, speculation
 from shoehorn.planner.assembly import Assembly
+from shoehorn.planner.base_options import BaseOptions
 from shoehorn.planner.derive import derive
-from shoehorn.planner.given import Given
 from shoehorn.planner.inputs import PlanInputs
 from shoehorn.planner.load_tiers import CONTEXT_8K
 from shoehorn.planner.memory.model import MemoryModel
@@ -26,19 +26,19 @@ _KV_CACHE_BYTES = GIB
 _OPEN_FIELDS = frozenset({Field.CONTEXT, Field.SEQUENCES, Field.BATCH})
 
 
-def plan_on_cpu(inputs: PlanInputs, given: Given) -> Plan | Refusal:
+def plan_on_cpu(inputs: PlanInputs, base: BaseOptions) -> Plan | Refusal:
     """Plan a start on the CPU.
 
     Raises:
         SettingsError: the settings or the model cannot be used on this CPU.
     """
     _require_supported(inputs)
-    options = given.options
+    options = base.options
     if "kv-cache-memory-bytes" not in options.values:
         options = options.set("kv-cache-memory-bytes", _KV_CACHE_BYTES, MACHINE, "cache-default")
     options, model = _configured(inputs, options)
     devices = (model.host_alone(inputs.hardware.host_memory_bytes),)
-    assembly = Assembly(inputs, given.by_user, options, model, devices,
+    assembly = Assembly(inputs, base.by_user, options, model, devices,
                         (Reason("speed", None, MACHINE, "speed-unknown-cpu"),))
     if refusal := assembly.check_disk():
         return refusal
@@ -74,7 +74,7 @@ def _require_supported(inputs: PlanInputs) -> None:
     if shape.packed_embedding:
         raise SettingsError("The checkpoint's embedding is quantized, which is unsupported on a CPU: the first request "
                             "would fail.", "Choose another checkpoint; for one that was converted here, type "
-                            "`shoehorn models rm NAME.int4`, and start again.", code="unsupported_checkpoint")
+                            "`shoehorn models rm NAME.int4`, and restart.", code="unsupported_checkpoint")
     if shape.experts and shape.quantization not in (None, BITSANDBYTES) and not inputs.hardware.amx:
         raise SettingsError("The model's experts are quantized, and this processor lacks AMX, which the engine needs "
                             "for those.", "Set QUANTIZATION=none, or choose the model's unquantized checkpoint.",

@@ -7,8 +7,8 @@ from shoehorn.hardware import gpu_specs
 from shoehorn.hardware.types import Gpu
 from shoehorn.planner import dtype, gpu_share, parallelism, remedies, speculation, throughput
 from shoehorn.planner.assembly import Assembly
+from shoehorn.planner.base_options import BaseOptions
 from shoehorn.planner.derive import derive, without_offload_bound
-from shoehorn.planner.given import Given
 from shoehorn.planner.inputs import PlanInputs
 from shoehorn.planner.memory.device import PARTS, DeviceMemory
 from shoehorn.planner.memory.model import MemoryModel
@@ -22,17 +22,17 @@ _MUCH_USED_BYTES = GIB // 2
 """Memory of other processes from which on a refusal names them."""
 
 
-def plan_on_gpus(inputs: PlanInputs, given: Given) -> Plan | Refusal:
+def plan_on_gpus(inputs: PlanInputs, base: BaseOptions) -> Plan | Refusal:
     """Plan a start on GPUs.
 
     Raises:
         SettingsError: the settings, or the model, do not suit the GPUs.
     """
-    options, gpus = parallelism.divide(given.options, inputs)
+    options, gpus = parallelism.divide(base.options, inputs)
     options = dtype.supported_dtype(options, gpus, inputs.shape)
-    options, model = _derived(_best(inputs, options, gpus), inputs, given.by_user)
+    options, model = _derived(_best(inputs, options, gpus), inputs, base.by_user)
     devices = (*model.gpus, model.host_beside_gpus(inputs.hardware.host_memory_bytes))
-    assembly = Assembly(inputs, given.by_user, options, model, devices, _remarks(model, gpus))
+    assembly = Assembly(inputs, base.by_user, options, model, devices, _remarks(model, gpus))
     if refusal := assembly.check_disk():
         return refusal
     if (missing := model.missing_bytes()) > 0:

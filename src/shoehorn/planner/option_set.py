@@ -66,7 +66,7 @@ class OptionSet:
         return replace(self, reasons={**self.reasons, option: noted})
 
     def source_of(self, option: str) -> str:
-        """Source of an option's reason; empty where there is none."""
+        """Source of an option's reason; empty for an option without one."""
         return self.reasons[option].source if option in self.reasons else ""
 
     def number(self, option: str, default: float = 0) -> float:

@@ -43,7 +43,7 @@ def divide(options: OptionSet, inputs: PlanInputs) -> tuple[OptionSet, tuple[Gpu
 
 
 def divides(shape: ModelShape, gpus: int) -> bool:
-    """Whether vLLM can give each of that many GPUs a share of every matrix."""
+    """Return whether vLLM can give each of that many GPUs a share of every matrix."""
     return _divides_heads(shape, gpus) and not shape.column_groups % gpus
 
 

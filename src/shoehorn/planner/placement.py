@@ -28,14 +28,15 @@ class LayerGroup:
     executed: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """An entry of `placement` in `plan --json`; the layers as `[first, last]` of each run."""
+        """An entry of `placement` in `plan --json`; the layers as in `0-39,41`."""
         runs: list[list[int]] = []
         for layer in self.layers:
             if runs and layer == runs[-1][1] + 1:
                 runs[-1][1] = layer
             else:
                 runs.append([layer, layer])
-        return {"layers": runs, "stored": list(self.stored), "executed": list(self.executed)}
+        layers = ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+        return {"layers": layers, "stored": list(self.stored), "executed": list(self.executed)}
 
 
 @dataclass(frozen=True)

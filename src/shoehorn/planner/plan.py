@@ -87,7 +87,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why nothing is started.
+    """A start that does not fit.
 
     Attributes:
         code: key of `CAUSES`; params: its parameters.
@@ -107,7 +107,7 @@ class Refusal:
 
     @property
     def cause(self) -> str:
-        """The cause in words."""
+        """The cause as a sentence."""
         return CAUSES[self.code].format(**self.params)
 
     @property

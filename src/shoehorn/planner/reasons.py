@@ -90,7 +90,7 @@ NOTES: Mapping[str, str] = {"not-estimated": "its memory is not estimated",
 
 @dataclass(frozen=True)
 class Reason:
-    """Why an option has its value, or a remark about `option`, which then is no option of vLLM.
+    """The reason of an option's value, or a remark about another subject named in `option`.
 
     Attributes:
         value: of the option; None where it is left out.
@@ -110,7 +110,7 @@ class Reason:
 
     @property
     def text(self) -> str:
-        """The reason in words."""
+        """The reason as a phrase."""
         text = TEXTS[self.code].format(**self.params)
         if self.replaces:
             text += f" (instead of {self.replaces.value} from {self.replaces.source} {self.replaces.text})"

@@ -48,5 +48,5 @@ class Remedy:
 
     @property
     def text(self) -> str:
-        """The remedy in words, an imperative phrase."""
+        """The remedy as an imperative phrase."""
         return REMEDIES[self.code](self.value)

@@ -38,7 +38,7 @@ class Shortage:
         return self.model.config.limit_bytes + self.model.missing_bytes()
 
     def fits(self, config: ServingConfig) -> bool:
-        """Whether a changed configuration fits on GPUs and host."""
+        """Return whether a changed configuration fits on GPUs and host."""
         model = self.model.with_config(config)
         return model.missing_bytes() <= 0 and (
             not self.host_memory_bytes or model.host_beside_gpus().total_bytes <= self.host_memory_bytes)
@@ -49,9 +49,9 @@ def on_gpus(assembly: Assembly, gpus: tuple[Gpu, ...]) -> list[Remedy]:
     inputs = assembly.inputs
     shortage = Shortage(assembly.model, gpus, dict(assembly.options.values), assembly.by_user,
                         inputs.settings.vram_limit, inputs.hardware.host_memory_bytes)
-    found = (eager(shortage), smaller_batch(shortage), *shorter_context_on_gpus(shortage), more_offload(shortage),
+    remedies = (eager(shortage), smaller_batch(shortage), *shorter_context_on_gpus(shortage), more_offload(shortage),
              nf4(shortage), larger_share(shortage) or larger_gpu(shortage), _SMALLER_MODEL)
-    return [remedy for remedy in found if remedy]
+    return [remedy for remedy in remedies if remedy]
 
 
 def eager(shortage: Shortage) -> Remedy | None:
@@ -70,7 +70,7 @@ def smaller_batch(shortage: Shortage) -> Remedy | None:
 
 
 def shorter_context_on_gpus(shortage: Shortage) -> list[Remedy]:
-    """Serve the longest context that fits beside the other parts."""
+    """Serve the longest context that fits next to the other parts."""
     free = min(gpu.limit_bytes - MARGIN_BYTES - gpu.total_bytes + gpu.kv_cache_bytes for gpu in shortage.model.gpus)
     return shorter_context(shortage.model, free)
 
@@ -124,7 +124,7 @@ def larger_gpu(shortage: Shortage) -> Remedy:
 
 
 def on_gpus_host(model: MemoryModel, missing_bytes: int) -> list[Remedy]:
-    """List remedies for too little host memory beside GPUs."""
+    """List remedies for too little host memory while the model runs on GPUs."""
     offloaded = model.offloaded.stage_bytes(0)
     return [Remedy("more-host-memory", missing_bytes), Remedy("more-gpu-memory", min(offloaded, missing_bytes)),
             _SMALLER_MODEL]

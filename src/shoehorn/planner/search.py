@@ -39,7 +39,7 @@ _LARGE_BYTES = 20 * GIB
 
 
 class PlacementTier(Enum):
-    """How the weights are placed, the best first."""
+    """Placement of the weights, the best first."""
 
     RESIDENT = "resident"
     """On the GPUs, as the checkpoint is."""
@@ -81,7 +81,7 @@ class SearchSpace:
 
     @property
     def quantizes(self) -> bool:
-        """Whether candidates in NF4 are tried beside those as the checkpoint is."""
+        """Return whether candidates in NF4 are tried as well as those with the checkpoint's format."""
         return self.may_quantize and Field.QUANTIZATION in self.open_fields and not self.start.nf4
 
     @property
@@ -90,7 +90,7 @@ class SearchSpace:
         return replace(self.start, nf4=True) if self.quantizes else self.start
 
     def fits(self, candidate: Candidate) -> bool:
-        """Whether a candidate fits on GPUs and host."""
+        """Return whether a candidate fits on GPUs and host."""
         model = MemoryModel(self.shape, candidate.config)
         return model.missing_bytes(candidate.requests) <= 0 and (
             not self.host_memory_bytes or model.host_beside_gpus().total_bytes <= self.host_memory_bytes)

@@ -27,7 +27,7 @@ class WeightFormat(Enum):
 
     @property
     def is_nf4(self) -> bool:
-        """Whether bitsandbytes' kernels multiply them."""
+        """Return whether bitsandbytes' kernels multiply them."""
         return self in (WeightFormat.NF4, WeightFormat.NF4_CHECKPOINT)
 
 
@@ -74,7 +74,7 @@ class PrefetchOffload:
     steps: int
 
     def offloads(self, layer: int) -> bool:
-        """Whether a layer, counted from 0, is offloaded."""
+        """Return whether a layer, counted from 0, is offloaded."""
         return layer % self.group >= self.group - self.last
 
 
@@ -91,7 +91,7 @@ class Speculation:
 
 @dataclass(frozen=True)
 class ServingConfig:
-    """What is decided about a start.
+    """All decisions about a start.
 
     Attributes:
         limit_bytes: of one device, everything counted: a GPU as NVML shows it, or the host.

@@ -40,6 +40,6 @@ def match_quantization(options: OptionSet, draft: Draft | None, nf4: bool) -> Op
 
 
 def is_possible(options: OptionSet, shape: ModelShape) -> bool:
-    """Whether vLLM can verify draft tokens: for models that generate text, on one pipeline stage."""
+    """Return whether vLLM can verify draft tokens: for models that generate text, on one pipeline stage."""
     return shape.architecture.endswith(("ForCausalLM", "ForConditionalGeneration")) and \
         options.integer("pipeline-parallel-size", 1) == 1

@@ -1,4 +1,4 @@
-"""From given options to the bounds of the search: which fields are open, and the configuration that it starts from."""
+"""Bounds of the search: the fields that it may choose, and the configuration that it starts from."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _UNBOUNDED = 1 << 40
 
 @dataclass(frozen=True)
 class Configured:
-    """A configuration and the options it was chosen within.
+    """A configuration, and the options that bound it.
 
     Attributes:
-        chosen: what the search found; None where nothing fits and the configuration is the smallest.
+        chosen: the candidate that fits; None where nothing fits and the configuration is the smallest.
     """
 
     options: OptionSet
@@ -34,7 +34,7 @@ class Configured:
 
     @property
     def fits_without_offload(self) -> bool:
-        """Whether everything is on the GPUs."""
+        """True where all weights are on the GPUs."""
         return not self.model.offloaded.stage_bytes(0) and self.model.missing_bytes() <= 0
 
 
@@ -54,7 +54,7 @@ def open_fields(options: OptionSet, shape: ModelShape) -> frozenset[Field]:
 
 
 def start_config(inputs: PlanInputs, options: OptionSet, limit_bytes: int) -> ServingConfig:
-    """Read the given options; fields that nobody gave have their upper bound."""
+    """Read the base options; open fields have their upper bound."""
     shape, draft = inputs.shape, inputs.draft
     limits = Limits(min(shape.max_position, LARGEST.context), LARGEST.sequences, LARGEST.tokens)
     config = ServingConfig(limit_bytes, limits, nf4=shape.quantization == BITSANDBYTES,
@@ -63,7 +63,7 @@ def start_config(inputs: PlanInputs, options: OptionSet, limit_bytes: int) -> Se
 
 
 def configure(inputs: PlanInputs, options: OptionSet, limit_bytes: int) -> Configured:
-    """Search for the best configuration on GPUs within the given options."""
+    """Search for the best configuration on GPUs within the base options."""
     fields, start = open_fields(options, inputs.shape), start_config(inputs, options, limit_bytes)
     bound = round(options.number("cpu-offload-gb") * GIB) if "cpu-offload-gb" in options.values else _UNBOUNDED
     if Field.OFFLOAD in fields:

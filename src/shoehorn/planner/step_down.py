@@ -38,7 +38,7 @@ _HALVED = {"max-num-batched-tokens": "max_num_batched_tokens", "max-num-seqs": "
 
 @dataclass(frozen=True)
 class FailedStart:
-    """What is known of an engine start that failed.
+    """Facts about an engine start that failed.
 
     Attributes:
         is_memory: memory ran out or was missing; is_dtype: the GPU does not support the dtype.
@@ -56,7 +56,7 @@ class FailedStart:
 
 @dataclass(frozen=True)
 class Change:
-    """One change of a step: what, before, after, as words for a log line."""
+    """One change of a step, for a log line: subject, before, after."""
 
     subject: str
     before: str
@@ -187,7 +187,7 @@ class StepDown:
 
 
 def uses_unrequested_drafts(options: Mapping[str, object], fixed: frozenset[str]) -> bool:
-    """Whether speculative decoding is on without the user's request: not every model supports it."""
+    """Return whether speculative decoding is on without the user's request: not every model supports it."""
     return bool(options.get("speculative-config")) and "speculative-config" not in fixed
 
 

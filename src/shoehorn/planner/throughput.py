@@ -41,7 +41,7 @@ _PREFETCH_SECONDS = 400e-6
 
 @dataclass(frozen=True)
 class Kernels:
-    """How the kernels of one weight format use a GPU.
+    """Use of a GPU by the kernels of one weight format.
 
     Attributes:
         share: of the GPU's memory bandwidth that they reach for one request; share_8: for eight together.

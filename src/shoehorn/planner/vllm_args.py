@@ -43,13 +43,13 @@ class Field(Enum):
 
 @dataclass(frozen=True)
 class Knob:
-    """One of vLLM's options that belongs to a field of the configuration.
+    """One of vLLM's options, and its field of the configuration.
 
     Attributes:
         field: None where planning derives the option otherwise.
         to_option: value for vLLM; None leaves the option out.
-        from_option: configuration with vLLM's value; `options` holds the options beside it.
-        opens: the field is open where nobody gives this option.
+        from_option: configuration with vLLM's value; `options` holds all other options.
+        opens: the field is open where this option is unset.
         keeps: a step down keeps the value for the next plans.
     """
 

@@ -39,7 +39,7 @@ def engine() -> Any:
 
 
 def by_vllm(engine: Any, kinds: tuple[KvLayers, ...], length: int, block: int, batch: int, size: int) -> int:
-    """Tokens, as vLLM works them out."""
+    """Tokens, as vLLM computes them."""
     import torch
     from vllm.v1.core import kv_cache_utils
     from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec, SlidingWindowSpec
@@ -69,11 +69,11 @@ def by_vllm(engine: Any, kinds: tuple[KvLayers, ...], length: int, block: int, b
 def test_tokens_are_those_of_vllm(engine: Any, kinds: tuple[KvLayers, ...], length: int, block: int,
                                   batch: int) -> None:
     expected = by_vllm(engine, kinds, length, block, batch, 4 * GIB)
-    found = layout(replace(SHAPE, kv_layers=kinds), length, block, 2, batch)
-    assert found.tokens(4 * GIB) == pytest.approx(expected, abs=1)
+    computed = layout(replace(SHAPE, kv_layers=kinds), length, block, 2, batch)
+    assert computed.tokens(4 * GIB) == pytest.approx(expected, abs=1)
 
 
-def test_a_window_makes_long_requests_cheap() -> None:
+def test_window_makes_long_requests_cheap() -> None:
     plain = layout(replace(SHAPE, kv_layers=(KvLayers(48, 8, 512),)), 32768, 16, 2, 512)
     hybrid = layout(replace(SHAPE, kv_layers=GEMMA), 32768, 16, 2, 512)
     assert hybrid.tokens(GIB) > 4 * plain.tokens(GIB)

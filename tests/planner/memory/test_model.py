@@ -9,7 +9,6 @@ import pytest
 
 from fakes import captured as captured_models
 from fakes.checkpoint_files import checkpoint, dense
-from shoehorn.hardware import gpu_specs
 from shoehorn.hardware.types import Gpu
 from shoehorn.model import checkpoint as checkpoints
 from shoehorn.model.shape import ModelShape
@@ -120,22 +119,6 @@ def test_unknown_gpu_has_no_expectation_unless_pcie_decides(shape_8b: ModelShape
     gpu = replace(H200, name="Voodoo 2")
     assert throughput.expected(model(shape_8b), gpu) == {"batch_1": None, "batch_8": None}
     assert tokens_per_second(shape_8b, gpu, offload=ALL_BY_UVA)[0] < 55.4e9 / (13 * GIB)
-
-
-@pytest.mark.parametrize(("name", "bandwidth", "link"), [
-    ("NVIDIA GeForce RTX 3060 Ti", 448e9, (4, 16)), ("NVIDIA GeForce RTX 4060", 272e9, (4, 8)),
-    ("RTX5090", 1792e9, (5, 16)), ("NVIDIA L40S", 864e9, (4, 16)), ("NVIDIA L4", 300e9, (4, 16)),
-    ("Tesla T4", 320e9, (3, 16)), ("NVIDIA H100 80GB HBM3", 3350e9, (5, 16)), ("NVIDIA A10", 600e9, (4, 16)),
-    ("RTX A5000", None, (0, 0)), ("", None, (0, 0)),
-])
-def test_bandwidths_are_known_by_the_name_of_the_gpu(name: str, bandwidth: float | None, link: tuple[int, int]) -> None:
-    assert gpu_specs.memory_bandwidth(name) == bandwidth
-    assert gpu_specs.typical_pcie(name) == link
-
-
-def test_unknown_pcie_counts_as_generation_4_and_lanes_count() -> None:
-    assert gpu_specs.host_to_device_bandwidth(replace(H200, pcie_generation=0)) == (25e9, False)
-    assert gpu_specs.host_to_device_bandwidth(replace(H200, pcie_generation=3, pcie_width=8)) == (6.15e9, True)
 
 
 def test_parts_add_up_and_the_cache_takes_what_is_left(shape_8b: ModelShape) -> None:

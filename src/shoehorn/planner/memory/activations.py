@@ -19,7 +19,7 @@ _UNKNOWN_ARCHITECTURE = 1.5  # factor on the activations
 
 @dataclass(frozen=True)
 class Activations:
-    """Memory of a configuration beside weights and KV cache, without the draft model's."""
+    """Memory of a configuration besides weights and KV cache, without the draft model's."""
 
     weights: Weights
 
@@ -79,7 +79,7 @@ class Activations:
 
     @property
     def loading_bytes(self) -> int:
-        """Peak of loading beside the weights: a copy of the largest matrix, and an embedding that moves to the host.
+        """Peak of loading on top of the weights: a copy of the largest matrix, and an embedding that moves to the host.
 
         A packed matrix is repacked for the kernel; one that is offloaded or quantized is copied to the GPU first.
         """

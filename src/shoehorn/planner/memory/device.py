@@ -51,7 +51,7 @@ class DeviceMemory:
 
     @property
     def is_gpu(self) -> bool:
-        """Whether the device is a GPU."""
+        """True for a GPU, False for the CPU."""
         return self.device != CPU
 
     def parts(self) -> dict[str, int]:

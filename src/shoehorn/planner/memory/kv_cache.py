@@ -16,12 +16,12 @@ from shoehorn.common.units import ceil_div
 from shoehorn.model.shape import KvLayers, ModelShape
 
 _BATCHES_IN_FLIGHT = 2
-"""Batches whose tokens are scheduled and not yet settled: asynchronous scheduling overlaps two."""
+"""Batches whose tokens are scheduled but not yet computed: asynchronous scheduling overlaps two."""
 
 
 @dataclass(frozen=True)
 class KvLayout:
-    """How the cache of one GPU is divided.
+    """Division of the KV cache on one GPU.
 
     Attributes:
         block_bytes: of one block of the pool.
@@ -38,13 +38,13 @@ class KvLayout:
         return cache_bytes // self.block_bytes * self.max_model_len // self.blocks_per_request
 
     def bytes_for(self, requests: int) -> int:
-        """The cache that many requests of full length need."""
+        """Size of the KV cache for that many requests of full length."""
         return requests * self.blocks_per_request * self.block_bytes
 
 
 def layout(shape: ModelShape, max_model_len: int, block_size: int, entry_bytes: float, max_num_batched_tokens: int,
            tensor_parallel: int = 1, share: float = 1.0) -> KvLayout:
-    """The cache's layout on one GPU.
+    """Compute the layout of the KV cache on one GPU.
 
     Args:
         entry_bytes: of one key or value entry; a half for 4-bit formats.
@@ -67,5 +67,5 @@ def layout(shape: ModelShape, max_model_len: int, block_size: int, entry_bytes: 
 
 
 def group_size(layers: list[int]) -> int:
-    """Layers in each group: the fewest of a kind, or the most where they are nearly as many."""
+    """Number of layers in each group: the fewest of a kind, or the most where both are nearly as many."""
     return max(layers) if max(layers) < min(layers) * 1.5 else min(layers)

@@ -97,7 +97,7 @@ class MemoryModel:
         """Memory of each GPU, in the order of the pipeline's stages.
 
         The KV cache is 0 when nothing is left for it; `total_bytes` then exceeds `limit_bytes` by what is missing.
-        Every GPU gets the same number of blocks, those that the fullest one has room for.
+        Every GPU gets the same number of blocks, as many as fit on the fullest one.
         """
         bare = [self._without_cache(stage) for stage in range(self.config.parallelism.pipeline)]
         if self.config.kv_cache_bytes is None:
@@ -178,7 +178,7 @@ class MemoryModel:
 
     @property
     def loading_bytes(self) -> int:
-        """Peak of loading beside the weights; the draft model loads after the model."""
+        """Peak of loading on top of the weights; the draft model loads after the model."""
         return max(self.activations.loading_bytes, self.draft.loading_bytes if self.draft else 0)
 
     def missing_on_host(self) -> int:

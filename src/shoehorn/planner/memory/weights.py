@@ -85,21 +85,21 @@ class Weights:
         return self.shape.layers * sum(-size % _ALLOCATOR_PIECE for size in self.fused_tensors_bytes
                                        if size >= _LARGE_TENSOR)
 
-    def _held(self, group: TensorGroup) -> int:
+    def _loaded_bytes(self, group: TensorGroup) -> int:
         """Size of unquantized tensors: as stored in a quantized checkpoint, else in the chosen dtype."""
         return group.bytes if self.shape.quantization else group.parameters * self.config.dtype_bytes
 
     @property
     def embedding_bytes(self) -> int:
         """The embedding alone."""
-        return self.divided(self._held(self.shape.tensor_bytes.embedding))
+        return self.divided(self._loaded_bytes(self.shape.tensor_bytes.embedding))
 
     @property
     def head_bytes(self) -> int:
         """The output head, or the embedding that serves as one."""
         if self.shape.tied_embeddings:
             return self.embedding_bytes
-        return self.divided(self._held(self.shape.tensor_bytes.lm_head))
+        return self.divided(self._loaded_bytes(self.shape.tensor_bytes.lm_head))
 
     def embeddings_bytes(self, stage: int) -> int:
         """Embedding and output head that one stage holds on the GPU."""
@@ -111,7 +111,7 @@ class Weights:
     @property
     def other_bytes(self) -> int:
         """Norms and all other tensors, whole on every GPU."""
-        return self._held(self.shape.tensor_bytes.other)
+        return self._loaded_bytes(self.shape.tensor_bytes.other)
 
     @property
     def rotary_bytes(self) -> int:
@@ -120,7 +120,7 @@ class Weights:
 
     @property
     def absorbed_bytes(self) -> int:
-        """Copies of projections that the engine makes beside the weights of compressed attention (MLA)."""
+        """Copies of projections that the engine keeps of compressed attention (MLA)."""
         return self.divided(self.shape.absorbed_parameters * self.config.dtype_bytes)
 
     def stage_layers(self, stage: int) -> int:

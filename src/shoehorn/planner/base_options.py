@@ -1,4 +1,4 @@
-"""Options that are given: by the profile, the settings, VLLM_EXTRA_ARGS, the last known good configuration.
+"""Base options of a plan: from profile, settings, VLLM_EXTRA_ARGS and the last known good configuration.
 
 Rules: VLLM_EXTRA_ARGS wins over the settings, a setting over the profile; two of them that contradict each
 other, or the model, are a `SettingsError` that names both.
@@ -23,15 +23,15 @@ _NOT_ESTIMATED = ("data-parallel-size", "enable-lora", "compilation-config", "sp
 
 
 @dataclass(frozen=True)
-class Given:
-    """The options that are given, and which of them the user gave."""
+class BaseOptions:
+    """vLLM's options before any automatic choice, and those of them that are from the user."""
 
     options: OptionSet
     by_user: frozenset[str]
 
 
-def given_options(inputs: PlanInputs) -> Given:
-    """Collect the given options in the order of precedence, and check them against the model.
+def base_options(inputs: PlanInputs) -> BaseOptions:
+    """Collect the options in the order of precedence, and check them against the model.
 
     Raises:
         SettingsError: settings that contradict each other or the model.
@@ -54,11 +54,11 @@ def given_options(inputs: PlanInputs) -> Given:
     for option in _NOT_ESTIMATED:
         if _is_in_use(option, options.values.get(option)):
             options = options.note(option, "not-estimated")
-    return Given(options, by_user)
+    return BaseOptions(options, by_user)
 
 
 def _is_in_use(option: str, value: object) -> bool:
-    """Whether a value switches a feature on."""
+    """Return whether a value switches a feature on."""
     return bool(value) and not (option == "data-parallel-size" and value == 1)
 
 
