@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The container's entry point: `serve` without an argument, else the `shoehorn` subcommand that is named."""
+"""Entry point of the container: `shoehorn serve` without an argument, otherwise the named subcommand."""
 
 import sys
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from shoehorn.commands.serve import _require_volume, first_key_line, no_core_dumps, welcome
+from shoehorn.commands.serve import _require_volume, disable_core_dumps, first_key_line, welcome
 from shoehorn.common import mounts
 from shoehorn.common.errors import SettingsError
 from shoehorn.config.settings import load
@@ -49,19 +49,20 @@ def test_with_a_certificate_the_address_is_https() -> None:
     assert "curl -k -N https://127.0.0.1:7001/" in text
 
 
-@pytest.mark.parametrize(("number", "cause", "remedy"), [
-    (errno.EROFS, "mounted read-only, and the keys are kept there", "without :ro"),
-    (errno.ENOSPC, "is full", "Free space there"), (errno.EACCES, "cannot be written by user", "sudo chown -R")])
+@pytest.mark.parametrize(("number", "code", "remedy"), [
+    (errno.EROFS, "volume_read_only", "without :ro"), (errno.ENOSPC, "disk_full", "Free space there"),
+    (errno.EACCES, "volume_not_writable", "sudo chown -R")])
 @pytest.mark.fault("Volume read-only, full or another user's when the appliance starts",
-                   "Exit code 2 and what to type, before anything starts.")
-def test_a_volume_without_room_for_keys_is_told_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int,
-                                                        cause: str, remedy: str) -> None:
+                   "Exit code 2 with a remedy, before anything starts.")
+def test_volume_that_cannot_store_keys_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                          number: int, code: str, remedy: str) -> None:
     def touch(*_arguments: object) -> None:
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(Path, "touch", touch)
-    with pytest.raises(SettingsError, match=cause) as refusal:
+    with pytest.raises(SettingsError) as refusal:
         _require_volume(tmp_path)
+    assert refusal.value.code == code
     assert remedy in refusal.value.remedy
 
 
@@ -94,5 +95,5 @@ def test_core_dumps_are_kept_from_files_and_from_pipes(monkeypatch: pytest.Monke
     made: list[tuple[int, tuple[int, int]]] = []
     monkeypatch.setattr(resource, "getrlimit", lambda _: (0, most))
     monkeypatch.setattr(resource, "setrlimit", lambda which, limits: made.append((which, limits)))
-    no_core_dumps()
+    disable_core_dumps()
     assert made == [(resource.RLIMIT_CORE, (limit, limit))]

@@ -59,7 +59,7 @@ def test_a_kill_is_told_from_an_unknown_end() -> None:
 
 
 def test_an_engine_that_said_nothing_is_unknown_too() -> None:
-    assert "printed nothing" in diagnose([], 1).cause
+    assert "no output" in diagnose([], 1).cause
 
 
 def test_a_worker_that_the_kernel_killed_is_told_as_such() -> None:
@@ -67,7 +67,7 @@ def test_a_worker_that_the_kernel_killed_is_told_as_such() -> None:
              "unexpectedly (exit code: -9), shutting down executor."]
     found = diagnose(lines, 0)
     assert (found.name, found.final) == ("killed", False)
-    assert "memory ran out" in found.cause
+    assert "out of memory" in found.cause
 
 
 GIB, MIB = 1 << 30, 1 << 20

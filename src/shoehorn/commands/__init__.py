@@ -1,4 +1,4 @@
 """Commands of `shoehorn`, one module each.
 
-May import: every other room.
+May import all rooms.
 """

@@ -1,4 +1,4 @@
-"""`shoehorn doctor`: what serving needs, looked at one by one; each check says what to type when it fails."""
+"""`shoehorn doctor`: checks of everything that serving needs; a failed check has a remedy."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ from shoehorn.hardware import detect
 from shoehorn.hardware.types import Hardware
 
 _SHARED_MEMORY_BYTES = 160 * MIB
-"""What vLLM 0.32.0 wants before it starts; Docker gives 64 MiB unless told otherwise."""
+"""Minimum of vLLM 0.32.0; Docker's default is 64 MiB."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """One finding. `remedy` is empty when all is well or nothing can be done."""
+    """One check. `remedy` is empty if it passed or has no remedy."""
 
     name: str
     passed: bool
-    found: str
+    found: str  # language: quoted, a key of --json
     remedy: str = ""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """`--json` for programs."""
+    """Add `--json`."""
     parser.add_argument("--json", action="store_true", help="print a list of {name, passed, found, remedy}")
 
 
 def run(arguments: argparse.Namespace, environment: Mapping[str, str]) -> int:
-    """Print every check; exit code 0 when all passed, else 2."""
+    """Print every check; return 0 if all passed, otherwise 2."""
     checks = examine(environment, detect.detect())
     if arguments.json:
         print(json.dumps([asdict(check) for check in checks], indent=1, ensure_ascii=False))
@@ -52,38 +52,38 @@ def run(arguments: argparse.Namespace, environment: Mapping[str, str]) -> int:
 
 
 def examine(environment: Mapping[str, str], machine: Hardware) -> list[Check]:
-    """All checks, in the order in which a start needs them."""
+    """Run all checks, in the order of a start."""
     try:
         settings = settings_module.load(environment)
     except SettingsError as error:
         return [Check("settings", False, error.cause, error.remedy)]
-    return [Check("settings", True, f"{len(settings.given)} given"), _gpus(settings, machine),
-            Check("memory", True, f"{format_size(machine.host_memory_bytes)} for us, {machine.cpus:g} CPUs"),
+    return [Check("settings", True, f"{len(settings.given)} set"), _gpus(settings, machine),
+            Check("memory", True, f"{format_size(machine.host_memory_bytes)} usable, {machine.cpus:g} CPUs"),
             _volume(settings), _shared_memory(), _program("nginx", "install it, or put /usr/sbin on PATH"), _engine()]
 
 
 def _gpus(settings: Settings, machine: Hardware) -> Check:
     if machine.gpus:
-        found = "; ".join(f"{gpu.index}: {gpu.name}, {format_size(gpu.total_bytes)}, {format_size(gpu.free_bytes)} free"
+        gpus = "; ".join(f"{gpu.index}: {gpu.name}, {format_size(gpu.total_bytes)}, {format_size(gpu.free_bytes)} free"
                           for gpu in machine.gpus)
-        return Check("gpu", True, f"{found}; driver {machine.driver_version}")
+        return Check("gpu", True, f"{gpus}; driver {machine.driver_version}")
     return Check("gpu", settings.vram_profile == "cpu", "; ".join(("none", *machine.notes)),
                  "" if settings.vram_profile == "cpu" else
-                 "pass a GPU in (docker run --gpus all), or set VRAM_PROFILE=cpu")
+                 "start the container with a GPU (docker run --gpus all), or set VRAM_PROFILE=cpu")
 
 
 def _volume(settings: Settings) -> Check:
     directory = settings.models_dir
     if not directory.is_dir():
-        return Check("volume", False, f"{directory} is not there", f"mount a volume at {directory}, or set MODELS_DIR")
+        return Check("volume", False, f"{directory} not found", f"mount a volume at {directory}, or set MODELS_DIR")
     if not os.access(directory, os.W_OK):
-        return Check("volume", False, f"{directory} cannot be written by user {os.geteuid()}",
+        return Check("volume", False, f"{directory}: permission denied for user {os.geteuid()}",
                      f"on the host: sudo chown -R {os.geteuid()} THE_MOUNTED_FOLDER")
     return Check("volume", True, f"{directory}, {format_size(disk.disk_free(directory))} free")
 
 
 def _shared_memory() -> Check:
-    free = disk.disk_free(Path("/dev/shm"))  # noqa: S108  # the place itself is looked at
+    free = disk.disk_free(Path("/dev/shm"))  # noqa: S108  # the mount itself is checked
     enough = free >= _SHARED_MEMORY_BYTES
     return Check("shared memory", enough, f"{format_size(free)} free in /dev/shm",
                  "" if enough else "docker run --shm-size 8g, or shm_size: 8gb in compose")
@@ -91,9 +91,9 @@ def _shared_memory() -> Check:
 
 def _program(name: str, remedy: str) -> Check:
     path = shutil.which(name)
-    return Check(name, bool(path), path or "not on PATH", "" if path else remedy)
+    return Check(name, bool(path), path or "not found on PATH", "" if path else remedy)
 
 
 def _engine() -> Check:
-    found = find_spec("vllm") is not None
-    return Check("vllm", found, "installed" if found else "not installed", "" if found else "make setup")
+    installed = find_spec("vllm") is not None
+    return Check("vllm", installed, "installed" if installed else "not installed", "" if installed else "make setup")

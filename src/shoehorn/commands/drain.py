@@ -11,11 +11,11 @@ import argparse
 import time
 from collections.abc import Mapping
 
+from shoehorn.commands.appliance import require_appliance
 from shoehorn.common.errors import EXIT_DONE, ShoehornError
 from shoehorn.config import settings as settings_module
 from shoehorn.engine import drain
 from shoehorn.runtime import shutdown
-from shoehorn.runtime.run_dir import RunDir
 from shoehorn.runtime.state import Phase, StateFile
 
 _NOTICE_SECONDS = 5
@@ -33,7 +33,7 @@ def run(_arguments: argparse.Namespace, environment: Mapping[str, str]) -> int:
         ShoehornError: no appliance runs here, or it does not answer.
     """
     settings = settings_module.load(environment)
-    require_appliance(RunDir(settings.run_dir), "drain")
+    require_appliance(settings.run_dir, "drain")
     phase = StateFile(settings.run_dir).read().phase
     if phase is not Phase.READY:
         print(f"nothing to drain: the appliance is not ready ({phase})")
@@ -51,14 +51,3 @@ def run(_arguments: argparse.Namespace, environment: Mapping[str, str]) -> int:
         time.sleep(0.1)
     raise ShoehornError("Engine: drain timed out; running requests may be cut off.",
                         "Read the log, then stop the container.", code="drain_failed")
-
-
-def require_appliance(run_dir: RunDir, command: str) -> None:
-    """Check that an appliance runs with this RUN_DIR.
-
-    Raises:
-        ShoehornError: none does.
-    """
-    if not run_dir.state.exists():
-        raise ShoehornError(f"RUN_DIR={run_dir.path}: no appliance is running.",
-                            f"In compose, type: docker compose exec shoehorn shoehorn {command}", code="not_running")

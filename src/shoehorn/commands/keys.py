@@ -1,8 +1,8 @@
-"""`shoehorn keys add|list|rotate|revoke`: a new key alone on standard output, words about it on standard error.
+"""`shoehorn keys add|list|rotate|revoke`: a new key alone on standard output, messages on standard error.
 
-Rules: a key is shown when it is made and never again, since only its hash is kept; a running server takes every change
-from the next request on, and lets answers that run go on; keys from API_KEY and API_KEYS_FILE are listed here and
-changed where they are set.
+Rules: a key is shown once, when it is created, because only its hash is stored; a running server applies every change
+to the next request, and running answers continue; keys from API_KEY and API_KEYS_FILE are listed here and changed at
+their source.
 """
 
 from __future__ import annotations
@@ -22,35 +22,35 @@ from shoehorn.gateway.keys.api_key import Key, Limits, parse_expiry, parse_name
 from shoehorn.gateway.keys.store import KeyStore, NewKey
 
 _OPTIONS = {
-    "requests_per_minute": ("--requests-per-minute", "N", "most requests in any 60 s"),
-    "concurrent": ("--concurrent", "N", "most requests at the same time"),
-    "max_tokens": ("--max-tokens", "N", "most tokens of one request's answer"),
-    "body_bytes": ("--max-body", "SIZE", "largest request, for example 1MiB"),
+    "requests_per_minute": ("--requests-per-minute", "N", "maximum of requests in any 60 s"),
+    "concurrent": ("--concurrent", "N", "maximum of concurrent requests"),
+    "max_tokens": ("--max-tokens", "N", "maximum of tokens in one answer"),
+    "body_bytes": ("--max-body", "SIZE", "maximum size of a request, for example 1MiB"),
 }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """One subcommand an action."""
+    """Add one subcommand for each action."""
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    add = actions.add_parser("add", help="make a key and print it, this once")
-    add.add_argument("name", metavar="NAME", help="whose key it is; stands in the log and the metrics")
-    add.add_argument("--expires", metavar="WHEN", help="30d, 12h, or a day such as 2027-01-31 (UTC)")
+    add = actions.add_parser("add", help="create a key and print it once")
+    add.add_argument("name", metavar="NAME", help="name of the user, for the log and the metrics")
+    add.add_argument("--expires", metavar="WHEN", help="30d, 12h, or a date such as 2027-01-31 (UTC)")
     for field, (option, shape, text) in _OPTIONS.items():
         add.add_argument(option, metavar=shape, dest=field, help=text)
     listing = actions.add_parser("list", help="list the keys by name, with limits and last use")
     listing.add_argument("--json", action="store_true",
                          help="print [{name, source, created, last_used, expires, expired, limits}], Unix times")
-    rotate = actions.add_parser("rotate", help="replace a key by a new one with the same limits, and print that")
+    rotate = actions.add_parser("rotate", help="replace a key by a new one with the same limits, and print it")
     rotate.add_argument("name", metavar="NAME")
-    revoke = actions.add_parser("revoke", help="take a key away")
+    revoke = actions.add_parser("revoke", help="revoke a key")
     revoke.add_argument("name", metavar="NAME")
 
 
 def run(arguments: argparse.Namespace, environment: Mapping[str, str]) -> int:
-    """Do one action; returns the exit code.
+    """Run one action; return the exit code.
 
     Raises:
-        SettingsError: a mistake in the arguments, a name that is taken or unknown, or keys that cannot be read.
+        SettingsError: invalid arguments, a name that exists or is unknown, or unreadable keys.
     """
     settings = settings_module.load(environment)
     if arguments.action == "list":
@@ -58,12 +58,12 @@ def run(arguments: argparse.Namespace, environment: Mapping[str, str]) -> int:
     _require_changeable(settings, arguments.name)
     store = KeyStore(settings.models_dir)
     if arguments.action == "add":
-        _show(store.add(_template(arguments)), "made")
+        _show(store.add(_template(arguments)), "created")
     elif arguments.action == "rotate":
-        _show(store.rotate(arguments.name, time.time()), "replaced; the old key opens nothing any more")
+        _show(store.rotate(arguments.name, time.time()), "rotated; the old key is revoked")
     else:
         store.revoke(arguments.name)
-        print(f"key {arguments.name!r} opens nothing any more", file=sys.stderr)
+        print(f"key {arguments.name!r} revoked", file=sys.stderr)
     return EXIT_DONE
 
 
@@ -74,20 +74,20 @@ def _template(arguments: argparse.Namespace) -> Key:
         expires = parse_expiry(arguments.expires, now) if arguments.expires else None
         return Key(parse_name(arguments.name), b"", b"", now, expires, Limits.parse(words))
     except ValueError as error:
-        raise SettingsError(f"This key cannot be made: {error}.", "Type: shoehorn keys add --help") from None
+        raise SettingsError(f"Key: {error}.", "Type: shoehorn keys add --help", code="invalid_key") from None
 
 
 def _require_changeable(settings: Settings, name: str) -> None:
-    """Keys that the volume does not hold are changed elsewhere."""
+    """Refuse to change keys that are not stored in the volume."""
     _, source = sources.in_force(settings).get(name, (None, "volume"))
     if source != "volume":
-        raise SettingsError(f"The key {name!r} comes from {source}.", f"Change it there, or choose another name."
-                            f"{' Then restart.' if source == 'API_KEY' else ''}")
+        raise SettingsError(f"Key {name!r}: already exists in {source}.", f"Change it there, or choose another name."
+                            f"{' Then restart.' if source == 'API_KEY' else ''}", code="key_exists")
 
 
-def _show(made: NewKey, what: str) -> None:
-    print(f"key {made.key.name!r} {what}. It is shown this once:", file=sys.stderr)
-    print(made.token)
+def _show(key: NewKey, action: str) -> None:
+    print(f"key {key.key.name!r} {action}. It is shown only once:", file=sys.stderr)
+    print(key.token)
 
 
 def _list(settings: Settings, as_json: bool) -> int:
@@ -101,7 +101,7 @@ def _list(settings: Settings, as_json: bool) -> int:
         print(json.dumps(rows, indent=1))
         return EXIT_DONE
     if not rows:
-        print("no keys; a server that starts makes one, or type: shoehorn keys add NAME", file=sys.stderr)
+        print("no keys; the next start creates one, or type: shoehorn keys add NAME", file=sys.stderr)
         return EXIT_DONE
     table = [["NAME", "SOURCE", "CREATED", "LAST USED", "EXPIRES", "LIMITS"]]
     table += [[str(row["name"]), str(row["source"]), _day(row["created"], "-"), _day(row["last_used"], "never"),

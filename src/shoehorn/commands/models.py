@@ -1,8 +1,8 @@
-"""`shoehorn models`: what lies in the volume, how large, how whole, when it was last served; `models rm` frees it.
+"""`shoehorn models`: the models in the volume, with size, completeness and last use; `models rm` removes them.
 
-Rules: sizes are those on the disk, of partial files too; a model that an appliance serves from this volume, or that is
-being pulled, is never removed; the manifest goes first, so that a removal that is cut short leaves nothing that counts
-as complete.
+Rules: sizes are those on the disk, partial files included; a model that an appliance serves from this volume, or that
+is being pulled, is not removed; the manifest is removed first, so that an interrupted removal leaves an incomplete
+model.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from shoehorn.store.inventory import StoredModel
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """`rm OWNER/NAME...`, or `--json` for the list."""
+    """Add `rm OWNER/NAME...`, and `--json` for the list."""
     parser.add_argument("--json", action="store_true",
                         help="print a list of {model, revision, bytes, complete, last_used, in_use, commit}")
     actions = parser.add_subparsers(dest="action", metavar="rm")
@@ -30,20 +30,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, environment: Mapping[str, str]) -> int:
-    """List, or remove; returns the exit code."""
+    """List or remove; return the exit code."""
     models_dir = settings_module.load(environment).models_dir
     if arguments.action == "rm":
         for model in arguments.models:
             freed = inventory.remove(models_dir, model)
             print(f"removed {model}: {format_size(freed)} freed")
         return EXIT_DONE
-    found = inventory.models(models_dir)
+    models = inventory.models(models_dir)
     if arguments.json:
-        print(json.dumps([asdict(model) for model in found], indent=1))
+        print(json.dumps([asdict(model) for model in models], indent=1))
         return EXIT_DONE
-    if not found:
-        print(f"{models_dir} holds no models")
-    for model in found:
+    if not models:
+        print(f"{models_dir}: no models")
+    for model in models:
         print(_line(model))
     return EXIT_DONE
 

@@ -1,7 +1,7 @@
-"""`shoehorn serve`: settings, hardware and profile checked, process files written, then supervisord in this process.
+"""`shoehorn serve`: check settings, hardware and profile, write the process files, then become supervisord.
 
-Rules: whatever can be found wrong at once is found here, before anything starts; secrets leave the environment before
-any other program begins; the run directory starts clean and is entered by its owner only.
+Rules: every error that can be detected at once is reported here, before anything starts; secrets are removed from the
+environment before any other program starts; the run directory starts clean and only its owner can enter it.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ from shoehorn.runtime.state import Phase, StateFile
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """`serve` takes no arguments: settings come from the environment."""
+    """Add no argument: settings come from the environment."""
 
 
 def run(arguments: argparse.Namespace, environment: Mapping[str, str]) -> int:
-    """Prepare everything and become supervisord; returns only by an exception."""
+    """Prepare everything and become supervisord; return only by an exception."""
     settings = settings_module.load(environment)
     machine = detect.detect()
     profile = inputs.select_profile(settings, machine)
@@ -60,69 +60,70 @@ def run(arguments: argparse.Namespace, environment: Mapping[str, str]) -> int:
         tls.install(settings)
     write_atomic(paths.nginx_config, nginx_config.render(settings, settings.run_dir, user), 0o600)
     supervisord_config.write_supervisord_config(settings, user)
-    made = sources.prepare(settings)
-    if made:
-        print(first_key_line(made), flush=True)
-    write_atomic(paths.welcome, welcome(settings, made), 0o600)
+    first_key = sources.prepare(settings)
+    if first_key:
+        print(first_key_line(first_key), flush=True)
+    write_atomic(paths.welcome, welcome(settings, first_key), 0o600)
     StateFile(settings.run_dir).update(phase=Phase.STARTING, detail="starting", model=settings.served_model_name)
     print(f"shoehorn {__version__}: profile {profile.name}, gateway on port {settings.port}, "
           f"metrics on port {settings.metrics_port}", flush=True)
-    no_core_dumps()
+    disable_core_dumps()
     os.set_inheritable(lock, True)  # held until supervisord ends
     os.execve(sys.executable, [sys.executable, "-m", "shoehorn.runtime.supervisord", str(settings.run_dir)],
               _without_secrets(settings, environment))
 
 
-def no_core_dumps() -> None:
-    """Let no program dump its memory, with keys and prompts, to a disk: from here on, and for all that is started.
+def disable_core_dumps() -> None:
+    """Prevent core dumps, which contain keys and prompts, of this process and all its children.
 
-    A limit of 0 keeps Linux from writing a file, not from piping the dump to a program of the host's; one of 1 byte
-    keeps it from both (Linux, fs/coredump.c).
+    A limit of 0 prevents a core file, but not a pipe to a program of the host; a limit of 1 byte prevents both (Linux,
+    fs/coredump.c).
     """
-    limit = 0 if resource.getrlimit(resource.RLIMIT_CORE)[1] == 0 else 1  # nobody but root raises a limit
+    limit = 0 if resource.getrlimit(resource.RLIMIT_CORE)[1] == 0 else 1  # only root can raise a limit
     resource.setrlimit(resource.RLIMIT_CORE, (limit, limit))
 
 
-def welcome(settings: Settings, made: NewKey | None) -> str:
-    """What is printed when the server is ready: how to call it. Shows a key only if it was just made."""
-    bearer = made.token if made else "$API_KEY" if settings.api_key else "YOUR_KEY"
+def welcome(settings: Settings, first_key: NewKey | None) -> str:
+    """Return the text that is printed when the server is ready: an example call, with a key only if it is new."""
+    bearer = first_key.token if first_key else "$API_KEY" if settings.api_key else "YOUR_KEY"
     body = shlex.quote(json.dumps({"model": settings.served_model_name, "stream": True,
                                    "messages": [{"role": "user", "content": "你叫啥?"}]}, ensure_ascii=False))
     command = "curl -N"
     scheme = "http"
-    if settings.tls_cert_file:  # -k: the certificate is for the name by which clients know this machine
+    if settings.tls_cert_file:  # -k: the certificate has the public name of this machine
         command, scheme = "curl -k -N", "https"
     return "\n".join([
         "", f"Ready: {settings.served_model_name} on port {settings.port}. Try:", "",
         f"{command} {scheme}://127.0.0.1:{settings.port}/v1/chat/completions "
         f'-H "Authorization: Bearer {bearer}" -H "Content-Type: application/json" -d {body}', "",
-        *(["YOUR_KEY is shown only when it is made. A new one: shoehorn keys add NAME", ""]
+        *(["YOUR_KEY is shown only when it is created. For a new one, type: shoehorn keys add NAME", ""]
           if bearer == "YOUR_KEY" else [])])
 
 
-def first_key_line(made: NewKey) -> str:
-    """What a start that makes the first key prints at once: it is known then, even if that start never gets ready."""
-    return (f"shoehorn: made the API key {made.key.name!r}, which only this start shows: {made.token}\n"
-            f"  -> lost it? Type: shoehorn keys rotate {made.key.name}")
+def first_key_line(key: NewKey) -> str:
+    """Return the message that shows the first key at once, in case this start never becomes ready."""
+    return (f"shoehorn: created the API key {key.key.name!r}, shown only by this start: {key.token}\n"
+            f"  -> If it is lost, type: shoehorn keys rotate {key.key.name}")
 
 
 def _prepare_run_dir(paths: RunDir) -> int:
-    """An empty run directory, locked; returns the lock's file descriptor.
+    """Lock and empty the run directory; return the file descriptor of the lock.
 
     Raises:
-        SettingsError: another appliance uses it, or it cannot be written.
+        SettingsError: another appliance uses the directory, or it cannot be written.
     """
     try:
         paths.path.mkdir(parents=True, exist_ok=True)
-        if paths.path.stat().st_uid == os.geteuid():  # under another uid of the image's group it is not ours to change
+        if paths.path.stat().st_uid == os.geteuid():  # another user of the image's group cannot change the mode
             paths.path.chmod(0o700)
         lock = locks.acquire(paths.lock, wait=False)
     except BlockingIOError:
-        raise SettingsError(f"Another Shoehorn runs with RUN_DIR={paths.path}.",
-                            "Stop it, or set another RUN_DIR.") from None
+        raise SettingsError(f"RUN_DIR={paths.path}: another appliance uses it.",
+                            "Stop that appliance, or set another RUN_DIR.", code="run_dir_in_use") from None
     except OSError as error:
-        raise SettingsError(f"RUN_DIR={paths.path} cannot be used: {error.strerror}.",
-                            "Mount a tmpfs there that this user may write, or set another RUN_DIR.") from error
+        raise SettingsError(f"RUN_DIR={paths.path}: {error.strerror}.",
+                            "Mount a tmpfs there that this user can write, or set another RUN_DIR.",
+                            code="run_dir_unusable") from error
     for record in paths.groups:
         end_recorded_group(record)  # of an appliance that was killed
     for entry in paths.path.iterdir():
@@ -142,18 +143,20 @@ def _require_volume(models_dir: Path) -> None:
         probe.unlink()
     except OSError as error:
         if error.errno == errno.EROFS:
-            raise SettingsError(f"MODELS_DIR={models_dir} is mounted read-only, and the keys are kept there.",
-                                "Mount it writable (without :ro). Models that nobody may change can lie elsewhere: "
-                                "MODEL_SOURCE=local, and MODEL_ID their folder.") from error
+            raise SettingsError(f"MODELS_DIR={models_dir}: mounted read-only, but keys are stored there.",
+                                "Mount it writable (without :ro). Mount a read-only model elsewhere, and set "
+                                "MODEL_SOURCE=local and MODEL_ID to its folder.", code="volume_read_only") from error
         if error.errno in disk.FULL:
-            raise SettingsError(f"The volume MODELS_DIR={models_dir} is full.",
-                                "Free space there (shoehorn models), or mount a larger volume.") from error
+            raise SettingsError(f"MODELS_DIR={models_dir}: disk full.",
+                                "Free space there (shoehorn models rm), or mount a larger volume.",
+                                code="disk_full") from error
         raise SettingsError(
-            f"MODELS_DIR={models_dir} cannot be written by user {os.geteuid()}: {error.strerror}.",
-            f"Mount a volume there, or on the host: sudo chown -R {os.geteuid()} THE_MOUNTED_FOLDER") from error
+            f"MODELS_DIR={models_dir}: not writable for user {os.geteuid()}: {error.strerror}.",
+            f"Mount a volume there, or type on the host: sudo chown -R {os.geteuid()} THE_MOUNTED_FOLDER",
+            code="volume_not_writable") from error
     mount = mounts.find_mount(models_dir)
     if mount and mount.is_anonymous:
-        print(f"shoehorn: no volume is mounted at MODELS_DIR={models_dir}: what is pulled goes with the container\n"
+        print(f"shoehorn: no volume is mounted at MODELS_DIR={models_dir}: models are deleted with the container\n"
               f"  -> Type: docker run -v models:{models_dir} ..., or use docker compose", flush=True)
 
 
@@ -163,12 +166,13 @@ def _require_port(port: int, name: str) -> None:
         try:
             probe.bind(("0.0.0.0", port))  # noqa: S104  # the gateway's own address: every interface of the container
         except OSError as error:
-            raise SettingsError(f"{name}={port} cannot be listened on: {error.strerror}.",
-                                f"Stop what uses it, or set {name} to a free port.") from error
+            raise SettingsError(f"{name}={port}: cannot listen: {error.strerror}.",
+                                f"Stop the program that uses the port, or set {name} to a free port.",
+                                code="port_in_use") from error
 
 
 def _without_secrets(settings: Settings, environment: Mapping[str, str]) -> dict[str, str]:
-    """The programs' environment: the hubs' tokens as files in the run directory, other secrets not at all."""
+    """Return the programs' environment: hub tokens as files in the run directory, no other secret."""
     clean = secrets.without_secrets(environment)
     for name, token in (("MODELSCOPE_API_TOKEN", settings.modelscope_api_token), ("HF_TOKEN", settings.hf_token)):
         if token:

@@ -1,8 +1,8 @@
-"""Why the engine ended, in words: the engine's own log lines -> cause and remedy.
+"""Diagnosis of an engine exit: its log lines -> cause and remedy.
 
-Rules: the first line that matches counts, because the engine repeats and wraps its first failure; what no row knows is
-`unknown` and carries the engine's last lines. A row is `final` when the same start would fail the same way again, and
-`memory` when a start that needs less of the card would not.
+Rules: the first matching line counts, because the engine repeats and wraps its first failure; an exit without a
+matching row is `unknown` and carries the last lines. A row is `final` if the same start would fail the same way, and
+`memory` if a start that needs less GPU memory could succeed.
 Source of the texts: vLLM 0.32.0 (vllm/v1/core/kv_cache_utils.py, vllm/v1/worker/utils.py, vllm/v1/engine/core.py)
 and torch 2.13.0.
 """
@@ -21,11 +21,11 @@ class Diagnosis:
     """A failure of the engine.
 
     Attributes:
-        name: short and stable, for metrics.
-        final: the same start would fail again, so it is not tried again.
-        memory: a start that needs less memory of the GPU could succeed.
-        missing_bytes: what the GPU lacked, where the engine says it; 0 where not.
-        cache_made: the KV cache lay on the card already.
+        name: stable code, for metrics.
+        final: the same start would fail the same way, so it is not retried.
+        memory: a start that needs less GPU memory could succeed.
+        missing_bytes: GPU memory that was missing, as the engine reports it; 0 if unknown.
+        cache_made: the KV cache was allocated already.
     """
 
     name: str
@@ -49,70 +49,71 @@ class _Row:
 
 _ROWS = (
     _Row("context_exceeds_kv_cache", re.compile(r"To serve at least one request with the model's max seq len"),
-         "The KV cache that fits holds less than one request of MAX_MODEL_LEN tokens.",
-         "Set MAX_MODEL_LEN to the estimated maximum in the engine's message above, or less.", memory=True),
+         "KV cache: too small for one request of MAX_MODEL_LEN tokens.",
+         "Set MAX_MODEL_LEN to the estimated maximum in the engine's message above or less.", memory=True),
     _Row("no_kv_cache_memory", re.compile(r"No available memory for the cache blocks"),
-         "After the weights nothing is left for the KV cache.",
-         "Choose a smaller model or a larger VRAM_LIMIT, or offload more: VLLM_EXTRA_ARGS='--cpu-offload-gb N'.",
+         "KV cache: no GPU memory left after the weights.",
+         "Choose a smaller model, raise VRAM_LIMIT, or offload more: VLLM_EXTRA_ARGS='--cpu-offload-gb N'.",
          memory=True),
     _Row("gpu_in_use", re.compile(r"Free memory on device .* is less than desired GPU memory utilization"),
-         "Less GPU memory is free than the plan uses: another process holds the card.",
-         "End the other process (`nvidia-smi` names it), or set VRAM_LIMIT to what is free.", memory=True),
+         "GPU memory: another process uses part of what the plan needs.",
+         "Terminate the other process (`nvidia-smi` names it), or set VRAM_LIMIT to the free memory.", memory=True),
     _Row("gpu_out_of_memory", re.compile(r"CUDA out of memory|torch\.OutOfMemoryError|not enough GPU memory|"
-                                           r"\"aten::empty\".*API call failed"),  # how a kernel of its own says it
-         "The GPU ran out of memory while the engine started.",
+                                           r"\"aten::empty\".*API call failed"),  # message of vLLM's own kernels
+         "GPU: out of memory while the engine started.",
          "Lower MAX_MODEL_LEN or MAX_NUM_SEQS, or offload more: VLLM_EXTRA_ARGS='--cpu-offload-gb N'.", memory=True),
     _Row("host_out_of_memory", re.compile(r"DefaultCPUAllocator: can.t allocate memory|MemoryError\b"),
-         "The host ran out of memory while the engine started.",
-         "Give the container more memory, or offload less: VLLM_EXTRA_ARGS='--cpu-offload-gb N'."),
+         "Host: out of memory while the engine started.",
+         "Raise the container's memory limit, or offload less: VLLM_EXTRA_ARGS='--cpu-offload-gb N'."),
     _Row("unsupported_model", re.compile(r"Model architectures \[.*\] are not supported|"
                                          r"does not recognize this architecture"),
-         "The engine does not know this model's architecture.",
-         "Choose another MODEL_ID; the engine's message above names what it does not know."),
+         "Model: unsupported architecture.",
+         "Choose another MODEL_ID; the engine's message above names the architecture."),
     _Row("unsupported_dtype", re.compile(r"Bfloat16 is only supported on GPUs|compute capability of at least"),
-         "This GPU lacks a number format or kernel that the plan uses.",
-         "Set VLLM_EXTRA_ARGS='--dtype float16'; if that fails too, the card is too old for this engine."),
+         "GPU: unsupported dtype or kernel in the plan.",
+         "Set VLLM_EXTRA_ARGS='--dtype float16'; if that fails too, use a newer GPU."),
     _Row("bad_engine_argument", re.compile(r"error: (unrecognized arguments|argument )|"
                                            r"validation errors? for \w+Config"),
-         "The engine refused an option.",
-         "Correct VLLM_EXTRA_ARGS, the setting or the profile that the engine's message above names."),
+         "vLLM option: invalid or unknown.",
+         "Correct the option that the engine's message above names: in VLLM_EXTRA_ARGS, a setting or the profile."),
     _Row("shared_memory_too_small", re.compile(r"Insufficient space in /dev/shm"),
-         "The container's shared memory (/dev/shm) is too small for the engine.",
-         "Start it with --shm-size 8g (docker run) or shm_size: 8gb (compose)."),
+         "Shared memory (/dev/shm): too small for the engine.",
+         "Start the container with --shm-size 8g (docker run) or shm_size: 8gb (compose)."),
     _Row("no_compiler", re.compile(r"Failed to find C compiler|CalledProcessError: Command '\['[^']*(gcc|clang|cc)'"),
-         "The engine compiles small parts of itself at start, and found no working C compiler.",
-         "Install gcc, binutils and Python's headers where it runs; the image has them."),
+         "C compiler: not found or not working; the engine compiles parts of itself at start.",
+         "Install gcc, binutils and Python's headers on this machine; the image has them."),
     _Row("bad_weights", re.compile(r"SafetensorError|Error while deserializing header"),
-         "A weight file is damaged.", "Run `shoehorn pull` again; it checks every file and fetches what is damaged."),
+         "Weights: damaged file.", "Run `shoehorn pull --verify`, then `shoehorn pull` to fetch damaged files."),
 )
 
 
-HUNG = Diagnosis("hung", "The engine hangs: nothing moves, and it does not write a token.",
-                 "It is started again; if that happens often, look for errors of the GPU (`dmesg`, Xid) on the host.",
+HUNG = Diagnosis("hung", "The engine hangs: its counters stand still and a probe for one token timed out.",
+                 "If it recurs, look for GPU errors (`dmesg`, Xid) on the host.",
                  False)
-"""What the watchdog found, not the log."""
+"""Diagnosis of the watchdog; the log does not show it."""
 
 
 def diagnose(lines: Iterable[str], status: int, memory_kill: bool = False) -> Diagnosis:
-    """The cause of an exit.
+    """Return the cause of an exit.
 
     Args:
         lines: the engine's last lines, oldest first.
         status: its exit status; negative for a signal.
-        memory_kill: the kernel killed some process for memory meanwhile: an engine whose core dies ends by itself.
+        memory_kill: the kernel killed a process out of memory meanwhile; an engine whose core was killed exits with 0.
     """
-    kept = list(lines)
-    for line in kept:
+    tail = list(lines)
+    for line in tail:
         for row in _ROWS:
             if row.pattern.search(line):
-                return Diagnosis(row.name, row.cause, row.remedy, row.final, row.memory, _missing_bytes(row.name, kept),
-                                 any("KV cache size:" in each for each in kept))
-    if status == -9 or memory_kill or any(_KILLED.search(line) for line in kept):
-        return Diagnosis("killed", "The engine was killed (SIGKILL), most often because memory ran out.",
-                         "See `dmesg` on the host for an out-of-memory kill; give the container more memory.", False)
-    last = " | ".join(kept[-3:]) or "it printed nothing"
-    return Diagnosis("unknown", f"The engine ended with status {status}: {last}",
-                     "The lines above this one are the engine's own; search them for the first error.", False)
+                return Diagnosis(row.name, row.cause, row.remedy, row.final, row.memory, _missing_bytes(row.name, tail),
+                                 any("KV cache size:" in each for each in tail))
+    if status == -9 or memory_kill or any(_KILLED.search(line) for line in tail):
+        return Diagnosis("killed", "Engine: killed (SIGKILL), most likely out of memory.",
+                         "Look for an out-of-memory kill in `dmesg` on the host; raise the container's memory limit.",
+                         False)
+    last = " | ".join(tail[-3:]) or "no output"
+    return Diagnosis("unknown", f"Engine: exited with status {status}: {last}",
+                     "Search the engine's log above for the first error.", False)
 
 
 _KILLED = re.compile(r"Worker proc \S+ died unexpectedly \(exit code: -9\)")
@@ -123,7 +124,7 @@ _TRIED = re.compile(r"Tried to allocate ([\d.]+) (MiB|GiB)\..*?of which ([\d.]+)
 
 
 def _missing_bytes(name: str, lines: list[str]) -> int:
-    """What the engine says that the card lacked."""
+    """Return the GPU memory that was missing according to the engine."""
     text = "\n".join(lines)
     if name == "context_exceeds_kv_cache" and (match := _NEEDED.search(text)):
         return _bytes(match[1], "GiB") - _bytes(match[2], "GiB")

@@ -1,12 +1,12 @@
-"""What is taken out of the environment before a program gets it.
+"""Environment of the engine: secrets and unsafe switches removed, the plan's and fixed variables added.
 
 Rules:
-- a secret reaches only the program that needs it: whatever is named like one is withheld from all others;
-- the engine gets no switch that opens a route, loads code or models from elsewhere, replaces its API server (and with
-  it the appliance's limits), or writes what clients send to logs and disks;
-- one request may not ask for thousands of answers;
-- the engine looks for `model.py` in an empty folder: it runs that file at its start, whatever `trust_remote_code` says,
-  and /opt/ml/model, its default, may be anybody's volume.
+- a variable that is named like a secret is removed;
+- a switch is removed if it opens a route, loads code or models from elsewhere, replaces the API server (and with it the
+  appliance's limits), or writes clients' data to logs and disks;
+- the number of answers of one request is bounded;
+- the engine searches an empty folder for `model.py`: it runs that file at its start, whatever `trust_remote_code` says,
+  and its default /opt/ml/model may be a volume with other content.
 Names as vLLM 0.32.0 has them in `vllm/envs.py`; a test compares.
 """
 
@@ -22,15 +22,15 @@ from shoehorn.runtime.run_dir import RunDir
 SWITCHES = frozenset({
     # routes without a key
     "VLLM_SERVER_DEV_MODE", "VLLM_ALLOW_RUNTIME_LORA_UPDATING", "VLLM_ENABLE_COHERE_API",
-    # answers that are kept for whoever names them
+    # stored answers that any client can request by id
     "VLLM_ENABLE_RESPONSES_API_STORE", "VLLM_DISABLE_REQUEST_ID_RANDOMIZATION",
     # code and models from elsewhere
     "VLLM_ALLOW_INSECURE_SERIALIZATION", "VLLM_LORA_RESOLVER_CACHE_DIR", "VLLM_LORA_RESOLVER_HF_REPO_LIST",
     "VLLM_MEDIA_CONNECTOR", "VLLM_MODEL_REDIRECT_PATH", "VLLM_TEST_FORCE_LOAD_FORMAT", "VLLM_USE_MODELSCOPE",
     "VLLM_GPT_OSS_SYSTEM_TOOL_MCP_LABELS",
-    # another API server in the place of the one that the limits live in
+    # another API server, without the appliance's limits
     "VLLM_USE_RUST_FRONTEND", "VLLM_RUST_FRONTEND_PATH",
-    # what clients send, in logs and files
+    # clients' data in logs and files
     "VLLM_DEBUG_DUMP_PATH", "VLLM_DEBUG_LOG_API_SERVER_RESPONSE", "VLLM_LOGGING_CONFIG_PATH", "VLLM_TRACE_FUNCTION",
     "VLLM_USAGE_STATS_SERVER",
     # a server that looks alive without its engine
@@ -41,17 +41,17 @@ _OTHERS = frozenset({
     "STANDARD_PIP_ARGS",  # installs what a model's requirements.txt names
 })
 BOUNDS = {
-    "VLLM_MAX_N_SEQUENCES": "128",  # answers to one request; 16384 by default, each of them a sequence in the engine
-    "VLLM_MAX_COMPLETION_PROMPTS": "128",  # prompts in one request; 1024 by default
-    "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0",  # an allowed host could point the engine at an inner address
+    "VLLM_MAX_N_SEQUENCES": "128",  # answers to one request, each a sequence in the engine; default 16384
+    "VLLM_MAX_COMPLETION_PROMPTS": "128",  # prompts in one request; default 1024
+    "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0",  # an allowed host could redirect the engine to an internal address
 }
-"""What one request may cost, where the operator does not say otherwise."""
+"""Bounds of one request; the operator's own values override them."""
 
-_PREFIXES = ("SAGEMAKER_", "CUSTOM_")  # name functions and files that are loaded at the start
+_PREFIXES = ("SAGEMAKER_", "CUSTOM_")  # functions and files that are loaded at the start
 
 
 def for_engine(environment: Mapping[str, str], run_dir: Path) -> dict[str, str]:
-    """The environment as the engine may have it."""
+    """Return the environment without secrets and unsafe switches."""
     clean = {name: value for name, value in without_secrets(environment).items()
              if name not in SWITCHES | _OTHERS and not name.startswith(_PREFIXES)}
     return {**BOUNDS, **clean, "SAGEMAKER_MODEL_PATH": str(RunDir(run_dir).empty)}
@@ -59,15 +59,15 @@ def for_engine(environment: Mapping[str, str], run_dir: Path) -> dict[str, str]:
 
 def engine_environment(environment: Mapping[str, str], plan_environment: Mapping[str, str],
                        run_dir: Path) -> dict[str, str]:
-    """The engine's environment: the container's without what is `withheld`, the plan's, and what is fixed here.
+    """Return the engine's environment: the sanitized one of the container, the plan's, and fixed variables.
 
-    A user's own settings of PyTorch's allocator win over the plan's.
+    A user's own configuration of PyTorch's allocator overrides the plan's.
     """
     return {
         **for_engine(environment, run_dir),
         "VLLM_USE_FLASHINFER_SAMPLER": "0",  # its kernels are compiled at run time and need nvcc
         "VLLM_ENGINE_READY_TIMEOUT_S": "7200",
-        "GLOO_SOCKET_IFNAME": "lo",  # it listens where the host's name leads otherwise: in a container, on its network
+        "GLOO_SOCKET_IFNAME": "lo",  # default: the address of the host name, in a container on its network
         **{name: value for name, value in plan_environment.items()
            if name != ALLOCATOR or not {ALLOCATOR, "PYTORCH_CUDA_ALLOC_CONF"} & set(environment)},
         "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "PYTHONUNBUFFERED": "1",

@@ -1,7 +1,7 @@
-"""Plan and settings -> the files that the processes read: `vllm.yaml` and `supervisord.conf`.
+"""vLLM's configuration file, `vllm.yaml`, from plan and settings.
 
-Rules: every file is dumped by the library of its format, never joined from strings; written atomically into the run
-directory, which only its owner may enter. The gateway's own file comes from `gateway`, its keys from `keys`.
+Rules: the file is written by the YAML library, never joined from strings, and atomically into the run directory, which
+only its owner can enter.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from shoehorn.config.settings import Settings
 from shoehorn.runtime.run_dir import RunDir
 
 ENGINE_DEFAULT_SEQUENCES = 256
-"""What vLLM runs at a time when nobody says."""
+"""vLLM's default of concurrent sequences."""
 
 QUEUE_FACTOR = 4
-"""Requests that may wait for each one that runs, unless MAX_QUEUED_REQUESTS says otherwise."""
+"""Queued requests for each running one, unless MAX_QUEUED_REQUESTS is set."""
 
 
 def engine_arguments(settings: Settings, plan_arguments: Mapping[str, object], model: Path) -> dict[str, object]:
-    """vLLM's options: what the plan decided and what the appliance fixes.
+    """Return vLLM's options: the plan's and the appliance's.
 
-    The engine listens on a Unix socket only, shows no documentation pages, writes no access log (the gateway does),
-    keeps idle streams alive with a comment every 15 s, and lets the appliance's middleware hold keys to their limits.
+    The engine listens on a Unix socket only, serves no documentation pages, writes no access log (the gateway does),
+    keeps idle streams alive with a comment every 15 s, and runs the appliance's middleware, which applies key limits.
     """
     return {
         **plan_arguments,
@@ -41,7 +41,7 @@ def engine_arguments(settings: Settings, plan_arguments: Mapping[str, object], m
 
 
 def most_requests(settings: Settings, plan_arguments: Mapping[str, object]) -> int:
-    """How many requests the engine may hold at a time, running and queued, before more are refused."""
+    """Return the number of running and queued requests above which the engine refuses more."""
     running = plan_arguments.get("max-num-seqs")
     running = running if isinstance(running, int) else ENGINE_DEFAULT_SEQUENCES
     queued = settings.max_queued_requests
@@ -49,7 +49,7 @@ def most_requests(settings: Settings, plan_arguments: Mapping[str, object]) -> i
 
 
 def write_engine_config(settings: Settings, plan_arguments: Mapping[str, object], model: Path) -> Path:
-    """Write `vllm.yaml`; returns its path."""
+    """Write `vllm.yaml`; return its path."""
     path = RunDir(settings.run_dir).engine_config
     arguments = engine_arguments(settings, plan_arguments, model)
     write_atomic(path, yaml.safe_dump(arguments, sort_keys=True, allow_unicode=True))

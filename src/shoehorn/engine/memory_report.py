@@ -37,7 +37,7 @@ _RANK = re.compile(r"Worker(?:_PP(\d+))?(?:_TP(\d+))?")
 
 @dataclass(frozen=True)
 class Row:
-    """One part of one GPU; `measured_bytes` is None if unknown."""
+    """One part of one GPU; `measured_bytes`: None if unknown."""
 
     gpu: int
     part: str

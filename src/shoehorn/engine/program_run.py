@@ -105,7 +105,7 @@ class ProgramRun:
         log.error("%s", "".join(traceback.format_exception(error)).rstrip())
         crash = EngineFailedError(
             f"Engine program: unexpected {type(error).__name__}: {error}.",
-            "Undo the latest change of settings, model or profile; if there is none, report the traceback in the log.",
+            "Undo the latest change of settings, model or profile; otherwise report the traceback in the log.",
             code="engine_program_crashed")
         failures = self.budget.record()
         if self.budget.is_exhausted:

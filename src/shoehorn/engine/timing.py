@@ -26,7 +26,7 @@ class Timing:
         patience: least time limit of that probe.
         backoff: pause before the first restart; each further one doubles it.
         backoff_limit: longest pause before a restart.
-        worker_grace: for an engine to exit by itself after one of its workers failed.
+        worker_grace: in which an engine may exit after one of its workers failed.
     """
 
     tick: float = 0.5

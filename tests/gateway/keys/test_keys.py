@@ -276,7 +276,7 @@ def test_keys_from_elsewhere_are_listed_and_changed_there(tmp_path: Path, capsys
     assert re.search(r"^carol +API_KEYS_FILE .* never +expired +concurrent=3$", table, re.M)
     for name, source in (("default", "API_KEY"), ("carol", "API_KEYS_FILE")):
         for action in ("rotate", "revoke", "add"):
-            with pytest.raises(SettingsError, match=f"comes from {source}"):
+            with pytest.raises(SettingsError, match=f"already exists in {source}"):
                 _run(tmp_path, action, name, **more)
 
 
