@@ -71,7 +71,8 @@ def test_rounds_show_the_expected_speed(states: StateFile, monkeypatch: pytest.M
     assert main(["bench", "--requests", "1,8", "--tokens", "3", "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert document["model"] == "m"
-    assert [(each["requests"], each["expected_tokens_per_second"]) for each in document["rounds"]] == [(1, 2.5), (8, None)]
+    assert [(each["requests"], each["expected_tokens_per_second"]) for each in document["rounds"]] == [
+        (1, 2.5), (8, None)]
     assert main(["bench", "--requests", "1", "--tokens", "3"]) == 0
     assert "2.50" in capsys.readouterr().out
 
