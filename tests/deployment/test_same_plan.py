@@ -9,6 +9,7 @@ import importlib.util
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from shoehorn.engine import main
 from shoehorn.hardware import detect
 from shoehorn.hub.files import ModelFile
 from shoehorn.int4.journal import Journal
-from shoehorn.int4.layout import BOUND, Outline, layout
+from shoehorn.int4.layout import MAX_BIT_WIDTHS, PlannedFiles, layout
 from shoehorn.model.files import Files
 from shoehorn.model.reference import ModelRef
 from shoehorn.planner.plan import Refusal
@@ -43,8 +44,9 @@ HERE = machine(("NVIDIA GeForce RTX 4090", 23.6), ram=128)
 SECRETS = {"API_KEY": "canary-api-key", "HF_TOKEN": "canary-hf-token", "MODELSCOPE_API_TOKEN": "canary-ms-token"}
 
 
+@cache
 def hub_files(ref: ModelRef) -> captured.CapturedFiles:
-    """The model on the hub, with a tokenizer."""
+    """Return the model on the hub, with a tokenizer."""
     files = captured.files(MODELS[ref.id])
     files._heads["tokenizer.json"] = b'{"model": {"vocab": {"one": 0}}}'
     return files
@@ -75,12 +77,12 @@ class Volume:
 
     def convert(self) -> None:
         files = hub_files(MODEL)
-        conversion = layout(files, BOUND)
+        conversion = layout(files, MAX_BIT_WIDTHS)
         folder = MODEL.converted.directory(self.models_dir)
-        outline = Outline(files, conversion)
-        names = {name: outline.read(name) for name in outline.names() if name.endswith((".safetensors", "config.json"))}
+        planned = PlannedFiles(files, conversion)
+        names = {name: planned.read(name) for name in planned.names() if name.endswith((".safetensors", "config.json"))}
         names["tokenizer.json"] = files.head("tokenizer.json")
-        write_model(self.models_dir, MODEL.converted, Head(outline, names))
+        write_model(self.models_dir, MODEL.converted, Head(planned, names))
         Journal({"model": MODEL.id, "revision": MODEL.revision, "commit": "", "shards": {}}, 4, 4, 128).write(folder)
 
     def remove_original(self) -> None:
