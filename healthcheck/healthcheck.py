@@ -35,16 +35,20 @@ class Parser(argparse.ArgumentParser):
 
 
 def say(text: str) -> None:
-    """One short line. Written past Python's buffer, whose failure to empty itself at the end would exit 120."""
+    """Print one short line, bypassing Python's buffer: a failed flush at exit would change the exit code to 120."""
     line = " ".join("".join(c if c.isprintable() else " " for c in text).split())[:300] + "\n"
     try:
         os.write(1, line.encode("utf-8", "replace"))
     except OSError:
-        return  # nobody listens; the exit code says enough
+        return  # stdout is closed; the exit code is sufficient
 
 
 def ask(question: str, port: int, secure: bool) -> tuple[bool, str]:
-    """The answer, and the reason in words. Raises OSError, HTTPException or ValueError when there is none."""
+    """Ask the gateway. Returns the answer and its reason.
+
+    Raises:
+        OSError, HTTPException, ValueError: no valid response.
+    """
     if secure:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.check_hostname = False
@@ -77,19 +81,19 @@ def out_of_time(_signal: int, _frame: FrameType | None) -> NoReturn:
 
 
 def main(arguments: list[str], environment: Mapping[str, str]) -> int:
-    """Returns the exit code."""
+    """Ask and print. Returns the exit code."""
     parser = Parser(usage="healthcheck.py [live|ready] [--port N]", add_help=False)
     parser.add_argument("question", nargs="?", default="ready", choices=["live", "ready"])
     parser.add_argument("--port", default=environment.get("PORT", "").strip() or "6333")
-    given = parser.parse_args(arguments)
-    if not (given.port.isascii() and given.port.isdigit() and 1 <= int(given.port[:9]) <= 65535):
-        parser.error(f"no port: {given.port!r}")
+    options = parser.parse_args(arguments)
+    if not (options.port.isascii() and options.port.isdigit() and 1 <= int(options.port[:9]) <= 65535):
+        parser.error(f"no port: {options.port!r}")
     signal.signal(signal.SIGALRM, out_of_time)
     signal.setitimer(signal.ITIMER_REAL, LIMIT_SECONDS)
     try:
-        yes, why = ask(given.question, int(given.port), bool(environment.get("TLS_CERT_FILE", "").strip()))
+        yes, why = ask(options.question, int(options.port), bool(environment.get("TLS_CERT_FILE", "").strip()))
     except (OSError, http.client.HTTPException, ValueError) as error:
-        yes, why = False, f"not {given.question}: {str(error) or type(error).__name__}"
+        yes, why = False, f"not {options.question}: {str(error) or type(error).__name__}"
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
     say(why)
