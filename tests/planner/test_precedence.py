@@ -84,7 +84,9 @@ def test_unset_options_get_explicit_values_with_reasons(tmp_path: Path) -> None:
 def test_more_sequences_than_batched_tokens_raise_the_batch() -> None:
     plan = planned(machine(SMALL), llama_8b(), VLLM_EXTRA_ARGS="--max-num-seqs 9 --max-num-batched-tokens 8")
     assert reason(plan, "max-num-batched-tokens") == (9, "machine", "one-token-per-sequence")
-    assert plan.engine_args["kv-cache-memory-bytes"] == plan.vram[0].kv_cache_bytes, "sized for the raised batch"
+    many = planned(machine(HUGE), llama_8b(), VLLM_EXTRA_ARGS="--max-num-seqs 300 --max-num-batched-tokens 8")
+    assert many.engine_args["max-num-batched-tokens"] == 300
+    assert many.engine_args["kv-cache-memory-bytes"] == many.vram[0].kv_cache_bytes, "sized for the raised batch"
 
 
 def test_settings_reach_the_engine() -> None:
