@@ -27,7 +27,7 @@ from shoehorn.engine import main
 from shoehorn.hardware import detect
 from shoehorn.hub.files import ModelFile
 from shoehorn.int4.journal import Journal
-from shoehorn.int4.layout import MAX_BIT_WIDTHS, PlannedFiles, layout
+from shoehorn.int4.layout import MAX_BIT_WIDTHS, BitWidths, PlannedFiles, layout
 from shoehorn.model.files import Files
 from shoehorn.model.reference import ModelRef
 from shoehorn.planner.plan import Refusal
@@ -83,7 +83,8 @@ class Volume:
         names = {name: planned.read(name) for name in planned.names() if name.endswith((".safetensors", "config.json"))}
         names["tokenizer.json"] = files.head("tokenizer.json")
         write_model(self.models_dir, MODEL.converted, Head(planned, names))
-        Journal({"model": MODEL.id, "revision": MODEL.revision, "commit": "", "shards": {}}, 4, 4, 128).write(folder)
+        source = {"model": MODEL.id, "revision": MODEL.revision, "commit": "", "shards": {}}
+        Journal(source, BitWidths(4, 4), 128).write(folder)
 
     def remove_original(self) -> None:
         write_model(self.models_dir, MODEL, Head(hub_files(MODEL), {}), complete=False)

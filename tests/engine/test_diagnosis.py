@@ -31,11 +31,11 @@ _PREFIX = "(EngineCore pid=33) ERROR 11-23 08:00:00 [core.py:1510] "
     ("bad_weights", "safetensors_rust.SafetensorError: Error while deserializing header: invalid header length"),
 ])
 def test_a_known_failure_is_named_and_final(name: str, line: str) -> None:
-    found = diagnose(["INFO something", _PREFIX + line, "RuntimeError: Engine core initialization failed."], 1)
-    assert found.name == name
-    assert found.final
-    assert found.cause
-    assert found.remedy
+    diagnosis = diagnose(["INFO something", _PREFIX + line, "RuntimeError: Engine core initialization failed."], 1)
+    assert diagnosis.name == name
+    assert diagnosis.final
+    assert diagnosis.cause
+    assert diagnosis.remedy
 
 
 def test_an_engine_whose_core_the_kernel_killed_is_told_as_such() -> None:
@@ -65,9 +65,9 @@ def test_an_engine_that_said_nothing_is_unknown_too() -> None:
 def test_a_worker_that_the_kernel_killed_is_told_as_such() -> None:
     lines = ["(EngineCore pid=62) ERROR 11-23 16:21:08 [multiproc_executor.py:315] Worker proc VllmWorker-0 died "
              "unexpectedly (exit code: -9), shutting down executor."]
-    found = diagnose(lines, 0)
-    assert (found.name, found.final) == ("killed", False)
-    assert "out of memory" in found.cause
+    diagnosis = diagnose(lines, 0)
+    assert (diagnosis.name, diagnosis.final) == ("killed", False)
+    assert "out of memory" in diagnosis.cause
 
 
 GIB, MIB = 1 << 30, 1 << 20
@@ -87,6 +87,6 @@ GIB, MIB = 1 << 30, 1 << 20
 ])
 def test_missing_memory_is_read_from_the_log(lines: list[str], name: str, missing: float,
                                              cache_made: bool) -> None:
-    found = diagnose(lines, 1)
-    assert (found.name, found.memory, found.cache_made) == (name, True, cache_made)
-    assert found.missing_bytes == pytest.approx(missing * GIB, abs=MIB)
+    diagnosis = diagnose(lines, 1)
+    assert (diagnosis.name, diagnosis.memory, diagnosis.cache_made) == (name, True, cache_made)
+    assert diagnosis.missing_bytes == pytest.approx(missing * GIB, abs=MIB)
