@@ -103,11 +103,11 @@ def test_a_pull_whose_reader_is_gone_ends(tmp_path: Path, model: Path) -> None:
 
 
 @pytest.mark.parametrize(("arguments", "more", "code", "words"), [
-    (["owner/absent"], {}, 4, "no model owner/absent at revision master"),
+    (["owner/absent"], {}, 4, "owner/absent: not found"),
     ([], {"MODELSCOPE_ENDPOINT": "http://127.0.0.1:9"}, 4, "unavailable"),
     ([], {"MODEL_ID": "/a/folder"}, 2, "MODEL_SOURCE=local"),
     (["no model"], {}, 2, "neither OWNER/NAME nor a path"),
-    ([], {"MODEL_SOURCE": "local", "MODEL_ID": "/nowhere"}, 4, "holds no model")])
+    ([], {"MODEL_SOURCE": "local", "MODEL_ID": "/nowhere"}, 4, "not a model")])
 def test_failure_is_reported_with_its_exit_code(tmp_path: Path, model: Path, arguments: list[str],
                                                 more: dict[str, str], code: int, words: str) -> None:
     with Hub({MODEL: model}) as hub:
