@@ -163,7 +163,8 @@ def test_waiting_appliance_resumes_the_pull_of_a_killed_one(volume: Volume, tmp_
     first = volume.start()
     wait_for_bytes(first)
     second = volume.start(tmp_path / "second", MODELS_DIR=str(first.models_dir))
-    wait_until(lambda: "Waiting for another pull model=shoehorn/demo" in second.output, 30, "the message of the waiting one")
+    waiting = "Waiting for another pull model=shoehorn/demo"
+    wait_until(lambda: waiting in second.output, 30, "the message of the waiting one")
     volume.hub.hold_at_bytes = 0
     first.kill()
     second.wait_for(Phase.LOADING)

@@ -6,6 +6,7 @@ served.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -234,9 +235,9 @@ def test_full_disk_is_reported_and_the_pull_resumed(mount: Mount, tmp_path: Path
             """)
         completed = in_namespace("--mount", ["bash", "-c", script], volume)
         assert completed.stdout.split("\n")[:2] == ["full: 4", "whole"], completed.stdout + completed.stderr
-        err = (tmp_path / "err").read_text()
-        assert "disk full" in err or "too little free space" in err, "by the write or a check before it"
-        assert TOKEN not in err
+        failure = (tmp_path / "out").read_text().splitlines()[-1]
+        assert json.loads(failure)["code"] in {"disk_full", "volume_too_small"}, "by the write or a check before it"
+        assert TOKEN not in failure + (tmp_path / "err").read_text()
         assert [span for span in hub.downloads(WEIGHTS) if span], "not resumed"
 
 
