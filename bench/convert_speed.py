@@ -42,6 +42,7 @@ from safetensors.torch import save_file
 from shoehorn.hardware import detect
 from shoehorn.int4 import quantizer, shard_writer
 from shoehorn.int4.direct_io import DirectFile
+from shoehorn.runtime import programs
 
 HOME = Path(__file__).resolve().parents[1]
 RESULT = HOME / "bench" / "results" / "convert-speed.json"
@@ -191,7 +192,7 @@ def conversion(source: Path, home: Path) -> tuple[float, float, int, int]:
     imports = "from shoehorn import cli; from shoehorn.int4 import convert, quantizer, quantizer_cpu"
     subprocess.run([sys.executable, "-c", imports], env=environment, check=True)
     used, begun, peak = os.times(), time.perf_counter(), 0
-    with subprocess.Popen([sys.executable, "-m", "shoehorn.cli", "convert"], env=environment) as process:
+    with subprocess.Popen([sys.executable, "-m", programs.CLI, "convert"], env=environment) as process:
         while process.poll() is None:
             peak = max(peak, memory(process.pid))
             with suppress(subprocess.TimeoutExpired):

@@ -38,6 +38,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from shoehorn.runtime import programs
+
 HOME = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(HOME / "tests")]
 RESULT = HOME / "bench" / "results" / "gateway-overhead.json"
@@ -169,7 +171,7 @@ def with_engine(home: Path, blocks: int, streams: int) -> dict[str, Any]:
     try:
         appliance.wait_for(Phase.READY)
         for process in appliance.descendants():
-            if process.name() == "nginx" or "shoehorn.gateway.keys.service" in process.cmdline():
+            if process.name() == "nginx" or programs.KEYS in process.cmdline():
                 for thread in process.threads():
                     os.sched_setaffinity(thread.id, {last})
         wait_until(lambda: httpx.get(f"{appliance.url}/readyz").status_code == httpx.codes.OK, 10, "it is ready")
@@ -195,7 +197,7 @@ def with_stand_in(home: Path, blocks: int, streams: int, scraped: bool = False) 
                      for kind, socket in sockets.items()]
         port = free_port() if scraped else 0
         if scraped:
-            stand_ins.append(subprocess.Popen([sys.executable, "-m", "shoehorn.observability.exporter"], env={
+            stand_ins.append(subprocess.Popen([sys.executable, "-m", programs.EXPORTER], env={
                 **os.environ, **gate.environment, "METRICS_PORT": str(port)}))
         try:
             for socket in sockets.values():
@@ -243,10 +245,10 @@ def serve(socket: str, with_middleware: bool) -> None:
     """Run the stand-in on uvicorn, as vLLM runs, with or without the middleware."""
     import uvicorn
 
-    from shoehorn_vllm.api.middleware import Gate
+    from shoehorn_vllm.api.middleware import AdmissionMiddleware
 
-    uvicorn.run(Gate(answer) if with_middleware else answer, uds=socket, log_level="warning", lifespan="off",
-                access_log=False)
+    application = AdmissionMiddleware(answer) if with_middleware else answer
+    uvicorn.run(application, uds=socket, log_level="warning", lifespan="off", access_log=False)
 
 
 def main() -> None:

@@ -38,6 +38,7 @@ import psutil
 HOME = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(HOME / "src"), str(HOME / "tests")]
 
+from shoehorn.runtime import programs  # noqa: E402  # likewise
 from shoehorn.runtime.state import Phase  # noqa: E402  # likewise
 from support.running import Appliance  # noqa: E402  # the path is set just above
 from support.waiting import wait_until  # noqa: E402  # likewise
@@ -45,9 +46,9 @@ from support.waiting import wait_until  # noqa: E402  # likewise
 RESULT = HOME / "bench" / "results" / "soak.json"
 QUESTIONS = [f"{words} {number}?" for number in range(16)
              for words in ("What is the VRAM of plan", "你叫啥", "How do I set", "Why does it stop at")]
-ROLES = {"supervise": "shoehorn.runtime.supervisord", "engine program": "shoehorn.engine.main",
-         "exporter": "shoehorn.observability.exporter",
-         "keys": "shoehorn.gateway.keys.service", "watcher": "shoehorn.runtime.event_listener",
+ROLES = {"supervise": programs.SUPERVISORD, "engine program": programs.ENGINE,
+         "exporter": programs.EXPORTER,
+         "keys": programs.KEYS, "watcher": programs.EVENT_LISTENER,
          "API server": "api_server.entry",
          "engine core": "VLLM::EngineCor", "gateway": "nginx: master"}
 

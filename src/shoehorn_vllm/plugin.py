@@ -1,8 +1,8 @@
-"""vLLM's general plugin (entry point `vllm.general_plugins`): what is mended in the engine.
+"""vLLM's general plugin (entry point `vllm.general_plugins`): applies Shoehorn's patches to vLLM.
 
-vLLM calls `register` in each of its processes before it reads a model. Each mend is a module of its own that names the
-defect it answers, and has a test that says when the engine no longer has it. They reach into the engine's insides, so
-they are made for the versions below and for no other.
+vLLM calls `register` in each of its processes before it loads a model. Each patch is a module that names the defect it
+answers, with a test that fails when the engine no longer has the defect. Patches replace internals of the engine, so
+they are limited to the versions below.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ TESTED = {"vllm": "0.32.0", "vllm-bnb-plugin": "0.0.3"}
 
 
 class EngineVersionError(RuntimeError):
-    """The engine is not one that the mends were tested with."""
+    """The engine has a version that the patches were not tested with."""
 
 
 def register() -> None:
-    """Mend this process.
+    """Patch this process.
 
     Raises:
-        EngineVersionError: a package has another version than the one that was tested.
+        EngineVersionError: a package has another version than the tested one.
     """
     for package, tested in TESTED.items():
-        present: str = vllm.__version__ if package == "vllm" else version(package)  # its CPU build has another name
+        present: str = vllm.__version__ if package == "vllm" else version(package)  # the CPU build has another name
         if present.split("+")[0] != tested:
-            raise EngineVersionError(f"Shoehorn's engine plugin was tested with {package} {tested}; this is {present}. "
+            raise EngineVersionError(f"Engine plugin: {package} {present} is unsupported (tested: {tested}). "
                                      f"Install {package}=={tested}.")
-    from shoehorn_vllm.patches import (  # not before: another engine may lack what they import
+    from shoehorn_vllm.patches import (  # after the check: another version may lack what they import
         bnb_experts,
         cpu_sleep,
         offload,

@@ -28,6 +28,7 @@ from shoehorn.hardware import bandwidth_probe, detect
 from shoehorn.hardware.types import Hardware
 from shoehorn.model import checkpoint
 from shoehorn.model.files import LocalFiles
+from shoehorn.runtime import programs
 from shoehorn.runtime.state import Phase, StateFile
 from support.clients import chat
 from support.running import Appliance, standin
@@ -57,7 +58,7 @@ class Earlier:
 
     def run(self, *arguments: str, model: str = "owner/little", hub: str = NOWHERE, **more: str) -> str:
         """Run a command that succeeds, and return its output."""
-        done = subprocess.run([sys.executable, "-m", "shoehorn.cli", *arguments], text=True, capture_output=True,
+        done = subprocess.run([sys.executable, "-m", programs.CLI, *arguments], text=True, capture_output=True,
                               env=self.environment(model, hub, **more), timeout=120)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout

@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from shoehorn.runtime import programs
 from shoehorn.runtime.state import Phase
 from support.clients import BackgroundRequest, chat
 from support.running import Appliance, DiskFiller, standin
@@ -60,7 +61,7 @@ def test_engine_restarts_after_a_part_dies_while_it_loads(start: Start, hold: Pa
                    "served", "503 meanwhile, ready again, no orphan.")
 def test_engine_restarts_after_a_part_dies_while_it_serves(start: Start) -> None:
     appliance = start(**standin())
-    for number, part in enumerate((*PARTS, "shoehorn.engine.main"), start=1):
+    for number, part in enumerate((*PARTS, programs.ENGINE), start=1):
         appliance.wait_for(Phase.READY)
         parts = [appliance.find(each) for each in PARTS]
         stream = BackgroundRequest(appliance)

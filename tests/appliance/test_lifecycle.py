@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from fakes import certificates
+from shoehorn.runtime import programs
 from shoehorn.runtime.state import Phase
 from support.clients import ERROR_ENDS, BackgroundRequest, chat, text_of
 from support.running import DEMO_MODEL, Appliance, is_gone
@@ -71,8 +72,8 @@ def test_engine_restarts_after_its_core_and_then_a_worker_is_killed(appliance: A
     assert appliance.state.restarts == before + 2
 
 
-@pytest.mark.parametrize("victim", ["shoehorn.observability.exporter", "nginx: master",
-                                    "shoehorn.runtime.event_listener", "shoehorn.gateway.keys.service"])
+@pytest.mark.parametrize("victim", [programs.EXPORTER, "nginx: master",
+                                    programs.EVENT_LISTENER, programs.KEYS])
 @pytest.mark.fault("`kill -9` of exporter, gateway, key service or watcher while the model is served",
                    "It comes back; requests are served again.")
 def test_killed_helper_comes_back_and_requests_are_served(appliance: Appliance, victim: str) -> None:

@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from fakes.hub import Hub
+from shoehorn.runtime import programs
 from shoehorn.runtime.state import Phase
 from shoehorn.store import inventory
 from support.running import DEMO_MODEL, TEST_KEY, Appliance, DiskFiller, is_gone, standin
@@ -25,8 +26,8 @@ pytestmark = pytest.mark.process
 
 WORKERS = {Phase.PULLING: "shoehorn.cli pull", Phase.CONVERTING: "shoehorn.cli convert",
            Phase.LOADING: "api_server.entry"}
-HELPERS = ("shoehorn.observability.exporter", "nginx: master", "nginx: worker", "shoehorn.runtime.event_listener",
-           "shoehorn.gateway.keys.service")
+HELPERS = (programs.EXPORTER, "nginx: master", "nginx: worker", programs.EVENT_LISTENER,
+           programs.KEYS)
 HUB_TOKEN = "ms-canary-3f9c5b7de1a24680"  # made up
 MOST_BYTES = 3 << 20
 """Bytes of the model that have arrived when the hub holds the pull at 4 MiB."""
@@ -116,7 +117,7 @@ def test_any_part_may_be_killed_before_the_model_is_served(volume: Volume) -> No
             wait_until(lambda phase=phase: answers_in(appliance, phase), 20, f"503 and metrics in {phase}")
         assert worker.is_running(), "the death of a helper does not concern it"
         before = appliance.state.restarts
-        kill_and_wait_for_successor(appliance, "shoehorn.engine.main")
+        kill_and_wait_for_successor(appliance, programs.ENGINE)
         wait_until(lambda worker=worker: is_gone(worker), 20, f"the exit of the worker of {phase}")
         wait_until(lambda before=before: appliance.state.restarts > before, 20, "a counted restart")
     assert {span[:6] for span in volume.requested_ranges[1:]} <= {"bytes="}, "nothing is downloaded again"

@@ -17,6 +17,7 @@ import httpx
 import pytest
 
 from fakes.hub import Hub
+from shoehorn.runtime import programs
 from shoehorn.runtime.state import Phase
 from support.clients import ERROR_ENDS, UNQUANTIZED, BackgroundRequest, admitted, answers, chat
 from support.running import DEMO_MODEL, Appliance, standin
@@ -81,7 +82,7 @@ def test_drain_finishes_streams_and_leaves_the_appliance_running(conversion: Con
     refusal = chat(appliance, "hello")
     assert (refusal.status_code, refusal.json()["error"]["code"]) == (429, "queue_full")
     assert refusal.headers.get_list("retry-after") == ["5"]
-    with subprocess.Popen([sys.executable, "-m", "shoehorn.cli", "drain"], stdout=subprocess.PIPE, text=True, env={
+    with subprocess.Popen([sys.executable, "-m", programs.CLI, "drain"], stdout=subprocess.PIPE, text=True, env={
             **os.environ, "RUN_DIR": str(appliance.run_dir), "DRAIN_TIMEOUT": "60"}) as drain:
         wait_until(lambda: appliance.phase is Phase.STOPPING, 20, "the drain")
         assert httpx.get(f"{appliance.url}/readyz").status_code == 503
@@ -115,7 +116,7 @@ def test_two_workers_divide_the_model(tmp_path: Path) -> None:
     environment = {**os.environ, "MODEL_ID": str(DEMO_MODEL), "MODEL_SOURCE": "local",
                    "MODELS_DIR": str(tmp_path / "models"), "RUN_DIR": str(tmp_path / "run"), "VRAM_PROFILE": "cpu",
                    "VLLM_CPU_OMP_THREADS_BIND": "0|1", "HF_HUB_OFFLINE": "1"}
-    converted = subprocess.run([sys.executable, "-m", "shoehorn.cli", "convert"], env=environment, check=True,
+    converted = subprocess.run([sys.executable, "-m", programs.CLI, "convert"], env=environment, check=True,
                                capture_output=True, text=True).stdout.splitlines()[-1]
     script = tmp_path / "ask.py"
     script.write_text(textwrap.dedent(f"""

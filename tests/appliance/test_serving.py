@@ -16,6 +16,7 @@ from openai import AuthenticationError, OpenAI
 from prometheus_client.parser import text_string_to_metric_families
 
 from shoehorn.common.paths import HOME
+from shoehorn.runtime import programs
 from support.clients import UNQUANTIZED, answers
 from support.running import Appliance
 
@@ -97,7 +98,7 @@ def test_engine_listens_on_no_port(appliance: Appliance) -> None:
 def test_limits_of_a_key_apply_until_it_is_revoked(appliance: Appliance) -> None:
     def keys(*words: str) -> str:
         environment = {**os.environ, "MODELS_DIR": str(appliance.models_dir), "RUN_DIR": str(appliance.run_dir)}
-        return subprocess.run([sys.executable, "-m", "shoehorn.cli", "keys", *words], capture_output=True, text=True,
+        return subprocess.run([sys.executable, "-m", programs.CLI, "keys", *words], capture_output=True, text=True,
                               timeout=60, check=True, env=environment).stdout.strip()
 
     headers = {"X-Api-Key": keys("add", "limited", "--requests-per-minute", "1", "--max-tokens", "3")}
@@ -148,7 +149,7 @@ def test_status_has_the_phase_and_no_secret(appliance: Appliance) -> None:
 
 
 def test_bench_measures_the_running_appliance(appliance: Appliance) -> None:
-    done = subprocess.run([sys.executable, "-m", "shoehorn.cli", "bench", "--requests", "1,4", "--tokens", "16",
+    done = subprocess.run([sys.executable, "-m", programs.CLI, "bench", "--requests", "1,4", "--tokens", "16",
                            "--json"],
                           env={**os.environ, "RUN_DIR": str(appliance.run_dir), "VRAM_PROFILE": "cpu"}, text=True,
                           capture_output=True, timeout=120)

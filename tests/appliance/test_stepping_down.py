@@ -17,6 +17,7 @@ import pytest
 import yaml
 
 from fakes import captured
+from shoehorn.runtime import programs
 from shoehorn.runtime.state import Phase, State, StateFile
 from support.waiting import wait_until
 
@@ -55,7 +56,7 @@ class Engine:
                         "MODEL_ID": str(model), "MODEL_SOURCE": "local", "RUN_DIR": str(self.run_dir),
                         "MODELS_DIR": str(work / "models"), "DRAIN_TIMEOUT": "0", "VRAM_LIMIT": "24GiB", **settings}
         with self.log.open("w") as log:
-            self.process = subprocess.Popen([sys.executable, "-m", "shoehorn.engine.main"], env=environment, stdout=log,
+            self.process = subprocess.Popen([sys.executable, "-m", programs.ENGINE], env=environment, stdout=log,
                                             stderr=subprocess.STDOUT)
 
     def wait(self) -> State:
@@ -185,7 +186,7 @@ def test_unsupported_gpu_is_refused_before_anything_starts(tmp_path: Path, model
     environment = {**os.environ, "PYTHONPATH": f"{MACHINE}:{STANDIN_ENGINE}:{ROOT / 'src'}", "MODEL_ID": str(model),
                    "MODEL_SOURCE": "local", "RUN_DIR": str(tmp_path / "run"), "MODELS_DIR": str(tmp_path),
                    "STANDIN_GPU": json.dumps({"nvmlDeviceGetCudaComputeCapability": [7, 0]})}
-    done = subprocess.run([sys.executable, "-m", "shoehorn.cli", "serve"], env=environment, capture_output=True,
+    done = subprocess.run([sys.executable, "-m", programs.CLI, "serve"], env=environment, capture_output=True,
                           text=True, timeout=60)
     assert done.returncode == 3, done.stderr
     assert "compute capability 7.0" in done.stderr

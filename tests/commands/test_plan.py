@@ -23,6 +23,7 @@ from shoehorn.hardware import detect
 from shoehorn.hardware.types import Gpu, Hardware
 from shoehorn.model.reference import ModelRef
 from shoehorn.planner.memory.model import CONTEXT_BYTES
+from shoehorn.runtime import programs
 from shoehorn.store import pull
 
 GIB = 1 << 30
@@ -93,7 +94,7 @@ def test_a_model_of_the_hub_is_planned_for_a_card_that_is_not_here(
 
 
 def test_a_reader_that_has_seen_enough_ends_it_without_a_word(folder: Path) -> None:
-    command_line = [sys.executable, "-m", "shoehorn.cli", "plan", "--model", str(folder), "--gpu", "24GB"]
+    command_line = [sys.executable, "-m", programs.CLI, "plan", "--model", str(folder), "--gpu", "24GB"]
     with subprocess.Popen(command_line, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                           env={**os.environ, "MODEL_SOURCE": "local"}) as process:
         assert process.stdout

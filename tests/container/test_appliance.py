@@ -11,14 +11,15 @@ from collections.abc import Callable
 import httpx
 import pytest
 
+from shoehorn.runtime import programs
 from support.tracked import INTERRUPTED, Container, docker
 from support.waiting import wait_until
 
 pytestmark = pytest.mark.container
 
-PARTS = ("tini", "shoehorn.runtime.supervisord", "shoehorn.runtime.event_listener", "shoehorn.engine.main",
-         "shoehorn.observability.exporter",
-         "shoehorn.gateway.keys.service", "nginx: master", "nginx: worker", "vllm", "VLLM::EngineCore")
+PARTS = ("tini", programs.SUPERVISORD, programs.EVENT_LISTENER, programs.ENGINE,
+         programs.EXPORTER,
+         programs.KEYS, "nginx: master", "nginx: worker", "vllm", "VLLM::EngineCore")
 
 _QUESTION = [{"role": "user", "content": "What is your name?"}]
 

@@ -15,6 +15,7 @@ import pytest
 from fakes.ports import free_port
 from shoehorn.common.paths import HOME
 from shoehorn.engine.output import EngineOutput
+from shoehorn.runtime import programs
 from shoehorn.runtime.state import StateFile
 
 
@@ -30,7 +31,7 @@ def test_full_disk_does_not_stop_the_reading_of_engine_lines(tmp_path: Path, cap
     assert messages[1:] == ["one", "two", "three"]
 
 
-HELPERS = pytest.mark.parametrize("program", ["shoehorn.gateway.keys.service", "shoehorn.observability.exporter"])
+HELPERS = pytest.mark.parametrize("program", [programs.KEYS, programs.EXPORTER])
 
 
 def surroundings(tmp_path: Path) -> dict[str, str]:

@@ -34,7 +34,7 @@ def test_supervisord_reads_what_was_meant(tmp_path: Path, name: str) -> None:
     assert set(programs) == {"watcher", "exporter", "engine", "keys", "gateway"}
     assert shlex.split(programs["gateway"].command)[:3] == ["nginx", "-c", str(settings.run_dir / "nginx.conf")]
     assert shlex.split(programs["watcher"].command) == [
-        sys.executable, "-m", "shoehorn.runtime.event_listener", str(settings.run_dir)]
+        sys.executable, "-m", programs.EVENT_LISTENER, str(settings.run_dir)]
 
 
 def test_programs_stop_engine_first_and_watcher_last(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import torch
 
 from shoehorn.engine import memory_report
 from shoehorn.planner.memory.device import DeviceMemory
+from shoehorn_vllm.protocol import MEMORY_DIR_VARIABLE
 from shoehorn_vllm.telemetry import memory_log, quant_state
 
 GIB, MIB = 1 << 30, 1 << 20
@@ -47,7 +48,7 @@ def log_as_vllm(run_dir: Path, monkeypatch: pytest.MonkeyPatch, *records: tuple[
     """Send records through the configuration that `prepare` writes."""
     for name, value in memory_report.prepare(run_dir).items():
         monkeypatch.setenv(name, value)
-    handler = memory_log.Handler()
+    handler = memory_log.MemoryLogHandler()
     for template, arguments in records:
         handler.emit(logging.LogRecord("vllm", logging.INFO, "x.py", 1, template, arguments, None))
 
@@ -79,7 +80,7 @@ def test_the_configuration_is_one_that_python_accepts(tmp_path: Path, monkeypatc
     document = json.loads(Path(variables["VLLM_LOGGING_CONFIG_PATH"]).read_text())
     document["loggers"] = {"some.test": document["loggers"]["vllm"]}
     document["formatters"]["vllm"] = {"format": "%(message)s"}
-    monkeypatch.setenv(memory_log.DIRECTORY, variables["SHOEHORN_MEMORY_DIR"])
+    monkeypatch.setenv(MEMORY_DIR_VARIABLE, variables["SHOEHORN_MEMORY_DIR"])
     logging.config.dictConfig(document)
     logging.getLogger("some.test").info("Available KV cache memory: %s GiB", "2.0")
     logging.getLogger("some.test").handlers.clear()
@@ -136,15 +137,15 @@ def test_only_state_in_32_bits_is_counted_and_shared_state_once(monkeypatch: pyt
             parameter.bnb_quant_state = dict(enumerate(states)) if len(states) > 1 else states[0]
         return parameter
 
-    monkeypatch.setattr(quant_state, "_found", {})
+    monkeypatch.setattr(quant_state, "_bytes_by_address", {})
     caplog.set_level(logging.INFO)
     model, shared = torch.nn.Module(), State(torch.zeros(100))
-    quant_state.say(model)
+    quant_state.report(model)
     assert caplog.records == [], "an unquantized model has none"
     for name, parameter in {"a": weight(shared, State(torch.zeros(10))), "b": weight(shared), "c": weight(),
                             "d": weight(State(torch.zeros(50, dtype=torch.uint8), nested=True))}.items():
         model.register_parameter(name, parameter)
-    quant_state.say(model)
+    quant_state.report(model)
     [record] = caplog.records
     assert memory_log.figures(str(record.msg), record.args) == {"quant_state_bytes": 4 * 110}  # type: ignore[arg-type]
 

@@ -12,8 +12,9 @@ from prometheus_client import CollectorRegistry
 from shoehorn.engine import readiness, watchdog
 from shoehorn.engine.timing import Timing
 from shoehorn.engine.watchdog import Watchdog
+from shoehorn_vllm import protocol
 from shoehorn_vllm.api import middleware
-from shoehorn_vllm.api.metrics import Counts
+from shoehorn_vllm.api.metrics import RequestMetrics
 
 TIMING = Timing()
 
@@ -125,7 +126,7 @@ def test_the_probe_reaches_the_engine_although_the_queue_is_full() -> None:
         await send({"type": "http.response.body", "body": b""})
 
     async def ask() -> list[int]:
-        gate = middleware.Gate(application, Counts(CollectorRegistry()), most_requests=1)
+        gate = middleware.AdmissionMiddleware(application, RequestMetrics(CollectorRegistry()), max_requests=1)
         async with httpx.AsyncClient(transport=httpx.ASGITransport(gate), base_url="http://engine") as client:
             first = asyncio.create_task(client.post("/v1/completions", json={"prompt": "x"}))
             while not reached:
@@ -137,7 +138,7 @@ def test_the_probe_reaches_the_engine_although_the_queue_is_full() -> None:
 
     assert asyncio.run(ask()) == [429, 200]
     assert reached == ["/v1/completions"] * 2
-    assert httpx.URL(watchdog._PROBE).path == middleware.PROBE_PATH
+    assert httpx.URL(watchdog._PROBE).path == protocol.PROBE_PATH
 
 
 def prove(*statuses: int, options: dict[str, object] | None = None) -> tuple[bool, list[dict[str, object]]]:

@@ -1,4 +1,4 @@
-"""nginx's configuration as text: quoting, what is refused, what reaches the file."""
+"""Text of nginx's configuration: quoting, refused values, directives."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _render(run_dir: Path, user: str | None = None, **settings: str) -> str:
 
 
 def _words(text: str, directive: str) -> list[str]:
-    """What stands behind a directive, quotes taken off, wherever it comes."""
+    """Arguments of a directive, without quotes, wherever it occurs."""
     return [word.strip('"') for line in re.findall(rf"^\s*{directive} (.+);", text, re.M) for word in line.split()]
 
 
@@ -32,8 +32,8 @@ def test_words_are_quoted(value: object, written: str) -> None:
 
 
 @pytest.mark.parametrize("value", ["$host", "a\0b", "a\rb", "\x7f", "\udcff"])
-def test_what_nginx_cannot_be_told_is_refused(value: str) -> None:
-    with pytest.raises(SettingsError, match="nginx cannot be told"):
+def test_characters_that_nginx_cannot_quote_are_refused(value: str) -> None:
+    with pytest.raises(SettingsError, match="unsupported by nginx"):
         quote(value)
 
 
@@ -46,7 +46,7 @@ def test_a_run_directory_that_nginx_would_misread_is_refused(name: str) -> None:
 
 def test_a_model_name_that_nginx_would_misread_is_refused(tmp_path: Path) -> None:
     (tmp_path / "cheap$model").mkdir()
-    with pytest.raises(SettingsError, match="nginx cannot be told") as caught:
+    with pytest.raises(SettingsError, match="unsupported by nginx") as caught:
         _render(tmp_path, MODEL_ID=str(tmp_path / "cheap$model"), MODEL_SOURCE="local")
     assert "SERVED_MODEL_NAME" in caught.value.remedy
 
@@ -78,7 +78,7 @@ def test_the_engine_is_reached_by_the_listed_routes_and_health_only(tmp_path: Pa
     assert "*" not in str(paths)
 
 
-def test_nothing_is_written_outside_the_run_directory(tmp_path: Path) -> None:
+def test_files_are_written_to_the_run_directory_only(tmp_path: Path) -> None:
     text = _render(tmp_path)
     written = _words(text, r"(?:pid|\w+_temp_path)")
     assert {Path(path).parent for path in written} == {tmp_path}
@@ -86,12 +86,12 @@ def test_nothing_is_written_outside_the_run_directory(tmp_path: Path) -> None:
     assert _words(text, "access_log")[0] == "/dev/stdout"
 
 
-def test_the_configuration_holds_no_key(tmp_path: Path) -> None:
+def test_configuration_contains_no_secret(tmp_path: Path) -> None:
     assert "canary" not in _render(tmp_path, API_KEY="sk-canary-key")
     assert "PRIVATE" not in _render(tmp_path, TLS_CERT_FILE="/c", TLS_KEY_FILE="/k")
 
 
-def test_every_way_to_the_engine_lies_behind_the_key(tmp_path: Path) -> None:
+def test_every_route_to_the_engine_requires_a_key(tmp_path: Path) -> None:
     text = _render(tmp_path)
     api = text[text.index('location ^~ /v1/ {'):text.index("location @engine {")]
     assert "auth_request /.shoehorn/key;" in api
@@ -100,7 +100,7 @@ def test_every_way_to_the_engine_lies_behind_the_key(tmp_path: Path) -> None:
     assert text.count("@engine;") == len(ROUTES) + 1
 
 
-def test_what_is_off_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_disabled_features_add_no_directives(tmp_path: Path) -> None:
     plain = _render(tmp_path)
     for word in ("ssl", "http2", "realip", "real_ip", "Access-Control", "preflight"):
         assert word not in plain
@@ -114,8 +114,8 @@ def test_what_is_off_leaves_nothing_behind(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("status", "kind"), [(400, "invalid_request_error"), (429, "rate_limit_error"),
                                               (500, "server_error")])
-def test_errors_have_openais_form(status: int, kind: str) -> None:
-    bodies = error_bodies("a_code", "Words.", status)
+def test_errors_have_the_openai_form(status: int, kind: str) -> None:
+    bodies = error_bodies(status, "Words.", "a_code")
     assert json.loads(bodies["openai"])["error"] == {"message": "Words.", "type": kind, "param": None, "code": "a_code"}
 
 
@@ -128,6 +128,6 @@ def test_a_relative_run_directory_becomes_absolute(tmp_path: Path, monkeypatch: 
     (400, "invalid_request_error"), (401, "authentication_error"), (404, "not_found_error"), (405,
      "invalid_request_error"), (413, "request_too_large"), (429, "rate_limit_error"), (500, "api_error"),
     (503, "overloaded_error")])
-def test_errors_have_anthropics_form_too(status: int, kind: str) -> None:
-    body = json.loads(error_bodies("a_code", "Words.", status)["anthropic"])
+def test_errors_have_the_anthropic_form(status: int, kind: str) -> None:
+    body = json.loads(error_bodies(status, "Words.", "a_code")["anthropic"])
     assert body == {"type": "error", "error": {"type": kind, "message": "Words."}}

@@ -39,14 +39,14 @@ def test_a_pair_comes_into_force_once_and_privately(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("damage", "match"), [
-    (lambda cert, key: key.write_text(""), "are not what they should be"),
-    (lambda cert, key: cert.write_text(""), "are not what they should be"),
-    (lambda cert, key: cert.write_text(cert.read_text()[:200]), "are not what they should be"),
-    (lambda cert, key: key.write_text(key.read_text()[:100]), "are not what they should be"),
-    (lambda cert, key: shutil.copy(certificates.write(_folder(cert))[1], key), "does not belong to the certificate"),
+    (lambda cert, key: key.write_text(""), "invalid"),
+    (lambda cert, key: cert.write_text(""), "invalid"),
+    (lambda cert, key: cert.write_text(cert.read_text()[:200]), "invalid"),
+    (lambda cert, key: key.write_text(key.read_text()[:100]), "invalid"),
+    (lambda cert, key: shutil.copy(certificates.write(_folder(cert))[1], key), "mismatch of key and certificate"),
     (lambda cert, key: _encrypt(key), "needs a password"),
-    (lambda cert, key: cert.write_bytes(b"\x30\x82\xff"), "TLS_CERT_FILE=.* is no PEM"),
-    (lambda cert, key: key.unlink(), "TLS_KEY_FILE=.* cannot be read")])
+    (lambda cert, key: cert.write_bytes(b"\x30\x82\xff"), "TLS_CERT_FILE=.*: not a PEM"),
+    (lambda cert, key: key.unlink(), "TLS_KEY_FILE=.* cannot read it")])
 def test_a_pair_that_cannot_be_used_is_named_and_the_old_one_stays(tmp_path: Path, damage: object, match: str) -> None:
     settings = _settings(tmp_path)
     tls.install(settings)
@@ -64,18 +64,18 @@ def test_a_pair_that_cannot_be_used_is_named_and_the_old_one_stays(tmp_path: Pat
 def test_the_watch_installs_a_change_and_complains_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     settings = _settings(tmp_path)
     tls.install(settings)
-    watch = tls.Watch(settings)
+    watch = tls.CertificateWatch(settings)
     with caplog.at_level(logging.INFO):
-        watch.look()
+        watch.check()
         assert not caplog.records
         certificates.write(tmp_path)
-        watch.look()
-        assert "a new certificate is in force" in caplog.text
+        watch.check()
+        assert "installed a new TLS certificate" in caplog.text
         assert settings.tls_cert_file is not None
         settings.tls_cert_file.unlink()
         for _ in range(3):
-            watch.look()
-        assert caplog.text.count("cannot be used") == 1
+            watch.check()
+        assert caplog.text.count("rejected the new TLS certificate") == 1
 
 
 def _folder(beside: Path) -> Path:

@@ -28,6 +28,7 @@ from shoehorn.int4.convert import ConversionOptions
 from shoehorn.int4.layout import MAX_BIT_WIDTHS, ShardLayout
 from shoehorn.int4.shard_writer import WrittenShard
 from shoehorn.model.reference import ModelRef
+from shoehorn.runtime import programs
 from shoehorn.store import pull
 from shoehorn.store.reference import model_reference
 from support.converting import (
@@ -207,7 +208,7 @@ def test_conversion_is_a_model_of_the_volume(tmp_path: Path, hub: Hub) -> None:
     assert folder == tmp_path / "models" / f"{MODEL}.int4"
     assert served_model.served_folder(volume.settings.models_dir, volume.ref.converted) == folder
     assert len(volume.originals()) == LAYERS + 1
-    listed = subprocess.run([sys.executable, "-m", "shoehorn.cli", "models", "--json"], capture_output=True, text=True,
+    listed = subprocess.run([sys.executable, "-m", programs.CLI, "models", "--json"], capture_output=True, text=True,
                             check=True, env={**os.environ, **volume.environment}).stdout
     assert {entry["model"]: entry["complete"] for entry in json.loads(listed)} == {MODEL: True, f"{MODEL}.int4": True}
     time_before = (folder / "config.json").stat().st_mtime_ns

@@ -15,7 +15,7 @@ from fakes.engine_socket import http, serving
 from shoehorn.common.paths import HOME
 from shoehorn.observability import metrics
 from shoehorn.observability.engine_scrape import MOST_BYTES, EngineScrape, EngineSource, why_invalid
-from shoehorn_vllm.api.metrics import Counts
+from shoehorn_vllm.api.metrics import RequestMetrics
 
 DUMP = (HOME / "tests" / "captures" / "vllm-0.32.0-cpu-metrics.txt").read_text(encoding="utf-8")
 
@@ -139,7 +139,7 @@ def test_the_real_dump_is_valid() -> None:
 
 def test_what_our_middleware_counts_in_the_engine_passes_and_nothing_else_of_our_name() -> None:
     registry = CollectorRegistry()
-    counts = Counts(registry)
+    counts = RequestMetrics(registry)
     counts.request("phone", "ok")
     counts.running("phone", 1)
     counts.usage("phone", b'"usage": {"prompt_tokens": 3, "completion_tokens": 4}')

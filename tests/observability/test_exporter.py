@@ -28,6 +28,7 @@ from shoehorn.config.settings import load
 from shoehorn.observability import exporter, metrics
 from shoehorn.observability.engine_scrape import EngineScrape
 from shoehorn.observability.gpu_metrics import Gpu, GpuProcess, GpuReading
+from shoehorn.runtime import programs
 from shoehorn.runtime.state import Phase, State, StateFile
 
 pytestmark = pytest.mark.process
@@ -68,7 +69,7 @@ class Running:
         self.run_dir = run_dir
         code = (f"import os, sys; {nvml}; from shoehorn.observability.exporter import main; "
                 "sys.exit(main(os.environ, nvml))")
-        command = ["-m", "shoehorn.observability.exporter"] if nvml == REAL else ["-c", code]
+        command = ["-m", programs.EXPORTER] if nvml == REAL else ["-c", code]
         self.process = subprocess.Popen(
             [sys.executable, "-W", "error::SyntaxWarning", *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             text=True, env={"PATH": os.environ["PATH"], "PYTHONPATH": f"{HOME / 'src'}:{HOME / 'tests'}",

@@ -47,7 +47,7 @@ def test_a_wrong_key_is_refused_and_the_right_one_chats(appliance: Appliance, vi
     seen = visit(appliance.url, refusals=(401,))
     seen.wait_for("#chat-title", "Chat")
     seen.use_key("sk-wrong")
-    expect(seen.page.locator("#key-error")).to_contain_text("No valid API key was given.")
+    expect(seen.page.locator("#key-error")).to_contain_text("Invalid or missing API key.")
     expect(seen.page.get_by_label("API key")).to_be_focused()
     seen.use_key(appliance.key)
     expect(seen.page.get_by_label("Your message")).to_be_focused()

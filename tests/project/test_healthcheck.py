@@ -15,7 +15,7 @@ from contextlib import suppress
 import pytest
 
 from shoehorn.common.paths import HOME
-from shoehorn.runtime.state import Phase, State, unavailable_body
+from shoehorn.runtime.state import Phase, State, unavailable_bodies
 
 pytestmark = pytest.mark.process
 
@@ -99,7 +99,7 @@ def test_the_default_port_is_the_gateways() -> None:
 
 
 def test_not_ready_says_what_the_gateway_says(gateway: Gateway) -> None:
-    body = unavailable_body(State(phase=Phase.PULLING, progress=0.43)).encode()
+    body = unavailable_bodies(State(phase=Phase.PULLING, progress=0.43))["openai"].encode()
     done = _check(PORT=str(gateway.serve(_http(body, "503 Service Unavailable"))))
     assert (done.returncode, done.stdout) == (1, "not ready: 503 The model is not ready: pulling (43%).\n")
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from shoehorn.runtime.child_process import Child, end_recorded_group, members
+from shoehorn.runtime.child_process import Child, kill_recorded_group, members
 
 _ORPHAN = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']); "
 
@@ -86,7 +86,7 @@ def test_a_successor_ends_the_group_of_a_killed_owner(tmp_path: Path) -> None:
     owner.kill()
     owner.wait()
     assert len(members(group)) == 2
-    assert len(end_recorded_group(tmp_path / "group")) == 2
+    assert len(kill_recorded_group(tmp_path / "group")) == 2
     assert members(group) == []
     assert not (tmp_path / "group").exists()
 
@@ -95,7 +95,7 @@ def test_a_successor_ends_the_group_of_a_killed_owner(tmp_path: Path) -> None:
 def test_a_record_that_names_nothing_ends_nothing(tmp_path: Path, content: str | None) -> None:
     if content is not None:
         (tmp_path / "group").write_text(content)
-    assert end_recorded_group(tmp_path / "group") == []
+    assert kill_recorded_group(tmp_path / "group") == []
 
 
 def test_a_sigterm_while_a_child_is_born_is_heard_once_it_is_recorded(tmp_path: Path,
@@ -123,7 +123,7 @@ def test_a_sigterm_while_a_child_is_born_is_heard_once_it_is_recorded(tmp_path: 
         assert signal.getsignal(signal.SIGTERM) is stop
     finally:
         signal.signal(signal.SIGTERM, before)
-    ended = end_recorded_group(tmp_path / "group")
+    ended = kill_recorded_group(tmp_path / "group")
     with born[0]:
         born[0].kill()
     assert ended == [born[0].pid]

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from shoehorn.runtime import event_listener, supervisord
-from shoehorn.runtime.child_process import end_group, members
+from shoehorn.runtime.child_process import kill_group, members
 
 
 def _event(name: str, body: str) -> str:
@@ -61,7 +61,7 @@ def test_a_killed_engine_program_is_left_to_supervisord(tmp_path: Path, monkeypa
 
 @pytest.mark.parametrize("group", [-1, 0, 1])
 def test_nobody_elses_group_is_ended(group: int) -> None:
-    end_group(group)  # a kill here would end this very test
+    kill_group(group)  # a kill here would end this very test
 
 
 def test_what_a_dead_program_left_is_ended(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from shoehorn.runtime.state import Phase, State, StateFile, unavailable_body
+from shoehorn.runtime.state import Phase, State, StateFile, unavailable_bodies
 
 
 def test_a_state_survives_writing_and_reading(tmp_path: Path) -> None:
@@ -60,8 +60,8 @@ def test_the_unavailable_answer_names_phase_and_progress(tmp_path: Path) -> None
 
 
 def test_the_unavailable_answer_of_a_failure_gives_the_cause() -> None:
-    assert "disk is full" in json.loads(unavailable_body(State(Phase.FAILED, cause="The disk is full.")))["error"][
-        "message"]
+    body = unavailable_bodies(State(Phase.FAILED, cause="The disk is full."))["openai"]
+    assert "disk is full" in json.loads(body)["error"]["message"]
 
 
 @pytest.mark.fault("Two programs write the state at once", "Nothing is lost.")
@@ -95,9 +95,9 @@ def test_progress_that_cannot_be_published_stops_nothing(tmp_path: Path, monkeyp
     states = StateFile(tmp_path)
     states.update(phase=Phase.PULLING, progress=0.1)
     monkeypatch.setattr("os.fsync", full)
-    states.tell(progress=0.2)
+    states.update_progress(progress=0.2)
     assert states.read().progress == 0.1
     assert [record.getMessage() for record in caplog.records] == [
-        "cannot publish how far it is: No space left on device"]
+        "cannot update progress in state.json: error=No space left on device"]
     with pytest.raises(OSError, match="No space"):
         states.update(phase=Phase.FAILED)

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from shoehorn.config.settings import load
-from shoehorn.runtime.child_process import end_group
+from shoehorn.runtime import programs
+from shoehorn.runtime.child_process import kill_group
 from shoehorn.runtime.supervisord_config import write_supervisord_config
 from support.waiting import wait_until
 
@@ -45,14 +46,14 @@ def supervised(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
     head = file.read_text().split("\n\n", 1)[0]
     (tmp_path / "program.py").write_text(_PROGRAM)
     file.write_text(f"{head}\n\n[program:one]\ncommand={sys.executable} {tmp_path}/program.py {tmp_path}\n")
-    process = subprocess.Popen([sys.executable, "-m", "shoehorn.runtime.supervisord", str(tmp_path)],
+    process = subprocess.Popen([sys.executable, "-m", programs.SUPERVISORD, str(tmp_path)],
                                stderr=subprocess.DEVNULL,
                                start_new_session=True)
     try:
         wait_until((tmp_path / "runs").exists, 10, "the program runs")
         yield process
     finally:
-        end_group(process.pid)
+        kill_group(process.pid)
         process.wait()
 
 

@@ -37,12 +37,12 @@ def test_the_engine_on_a_cpu_sleeps_where_it_waits() -> None:
 
 @pytest.mark.contract
 def test_it_would_spin_without() -> None:
-    assert "SPUN" in wait(""), "it sleeps by itself: drop the mend"
+    assert "SPUN" in wait(""), "the engine sleeps without it: remove the patch"
 
 
 def test_another_engine_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     from shoehorn_vllm import plugin
 
     monkeypatch.setitem(plugin.TESTED, "vllm", "0.31.0")
-    with pytest.raises(plugin.EngineVersionError, match=r"tested with vllm 0\.31\.0; this is 0\.32\.0"):
+    with pytest.raises(plugin.EngineVersionError, match=r"vllm 0\.32\.0 is unsupported \(tested: 0\.31\.0\)"):
         plugin.register()

@@ -9,8 +9,8 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry
 
-from shoehorn_vllm.api.metrics import Counts
-from shoehorn_vllm.api.middleware import Gate, Scope
+from shoehorn_vllm.api.metrics import RequestMetrics
+from shoehorn_vllm.api.middleware import AdmissionMiddleware, Scope
 from shoehorn_vllm.api.request import Message, Receive, Send
 
 CHAT, MESSAGES, RESPONSES = "/v1/chat/completions", "/v1/messages", "/v1/responses"
@@ -20,8 +20,8 @@ USAGE = b'{"usage": {"prompt_tokens": 3, "total_tokens": 8, "completion_tokens":
 class Call:
     """One request to the middleware, and all that came back."""
 
-    def __init__(self, gate: Gate, path: str = CHAT, body: bytes | None = b"{}", limits: str = "", key: str = "phone",
-                 method: str = "POST", query: str = "", declare: bool = True) -> None:
+    def __init__(self, gate: AdmissionMiddleware, path: str = CHAT, body: bytes | None = b"{}", limits: str = "",
+                 key: str = "phone", method: str = "POST", query: str = "", declare: bool = True) -> None:
         headers = [(b"x-shoehorn-key", key.encode()), (b"x-shoehorn-limits", limits.encode())]
         if declare and body is not None:
             headers.append((b"content-length", str(len(body)).encode()))
@@ -79,7 +79,7 @@ class Engine:
 
     def __init__(self, **settings: Any) -> None:
         self.registry = CollectorRegistry()
-        self.gate = Gate(self, Counts(self.registry), **settings)
+        self.gate = AdmissionMiddleware(self, RequestMetrics(self.registry), **settings)
         self.go, self.fail, self.stubborn, self.half = asyncio.Event(), False, False, False
         self.bodies: list[bytes] = []
         self.running = 0

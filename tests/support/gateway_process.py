@@ -20,6 +20,7 @@ from shoehorn.common.atomic_file import write_atomic
 from shoehorn.config.settings import load
 from shoehorn.gateway import nginx_config, tls
 from shoehorn.gateway.keys import sources
+from shoehorn.runtime import programs
 from shoehorn.runtime.state import Phase, StateFile
 from support.waiting import wait_until
 
@@ -95,7 +96,7 @@ class Gateway:
         kept = {name: os.environ[name] for name in ("PATH", "LANG") if name in os.environ}
         clean = {name: value for name, value in self.environment.items() if name != "API_KEY"}
         with self.log.open("ab") as log:
-            self.keys = subprocess.Popen([sys.executable, "-m", "shoehorn.gateway.keys.service"], env={**kept, **clean},
+            self.keys = subprocess.Popen([sys.executable, "-m", programs.KEYS], env={**kept, **clean},
                                          stdout=log, stderr=log, start_new_session=True, cwd="/")
         return self.keys
 

@@ -18,7 +18,7 @@ from shoehorn.common.errors import EXIT_DONE, SettingsError
 from shoehorn.config import settings as settings_module
 from shoehorn.config.settings import Settings
 from shoehorn.gateway.keys import sources
-from shoehorn.gateway.keys.api_key import Key, Limits, parse_expiry, parse_name
+from shoehorn.gateway.keys.api_key import Key, parse_expiry, parse_limits, parse_name
 from shoehorn.gateway.keys.store import KeyStore, NewKey
 
 _OPTIONS = {
@@ -72,14 +72,14 @@ def _template(arguments: argparse.Namespace) -> Key:
     now = time.time()
     try:
         expires = parse_expiry(arguments.expires, now) if arguments.expires else None
-        return Key(parse_name(arguments.name), b"", b"", now, expires, Limits.parse(words))
+        return Key(parse_name(arguments.name), b"", b"", now, expires, parse_limits(words))
     except ValueError as error:
         raise SettingsError(f"Key: {error}.", "Type: shoehorn keys add --help", code="invalid_key") from None
 
 
 def _require_changeable(settings: Settings, name: str) -> None:
     """Refuse to change keys that are not stored in the volume."""
-    _, source = sources.in_force(settings).get(name, (None, "volume"))
+    _, source = sources.list_keys(settings).get(name, (None, "volume"))
     if source != "volume":
         raise SettingsError(f"Key {name!r}: already exists in {source}.", f"Change it there, or choose another name."
                             f"{' Then restart.' if source == 'API_KEY' else ''}", code="key_exists")
@@ -91,12 +91,12 @@ def _show(key: NewKey, action: str) -> None:
 
 
 def _list(settings: Settings, as_json: bool) -> int:
-    used = KeyStore(settings.models_dir).used()
+    used = KeyStore(settings.models_dir).last_used()
     now = time.time()
     rows = [{"name": name, "source": source, "created": None if source == "API_KEY" else key.created,
              "last_used": used.get(name), "expires": key.expires,
              "expired": key.expires is not None and key.expires <= now, "limits": key.limits.given()}
-            for name, (key, source) in sorted(sources.in_force(settings).items())]
+            for name, (key, source) in sorted(sources.list_keys(settings).items())]
     if as_json:
         print(json.dumps(rows, indent=1))
         return EXIT_DONE

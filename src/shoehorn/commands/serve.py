@@ -32,8 +32,8 @@ from shoehorn.gateway import nginx_config, tls
 from shoehorn.gateway.keys import sources
 from shoehorn.gateway.keys.store import NewKey
 from shoehorn.hardware import detect, requirements
-from shoehorn.runtime import supervisord_config
-from shoehorn.runtime.child_process import end_recorded_group
+from shoehorn.runtime import programs, supervisord_config
+from shoehorn.runtime.child_process import kill_recorded_group
 from shoehorn.runtime.run_dir import RunDir
 from shoehorn.runtime.state import Phase, StateFile
 
@@ -69,7 +69,7 @@ def run(arguments: argparse.Namespace, environment: Mapping[str, str]) -> int:
           f"metrics on port {settings.metrics_port}", flush=True)
     disable_core_dumps()
     os.set_inheritable(lock, True)  # held until supervisord ends
-    os.execve(sys.executable, [sys.executable, "-m", "shoehorn.runtime.supervisord", str(settings.run_dir)],
+    os.execve(sys.executable, [sys.executable, "-m", programs.SUPERVISORD, str(settings.run_dir)],
               _without_secrets(settings, environment))
 
 
@@ -125,7 +125,7 @@ def _prepare_run_dir(paths: RunDir) -> int:
                             "Mount a tmpfs there that this user can write, or set another RUN_DIR.",
                             code="run_dir_unusable") from error
     for record in paths.groups:
-        end_recorded_group(record)  # of an appliance that was killed
+        kill_recorded_group(record)  # of an appliance that was killed
     for entry in paths.path.iterdir():
         if entry == paths.lock:
             continue

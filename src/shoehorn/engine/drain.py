@@ -17,6 +17,7 @@ import httpx
 from shoehorn.common.atomic_file import write_atomic
 from shoehorn.runtime.run_dir import RunDir
 from shoehorn.runtime.shutdown import MARGIN_SECONDS
+from shoehorn_vllm.protocol import DRAIN_PATH
 
 log = logging.getLogger("engine")
 
@@ -34,7 +35,7 @@ def drain_engine(socket: Path, seconds: int) -> DrainResult | None:
     log.info("waiting up to %d s for running requests", seconds)
     try:
         with httpx.Client(transport=httpx.HTTPTransport(uds=str(socket)), timeout=seconds + MARGIN_SECONDS) as client:
-            answer = client.post("http://engine/-/drain", params={"seconds": seconds}).raise_for_status().json()
+            answer = client.post(f"http://engine{DRAIN_PATH}", params={"seconds": seconds}).raise_for_status().json()
         result = DrainResult(answer["finished"], answer["aborted"])
     except (httpx.HTTPError, ValueError, KeyError) as error:
         log.warning("Cannot drain the engine error=%s", str(error) or type(error).__name__)

@@ -21,6 +21,7 @@ from shoehorn.config.settings import Settings
 from shoehorn.deployment import served_model
 from shoehorn.deployment.served_model import FetchStep
 from shoehorn.model.reference import ModelRef
+from shoehorn.runtime import programs
 from shoehorn.runtime.child_process import Child
 from shoehorn.runtime.run_dir import RunDir
 from shoehorn.runtime.state import Phase, StateFile
@@ -62,7 +63,7 @@ class _Fetch:
         phase = _PHASES[self._step]
         log.info("%s %s", phase.value, self._ref.id)
         self._states.update(phase=phase, progress=0.0, detail=self._ref.id)
-        child = Child([sys.executable, "-m", "shoehorn.cli", self._step, "--json"], environment, self.read_line, record)
+        child = Child([sys.executable, "-m", programs.CLI, self._step, "--json"], environment, self.read_line, record)
         try:
             while (status := child.wait(0.5)) is None:
                 pass
@@ -101,7 +102,7 @@ class _Fetch:
 
     def _publish(self, message: Mapping[str, Any]) -> None:
         done, total, rate = message["bytes_done"], message["bytes_total"], message["rate_bytes_per_second"]
-        self._states.tell(phase=Phase(message["phase"]), progress=done / total if total else None,
+        self._states.update_progress(phase=Phase(message["phase"]), progress=done / total if total else None,
                           bytes_done=done, bytes_total=total, rate_bytes_per_second=float(rate or 0))
         if time.monotonic() - self._logged_at >= _LOG_SECONDS:
             self._logged_at = time.monotonic()

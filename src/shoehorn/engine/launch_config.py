@@ -14,6 +14,7 @@ import yaml
 from shoehorn.common.atomic_file import write_atomic
 from shoehorn.config.settings import Settings
 from shoehorn.runtime.run_dir import RunDir
+from shoehorn_vllm.protocol import MIDDLEWARE_CLASS
 
 ENGINE_DEFAULT_SEQUENCES = 256
 """vLLM's default of concurrent sequences."""
@@ -36,7 +37,7 @@ def engine_arguments(settings: Settings, plan_arguments: Mapping[str, object], m
         "disable-fastapi-docs": True,
         "disable-uvicorn-access-log": True,
         "sse-keep-alive-interval": 15,
-        "middleware": ["shoehorn_vllm.api.middleware.Gate"],
+        "middleware": [MIDDLEWARE_CLASS],
     }
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from shoehorn.engine.timing import Timing
+from shoehorn.runtime import programs
 from shoehorn.runtime.run_dir import RunDir
 
 
@@ -38,5 +39,5 @@ class LaunchSpec:
     @property
     def command(self) -> list[str]:
         """Command line of vLLM's API server."""
-        return [sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry", "--config",
+        return [sys.executable, "-m", programs.VLLM, "--config",
                 str(self.run_dir.engine_config)]

@@ -38,6 +38,7 @@ from shoehorn.planner.plan import Plan
 from shoehorn.runtime import parent_watch
 from shoehorn.runtime.run_dir import RunDir
 from shoehorn.runtime.state import Phase, StateFile
+from shoehorn_vllm.protocol import MAX_REQUESTS_VARIABLE
 
 log = logging.getLogger("engine")
 
@@ -105,7 +106,7 @@ def _launch_spec(settings: Settings, environment: Mapping[str, str], plan: Plan,
     launch_config.write_engine_config(settings, plan.engine_args, directory)
     variables = {**_host_address(environment, plan), **plan.engine_environment,
                  **memory_report.prepare(settings.run_dir),
-                 "SHOEHORN_MOST_REQUESTS": str(launch_config.most_requests(settings, plan.engine_args))}
+                 MAX_REQUESTS_VARIABLE: str(launch_config.most_requests(settings, plan.engine_args))}
     return LaunchSpec(
         run_dir=paths, environment=engine_environment(environment, variables, settings.run_dir),
         model=settings.served_model_name, options=plan.engine_args,
@@ -148,7 +149,7 @@ def _host_address(environment: Mapping[str, str], plan: Plan) -> dict[str, str]:
 def _stop_on_sigterm(states: StateFile) -> None:
     def stop(_signal: int, _frame: FrameType | None) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not interrupt the cleanup
-        states.tell(phase=Phase.STOPPING, progress=None, detail="stopping")
+        states.update_progress(phase=Phase.STOPPING, progress=None, detail="stopping")
         raise StopRequested
 
     signal.signal(signal.SIGTERM, stop)
@@ -156,7 +157,7 @@ def _stop_on_sigterm(states: StateFile) -> None:
 
 def _stop_with_supervisord() -> None:
     """Stop this program as by SIGTERM after supervisord was killed."""
-    supervisor = parent_watch.owner()
+    supervisor = parent_watch.supervisor()
 
     def watch() -> None:
         while os.getppid() == supervisor:

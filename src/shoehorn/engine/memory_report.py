@@ -25,6 +25,7 @@ from shoehorn.planner.memory.device import DeviceMemory
 from shoehorn.planner.plan import Plan
 from shoehorn.runtime.run_dir import RunDir
 from shoehorn.runtime.state import StateFile
+from shoehorn_vllm.protocol import MEMORY_DIR_VARIABLE, MEMORY_HANDLER_CLASS
 
 log = logging.getLogger("engine")
 
@@ -68,10 +69,10 @@ def prepare(run_dir: Path) -> dict[str, str]:
                                 "format": line}},
         "handlers": {"vllm": {"class": "logging.StreamHandler", "formatter": "vllm", "level": "INFO",
                               "stream": "ext://sys.stdout"},
-                     "memory": {"class": "shoehorn_vllm.telemetry.memory_log.Handler"}},
+                     "memory": {"class": MEMORY_HANDLER_CLASS}},
         "loggers": {"vllm": {"handlers": ["vllm", "memory"], "level": "INFO", "propagate": False}}}
     write_atomic(config, json.dumps(document, indent=1) + "\n")
-    return {"VLLM_LOGGING_CONFIG_PATH": str(config), "SHOEHORN_MEMORY_DIR": str(reports)}
+    return {"VLLM_LOGGING_CONFIG_PATH": str(config), MEMORY_DIR_VARIABLE: str(reports)}
 
 
 def read(run_dir: Path, gpus: int) -> tuple[Mapping[int, Mapping[str, Any]], int]:

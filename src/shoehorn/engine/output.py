@@ -79,9 +79,9 @@ class EngineOutput:
         if state.phase is not Phase.LOADING:
             return
         if match := _SHARDS.search(line):
-            self._states.tell(detail="loading the weights", progress=int(match[1]) / 100)
+            self._states.update_progress(detail="loading the weights", progress=int(match[1]) / 100)
             return
         for pattern, detail in _STAGES:
             if pattern.search(line) and state.detail != detail:
-                self._states.tell(detail=detail, progress=None)
+                self._states.update_progress(detail=detail, progress=None)
                 log.info("%s", detail)

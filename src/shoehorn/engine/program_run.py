@@ -19,7 +19,7 @@ from shoehorn.common.errors import EXIT_DONE, EXIT_ENGINE_FAILED, EngineFailedEr
 from shoehorn.config.settings import Settings
 from shoehorn.engine.restart_budget import RestartBudget
 from shoehorn.engine.timing import Timing
-from shoehorn.runtime.child_process import end_recorded_group
+from shoehorn.runtime.child_process import kill_recorded_group
 from shoehorn.runtime.run_dir import RunDir
 from shoehorn.runtime.state import Phase, StateFile
 
@@ -57,10 +57,10 @@ class ProgramRun:
             EngineFailedError: the budget is exhausted.
         """
         killed = self._paths.engine_alive.exists()
-        self._states.tell(phase=Phase.STARTING, progress=None, detail="planning",
+        self._states.update_progress(phase=Phase.STARTING, progress=None, detail="planning",
                           model=self._settings.served_model_name, cause="", remedy="", engine_down=False,
                           restarts=self._states.read().restarts + killed)
-        processes = [process for record in self._paths.groups for process in end_recorded_group(record)]
+        processes = [process for record in self._paths.groups for process in kill_recorded_group(record)]
         if killed:
             failures = self.budget.record()
             log.warning("The engine program was killed failures=%d terminated_processes=%d", failures, len(processes))

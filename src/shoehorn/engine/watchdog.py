@@ -18,9 +18,10 @@ import httpx
 
 from shoehorn.engine.readiness import TOKEN
 from shoehorn.engine.timing import Timing
+from shoehorn_vllm.protocol import PROBE_PATH
 
 _COUNTERS = ("vllm:prompt_tokens_total", "vllm:generation_tokens_total", "vllm:iteration_tokens_total_count")
-_PROBE = "http://engine/-/probe"  # shoehorn_vllm.api.middleware.PROBE_PATH
+_PROBE = f"http://engine{PROBE_PATH}"
 
 
 class Watchdog:

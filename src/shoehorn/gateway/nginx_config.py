@@ -1,9 +1,9 @@
-"""The gateway: nginx's configuration.
+"""nginx configuration of the gateway.
 
 Rules:
-- `ROUTES` is the one list of what passes to the engine, each with its only method; everything else is 404;
-- every value in the template is quoted by `quote`, which refuses what nginx would read as something else;
-- every error that nginx makes itself has a row in `_ERRORS`, in OpenAI's form and in Anthropic's.
+- `ROUTES` lists all routes to the engine, each with its only method; every other path is 404;
+- `quote` quotes every value in the template, and refuses values that nginx would misread;
+- every error that nginx generates has a message in `_MESSAGES`, for the OpenAI and the Anthropic form.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ from shoehorn.runtime.run_dir import RunDir
 
 BODY_LIMIT = "10m"
 RETRY_AFTER_SECONDS = 5
-"""Small: OpenAI's client waits that long, and not at all when told to wait above two minutes."""
+"""Small: OpenAI's client waits that long, and ignores values above two minutes."""
 READ_SECONDS = 6 * 3600
-"""The longest pause between two reads from the engine: a whole answer without streaming, at 0.4 tokens a second."""
-MOST_CONNECTIONS = 8192
-"""Of each of nginx's two workers; an answer takes three at most. Who sends a header slowly holds one for 10 s."""
+"""Time limit between two reads from the engine: one answer without streaming, at 0.4 tokens per second."""
+MAX_CONNECTIONS = 8192
+"""Per worker of nginx (there are two); a request needs three at most. A client that sends its header slowly occupies
+one for 10 s."""
 _OTHER_FILES = 64
 PAGE_FILES = ("page.css", "chat.css", "page.js", "words.js", "format.js", "status.js", "vram.js", "stream.js",
               "chat.js", "message.js", "markdown.js", "marked.esm.js", "snippets.js", "icon.svg")
@@ -41,7 +42,7 @@ _UNQUOTABLE = re.compile("[\x00-\x09\x0b-\x1f\x7f$\ud800-\udfff]")
 
 @dataclass(frozen=True)
 class Route:
-    """One way to the engine: the only method, and the exact path."""
+    """A route to the engine: its only method and its exact path."""
 
     method: str
     path: str
@@ -59,55 +60,59 @@ ROUTES = (
     Route("POST", "/v1/score"),
 )
 
-_ERRORS = {
-    400: ("bad_request", "The request is malformed."),
-    401: ("invalid_api_key", "No valid API key was given. Send it as `Authorization: Bearer KEY` or `X-Api-Key: KEY`."),
-    403: ("forbidden", "This is not allowed."),
-    404: ("unknown_url", "There is no such endpoint here."),
-    405: ("method_not_allowed", "This endpoint does not take this method."),
-    408: ("request_timeout", "The request came too slowly."),
-    411: ("length_required", "The request has no Content-Length."),
-    413: ("request_too_large", "The request body is too large."),
-    414: ("uri_too_long", "The request line is too long."),
-    429: ("rate_limit_exceeded", "Too many requests. Try again in a moment."),
-    431: ("headers_too_large", "The request headers are too large."),
-    500: ("internal_error", "The gateway failed."),
-    501: ("not_implemented", "This transfer encoding is not known here."),
-    503: ("model_not_ready", "The model is not ready."),
-    505: ("http_version", "This version of HTTP is not known here."),
+_MESSAGES = {
+    400: "The request is malformed.",
+    401: "Invalid or missing API key. Send it as `Authorization: Bearer KEY` or `X-Api-Key: KEY`.",
+    403: "Permission denied.",
+    404: "Unknown endpoint.",
+    405: "This endpoint does not support this method.",
+    408: "The request timed out.",
+    411: "The request has no Content-Length.",
+    413: "The request body is too large.",
+    414: "The request line is too long.",
+    415: "Unsupported media type.",
+    422: "The request is invalid.",
+    429: "Too many requests. Retry in a few seconds.",
+    431: "The request headers are too large.",
+    500: "Internal error of the gateway.",
+    501: "Unsupported transfer encoding.",
+    503: "The model is not ready.",
+    505: "Unsupported HTTP version.",
 }
+CODES = {404: "unknown_url", 503: "model_not_ready"}
+"""Codes of nginx's own errors where they differ from the status's: other events than an engine's 404 and 503."""
 
 TLS_CIPHERS = ":".join(f"ECDHE-{key}-{cipher}" for cipher in (
     "AES128-GCM-SHA256", "AES256-GCM-SHA384", "CHACHA20-POLY1305") for key in ("ECDSA", "RSA"))
-"""For TLS 1.2, forward secrecy and authenticated encryption only; those of TLS 1.3 are all so."""
+"""For TLS 1.2: forward secrecy and authenticated encryption only; all ciphers of TLS 1.3 have both."""
 
 
 def quote(value: object) -> str:
-    """A word for nginx's configuration.
+    """Quote a value for nginx's configuration.
 
     Raises:
-        SettingsError: it holds a `$`, which nginx has no way to write, or a control character.
+        SettingsError: it contains a `$`, which nginx cannot quote, or a control character.
     """
     text = str(value)
     if _UNQUOTABLE.search(text):
-        raise SettingsError(f"nginx cannot be told {text!r}: it has a `$` or a character that cannot be printed.",
-                            "Choose another RUN_DIR, SERVED_MODEL_NAME or folder for Shoehorn.")
+        raise SettingsError(f"{text!r}: unsupported by nginx, contains a `$` or a control character.",
+                            "Change RUN_DIR, SERVED_MODEL_NAME or the folder of Shoehorn.")
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
 
 
 def render(settings: Settings, run_dir: Path, user: str | None) -> str:
-    """The text of `nginx.conf`, which belongs into `run_dir`.
+    """Render `nginx.conf` for `run_dir`.
 
     Args:
-        run_dir: holds state and the sockets of the engine and the key service; nginx writes nowhere else.
-        user: whom nginx's workers run as when its master runs as root; else None.
+        run_dir: contains the state and the sockets of the engine and the key service; nginx writes to no other folder.
+        user: of nginx's workers when its master runs as root; else None.
 
     Raises:
-        SettingsError: a path or the model's name cannot stand in nginx's configuration.
+        SettingsError: nginx does not support a path or the model's name.
     """
     paths = RunDir(run_dir.absolute())
     _check_run_dir(paths)
-    # The configuration is no HTML: `finalize` quotes every value that the template writes.
+    # The output is not HTML: `finalize` quotes every value in the template.
     environment = Environment(loader=FileSystemLoader(GATEWAY), undefined=StrictUndefined, finalize=quote,
                               autoescape=False, trim_blocks=True, keep_trailing_newline=True)  # noqa: S701  # see above
     model = settings.served_model_name
@@ -120,29 +125,29 @@ def render(settings: Settings, run_dir: Path, user: str | None) -> str:
         cors_origins=settings.cors_allowed_origins,
         trusted_proxies=settings.trusted_proxies, tls_ciphers=TLS_CIPHERS,
         tls_pair=paths.tls_pair if settings.tls_cert_file else None,
-        errors={status: error_bodies(*words, status) for status, words in _ERRORS.items()},
-        own_errors=[status for status in _ERRORS if status not in (431, 500, 503)],
-        no_keys=error_bodies("keys_unavailable", "Keys cannot be checked just now. Try again in a moment.", 503),
-        plain_refused=error_bodies("https_required", "Plain HTTP is not served here. Use https://, and change a key "
-                                   "that was sent without.", 400)["openai"],
-        not_served=error_bodies("unknown_url", "The model that is loaded does not serve this endpoint.",
-                                404)["openai"].rstrip(),
+        errors={status: error_bodies(status, message, CODES.get(status)) for status, message in _MESSAGES.items()},
+        own_errors=[status for status in _MESSAGES if status not in (431, 500, 503)],
+        no_keys=error_bodies(503, "API keys are temporarily unavailable. Retry in a few seconds.", "keys_unavailable"),
+        plain_refused=error_bodies(400, "Plain HTTP is unsupported. Use https://, and rotate a key that was sent "
+                                   "unencrypted.", "https_required")["openai"],
+        not_served=error_bodies(404, "The loaded model does not support this endpoint.",
+                                "unknown_url")["openai"].rstrip(),
         model=model, model_body=json.dumps({"id": model, "object": "model", "created": int(time.time()),
                                             "owned_by": "shoehorn"}) + "\n")
 
 
 def _open_files() -> int:
-    """How many files a worker may open: enough for `MOST_CONNECTIONS`, or what the system lets it."""
-    wanted, most = MOST_CONNECTIONS + _OTHER_FILES, resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    return wanted if most == resource.RLIM_INFINITY else min(wanted, most)
+    """Open files per worker: enough for `MAX_CONNECTIONS`, within the limit of the system."""
+    needed, limit = MAX_CONNECTIONS + _OTHER_FILES, resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    return needed if limit == resource.RLIM_INFINITY else min(needed, limit)
 
 
 def _check_run_dir(paths: RunDir) -> None:
     directory = paths.path
     quote(directory)
     if set(str(directory)) & set("*?["):
-        raise SettingsError(f"RUN_DIR={directory} has a `*`, `?` or `[`, which nginx takes for a pattern.",
+        raise SettingsError(f"RUN_DIR={directory}: contains `*`, `?` or `[`, which nginx treats as a pattern.",
                             "Set another RUN_DIR.")
     if len(os.fsencode(paths.engine_socket)) > _SOCKET_PATH_BYTES:
-        raise SettingsError(f"RUN_DIR={directory} is too long: a socket's path has at most {_SOCKET_PATH_BYTES} bytes.",
+        raise SettingsError(f"RUN_DIR={directory}: too long, a socket's path has at most {_SOCKET_PATH_BYTES} bytes.",
                             "Set a shorter RUN_DIR, for example /run/shoehorn.")

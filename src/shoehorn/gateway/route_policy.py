@@ -1,6 +1,6 @@
-"""The decisions about the engine's routes (gateway/routes.yaml), and the document made from them.
+"""Decisions about the engine's routes (gateway/routes.yaml).
 
-Rules: every route has exactly one decision with a reason; what is served is what `gateway.ROUTES` lets pass.
+Rules: every route has exactly one decision with a reason; the routes served are those of `nginx_config.ROUTES`.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ Decision = Literal["served", "own", "closed"]
 
 
 @dataclass(frozen=True)
-class Decided:
-    """One route of the engine.
+class RouteDecision:
+    """The decision about one route of the engine.
 
     Attributes:
         method: of HTTP; WEBSOCKET, or MOUNT for a tree of paths.
-        path: with `{name}` where anything may stand.
-        when: what the engine needs to have it; empty where every language model has it.
+        path: with `{name}` for variable parts.
+        when: condition under which the engine has the route; empty where every language model has it.
     """
 
     method: str
@@ -34,50 +34,23 @@ class Decided:
 
     @property
     def name(self) -> str:
-        """As the engine's list has it."""
+        """Method and path, as in the engine's list."""
         return f"{self.method} {self.path}"
 
 
-def read(path: Path = GATEWAY / "routes.yaml") -> tuple[Decided, ...]:
-    """All decisions, in the order of the file.
+def read(path: Path = GATEWAY / "routes.yaml") -> tuple[RouteDecision, ...]:
+    """Read all decisions, in the order of the file.
 
     Raises:
-        ValueError: a decision that there is not, or two about one route.
+        ValueError: a decision is unknown, or a route has two.
     """
-    found: dict[str, Decided] = {}
+    decisions: dict[str, RouteDecision] = {}
     for group in yaml.safe_load(path.read_text(encoding="utf-8")):
         if group["decision"] not in ("served", "own", "closed"):
-            raise ValueError(f"{group['decision']} is no decision")
+            raise ValueError(f"unknown decision {group['decision']!r}")
         for name in group["routes"]:
-            if name in found:
-                raise ValueError(f"{name} is decided twice")
+            if name in decisions:
+                raise ValueError(f"{name}: decided twice")
             method, _, target = name.partition(" ")
-            found[name] = Decided(method, target, group["decision"], group["reason"], group.get("when", ""))
-    return tuple(found.values())
-
-
-_INTRODUCTION = """# Routes
-
-What the gateway makes of every route that the engine's API server can have, in this version and with any switch. Tests
-build the engine's server and fail for a route without a decision, and send each one through nginx with and without a
-key. A path that is not in this table is 404 as well; under `/v1/` a request without a key gets 401 before that.
-
-| answer | without a key | with a key |
-|---|---|---|
-| served | 401 | the engine's |
-| own | the gateway's | the gateway's |
-| closed | 404, under `/v1/` 401 | 404 |
-"""
-
-_TITLES = {"served": "Served", "own": "The gateway's own", "closed": "Closed"}
-
-
-def document() -> str:
-    """The text of docs/routes.md."""
-    text = [_INTRODUCTION]
-    for decision, title in _TITLES.items():
-        text.append(f"\n## {title}\n\n| route | where the engine has it | why |\n|---|---|---|\n")
-        for route in read():
-            if route.decision == decision:
-                text.append(f"| `{route.name}` | {route.when or 'always'} | {route.reason} |\n")
-    return "".join(text)
+            decisions[name] = RouteDecision(method, target, group["decision"], group["reason"], group.get("when", ""))
+    return tuple(decisions.values())

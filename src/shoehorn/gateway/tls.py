@@ -1,14 +1,15 @@
-"""TLS: the certificate and its key, checked and put where nginx reads them.
+"""TLS certificate and key: checked, and installed for nginx.
 
 Rules:
-- nginx gets one file, `tls.pem` in RUN_DIR, with the key and the chain: replaced as a whole, so that they always match,
-  and only by a pair that was checked. A bad new pair is logged, and the old one goes on;
-- nginx reads the file for each new connection, so that a change needs no reload, which would cut long streams;
-- the key is copied nowhere else, and the file is its owner's alone.
+- nginx reads one file, `tls.pem` in RUN_DIR, with the key and the chain: replaced as a whole, so that they always
+  match, and only by a checked pair. An invalid new pair is logged, and the current one stays;
+- nginx reads the file for each new connection: a change needs no reload, which would interrupt long streams;
+- the key is copied to no other file, and only its owner can read this one.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import ssl
@@ -22,12 +23,15 @@ from shoehorn.runtime.run_dir import RunDir
 
 log = logging.getLogger("tls")
 
+_CHECK_SECONDS = 2.0
+_REMEDY = "Provide a certificate with its chain, and its key, as PEM."
+
 
 def install(settings: Settings) -> bool:
-    """Check the pair of the settings and put it into force; returns whether it is another than before.
+    """Check the pair of the settings and install it; returns whether it changed.
 
     Raises:
-        SettingsError: a file cannot be read, is no PEM, needs a password, or the two do not match.
+        SettingsError: a file is unreadable or not PEM, the key needs a password, or the two do not match.
     """
     if not settings.tls_cert_file or not settings.tls_key_file:
         raise ValueError("TLS is off")
@@ -48,59 +52,64 @@ def install(settings: Settings) -> bool:
 
 
 def check(pair: Path, settings: Settings) -> None:
-    """Load a file that holds key and chain, as nginx will.
+    """Load a file with key and chain, as nginx will.
 
     Raises:
-        SettingsError: it cannot be used.
+        SettingsError: it is invalid.
     """
-    named = f"TLS_CERT_FILE={settings.tls_cert_file} and TLS_KEY_FILE={settings.tls_key_file}"
-    asked: list[bool] = []
+    names = f"TLS_CERT_FILE={settings.tls_cert_file} and TLS_KEY_FILE={settings.tls_key_file}"
+    password_requests: list[bool] = []
 
     def password() -> str:
-        asked.append(True)
+        password_requests.append(True)
         return ""
 
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(pair, password=password)
     except ssl.SSLError as error:
-        if asked:
-            cause, remedy = "the key needs a password", "Give one without: openssl pkey -in KEY -out NEW_KEY"
+        if password_requests:
+            problem, remedy = "the key needs a password", "Remove it: openssl pkey -in KEY -out NEW_KEY"
         elif error.reason in ("KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH"):
-            cause, remedy = "the key does not belong to the certificate", "Put the two that were made together there."
+            problem, remedy = "mismatch of key and certificate", "Provide the key of this certificate."
         else:
-            cause = f"they are not what they should be ({error.reason or 'no PEM'})"
-            remedy = "Give a certificate with its chain, and its key, as PEM."
-        raise SettingsError(f"{named}: {cause}.", remedy) from None
+            problem, remedy = f"invalid ({error.reason or 'not PEM'})", _REMEDY
+        raise SettingsError(f"{names}: {problem}.", remedy) from None
     except ValueError as error:
-        raise SettingsError(f"{named}: {error}.", "Give a certificate with its chain, and its key, as PEM.") from None
+        raise SettingsError(f"{names}: {error}.", _REMEDY) from None
 
 
-class Watch:
-    """Looks at the files again and again, and installs what is new."""
+class CertificateWatch:
+    """Installs the pair whenever its files change."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._files = [file for file in (settings.tls_cert_file, settings.tls_key_file) if file]
         self._stamps: list[FileStamp | None] = []  # unlike any, so that the first check compares the contents
 
-    def look(self) -> None:
-        """Install the pair when a file changed; what is wrong with it is logged once for each change."""
+    async def run(self) -> None:
+        """Check every 2 s until cancelled."""
+        while True:
+            await asyncio.sleep(_CHECK_SECONDS)
+            await asyncio.to_thread(self.check)
+
+    def check(self) -> None:
+        """Install the pair if a file changed; a problem is logged once per change."""
         stamps = [stamp(file) for file in self._files]
         if stamps == self._stamps:
             return
         self._stamps = stamps
         try:
             if install(self._settings):
-                log.info("a new certificate is in force")
+                log.info("installed a new TLS certificate")
         except (SettingsError, OSError) as error:
-            log.error("the certificate in force goes on, for the new one cannot be used: %s", error)
+            log.error("rejected the new TLS certificate, keeping the current one: error=%s", error)
 
 
 def _read(name: str, file: Path) -> str:
     try:
         return file.read_text(encoding="ascii")
     except UnicodeDecodeError:
-        raise SettingsError(f"{name}={file} is no PEM file.", "Convert it with: openssl x509 or openssl pkey") from None
+        raise SettingsError(f"{name}={file}: not a PEM file.", "Convert it: openssl x509 or openssl pkey") from None
     except OSError as error:
-        raise SettingsError(f"{name}={file} cannot be read by user {os.geteuid()}: {error.strerror}.",
+        raise SettingsError(f"{name}={file}: user {os.geteuid()} cannot read it ({error.strerror}).",
                             "Mount it readable for that user.") from error

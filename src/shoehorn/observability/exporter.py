@@ -240,7 +240,7 @@ def main(environment: Mapping[str, str], nvml: Any) -> int:
     Args:
         nvml: a module like pynvml.
     """
-    supervisor = parent_watch.owner()
+    supervisor = parent_watch.supervisor()
     ending = {signal.SIGTERM, signal.SIGINT}
     signal.pthread_sigmask(signal.SIG_BLOCK, ending)  # before the first thread: only the wait below takes them
     try:

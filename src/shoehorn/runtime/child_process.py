@@ -1,12 +1,12 @@
-"""Child processes that leave nothing behind.
+"""Child processes in groups that are always terminated.
 
 Rules:
-- a child leads a process group of its own, and the group is ended when the child ends: an engine core outlives a killed
-  API server otherwise, and keeps its memory;
-- SIGTERM is sent again until the child is gone, because the engine loses one that comes while it loads; when the time
-  is up the whole group gets SIGKILL;
-- the group is recorded in a file, so that a successor can end what a killed owner left; a SIGTERM that comes between
-  the child's birth and its record is heard after it.
+- a child leads a process group of its own, which is killed when the child exits: otherwise an engine core outlives a
+  killed API server and keeps its memory;
+- SIGTERM is repeated until the child exits, because the engine loses one that arrives while it loads; after the time
+  limit the whole group gets SIGKILL;
+- the group is recorded in a file, so that a successor can kill the group of a killed program; a SIGTERM between the
+  start of the child and its record is handled after it.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ _REPEAT_SECONDS = 2.0
 
 
 class Child:
-    """A running child; its output, both streams, goes to `on_line` line by line, from a thread of its own.
+    """A running child; a thread passes its output, both streams, to `on_line` line by line.
 
     Args:
         command: the program and its arguments.
-        environment: all of the child's environment.
-        on_line: takes one line without its end; progress bars that redraw with a carriage return arrive as lines too.
-        record: where the group is noted for a successor.
+        environment: the child's whole environment.
+        on_line: gets one line without its end; progress bars that redraw by carriage return arrive as lines too.
+        record: file that names the group for a successor.
     """
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str], on_line: Callable[[str], None],
                  record: Path) -> None:
         self._record = record
-        with _held(signal.SIGTERM):
+        with _delay_signal(signal.SIGTERM):
             self._process = subprocess.Popen(command, env=dict(environment), stdin=subprocess.DEVNULL,
                                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
                                              text=True, encoding="utf-8", errors="replace")
@@ -51,18 +51,18 @@ class Child:
 
     @property
     def pid(self) -> int:
-        """The child's process id, which is its group's too."""
+        """Process id of the child and of its group."""
         return self._process.pid
 
     def poll(self) -> int | None:
-        """The exit status (negative: the signal), or None while it runs. Ends the group's leftovers with it."""
+        """Return the exit status (negative: the signal), or None while it runs. Kills the rest of its group."""
         status = self._process.poll()
         if status is not None:
             self._finish()
         return status
 
     def wait(self, seconds: float) -> int | None:
-        """Like `poll`, after at most `seconds`."""
+        """Wait up to `seconds`, then poll."""
         try:
             self._process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -70,18 +70,18 @@ class Child:
         return self.poll()
 
     def stop(self, grace_seconds: float) -> int:
-        """End the child and its group; returns its exit status. Takes at most `grace_seconds` and a moment."""
+        """Terminate the child and its group within `grace_seconds`, then kill it; returns its exit status."""
         deadline = time.monotonic() + grace_seconds
         while self._process.poll() is None and time.monotonic() < deadline:
             self._process.terminate()
             self.wait(min(_REPEAT_SECONDS, max(0.0, deadline - time.monotonic())))
-        end_group(self.pid)
+        kill_group(self.pid)
         status = self._process.wait()
         self._finish()
         return status
 
     def _finish(self) -> None:
-        end_group(self.pid)
+        kill_group(self.pid)
         self._reader.join(5.0)
         if self._process.stdout and not self._reader.is_alive():
             self._process.stdout.close()
@@ -95,25 +95,25 @@ class Child:
 
 
 @contextmanager
-def _held(number: signal.Signals) -> Iterator[None]:
-    """Keep a signal until the end of the block; not by its mask, which a child would inherit."""
+def _delay_signal(number: signal.Signals) -> Iterator[None]:
+    """Delay a signal until the end of the block; not by its mask, which a child would inherit."""
     if threading.current_thread() is not threading.main_thread():
         yield  # Python runs handlers in the main thread only
         return
-    came: list[int] = []
-    before = signal.signal(number, lambda number, _: came.append(number))
+    received: list[int] = []
+    handler = signal.signal(number, lambda number, _: received.append(number))
     try:
         yield
     finally:
-        signal.signal(number, before)
-        if came:
+        signal.signal(number, handler)
+        if received:
             signal.raise_signal(number)
 
 
-def end_group(group: int, wait_seconds: float = 10.0) -> None:
-    """SIGKILL every process of `group` and wait until none is left (zombies, which hold nothing, do not count)."""
+def kill_group(group: int, wait_seconds: float = 10.0) -> None:
+    """Kill every process of `group` and wait until none is alive (zombies do not count)."""
     if group <= 1:
-        return  # to the kernel these mean the caller's own group and everybody
+        return  # to the kernel these mean the caller's group and all processes
     try:
         os.killpg(group, signal.SIGKILL)
     except (ProcessLookupError, PermissionError):
@@ -125,24 +125,24 @@ def end_group(group: int, wait_seconds: float = 10.0) -> None:
 
 def members(group: int) -> list[int]:
     """The process ids of a group's living members."""
-    found = []
+    alive = []
     for process in psutil.process_iter(["status"]):
         try:
             if os.getpgid(process.pid) == group and process.info["status"] != psutil.STATUS_ZOMBIE:
-                found.append(process.pid)
+                alive.append(process.pid)
         except ProcessLookupError:
             continue
-    return found
+    return alive
 
 
-def end_recorded_group(record: Path) -> list[int]:
-    """End what a killed owner left behind; returns the ids of the processes that were still there."""
+def kill_recorded_group(record: Path) -> list[int]:
+    """Kill the recorded group of a killed program; returns the ids of the processes that were alive."""
     try:
         group = int(json.loads(record.read_text(encoding="utf-8"))["group"])
     except (OSError, ValueError, KeyError, TypeError):
         return []
-    left = members(group)
-    if left:
-        end_group(group)
+    alive = members(group)
+    if alive:
+        kill_group(group)
     record.unlink(missing_ok=True)
-    return left
+    return alive

@@ -1,11 +1,10 @@
-"""supervisord's event listener: ends the container when it can no longer serve, and clears what a dead program left.
+"""supervisord's event listener: stops the container when it can no longer serve, and kills remains of dead programs.
 
 Rules:
 - the engine's exit with one of its own codes is final, as is any program that supervisord gave up (FATAL): supervisord
-  gets SIGTERM, and `supervise` returns the code that stands in `exit_code`;
-- the process group of a program that died otherwise is ended, so that nginx's workers do not hold the port against
-  their successor;
-- when supervisord was killed nginx is ended too: unlike the other programs it does not look after its parent.
+  gets SIGTERM, and the container exits with the code in `exit_code`;
+- the process group of a program that died otherwise is killed: nginx's workers would keep the port occupied;
+- when supervisord was killed, nginx is killed too: unlike the other programs it does not watch its parent.
 Protocol: http://supervisord.org/events.html (a line of headers, then `len` bytes, answered by RESULT).
 """
 
@@ -19,35 +18,35 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
-from shoehorn.runtime.child_process import end_group
+from shoehorn.runtime.child_process import kill_group
 from shoehorn.runtime.run_dir import RunDir
 
 
 def handle(headers: Mapping[str, str], body: Mapping[str, str], run_dir: Path) -> bool:
-    """React to one event; returns True when supervisord is to end.
+    """Handle one event; returns True when supervisord must stop.
 
     Args:
-        headers: of the event; `eventname` counts.
+        headers: of the event; `eventname` is used.
         body: `processname`, and for an exit `expected` (0 or 1) and `pid`.
     """
     name = body.get("processname", "?")
     if headers.get("eventname") == "PROCESS_STATE_FATAL":
-        _say(f"{name} cannot be kept running; the container ends")
+        _log(f"program failed permanently, stopping the container: program={name}")
         _default_code(run_dir, 1)
         return True
     if name == "engine" and body.get("expected") == "1":
         _default_code(run_dir, 1)
         return True
-    end_group(int(body.get("pid", "0")))
-    _say(f"{name} ended and is started again")
+    kill_group(int(body.get("pid", "0")))
+    _log(f"program exited, restarting it: program={name}")
     return False
 
 
 def run(source: TextIO, sink: TextIO, run_dir: Path, supervisor: int) -> None:
-    """Answer events until supervisord, whose process id is `supervisor`, was killed: then end nginx."""
-    with suppress(BrokenPipeError, ProcessLookupError):  # it was killed before it could be answered
+    """Answer events until supervisord, whose process id is `supervisor`, was killed; then kill nginx."""
+    with suppress(BrokenPipeError, ProcessLookupError):  # supervisord was killed before the answer
         _answer(source, sink, run_dir, supervisor)
-    _end_gateway(run_dir)
+    _kill_gateway(run_dir)
 
 
 def _answer(source: TextIO, sink: TextIO, run_dir: Path, supervisor: int) -> None:
@@ -66,12 +65,12 @@ def _answer(source: TextIO, sink: TextIO, run_dir: Path, supervisor: int) -> Non
         sink.flush()
 
 
-def _end_gateway(run_dir: Path) -> None:
+def _kill_gateway(run_dir: Path) -> None:
     try:
         group = int(RunDir(run_dir).nginx_pid.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # it did not start
+    except (OSError, ValueError):  # nginx did not start
         return
-    end_group(group)
+    kill_group(group)
 
 
 def _pairs(text: str) -> dict[str, str]:
@@ -83,14 +82,14 @@ def _default_code(run_dir: Path, code: int) -> None:
     if not path.exists():
         try:
             path.write_text(f"{code}\n", encoding="utf-8")
-        except OSError as error:  # the container ends all the same, and an empty file means that it failed
-            _say(f"cannot write {path}: {error.strerror}")
+        except OSError as error:  # the container stops all the same, and an empty file counts as a failure
+            _log(f"cannot write the exit code: path={path} error={error.strerror}")
 
 
-def _say(message: str) -> None:
+def _log(message: str) -> None:
     print(f"shoehorn: {message}", file=sys.stderr, flush=True)  # stdout belongs to the protocol
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # from the kernel, to who is stopped while supervisord is killed
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the kernel sends it to stopped processes when supervisord is killed
     run(sys.stdin, sys.stdout, Path(sys.argv[1]), os.getppid())

@@ -1,7 +1,7 @@
-"""supervisord, with which the programs that it starts end: when it was killed, nobody else would end them.
+"""Lets child programs exit when supervisord dies.
 
-It is known by the number that it puts into their environment: a parent that died while a program was still being loaded
-is not its parent any more when the program looks.
+Programs know supervisord by the process id in their environment: it may die while a program is still being loaded, and
+the program's parent is another process then.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import os
 _VARIABLE = "SHOEHORN_OWNER"
 
 
-def own() -> None:
-    """Be the owner of all programs that this process starts from now on."""
+def become_supervisor() -> None:
+    """Make this process the supervisor of all programs that it starts from now on."""
     os.environ[_VARIABLE] = str(os.getpid())
 
 
-def owner() -> int:
-    """The owner's process id; the parent's where no owner is named."""
+def supervisor() -> int:
+    """The supervisor's process id; the parent's where none is set."""
     return int(os.environ.get(_VARIABLE) or os.getppid())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 MARGIN_SECONDS = 8
-"""What the API server may take beyond the drain itself: for its clients to take the last events, and a moment."""
+"""Time of the API server beyond the drain itself, to deliver the last events and to answer."""
 
 ENGINE_STOP_SECONDS = 15
-"""The longest that ending the engine takes, SIGKILL included."""
+"""Time limit for stopping the engine, SIGKILL included."""

@@ -1,10 +1,9 @@
-"""What the appliance is doing: one JSON document, written by `engine`, read by exporter, gateway and healthcheck.
+"""State of the appliance: one JSON document, written by `engine`, read by exporter, gateway and health check.
 
-Rules: the document is replaced atomically and never holds a secret. Beside it lie what the gateway serves without
-asking anybody: `unavailable.json`, the OpenAI-style error that `/v1/*` answers while not ready
-(`unavailable.anthropic.json` in Anthropic's style, for its routes), and the empty files
-`ready`, which exists exactly in this phase, and `not-live`, which exists when it has failed and while an engine that
-hangs or has died is not yet followed by the next one.
+Rules: the document is replaced atomically and never contains a secret. The gateway also serves, without calling another
+program, `unavailable.json`, the error that `/v1/*` answers while not ready (`unavailable.anthropic.json` for
+Anthropic's routes), and reads two empty files: `ready`, which exists exactly in this phase, and `not-live`, which
+exists when the appliance has failed and while an engine that hung or died has no successor yet.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from shoehorn.common.api_errors import anthropic_body
+from shoehorn.common.api_errors import error_bodies
 from shoehorn.common.atomic_file import write_atomic
 from shoehorn.runtime.run_dir import RunDir
 
@@ -29,7 +28,7 @@ STATE_VERSION = 1
 
 
 class Phase(StrEnum):
-    """The phases of the appliance's life, in the order in which they usually come."""
+    """The phases of the appliance, in their usual order."""
 
     STARTING = "starting"
     PULLING = "pulling"
@@ -44,20 +43,20 @@ class Phase(StrEnum):
 
 @dataclass(frozen=True)
 class State:
-    """One moment of the appliance.
+    """Snapshot of the appliance.
 
     Attributes:
-        progress: share of the phase that is done, 0..1; None where nothing can be measured.
+        progress: completed share of the phase, 0..1; None where it is unknown.
         since: Unix time, in seconds, at which the phase began.
-        restarts: engine restarts since the container started; step_downs: starts with a smaller plan.
+        restarts: engine restarts since the container started; step_downs: starts with a smaller configuration.
         bytes_done, bytes_total: of the download, while pulling and after.
-        rate_bytes_per_second: of the pull's present phase; 0 while unknown and in all other phases.
-        cause, remedy: on failure, in words.
+        rate_bytes_per_second: of the current phase of a pull; 0 while unknown and in all other phases.
+        cause, remedy: of a failure, for people.
         memory: after the load, one entry for each part of each GPU: gpu, part, expected_bytes, measured_bytes.
-        kv_cache_tokens, offloaded_bytes: after the load, as the engine said.
+        kv_cache_tokens, offloaded_bytes: after the load, as the engine reported.
         failures: of the engine since the container started, by diagnosis.
-        plan: what is started, as `shown_plan` tells it; empty before the first plan.
-        engine_down: the engine hangs or has ended by itself, and the next one is not started yet.
+        plan: public summary of the current plan; empty before the first plan.
+        engine_down: the engine hung or died, and the next one has not started yet.
     """
 
     phase: Phase = Phase.STARTING
@@ -81,18 +80,16 @@ class State:
     version: int = STATE_VERSION
 
 
-def unavailable_body(state: State) -> str:
-    """The body of a 503 in OpenAI's error form, naming phase and progress."""
+def unavailable_bodies(state: State) -> dict[str, str]:
+    """The bodies of a 503 in the forms `openai` and `anthropic`, with phase and progress."""
     share = f" ({state.progress:.0%})" if state.progress is not None else ""
     if state.phase is Phase.READY:
-        message = "The engine does not answer just now; it is being looked after. Try again in a moment."
+        message = "The engine is temporarily unavailable and is restarting. Retry in a few seconds."
     elif state.phase is Phase.FAILED:
-        message = f"The model cannot be served: {state.cause}"
+        message = f"The model is unavailable: {state.cause}"
     else:
-        message = f"The model is not ready: {state.phase}{share}."
-    error = {"message": message, "type": "server_error", "param": None, "code": "model_not_ready",
-             "phase": state.phase, "progress": state.progress}
-    return json.dumps({"error": error}) + "\n"
+        message = f"The model is not ready: {state.phase}{share}. Retry later."
+    return error_bodies(503, message, "model_not_ready", {"phase": state.phase, "progress": state.progress})
 
 
 class StateFile:
@@ -102,10 +99,10 @@ class StateFile:
         self.run_dir = run_dir
         self._paths = RunDir(run_dir)
         self.path = self._paths.state
-        self._lock = threading.RLock()  # re-entrant: a signal handler may publish the end in the middle of an update
+        self._lock = threading.RLock()  # re-entrant: a signal handler may publish the stop during an update
 
     def read(self) -> State:
-        """The current state; a fresh `starting` one when nothing readable is there."""
+        """Read the current state; a new `starting` one when there is none or it is unreadable."""
         try:
             document = json.loads(self.path.read_text(encoding="utf-8"))
             if document["version"] != STATE_VERSION:
@@ -115,18 +112,17 @@ class StateFile:
             return State()
 
     def write(self, state: State) -> None:
-        """Publish `state`. The `ready` mark goes first when readiness ends and comes last when it begins."""
+        """Publish `state`. The `ready` mark is removed first when readiness ends, and created last when it begins."""
         if state.phase is not Phase.READY:
-            _mark(self._paths.ready_mark, False)
+            _set_mark(self._paths.ready_mark, False)
         write_atomic(self.path, json.dumps(asdict(state)) + "\n")
-        body = unavailable_body(state)
-        write_atomic(self._paths.unavailable_body("openai"), body)
-        write_atomic(self._paths.unavailable_body("anthropic"), anthropic_body(body))
-        _mark(self._paths.not_live_mark, state.phase is Phase.FAILED or state.engine_down)
-        _mark(self._paths.ready_mark, state.phase is Phase.READY)
+        for dialect, body in unavailable_bodies(state).items():
+            write_atomic(self._paths.unavailable_body(dialect), body)
+        _set_mark(self._paths.not_live_mark, state.phase is Phase.FAILED or state.engine_down)
+        _set_mark(self._paths.ready_mark, state.phase is Phase.READY)
 
     def update(self, **changes: object) -> State:
-        """Write the current state with `changes`; `since` follows a change of phase, which also ends the rate."""
+        """Write the current state with `changes`; a change of phase sets `since` and clears the rate."""
         with self._lock:
             old = self.read()
             new = replace(old, **changes)  # type: ignore[arg-type]  # the field names are checked by replace itself
@@ -137,15 +133,15 @@ class StateFile:
             self.write(new)
             return new
 
-    def tell(self, **changes: object) -> None:
-        """Like `update`, for how far a phase is: where the disk is full that stays untold, and the work goes on."""
+    def update_progress(self, **changes: object) -> None:
+        """Update the progress of a phase; a full disk is logged and does not stop the phase."""
         try:
             self.update(**changes)
         except OSError as error:
-            log.warning("cannot publish how far it is: %s", error.strerror)
+            log.warning("cannot update progress in state.json: error=%s", error.strerror)
 
 
-def _mark(path: Path, exists: bool) -> None:
+def _set_mark(path: Path, exists: bool) -> None:
     if exists:
         path.touch()
     else:

@@ -1,8 +1,8 @@
-"""supervisord in this very process, with an exit code that tells the truth, and a stop that begins at once.
+"""The program `supervisord`, with the exit code of the failed program and an immediate reaction to signals.
 
-supervisord exits 0 whatever happened to its programs; this returns the code that the engine or the watcher left in the
-run directory, and makes sure that nothing outlives it. And supervisord looks at its signals once a second only, since
-Python repeats a `poll` that a signal interrupted; until then new requests would still be let in.
+supervisord exits with 0 whatever happened to its programs; this returns the code that the engine or the event listener
+wrote to RUN_DIR, and kills all recorded process groups. supervisord checks its signals once a second only, since Python
+repeats a `poll` that a signal interrupted; until then new requests would still be admitted.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from supervisor.medusa import asyncore_25
 from supervisor.options import ServerOptions
 
 from shoehorn.runtime import parent_watch
-from shoehorn.runtime.child_process import end_recorded_group
+from shoehorn.runtime.child_process import kill_recorded_group
 from shoehorn.runtime.run_dir import RunDir
 
 
-class _Alarm:
-    """A pipe that every signal writes to, among the files that supervisord polls."""
+class _WakeupPipe:
+    """A pipe that every signal writes to, polled by supervisord."""
 
     def __init__(self) -> None:
         self._reading, writing = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -31,38 +31,38 @@ class _Alarm:
         asyncore_25.socket_map[self._reading] = self
 
     def readable(self) -> bool:
-        """For supervisord: it may be read."""
+        """Readable, for supervisord."""
         return True
 
     def writable(self) -> bool:
-        """For supervisord: it is not written to."""
+        """Not writable, for supervisord."""
         return False
 
     def handle_read_event(self) -> None:
-        """For supervisord: empty the pipe; what the signal was, its own handler has noted."""
+        """Empty the pipe; supervisord's handler has recorded the signal."""
         with contextlib.suppress(BlockingIOError):
             os.read(self._reading, 4096)
 
     def handle_error(self) -> None:
-        """For supervisord, while an exception is handled."""
+        """Raise the exception that supervisord is handling."""
         raise
 
 
 class _Options(ServerOptions):  # type: ignore[misc]  # supervisor has no types
     def setsignals(self) -> None:
-        """Where supervisord installs its handlers: after it has closed all files that it does not know."""
+        """Install the handlers, after supervisord has closed all unknown files."""
         super().setsignals()
-        _Alarm()
+        _WakeupPipe()
 
 
 def main(run_dir: Path) -> int:
-    """Run supervisord with `run_dir`/supervisord.conf until it is told to end; returns the container's exit code."""
-    parent_watch.own()
+    """Run supervisord with its configuration in `run_dir` until it is stopped; returns the container's exit code."""
+    parent_watch.become_supervisor()
     supervisord.ServerOptions = _Options
     paths = RunDir(run_dir)
     supervisord.main(["-c", str(paths.supervisord_config)])
     for record in paths.groups:
-        end_recorded_group(record)
+        kill_recorded_group(record)
     try:
         return int(paths.exit_code.read_text(encoding="utf-8") or 1)
     except FileNotFoundError:

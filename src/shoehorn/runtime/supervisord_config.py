@@ -9,15 +9,16 @@ from pathlib import Path
 
 from shoehorn.common.atomic_file import write_atomic
 from shoehorn.config.settings import Settings
+from shoehorn.runtime import programs
 from shoehorn.runtime.run_dir import RunDir
 from shoehorn.runtime.shutdown import ENGINE_STOP_SECONDS, MARGIN_SECONDS
 
 
 def supervisord_config(settings: Settings, user: str | None) -> str:
-    """The text of `supervisord.conf`.
+    """Render `supervisord.conf`.
 
-    Programs stop in the order of falling priority, each before the next: the engine first, which drains, while the
-    gateway still carries its last answers and refuses new requests.
+    Programs stop one after the other, the highest priority first: the engine drains while the gateway still delivers
+    its last answers and refuses new requests.
 
     Args:
         user: the user's name when running as root (supervisord complains otherwise); else None.
@@ -31,25 +32,25 @@ def supervisord_config(settings: Settings, user: str | None) -> str:
         "pidfile": _escape(paths.supervisord_pid), **({"user": user} if user else {}),
     }
     config["eventlistener:watcher"] = {
-        "command": _command([*python, "shoehorn.runtime.event_listener", str(settings.run_dir)]),
+        "command": _command([*python, programs.EVENT_LISTENER, str(settings.run_dir)]),
         "events": "PROCESS_STATE_EXITED,PROCESS_STATE_FATAL", "priority": "100", "autorestart": "true",
         "startretries": "100", "stdout_logfile": "NONE", "stderr_logfile": "/dev/stderr",
         "stderr_logfile_maxbytes": "0",
     }
     config["program:exporter"] = {
-        "command": _command([*python, "shoehorn.observability.exporter"]), "priority": "200", "autorestart": "true",
+        "command": _command([*python, programs.EXPORTER]), "priority": "200", "autorestart": "true",
         "startretries": "5", "stopwaitsecs": "3", "killasgroup": "true", **to_stdout,
     }
     config["program:engine"] = {
-        "command": _command([*python, "shoehorn.engine.main"]), "priority": "400", "startsecs": "0",
-        # An exit with one of Shoehorn's own codes is its last word, and the watcher ends the container. Any other
-        # (a kill, a defect) is tried again, within the budget that the engine program keeps.
+        "command": _command([*python, programs.ENGINE]), "priority": "400", "startsecs": "0",
+        # An exit with one of Shoehorn's own codes is final, and the event listener stops the container. After any other
+        # (a kill, a defect) the engine is restarted, within its restart budget.
         "autorestart": "unexpected", "exitcodes": "0,2,3,4,5",
         "stopwaitsecs": str(settings.drain_timeout + MARGIN_SECONDS + ENGINE_STOP_SECONDS + 5), "killasgroup": "true",
         **to_stdout,
     }
     config["program:keys"] = {
-        "command": _command([*python, "shoehorn.gateway.keys.service"]), "priority": "250", "autorestart": "true",
+        "command": _command([*python, programs.KEYS]), "priority": "250", "autorestart": "true",
         "startretries": "5", "stopwaitsecs": "5", "killasgroup": "true", **to_stdout,
     }
     config["program:gateway"] = {
@@ -70,12 +71,12 @@ def write_supervisord_config(settings: Settings, user: str | None) -> Path:
 
 
 def _escape(value: object) -> str:
-    """supervisord expands `%(...)s` in every value."""
+    """Escape `%`: supervisord expands `%(...)s` in every value."""
     return str(value).replace("%", "%%")
 
 
 def _command(words: list[str]) -> str:
-    """A command line for supervisord, which splits with shlex and also cuts comments at ` ;`."""
+    """Quote a command line for supervisord, which splits with shlex and also cuts comments at ` ;`."""
     quoted = ['"' + word.replace("\\", "\\\\").replace('"', '\\"') + '"' if set(word) - _PLAIN else word
               for word in words]
     return _escape(" ".join(quoted))

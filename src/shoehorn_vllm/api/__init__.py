@@ -1,1 +1,1 @@
-"""Request admission, limits, errors and metrics in front of vLLM's API."""
+"""Limits, error forms, metrics and draining of the engine's API server."""

@@ -1,12 +1,9 @@
-"""What a key may do, and what it has done: limits out of the gateway's header, and the books that hold keys to them.
+"""Limits of API keys: token caps, sequences per request, and the sliding window of requests.
 
 Rules:
-- the header comes from the gateway alone, which lets no client's header of that name through; one that cannot be read
-  is an error, never "no limit";
-- requests per minute are counted exactly: no more than N admitted in any 60 s (a sliding window); refused ones do not
-  count;
-- one request may become many inside the engine, choices (`n`) times prompts: that product is bounded, and the cap on
-  `max_tokens` holds for all of them together;
+- no more than N requests of a key are admitted in any 60 s (a sliding window); refused requests do not count;
+- one request may become several sequences in the engine, choices (`n`) times prompts: their number is bounded, and the
+  cap on `max_tokens` holds for their sum;
 - no clock, no I/O: the time is an argument.
 """
 
@@ -21,12 +18,12 @@ from typing import Any
 
 WINDOW_SECONDS = 60.0
 COMPLETIONS_DEFAULT_TOKENS = 16
-"""What /v1/completions writes when asked for no number (OpenAI's API and vLLM alike)."""
+"""Default of `max_tokens` in /v1/completions, in OpenAI's API and in vLLM."""
 
-MOST_INPUTS = 2048
-"""Texts to embed, rank or score in one request, as many as OpenAI's API takes."""
+MAX_INPUTS = 2048
+"""Texts to embed, rank or score in one request, as in OpenAI's API."""
 
-_OF_MANY_INPUTS = ("/v1/embeddings", "/v1/rerank", "/v1/score")
+_INPUT_PATHS = ("/v1/embeddings", "/v1/rerank", "/v1/score")
 _TOKEN_FIELDS = {
     "/v1/chat/completions": ("max_completion_tokens", "max_tokens"),
     "/v1/completions": ("max_tokens",),
@@ -35,129 +32,104 @@ _TOKEN_FIELDS = {
 }
 
 
-@dataclass(frozen=True)
-class Limits:
-    """The limits of one key; None where there is none. `max_tokens` counts the answer's tokens of one request."""
+class LimitExceededError(ValueError):
+    """A request exceeds a limit. `param` names the field of the request, `code` the limit."""
 
-    requests_per_minute: int | None = None
-    concurrent: int | None = None
-    max_tokens: int | None = None
-    body_bytes: int | None = None
-
-    @classmethod
-    def parse(cls, text: str) -> Limits:
-        """Read `requests_per_minute=60;concurrent=4`; an empty text has no limits.
-
-        Raises:
-            ValueError: an unknown name, a name twice, or a value that is not a whole number from 0 on.
-        """
-        found: dict[str, int] = {}
-        for part in filter(None, (piece.strip() for piece in text.split(";"))):
-            name, _, value = part.partition("=")
-            if name not in cls.__dataclass_fields__ or name in found or not (value.isascii() and value.isdigit()):
-                raise ValueError(f"{part!r} is no limit")
-            found[name] = int(value)
-        return cls(**found)
-
-
-class TooMuchError(ValueError):
-    """A request asks for more than it may have. `culprit` names the field, `code` the limit."""
-
-    def __init__(self, message: str, culprit: str, code: str = "max_tokens_exceeded") -> None:
+    def __init__(self, message: str, param: str, code: str = "max_tokens_exceeded") -> None:
         super().__init__(message)
-        self.culprit = culprit
+        self.param = param
         self.code = code
 
 
-def document_of(body: bytes) -> dict[str, Any] | None:
-    """The JSON object of a body, read as the engine's framework does; None for anything else, which is its to refuse.
+def parse_body(body: bytes) -> dict[str, Any] | None:
+    """Parse a JSON object as the engine's framework does; None for anything else, which the engine refuses.
 
     Raises:
-        TooMuchError: it is nested too deeply.
+        LimitExceededError: the body is nested too deeply.
     """
     try:
         document = json.loads(body)
     except RecursionError:
-        raise TooMuchError("The body is nested too deeply.", "body", "invalid_request") from None
+        raise LimitExceededError("The body is nested too deeply.", "body", "invalid_request") from None
     except ValueError:
         return None
     return document if isinstance(document, dict) else None
 
 
-def answers_of(path: str, document: Mapping[str, Any], most: int) -> int:
-    """How many requests one request is to the engine: its choices times its prompts, or its texts.
+def count_sequences(path: str, document: Mapping[str, Any], maximum: int) -> int:
+    """Count the sequences that the engine makes of one request: choices times prompts, or texts.
 
     Args:
-        most: the bound on choices times prompts; texts are bounded by `MOST_INPUTS`.
+        maximum: the bound on choices times prompts; texts are bounded by `MAX_INPUTS`.
 
     Raises:
-        TooMuchError: more than that, or a number that is none.
+        LimitExceededError: the bound is exceeded, or a number is invalid.
     """
-    if path in _OF_MANY_INPUTS:
-        wanted, most, culprit = max(map(_length, document.values()), default=1), MOST_INPUTS, "input"
+    if path in _INPUT_PATHS:
+        sequences, maximum, param = max(map(_length, document.values()), default=1), MAX_INPUTS, "input"
     else:
-        wanted = max((_whole(name, document[name]) for name in ("n", "best_of") if document.get(name) is not None),
-                     default=1)
+        choices = max((_integer(name, document[name]) for name in ("n", "best_of") if document.get(name) is not None),
+                      default=1)
         prompts = _length(document.get("prompt")) if path == "/v1/completions" else 1
-        culprit = "n" if wanted >= prompts else "prompt"
-        wanted = max(1, wanted) * prompts
-    if wanted > most:
-        raise TooMuchError(f"{wanted} answers in one request; there may be {most} at most.", culprit,
-                           "too_many_answers")
-    return wanted
+        param = "n" if choices >= prompts else "prompt"
+        sequences = max(1, choices) * prompts
+    if sequences > maximum:
+        raise LimitExceededError(f"{param}: one request may have at most {maximum} answers, not {sequences}. Split the "
+                                 "request.", param, "too_many_answers")
+    return sequences
 
 
-def capped(path: str, document: Mapping[str, Any], answers: int, cap: int) -> dict[str, Any] | None:
-    """The document with the cap set, when it names no number; None when it may stay as it is.
+def apply_token_cap(path: str, document: Mapping[str, Any], sequences: int, cap: int) -> dict[str, Any] | None:
+    """Return the document with `cap` filled in where it sets no maximum; None where it stays as it is.
 
     Raises:
-        TooMuchError: it asks for more, or for something that is not a whole number.
+        LimitExceededError: it asks for more tokens, or its maximum is not an integer.
     """
     fields = _TOKEN_FIELDS.get(path)
     if not fields:
         return None
-    named = {name: document[name] for name in fields if document.get(name) is not None}
-    for name, value in named.items():
-        tokens = _whole(name, value)
-        if tokens * answers > cap:
-            times = f" times {answers} answers" if answers > 1 else ""
-            raise TooMuchError(f"{name} is {tokens}{times}, but this key may have {cap} tokens a request at most.",
-                               name)
-    if named:
+    given = {name: document[name] for name in fields if document.get(name) is not None}
+    for name, value in given.items():
+        tokens = _integer(name, value)
+        if tokens * sequences > cap:
+            times = f" for each of {sequences} answers" if sequences > 1 else ""
+            raise LimitExceededError(f"{name}: {tokens} tokens{times} exceed this key's limit of {cap} tokens per "
+                                     "request.", name)
+    if given:
         return None
-    share = cap // answers
+    share = cap // sequences
     if share < 1:
-        raise TooMuchError(f"{answers} answers, but this key may have {cap} tokens a request at most.", "n")
+        raise LimitExceededError(f"n: {sequences} answers exceed this key's limit of {cap} tokens per request.", "n")
     if path == "/v1/completions":
         share = min(share, COMPLETIONS_DEFAULT_TOKENS)
     return {**document, fields[0]: share}
 
 
 def _length(value: object) -> int:
-    """Of a list of texts or of lists of tokens; 1 for a text, and for one list of tokens."""
+    """The length of a list of texts or of lists of tokens; 1 for a text, and for one list of tokens."""
     return len(value) if isinstance(value, list) and value and not isinstance(value[0], int) else 1
 
 
-def _whole(name: str, value: object) -> int:
-    """A whole number and nothing that the engine's parser would turn into one, such as "100" or 1e3."""
+def _integer(name: str, value: object) -> int:
+    """An integer, and nothing that the engine's parser would convert to one, such as "100" or 1e3."""
     if not isinstance(value, int) or isinstance(value, bool):
-        raise TooMuchError(f"{name} must be a whole number.", name)
+        raise LimitExceededError(f"{name} must be an integer.", name)
     return value
 
 
 @dataclass
-class Book:
-    """What one key did of late: when its requests were admitted (seconds), and how many run."""
+class KeyUsage:
+    """Recent usage of one key: when its requests were admitted (seconds), and how many are running."""
 
     admitted: deque[float] = field(default_factory=deque)
     running: int = 0
 
     def wait_seconds(self, limit: int | None, now: float) -> int | None:
-        """None when one more request is within `limit` a minute; else the whole seconds until there is room."""
+        """Return None when one more request is within `limit` per minute, else the seconds to wait, rounded up."""
         while self.admitted and self.admitted[0] <= now - WINDOW_SECONDS:
             self.admitted.popleft()
         if limit is None:
-            self.admitted.clear()  # nothing to hold it to: keep no list
+            self.admitted.clear()
             return None
         if len(self.admitted) < limit:
             return None

@@ -1,12 +1,12 @@
-"""One request on its way through the engine's API server: what goes in, what comes out, and how it ends.
+"""One request in the engine's API server: its body, its answer, and its end.
 
 Rules:
-- a chunk of a stream is passed on as it is; of each only a reference is kept until the next one comes;
-- an answer that the application leaves unfinished is finished here: an error as JSON when nothing was sent, an error
-  event at the end of a stream;
-- a stream of /v1/messages or /v1/responses that is idle gets a sign of life, which vLLM gives the other routes only;
-- an error of the engine's goes out in the form that the route's clients know (`answers.reformed`);
-- an abort looks to the application as if its client had left, which is how vLLM ends a generation.
+- chunks of a stream pass unchanged; only the last two are kept, by reference;
+- an answer that the application leaves incomplete is completed here: by an error as JSON when nothing was sent, by an
+  error event at the end of a stream;
+- idle streams of /v1/messages and /v1/responses get keep-alive events; vLLM sends them for the other routes;
+- errors of the engine are converted to the form of the route's API (`errors.convert`);
+- an abort looks to the application like a client that disconnected, which is how vLLM stops a generation.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ Send = Callable[[Message], Awaitable[None]]
 
 KEEP_ALIVE_SECONDS = 15.0
 _USAGE_END_BYTES = 4096
-"""Usage stands at the end of a plain answer, behind its text."""
+"""Plain answers report their usage at their end, after the text."""
 
 
 async def refuse(send: Send, failure: Failure, path: str) -> None:
-    """Answer with a failure, as JSON."""
+    """Answer with a failure as JSON."""
     content = errors.body(failure, path)
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
     if failure.retry_seconds is not None:
@@ -38,14 +38,14 @@ async def refuse(send: Send, failure: Failure, path: str) -> None:
 
 
 class BodyTooLongError(Exception):
-    """The body has more bytes than allowed."""
+    """The body exceeds the limit on its size."""
 
 
-async def read_body(receive: Receive, most_bytes: int | None) -> bytes | None:
-    """The whole body; None when the client left.
+async def read_body(receive: Receive, max_bytes: int | None) -> bytes | None:
+    """Read the whole body; None when the client disconnected.
 
     Raises:
-        BodyTooLongError: it is longer than `most_bytes`.
+        BodyTooLongError: the body is longer than `max_bytes`.
     """
     pieces: list[bytes] = []
     length = 0
@@ -55,70 +55,72 @@ async def read_body(receive: Receive, most_bytes: int | None) -> bytes | None:
             return None
         piece: bytes = message.get("body", b"")
         length += len(piece)
-        if most_bytes is not None and length > most_bytes:
+        if max_bytes is not None and length > max_bytes:
             raise BodyTooLongError
         pieces.append(piece)
         if not message.get("more_body", False):
             return b"".join(pieces)
 
 
-class Flight:
+class InFlightRequest:
     """One admitted request.
 
     Args:
-        body: the whole body, which was read already.
-        answers: how many requests it is to the engine.
+        body: the whole body, already read.
+        sequences: number of sequences that the engine makes of it.
     """
 
-    def __init__(self, path: str, receive: Receive, send: Send, body: bytes, answers: int) -> None:
-        self.answers = answers
+    def __init__(self, path: str, receive: Receive, send: Send, body: bytes, sequences: int) -> None:
+        self.sequences = sequences
         self.task = asyncio.current_task()
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._path = path
         self._receive = receive
         self._send = send
         self._body = body
-        self._read = False
+        self._is_body_read = False
         self._abort: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._status = 0
-        self._stream = False
-        self._ended = False
-        self._broken = False
-        self._left = False
-        self._last = self._before = b""
-        self._sent = 0.0
-        self._held: Message | None = None
-        self._error = b""
-        self._pulse: asyncio.Task[None] | None = None
+        self._is_stream = False
+        self._is_complete = False
+        self._is_broken = False
+        self._has_client_left = False
+        self._last_chunk = self._previous_chunk = b""
+        self._sent_at = 0.0
+        self._error_start: Message | None = None
+        self._error_body = b""
+        self._keep_alive_task: asyncio.Task[None] | None = None
 
     @property
-    def aborted(self) -> bool:
-        """Whether `abort` was called."""
+    def is_aborted(self) -> bool:
+        """`abort` was called."""
         return self._abort.done()
 
     @property
     def outcome(self) -> str:
-        """How it ended, for the counters."""
-        if self.aborted:
+        """The label of the metrics: `ok`, `error`, `left` or `aborted`."""
+        if self.is_aborted:
             return "aborted"
-        if self._left:
+        if self._has_client_left:
             return "left"
-        return "error" if self._broken or not 0 < self._status < 400 else "ok"
+        return "error" if self._is_broken or not 0 < self._status < 400 else "ok"
 
     @property
     def end(self) -> bytes:
-        """The last bytes of a good answer, where its usage stands."""
-        return (self._before + self._last) if self._stream else self._last[-_USAGE_END_BYTES:]
+        """The last bytes of a good answer, which report its usage."""
+        if self._is_stream:
+            return self._previous_chunk + self._last_chunk
+        return self._last_chunk[-_USAGE_END_BYTES:]
 
     def abort(self) -> None:
-        """End it from our side."""
+        """Stop the request from the server's side."""
         if not self._abort.done():
             self._abort.set_result(None)
 
     async def receive(self) -> Message:
-        """For the application: the body, then nothing until the client leaves or `abort` is called."""
-        if not self._read:
-            self._read = True
+        """Give the application the body, then nothing until the client disconnects or `abort` is called."""
+        if not self._is_body_read:
+            self._is_body_read = True
             body, self._body = self._body, b""
             return {"type": "http.request", "body": body, "more_body": False}
         waiting = asyncio.ensure_future(self._receive())
@@ -128,68 +130,72 @@ class Flight:
             if not waiting.done():
                 return {"type": "http.disconnect"}
             message = waiting.result()
-            if message["type"] == "http.disconnect" and not self._ended:
-                self._left = True
+            if message["type"] == "http.disconnect" and not self._is_complete:
+                self._has_client_left = True
             return message
         finally:
             waiting.cancel()
 
     async def send(self, message: Message) -> None:
-        """For the application: pass one message on."""
-        if self.aborted:
-            return  # the last word is ours
+        """Pass on one message of the application."""
+        if self.is_aborted:
+            return  # `finish` sends the end
         if message["type"] == "http.response.start":
             self._status = message["status"]
-            self._stream = any(name.lower() == b"content-type" and value.startswith(b"text/event-stream")
-                               for name, value in message["headers"])
-            if self._status >= 400 and not self._stream:
-                self._held = message
+            self._is_stream = any(name.lower() == b"content-type" and value.startswith(b"text/event-stream")
+                                  for name, value in message["headers"])
+            if self._status >= 400 and not self._is_stream:
+                self._error_start = message
                 return
-            comment = errors.keep_alive(self._path) if self._stream else None
-            if comment:
-                self._pulse = asyncio.create_task(self._keep_alive(comment))
-        elif self._held is not None:
-            self._error += message.get("body", b"")
+            event = errors.keep_alive(self._path) if self._is_stream else None
+            if event:
+                self._keep_alive_task = asyncio.create_task(self._keep_alive(event))
+        elif self._error_start is not None:
+            self._error_body += message.get("body", b"")
             if not message.get("more_body", False):
-                await self._send_error(self._held)
+                await self._send_error(self._error_start)
             return
         elif message["type"] == "http.response.body":
             if body := message.get("body", b""):
-                self._before, self._last = self._last, body
+                self._previous_chunk, self._last_chunk = self._last_chunk, body
             if not message.get("more_body", False):
-                self._ended = True
-                if self._stream and not self._left and not errors.is_complete(self._path, self._before + self._last):
-                    self._broken = True
+                self._is_complete = True
+                if self._is_stream and not self._has_client_left and not errors.is_complete(self._path, self.end):
+                    self._is_broken = True
                     message = {**message, "body": bytes(body) + errors.last_events(errors.BROKEN, self._path)}
-        if self._pulse:
-            self._sent = asyncio.get_running_loop().time()
+        if self._keep_alive_task:
+            self._sent_at = asyncio.get_running_loop().time()
         await self._send(message)
 
     async def _send_error(self, start: Message) -> None:
-        content = errors.reformed(self._error, self._status, self._path)
+        content = errors.convert(self._error_body, self._status, self._path)
         headers = [(name, value) for name, value in start["headers"]
                    if name.lower() not in (b"content-length", b"content-type")]
         headers += [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
-        self._ended = True
+        self._is_complete = True
         await self._send({**start, "headers": headers})
         await self._send({"type": "http.response.body", "body": content})
 
-    async def _keep_alive(self, comment: bytes) -> None:
-        while not (self._ended or self.aborted or self._left):
+    async def _keep_alive(self, event: bytes) -> None:
+        while not self._is_over:
             await asyncio.sleep(KEEP_ALIVE_SECONDS)
-            idle = asyncio.get_running_loop().time() - self._sent
-            if self._sent and idle >= KEEP_ALIVE_SECONDS and not (self._ended or self.aborted or self._left):
-                await self._send({"type": "http.response.body", "body": comment, "more_body": True})
+            idle = asyncio.get_running_loop().time() - self._sent_at
+            if self._sent_at and idle >= KEEP_ALIVE_SECONDS and not self._is_over:
+                await self._send({"type": "http.response.body", "body": event, "more_body": True})
+
+    @property
+    def _is_over(self) -> bool:
+        return self._is_complete or self.is_aborted or self._has_client_left
 
     async def finish(self) -> None:
-        """Complete what the application left unfinished, unless its client is gone."""
-        if self._pulse:
-            self._pulse.cancel()
-        if self._ended or self._left:
+        """Complete an answer that the application left incomplete, unless the client disconnected."""
+        if self._keep_alive_task:
+            self._keep_alive_task.cancel()
+        if self._is_complete or self._has_client_left:
             return
-        failure = errors.ABORTED if self.aborted else errors.BROKEN
-        self._broken = True
-        if not self._status or self._held is not None:
+        failure = errors.ABORTED if self.is_aborted else errors.BROKEN
+        self._is_broken = True
+        if not self._status or self._error_start is not None:
             await refuse(self._send, failure, self._path)
-        elif self._stream:
+        elif self._is_stream:
             await self._send({"type": "http.response.body", "body": errors.last_events(failure, self._path)})

@@ -1,1 +1,1 @@
-"""Patches of vLLM, each guarded and pinned to the version it was tested with."""
+"""Patches of vLLM and its plugins, each with the defect that it answers, for the versions that `plugin` names."""

@@ -1,33 +1,34 @@
-"""A mend of vllm-bnb-plugin, by which mixtures of experts load in NF4.
+"""Patch of vllm-bnb-plugin: mixtures of experts load in NF4.
 
-vllm-bnb-plugin 0.0.3 names the experts by the module that held them before vLLM 0.32 (`…mlp.experts`; now
+vllm-bnb-plugin 0.0.3 names the experts by their module of before vLLM 0.32 (`…mlp.experts`; now
 `…mlp.experts.routed_experts`), so it leaves them unquantized, and the load fails with "output with shape [768, 1]
-doesn't match the broadcast shape [768, 2048]". This adds the names that the checkpoint has.
+doesn't match the broadcast shape [768, 2048]". This adds the names of the checkpoint.
 
 Source: vllm_bnb_plugin/bitsandbytes_loader.py, _get_bnb_target_modules and _classify_module_sharding.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm_bnb_plugin.bitsandbytes_loader import BitsAndBytesModelLoader
 
-_found, _classified = BitsAndBytesModelLoader._get_bnb_target_modules, BitsAndBytesModelLoader._classify_module_sharding
+from shoehorn_vllm.patches.patch import Patch
 
 
 def apply() -> None:
-    """Mend the loader of this process."""
-    BitsAndBytesModelLoader._get_bnb_target_modules = _find
-    BitsAndBytesModelLoader._classify_module_sharding = _classify
+    """Patch the loader of this process."""
+    for patch in PATCHES:
+        patch.apply()
 
 
-def names(model: Any, mapping: list[tuple[str, str, int, str]]) -> list[str]:
-    """The experts' linears by the checkpoint's names, of those that the plugin quantizes.
+def expert_names(model: Any, mapping: list[tuple[str, str, int, str]]) -> list[str]:
+    """The checkpoint's names of the experts' linear layers that the plugin quantizes.
 
-    `mapping` holds (parameter, weight, expert, shard) as vLLM's `get_moe_expert_mapping` gives it, with weights such as
-    `experts.0.gate_proj.`.
+    `mapping` holds (parameter, weight, expert, shard) as vLLM's `get_moe_expert_mapping` returns it, with weights such
+    as `experts.0.gate_proj.`.
     """
     return [name.split("experts", maxsplit=1)[0] + entry[1].removesuffix(".")
             for name, module in model.named_modules()
@@ -35,12 +36,16 @@ def names(model: Any, mapping: list[tuple[str, str, int, str]]) -> list[str]:
             for entry in mapping]
 
 
-def _find(loader: Any, model: Any) -> None:
-    _found(loader, model)
-    loader.target_modules.extend(names(model, loader.expert_params_mapping))
+def _add_target_modules(original: Callable[..., None], loader: Any, model: Any) -> None:
+    original(loader, model)
+    loader.target_modules.extend(expert_names(model, loader.expert_params_mapping))
 
 
-def _classify(loader: Any, model: Any) -> None:
-    _classified(loader, model)
+def _add_column_sharded_modules(original: Callable[..., None], loader: Any, model: Any) -> None:
+    original(loader, model)
     down = [entry for entry in loader.expert_params_mapping if entry[-1] == "w2"]
-    loader.column_sharded_weights_modules.extend(names(model, down))
+    loader.column_sharded_weights_modules.extend(expert_names(model, down))
+
+
+PATCHES = (Patch(BitsAndBytesModelLoader, "_get_bnb_target_modules", _add_target_modules),
+           Patch(BitsAndBytesModelLoader, "_classify_module_sharding", _add_column_sharded_modules))

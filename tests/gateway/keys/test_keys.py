@@ -16,8 +16,9 @@ from shoehorn.commands import keys as command
 from shoehorn.common.errors import SettingsError
 from shoehorn.config.settings import Settings, load
 from shoehorn.gateway.keys import sources
-from shoehorn.gateway.keys.api_key import Key, Keyring, Limits, new_token, parse_day, parse_expiry
+from shoehorn.gateway.keys.api_key import Key, Keyring, new_token, parse_day, parse_expiry, parse_limits
 from shoehorn.gateway.keys.store import KeyStore, parse
+from shoehorn_vllm.protocol import KeyLimits
 
 GIVEN = "sk-given-by-the-user"
 NOW = 1_800_000_000.0
@@ -63,8 +64,8 @@ def test_equal_tokens_have_different_hashes() -> None:
 
 def test_every_key_is_compared_whether_found_or_not(monkeypatch: pytest.MonkeyPatch) -> None:
     compared: list[str] = []
-    genuine = Key.is_of
-    monkeypatch.setattr(Key, "is_of", lambda key, token: compared.append(key.name) or genuine(key, token))
+    genuine = Key.matches
+    monkeypatch.setattr(Key, "matches", lambda key, token: compared.append(key.name) or genuine(key, token))
     for token in ("sk-key-a-000", "sk-key-c-000", "sk-no-such-key"):
         ring = Keyring(Key.make(name, f"sk-key-{name}-000", NOW) for name in "abc")
         compared.clear()
@@ -73,19 +74,17 @@ def test_every_key_is_compared_whether_found_or_not(monkeypatch: pytest.MonkeyPa
 
 
 def test_limits_are_written_as_the_engine_reads_them() -> None:
-    limits = Limits.parse({"requests_per_minute": "60", "body_bytes": "1MiB"})
-    assert limits.header() == "requests_per_minute=60;body_bytes=1048576"
-    assert Limits().header() == ""
-    from shoehorn_vllm.api.limits import Limits as AtTheEngine
-    assert AtTheEngine.parse(limits.header()) == AtTheEngine(requests_per_minute=60, body_bytes=1 << 20)
-    assert set(AtTheEngine.__dataclass_fields__) == set(Limits.__dataclass_fields__)
+    limits = parse_limits({"requests_per_minute": "60", "body_bytes": "1MiB"})
+    assert limits.to_header() == "requests_per_minute=60;body_bytes=1048576"
+    assert KeyLimits().to_header() == ""
+    assert KeyLimits.from_header(limits.to_header()) == limits
 
 
 @pytest.mark.parametrize("words", [{"rpm": "1"}, {"concurrent": "0"}, {"concurrent": "-1"}, {"max_tokens": "1e3"},
                                    {"max_tokens": ""}, {"body_bytes": "much"}, {"concurrent": "٣"}])
 def test_a_limit_that_is_none_is_refused(words: dict[str, str]) -> None:
-    with pytest.raises(ValueError, match=r"limit|whole number|size"):
-        Limits.parse(words)
+    with pytest.raises(ValueError, match=r"limit|integer|size"):
+        parse_limits(words)
 
 
 @pytest.mark.parametrize(("text", "expected"), [("30d", NOW + 30 * 86400), ("12h", NOW + 43200), ("90m", NOW + 5400),
@@ -104,7 +103,7 @@ def test_what_is_no_time_is_refused(text: str) -> None:
 
 @pytest.mark.parametrize("name", ["", "a b", "-a", "ä", "a" * 65, "a\nb", "a;b", "a=b", 7, None])
 def test_a_name_that_could_break_a_header_or_a_line_is_refused(name: str) -> None:
-    with pytest.raises(ValueError, match="a name has"):
+    with pytest.raises(ValueError, match="invalid name"):
         Key.make(name, GIVEN, NOW)
 
 
@@ -112,9 +111,9 @@ def test_a_name_that_could_break_a_header_or_a_line_is_refused(name: str) -> Non
 
 def test_the_first_key_is_made_once_and_only_its_hash_is_kept(tmp_path: Path) -> None:
     store = KeyStore(tmp_path)
-    made = store.first(NOW)
+    made = store.create_first(NOW)
     assert made is not None
-    assert store.first(NOW) is None
+    assert store.create_first(NOW) is None
     assert store.file.stat().st_mode & 0o777 == 0o600
     assert made.token not in store.file.read_text() + repr(made)
     assert _ring(tmp_path).find(made.token.encode()) == made.key
@@ -127,7 +126,7 @@ def test_many_starts_at_once_make_one_key(tmp_path: Path) -> None:
 
     def start() -> None:
         gate.wait()
-        found.append(KeyStore(tmp_path).first(NOW))
+        found.append(KeyStore(tmp_path).create_first(NOW))
 
     threads = [threading.Thread(target=start) for _ in range(8)]
     for thread in threads:
@@ -150,22 +149,22 @@ def test_changes_at_once_lose_nothing(tmp_path: Path) -> None:
 def test_a_key_file_that_others_could_read_is_made_private(tmp_path: Path, caplog: pytest.LogCaptureFixture,
                                                            monkeypatch: pytest.MonkeyPatch) -> None:
     store = KeyStore(tmp_path)
-    store.first(NOW)
+    store.create_first(NOW)
     store.file.chmod(0o644)
     with caplog.at_level(logging.WARNING):
         store.read()
     assert store.file.stat().st_mode & 0o777 == 0o600
-    assert "could be read by others" in caplog.text
+    assert "made the key file private" in caplog.text
     store.file.chmod(0o666)
     monkeypatch.setattr("os.fchmod", lambda *_: None)
     store.read()
-    assert "keeps no file modes" in caplog.text
+    assert "has no file modes" in caplog.text
 
 
 def test_a_damaged_key_file_is_refused_wherever_it_breaks_off(tmp_path: Path) -> None:
     store = KeyStore(tmp_path)
-    store.first(NOW)
-    store.add(Key("alice", b"", b"", NOW, NOW + 5, Limits(concurrent=3)))
+    store.create_first(NOW)
+    store.add(Key("alice", b"", b"", NOW, NOW + 5, KeyLimits(concurrent=3)))
     text = store.file.read_text()
     assert len(parse(text, store.file)) == 2
     for size in range(len(text) - 2):
@@ -184,9 +183,9 @@ def test_a_damaged_key_file_is_refused_wherever_it_breaks_off(tmp_path: Path) ->
 
 def test_a_damaged_key_file_is_never_written_over(tmp_path: Path) -> None:
     store = KeyStore(tmp_path)
-    store.first(NOW)
+    store.create_first(NOW)
     store.file.write_text("half")
-    for act in (lambda: store.first(NOW), lambda: store.add(Key("a", b"", b"", NOW)), lambda: store.revoke("a"),
+    for act in (lambda: store.create_first(NOW), lambda: store.add(Key("a", b"", b"", NOW)), lambda: store.revoke("a"),
                 lambda: store.rotate("default", NOW)):
         with pytest.raises(SettingsError, match="is damaged"):
             act()
@@ -196,19 +195,19 @@ def test_a_damaged_key_file_is_never_written_over(tmp_path: Path) -> None:
 def test_a_volume_that_cannot_be_used_is_an_error_with_a_remedy(tmp_path: Path) -> None:
     (tmp_path / ".shoehorn").write_text("a file where the folder should be")
     store = KeyStore(tmp_path)
-    for act in (store.read, lambda: store.first(NOW), lambda: store.revoke("a")):
-        with pytest.raises(SettingsError, match="cannot be read or written") as caught:
+    for act in (store.read, lambda: store.create_first(NOW), lambda: store.revoke("a")):
+        with pytest.raises(SettingsError, match="cannot read and write") as caught:
             act()
         assert "set API_KEY" in caught.value.remedy
 
 
 def test_uses_are_merged_and_only_known_names_kept(tmp_path: Path) -> None:
     store = KeyStore(tmp_path)
-    store.note_used({"a": 5.0, "b": 9.0, "gone": 1.0}, ["a", "b", "never"])
-    store.note_used({"a": 7.0, "b": 8.0}, ["a", "b"])
-    assert store.used() == {"a": 7.0, "b": 9.0}
+    store.save_last_used({"a": 5.0, "b": 9.0, "gone": 1.0}, ["a", "b", "never"])
+    store.save_last_used({"a": 7.0, "b": 8.0}, ["a", "b"])
+    assert store.last_used() == {"a": 7.0, "b": 9.0}
     store.file.with_name("keys-used.json").write_text("[]")
-    assert store.used() == {}
+    assert store.last_used() == {}
 
 
 # --- the command
@@ -221,7 +220,7 @@ def test_add_prints_the_key_alone_and_once(tmp_path: Path, capsys: pytest.Captur
     assert token not in shown.err
     key = _ring(tmp_path).find(token.encode())
     assert key is not None
-    assert (key.name, key.limits) == ("alice", Limits(concurrent=2, body_bytes=1 << 20))
+    assert (key.name, key.limits) == ("alice", KeyLimits(concurrent=2, body_bytes=1 << 20))
     assert key.expires is not None
     assert 0 <= time.time() + 30 * 86400 - key.expires < 60
     _run(tmp_path, "list")
@@ -232,12 +231,13 @@ def test_add_prints_the_key_alone_and_once(tmp_path: Path, capsys: pytest.Captur
 
 
 @pytest.mark.parametrize(("words", "match"), [
-    (["add", "a b"], "a name has"), (["add", "a", "--concurrent", "0"], "concurrent"),
+    (["add", "a b"], "invalid name"), (["add", "a", "--concurrent", "0"], "concurrent"),
     (["add", "a", "--expires", "soon"], "30d"), (["add", "a", "--max-body", "x"], "size"),
-    (["add", "default"], "already"), (["revoke", "nobody"], "no key 'nobody'"), (["rotate", "nobody"], "no key")])
+    (["add", "default"], "already exists"), (["revoke", "nobody"], "'nobody': not found"),
+    (["rotate", "nobody"], "not found")])
 def test_a_mistake_is_named_and_changes_nothing(tmp_path: Path, words: list[str], match: str) -> None:
     store = KeyStore(tmp_path)
-    store.first(NOW)
+    store.create_first(NOW)
     before = store.file.read_text()
     with pytest.raises(SettingsError, match=match) as caught:
         _run(tmp_path, *words)
@@ -288,8 +288,8 @@ def test_list_without_keys_says_so(tmp_path: Path, capsys: pytest.CaptureFixture
 
 def test_the_sources_agree_with_what_the_command_shows(tmp_path: Path) -> None:
     settings = _settings(tmp_path, API_KEY=GIVEN)
-    KeyStore(tmp_path).first(NOW)  # a key of this name in the volume gives way to API_KEY
+    KeyStore(tmp_path).create_first(NOW)  # a key of this name in the volume gives way to API_KEY
     assert sources.prepare(settings) is None
     ring = sources.KeySources(settings).current()
-    assert set(ring.keys) == set(sources.in_force(settings)) == {"default"}
+    assert set(ring.keys) == set(sources.list_keys(settings)) == {"default"}
     assert ring.find(GIVEN.encode()) is not None

@@ -7,7 +7,15 @@ from typing import Any
 
 import pytest
 
-from shoehorn_vllm.api.limits import MOST_INPUTS, Book, Limits, TooMuchError, answers_of, capped, document_of
+from shoehorn_vllm.api.limits import (
+    MAX_INPUTS,
+    KeyUsage,
+    LimitExceededError,
+    apply_token_cap,
+    count_sequences,
+    parse_body,
+)
+from shoehorn_vllm.protocol import KeyLimits
 
 EMBEDDINGS, RERANK, SCORE = "/v1/embeddings", "/v1/rerank", "/v1/score"
 CHAT, COMPLETIONS, RESPONSES, MESSAGES = "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"
@@ -15,46 +23,46 @@ CHAT, COMPLETIONS, RESPONSES, MESSAGES = "/v1/chat/completions", "/v1/completion
 
 def test_the_header_is_read_and_what_is_absent_has_no_limit() -> None:
     text = "requests_per_minute=60;concurrent=4;max_tokens=512;body_bytes=1048576"
-    assert Limits.parse(text) == Limits(60, 4, 512, 1 << 20)
-    assert Limits.parse("concurrent=0") == Limits(concurrent=0)
-    assert Limits.parse("") == Limits()
+    assert KeyLimits.from_header(text) == KeyLimits(60, 4, 512, 1 << 20)
+    assert KeyLimits.from_header("concurrent=0") == KeyLimits(concurrent=0)
+    assert KeyLimits.from_header("") == KeyLimits()
 
 
 @pytest.mark.parametrize("text", ["concurrent", "concurrent=", "concurrent=-1", "concurrent=1.5", "concurrent=²", "x=1",
                                   "concurrent=1;concurrent=2", "parse=1"])
 def test_a_header_that_cannot_be_read_is_never_no_limit(text: str) -> None:
-    with pytest.raises(ValueError, match="no limit"):
-        Limits.parse(text)
+    with pytest.raises(ValueError, match="invalid limit"):
+        KeyLimits.from_header(text)
 
 
 def test_no_more_than_the_limit_in_any_minute() -> None:
-    book, admitted = Book(), []
+    usage, admitted = KeyUsage(), []
     for tenth in range(3000):
         now = tenth / 10
-        if book.wait_seconds(7, now) is None:
-            book.admitted.append(now)
+        if usage.wait_seconds(7, now) is None:
+            usage.admitted.append(now)
             admitted.append(now)
     assert all(later - earlier >= 60 for earlier, later in zip(admitted, admitted[7:], strict=False))
     assert len(admitted) == 35
 
 
 def test_the_wait_is_as_long_as_it_takes_and_no_longer() -> None:
-    book = Book()
-    book.admitted.extend([100.0, 110.0, 120.5])
-    assert book.wait_seconds(3, 121.0) == 39
-    assert book.wait_seconds(2, 121.0) == 49  # the limit was lowered meanwhile
-    assert book.wait_seconds(4, 121.0) is None
-    assert book.wait_seconds(0, 121.0) == 60
-    assert book.wait_seconds(3, 160.0) is None
-    book.wait_seconds(None, 160.0)
-    assert not book.admitted
+    usage = KeyUsage()
+    usage.admitted.extend([100.0, 110.0, 120.5])
+    assert usage.wait_seconds(3, 121.0) == 39
+    assert usage.wait_seconds(2, 121.0) == 49  # the limit was lowered meanwhile
+    assert usage.wait_seconds(4, 121.0) is None
+    assert usage.wait_seconds(0, 121.0) == 60
+    assert usage.wait_seconds(3, 160.0) is None
+    usage.wait_seconds(None, 160.0)
+    assert not usage.admitted
 
 
 def _capped(path: str, body: dict[str, Any], cap: int) -> dict[str, Any] | None:
     """As the middleware does it, from the bytes on."""
-    document = document_of(json.dumps(body).encode())
+    document = parse_body(json.dumps(body).encode())
     assert document is not None
-    return capped(path, document, answers_of(path, document, 1000), cap)
+    return apply_token_cap(path, document, count_sequences(path, document, 1000), cap)
 
 
 @pytest.mark.parametrize(("path", "field"), [(CHAT, "max_completion_tokens"), (RESPONSES, "max_output_tokens"),
@@ -78,7 +86,7 @@ def test_within_the_cap_the_body_is_left_as_it_is(path: str, body: dict[str, Any
     assert _capped(path, body, 512) is None
 
 
-@pytest.mark.parametrize(("path", "body", "culprit"), [
+@pytest.mark.parametrize(("path", "body", "param"), [
     (CHAT, {"max_tokens": 513}, "max_tokens"), (CHAT, {"max_completion_tokens": 1, "max_tokens": 513}, "max_tokens"),
     (CHAT, {"max_tokens": 1, "max_completion_tokens": 513}, "max_completion_tokens"),
     (CHAT, {"max_tokens": 300, "n": 2}, "max_tokens"), (CHAT, {"n": 513}, "n"),
@@ -88,44 +96,44 @@ def test_within_the_cap_the_body_is_left_as_it_is(path: str, body: dict[str, Any
     (RESPONSES, {"max_output_tokens": 513}, "max_output_tokens"), (MESSAGES, {"max_tokens": 513}, "max_tokens"),
     (CHAT, {"max_tokens": "9999"}, "max_tokens"), (CHAT, {"max_tokens": 1e4}, "max_tokens"),
     (CHAT, {"max_tokens": True}, "max_tokens"), (CHAT, {"max_tokens": 100, "n": "9"}, "n")])
-def test_above_the_cap_is_refused_by_name(path: str, body: dict[str, Any], culprit: str) -> None:
-    with pytest.raises(TooMuchError) as caught:
+def test_above_the_cap_is_refused_by_name(path: str, body: dict[str, Any], param: str) -> None:
+    with pytest.raises(LimitExceededError) as caught:
         _capped(path, body, 512)
-    assert caught.value.culprit == culprit
+    assert caught.value.param == param
 
 
 @pytest.mark.parametrize(("path", "body", "answers"), [
     (CHAT, {}, 1), (CHAT, {"n": 7}, 7), (CHAT, {"n": 0}, 1), (CHAT, {"n": None}, 1), (CHAT, {"prompt": ["a"] * 9}, 1),
     (COMPLETIONS, {"prompt": ["a"] * 16, "n": 8}, 128), (COMPLETIONS, {"prompt": [[1, 2]] * 4, "best_of": 3}, 12),
     (COMPLETIONS, {"prompt": [1] * 500}, 1), (COMPLETIONS, {"prompt": []}, 1), (MESSAGES, {}, 1),
-    (EMBEDDINGS, {"input": "a", "model": "m"}, 1), (EMBEDDINGS, {"input": ["a"] * MOST_INPUTS}, MOST_INPUTS),
+    (EMBEDDINGS, {"input": "a", "model": "m"}, 1), (EMBEDDINGS, {"input": ["a"] * MAX_INPUTS}, MAX_INPUTS),
     (EMBEDDINGS, {"input": [1] * 9999}, 1), (EMBEDDINGS, {}, 1),
     (RERANK, {"query": "a", "documents": ["b"] * 300}, 300), (SCORE, {"text_1": "a", "text_2": ["b"] * 3}, 3)])
 def test_a_request_counts_as_many_as_the_engine_makes_of_it(path: str, body: dict[str, Any], answers: int) -> None:
-    assert answers_of(path, body, 128) == answers
+    assert count_sequences(path, body, 128) == answers
 
 
-@pytest.mark.parametrize(("path", "body", "culprit"), [
+@pytest.mark.parametrize(("path", "body", "param"), [
     (CHAT, {"n": 129}, "n"), (COMPLETIONS, {"prompt": ["a"] * 65, "n": 2}, "prompt"),
     (COMPLETIONS, {"prompt": ["a"] * 2, "n": 65}, "n"), (COMPLETIONS, {"prompt": ["a"] * 128, "n": 128}, "n"),
     (EMBEDDINGS, {"input": ["a"] * 2049}, "input"), (RERANK, {"documents": ["a"] * 2049}, "input")])
-def test_more_answers_than_a_request_may_have_are_refused(path: str, body: dict[str, Any], culprit: str) -> None:
-    with pytest.raises(TooMuchError, match="answers in one request") as caught:
-        answers_of(path, body, 128)
-    assert (caught.value.culprit, caught.value.code) == (culprit, "too_many_answers")
+def test_more_answers_than_a_request_may_have_are_refused(path: str, body: dict[str, Any], param: str) -> None:
+    with pytest.raises(LimitExceededError, match="answers") as caught:
+        count_sequences(path, body, 128)
+    assert (caught.value.param, caught.value.code) == (param, "too_many_answers")
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b"7", b"\xff\xfe", b'"text"'])
 def test_what_is_no_object_is_left_to_the_engine(body: bytes) -> None:
-    assert document_of(body) is None
+    assert parse_body(body) is None
 
 
 @pytest.mark.parametrize("body", [b'{"n": 1, "n": 600}', '{"n": 600}'.encode("utf-16"), b'\xef\xbb\xbf{"n": 600}',
                                   b'{"\\u006e": 600}'])
 def test_a_body_is_read_as_the_engine_reads_it(body: bytes) -> None:
-    assert document_of(body) == json.loads(body) == {"n": 600}
+    assert parse_body(body) == json.loads(body) == {"n": 600}
 
 
 def test_a_body_nested_beyond_reading_is_refused() -> None:
-    with pytest.raises(TooMuchError, match="deeply"):
-        document_of(b"[" * 200_000 + b"]" * 200_000)
+    with pytest.raises(LimitExceededError, match="deeply"):
+        parse_body(b"[" * 200_000 + b"]" * 200_000)

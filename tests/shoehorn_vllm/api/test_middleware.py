@@ -9,9 +9,9 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from shoehorn_vllm.api import errors, middleware
-from shoehorn_vllm.api import request as flight_module
-from shoehorn_vllm.api.metrics import Counts
-from shoehorn_vllm.api.middleware import Gate, Scope
+from shoehorn_vllm.api import request as request_module
+from shoehorn_vllm.api.metrics import RequestMetrics
+from shoehorn_vllm.api.middleware import AdmissionMiddleware, Scope
 from shoehorn_vllm.api.request import Receive, Send
 from support.gate_calls import CHAT, MESSAGES, RESPONSES, USAGE, Call, Engine, error, run, settled
 
@@ -82,11 +82,11 @@ def test_the_queue_is_bounded_over_all_keys() -> None:
         assert [(await call.answer())[0] for call in calls] == [200] * 3
         assert (await engine.call(key="late").answer())[0] == 200
 
-    run(test, most_requests=3)
+    run(test, max_requests=3)
 
 
 def test_few_requests_with_many_answers_fill_the_engine_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(middleware, "MOST_HELD", 6)
+    monkeypatch.setattr(middleware, "MAX_SEQUENCES", 6)
 
     async def test(engine: Engine) -> None:
         calls = [engine.call(body=b'{"n": 5}'), engine.call("/v1/completions", body=b'{"prompt": ["a", "b"], "n": 2}')]
@@ -128,7 +128,7 @@ def test_bodies_that_come_slowly_do_not_get_past_the_bound() -> None:
         engine.go.set()
         assert (await first.answer())[0] == 200
 
-    run(test, most_requests=1)
+    run(test, max_requests=1)
 
 
 @pytest.mark.parametrize("declare", [True, False])
@@ -239,7 +239,7 @@ def test_a_stream_that_the_engine_breaks_off_gets_an_error_event() -> None:
 
 
 def test_idle_streams_show_life_where_the_engine_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flight_module, "KEEP_ALIVE_SECONDS", 0.02)
+    monkeypatch.setattr(request_module, "KEEP_ALIVE_SECONDS", 0.02)
 
     async def test(engine: Engine) -> None:
         calls = {path: engine.call(path, body=b'{"stream": true}') for path in (CHAT, MESSAGES, RESPONSES)}
@@ -260,15 +260,15 @@ def test_idle_streams_show_life_where_the_engine_does_not(monkeypatch: pytest.Mo
     (b'{"error":{"message":"no","type":"Bad Request","param":"body.n","code":400}}', 400, "invalid_request", "no"),
     (b'{"error":{"message":"gone","type":"NotFoundError","param":"model","code":404}}', 404, "model_not_found", "gone"),
     (b'{"error":{"message":"m","type":"t","param":null,"code":"own_code"}}', 400, "own_code", "m"),
-    (b'{"error":"Unauthorized"}', 401, "internal_error", "Unauthorized"),
+    (b'{"error":"Unauthorized"}', 401, "invalid_api_key", "Unauthorized"),
     (b'{"detail":[{"loc":["body"]}]}', 422, "invalid_request", '[{"loc": ["body"]}]'),
     (b"Internal Server Error", 500, "internal_error", "Internal Server Error"), (b"[]", 500, "internal_error", "[]"),
     (b"\xff", 500, "internal_error", "\ufffd"), (b"{}", 500, "internal_error", "{}")])
 def test_the_engines_errors_take_the_form_that_clients_know(content: bytes, status: int, code: str,
                                                             message: str) -> None:
-    found = error(errors.reformed(content, status, CHAT))
+    found = error(errors.convert(content, status, CHAT))
     assert (found["code"], found["message"]) == (code, message)
-    anthropic = json.loads(errors.reformed(content, status, MESSAGES))
+    anthropic = json.loads(errors.convert(content, status, MESSAGES))
     assert (anthropic["type"], anthropic["error"]["message"]) == ("error", message)
 
 
@@ -280,7 +280,7 @@ def test_an_error_is_sent_whole_with_its_length() -> None:
             await send({"type": "http.response.body", "body": b'{"detail"', "more_body": True})
             await send({"type": "http.response.body", "body": b': "odd"}'})
 
-        status, headers, body = await Call(Gate(engine, Counts(CollectorRegistry()))).answer()
+        status, headers, body = await Call(AdmissionMiddleware(engine, RequestMetrics(CollectorRegistry()))).answer()
         assert (status, error(body)["message"]) == (400, "odd")
         assert headers == {b"x-kept": b"1", b"content-type": b"application/json",
                            b"content-length": str(len(body)).encode()}

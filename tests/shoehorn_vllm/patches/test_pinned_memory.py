@@ -62,7 +62,7 @@ def mapping_of(address: int) -> dict[str, str]:
 def test_it_is_pinned_exact_to_the_byte_and_present(driver: Driver) -> None:
     before = pinned_memory.pinned_bytes()
     data = torch.empty(33 * MIB + 2, dtype=torch.uint8).view(torch.bfloat16)
-    held = pinned_memory.like(data)
+    held = pinned_memory.allocate_like(data)
     assert (held.shape, held.stride(), held.dtype) == (data.shape, data.stride(), data.dtype)
     assert driver.pinned == {held.data_ptr(): data.nbytes}, "torch's own would round 33 MiB up to 64"
     assert pinned_memory.pinned_bytes() - before == data.nbytes
@@ -76,7 +76,7 @@ def test_it_is_pinned_exact_to_the_byte_and_present(driver: Driver) -> None:
 
 def test_what_is_no_longer_used_is_given_back(driver: Driver) -> None:
     before = pinned_memory.pinned_bytes()
-    held = pinned_memory.like(torch.empty(MIB, dtype=torch.float32))
+    held = pinned_memory.allocate_like(torch.empty(MIB, dtype=torch.float32))
     address, part = held.data_ptr(), held[7:9]
     del held
     gc.collect()
@@ -88,7 +88,7 @@ def test_what_is_no_longer_used_is_given_back(driver: Driver) -> None:
 
 
 def test_a_child_process_does_not_copy_it(driver: Driver) -> None:
-    held = pinned_memory.like(torch.empty(4 * MIB, dtype=torch.uint8)).fill_(7)
+    held = pinned_memory.allocate_like(torch.empty(4 * MIB, dtype=torch.uint8)).fill_(7)
     child = os.fork()
     if not child:
         os._exit(bool(mapping_of(held.data_ptr())))
@@ -100,8 +100,8 @@ def test_a_child_process_does_not_copy_it(driver: Driver) -> None:
     torch.arange(1 << 20).view(1024, 1024), torch.arange(1 << 20).view(1024, 1024).t(),
     torch.arange(1 << 20, dtype=torch.float32).view(64, 128, 128).permute(2, 0, 1)])
 def test_a_repacked_weight_lies_where_it_lay(driver: Driver, data: torch.Tensor) -> None:
-    place = pinned_memory.like(torch.empty(data.nbytes, dtype=torch.uint8))
-    found = pinned_memory.copied(data, place)
+    place = pinned_memory.allocate_like(torch.empty(data.nbytes, dtype=torch.uint8))
+    found = pinned_memory.copy_to_host(data, place)
     assert found.data_ptr() == place.data_ptr()
     assert found.stride() == data.stride()
     assert torch.equal(found, data)
@@ -109,8 +109,8 @@ def test_a_repacked_weight_lies_where_it_lay(driver: Driver, data: torch.Tensor)
 
 
 def test_a_weight_that_became_larger_gets_memory_of_its_own(driver: Driver) -> None:
-    place = pinned_memory.like(torch.zeros(MIB, dtype=torch.uint8))
-    found = pinned_memory.copied(torch.ones(MIB + 1, dtype=torch.uint8), place)
+    place = pinned_memory.allocate_like(torch.zeros(MIB, dtype=torch.uint8))
+    found = pinned_memory.copy_to_host(torch.ones(MIB + 1, dtype=torch.uint8), place)
     assert int(found.sum()) == MIB + 1
     assert not int(place.sum())
     assert len(driver.pinned) == 2
@@ -126,14 +126,14 @@ def test_where_cuda_refuses_torch_is_asked(driver: Driver, monkeypatch: pytest.M
 
     monkeypatch.setattr(torch, "empty_strided", empty_strided)
     before = pinned_memory.pinned_bytes()
-    assert pinned_memory.like(torch.empty(2 * MIB, dtype=torch.uint8)).numel() == 2 * MIB
+    assert pinned_memory.allocate_like(torch.empty(2 * MIB, dtype=torch.uint8)).numel() == 2 * MIB
     assert asked == [True]
     assert pinned_memory.pinned_bytes() == before
 
 
 def test_a_kernel_without_huge_pages_gives_small_ones(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mmap, "MADV_HUGEPAGE", 9999)  # it says EINVAL to that, as to what it was built without
-    held = pinned_memory.like(torch.empty(4 * MIB, dtype=torch.uint8))
+    held = pinned_memory.allocate_like(torch.empty(4 * MIB, dtype=torch.uint8))
     assert list(driver.pinned) == [held.data_ptr()]
     assert "hg" not in mapping_of(held.data_ptr())["VmFlags"].split()
 
@@ -144,17 +144,17 @@ def test_where_there_is_no_address_space_torch_is_asked(driver: Driver, monkeypa
 
     monkeypatch.setattr(mmap, "mmap", refuse)
     monkeypatch.setattr(torch, "empty_strided", lambda *arguments, **named: "torch's")
-    assert pinned_memory.like(torch.empty(4 * MIB)) == "torch's"
+    assert pinned_memory.allocate_like(torch.empty(4 * MIB)) == "torch's"
 
 
 @pytest.mark.parametrize("size", [0, 1, 1000])
 def test_what_is_small_is_torchs(driver: Driver, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
     monkeypatch.setattr(torch, "empty_strided", lambda *arguments, **named: "torch's")
-    assert pinned_memory.like(torch.empty(size)) == "torch's"
+    assert pinned_memory.allocate_like(torch.empty(size)) == "torch's"
     assert not driver.pinned
 
 
 def test_nothing_is_pinned_where_the_engine_does_not(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pinned_memory, "should_pin_memory", lambda: False)
-    assert pinned_memory.like(torch.empty(2 * MIB)).shape == (2 * MIB,)
+    assert pinned_memory.allocate_like(torch.empty(2 * MIB)).shape == (2 * MIB,)
     assert not driver.pinned

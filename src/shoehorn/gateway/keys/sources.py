@@ -1,14 +1,14 @@
-"""Where keys come from, put together: API_KEY, the file of API_KEYS_FILE, and the volume.
+"""Sources of API keys: API_KEY, the file of API_KEYS_FILE, and the volume.
 
 Rules:
-- a name stands for one key: API_KEY's (`default`) goes before the file's, the file's before the volume's;
-- any source that is damaged, half-written or missing makes all keys unavailable: nobody gets in by what is left of it;
-- API_KEY's hash stands in RUN_DIR, written anew by each start, so that the key itself is in no environment;
-- a change of any file is seen by the next request.
+- a name belongs to one key: API_KEY (`default`) precedes the file, the file precedes the volume;
+- a source that is damaged, incomplete or missing makes all keys unavailable: no request is admitted by the others;
+- the hash of API_KEY is in RUN_DIR, written by each start, so that the key itself is in no environment;
+- the next request sees a change of any file.
 
-The file of API_KEYS_FILE has one key a line, `NAME KEY [LIMIT=VALUE]... [expires=DAY]`; `#` begins a comment. A line
-counts with the newline at its end only, so that a file that is being written never shows a part of a key, or a key
-without its limits.
+The file of API_KEYS_FILE has one key a line, `NAME KEY [LIMIT=VALUE]... [expires=DAY]`; `#` begins a comment. A
+line must end in a newline, so that a file that is being written never yields a part of a key, or a key without its
+limits.
 """
 
 from __future__ import annotations
@@ -23,54 +23,55 @@ from shoehorn.common.atomic_file import write_atomic
 from shoehorn.common.errors import SettingsError
 from shoehorn.common.file_stamp import FileStamp, stamp
 from shoehorn.config.settings import Settings
-from shoehorn.gateway.keys.api_key import DEFAULT_NAME, Key, Keyring, Limits, parse_day
+from shoehorn.gateway.keys.api_key import DEFAULT_NAME, Key, Keyring, parse_day, parse_limits
 from shoehorn.gateway.keys.store import KeyStore, NewKey, dump, parse
 from shoehorn.runtime.run_dir import RunDir
 
 _RECHECK_SECONDS = 0.2
-"""A file that is written twice within its clock's tick looks unchanged the second time; so it is read once more."""
+"""A file written twice within one tick of its clock looks unchanged the second time, so it is read once more."""
 
 
 def prepare(settings: Settings) -> NewKey | None:
-    """For a start: leave API_KEY's hash in RUN_DIR, and generate the first key where there would be none.
+    """Prepare a start: write the hash of API_KEY to RUN_DIR, and generate the first key where there are no keys.
 
     Returns:
         The generated key, to be shown; None when there were keys.
 
     Raises:
-        SettingsError: a source cannot be read, or names clash.
+        SettingsError: a source is unreadable, or names collide.
     """
-    given = [Key.make(DEFAULT_NAME, settings.api_key, time.time())] if settings.api_key else []
-    write_atomic(_setting_file(settings), dump(given), 0o600)
-    made = None if settings.api_key or settings.api_keys_file else KeyStore(settings.models_dir).first(time.time())
+    setting_keys = [Key.make(DEFAULT_NAME, settings.api_key, time.time())] if settings.api_key else []
+    write_atomic(_setting_file(settings), dump(setting_keys), 0o600)
+    has_other_keys = settings.api_key or settings.api_keys_file
+    new_key = None if has_other_keys else KeyStore(settings.models_dir).create_first(time.time())
     KeyStore(settings.models_dir).read()
     if settings.api_keys_file:
         listed = _read_file(settings.api_keys_file)
-        if given and any(key.name == DEFAULT_NAME for key in listed):
-            raise SettingsError(f"API_KEY and a line of API_KEYS_FILE are both the key {DEFAULT_NAME!r}.",
+        if setting_keys and any(key.name == DEFAULT_NAME for key in listed):
+            raise SettingsError(f"API_KEYS_FILE: key {DEFAULT_NAME!r} already exists, it is API_KEY.",
                                 "Rename the key in the file.")
-    return made
+    return new_key
 
 
-def in_force(settings: Settings) -> dict[str, tuple[Key, str]]:
-    """Keys by name, each with its source: `API_KEY`, `API_KEYS_FILE` or `volume`; for the command line.
+def list_keys(settings: Settings) -> dict[str, tuple[Key, str]]:
+    """List keys by name, each with its source: `API_KEY`, `API_KEYS_FILE` or `volume`; for the command line.
 
     Raises:
-        SettingsError: a source cannot be read, or is damaged.
+        SettingsError: a source is unreadable or damaged.
     """
-    found = {key.name: (key, "volume") for key in KeyStore(settings.models_dir).read()}
+    keys = {key.name: (key, "volume") for key in KeyStore(settings.models_dir).read()}
     if settings.api_keys_file:
-        found |= {key.name: (key, "API_KEYS_FILE") for key in _read_file(settings.api_keys_file)}
+        keys |= {key.name: (key, "API_KEYS_FILE") for key in _read_file(settings.api_keys_file)}
     if settings.api_key:
-        found[DEFAULT_NAME] = (Key.make(DEFAULT_NAME, settings.api_key, time.time()), "API_KEY")
-    return found
+        keys[DEFAULT_NAME] = (Key.make(DEFAULT_NAME, settings.api_key, time.time()), "API_KEY")
+    return keys
 
 
 class KeySources:
-    """The keys in force in a running appliance, read again whenever a file changes.
+    """The valid keys of a running appliance, reloaded whenever a file changes.
 
     Args:
-        clock: seconds that only ever grow.
+        clock: monotonic seconds.
     """
 
     def __init__(self, settings: Settings, clock: Callable[[], float] = time.monotonic) -> None:
@@ -82,13 +83,13 @@ class KeySources:
             self._files.append(settings.api_keys_file)
         self._stamps: list[FileStamp | None] | None = None
         self._recheck_at = math.inf
-        self._state: Keyring | SettingsError = SettingsError("Not read yet.")
+        self._state: Keyring | SettingsError = SettingsError("API keys: not loaded.")
 
     def current(self) -> Keyring:
-        """The keys in force now.
+        """The currently valid keys.
 
         Raises:
-            SettingsError: there are none, or a source cannot be trusted.
+            SettingsError: there are none, or a source is unreadable or damaged.
         """
         stamps = [stamp(file) for file in self._files]
         changed, due = stamps != self._stamps, self._clock() >= self._recheck_at
@@ -106,25 +107,25 @@ class KeySources:
     def _read(self) -> Keyring:
         file = _setting_file(self._settings)
         try:
-            given = parse(file.read_text(encoding="utf-8", errors="replace"), file)
+            setting_keys = parse(file.read_text(encoding="utf-8", errors="replace"), file)
         except OSError as error:
-            raise SettingsError(f"{file} cannot be read: {error.strerror}.", "Restart the container.") from error
+            raise SettingsError(f"{file}: unreadable ({error.strerror}).", "Restart the container.") from error
         keys = [*self._store.read()]
         if self._settings.api_keys_file:
             keys += _read_file(self._settings.api_keys_file)
-        keys += given
+        keys += setting_keys
         if not keys:
-            raise SettingsError("There is no key, so nobody can be let in.", "Type: shoehorn keys add NAME")
+            raise SettingsError("API keys: none exist, so every request is refused.", "Type: shoehorn keys add NAME")
         return Keyring(keys)
 
 
 def parse_lines(text: str, file: Path, created: float) -> tuple[Key, ...]:
-    """The keys of API_KEYS_FILE. Never shows a line, since it holds a key.
+    """Parse the keys of API_KEYS_FILE. Errors never show a line, since it contains a key.
 
     Raises:
-        SettingsError: a line is wrong or half-written, a name or key stands there twice, or there is no key at all.
+        SettingsError: a line is invalid or incomplete, a name or key is repeated, or there is no key at all.
     """
-    found: dict[str, Key] = {}
+    keys: dict[str, Key] = {}
     tokens: set[str] = set()
     for number, line in enumerate(text.splitlines(keepends=True), 1):
         words = line.split("#", 1)[0].split()
@@ -132,20 +133,20 @@ def parse_lines(text: str, file: Path, created: float) -> tuple[Key, ...]:
             continue
         try:
             if not line.endswith("\n"):
-                raise ValueError("it has no newline at its end, so it may be half-written")
+                raise ValueError("missing newline at its end, so it may be incomplete")
             if len(words) < 2:
-                raise ValueError("write NAME KEY")
+                raise ValueError("expected NAME KEY")
             key = _from_words(words, created)
-            if key.name in found or words[1] in tokens:
-                raise ValueError("its name or its key stands in an earlier line too")
+            if key.name in keys or words[1] in tokens:
+                raise ValueError("its name or its key already exists in an earlier line")
         except ValueError as error:
-            raise SettingsError(f"API_KEYS_FILE={file}, line {number}: {error}.", "Correct the line; "
-                                "docs/configuration.md has the format.") from None
-        found[key.name] = key
+            raise SettingsError(f"API_KEYS_FILE={file}, line {number}: {error}.", "Correct the line; see "
+                                "docs/configuration.md for the format.") from None
+        keys[key.name] = key
         tokens.add(words[1])
-    if not found:
-        raise SettingsError(f"API_KEYS_FILE={file} has no key in it.", "Write one a line: NAME KEY")
-    return tuple(found.values())
+    if not keys:
+        raise SettingsError(f"API_KEYS_FILE={file}: contains no key.", "Add one per line: NAME KEY")
+    return tuple(keys.values())
 
 
 def _from_words(words: list[str], created: float) -> Key:
@@ -153,11 +154,11 @@ def _from_words(words: list[str], created: float) -> Key:
     for word in words[2:]:
         name, equals, value = word.partition("=")
         if not equals or name in options:
-            raise ValueError("behind NAME and KEY stand LIMIT=VALUE, each limit once")
+            raise ValueError("expected LIMIT=VALUE after NAME and KEY, each limit once")
         options[name] = value
     expires = options.pop("expires", None)
     return Key.make(words[0], words[1], created, None if expires is None else parse_day(expires),
-                    Limits.parse(options))
+                    parse_limits(options))
 
 
 def _read_file(file: Path) -> tuple[Key, ...]:
@@ -165,8 +166,8 @@ def _read_file(file: Path) -> tuple[Key, ...]:
         text = file.read_text(encoding="utf-8", errors="replace")
         created = file.stat().st_mtime
     except OSError as error:
-        raise SettingsError(f"API_KEYS_FILE={file} cannot be read by user {os.geteuid()}: {error.strerror}.",
-                            "Mount the folder that holds it, readable for that user.") from error
+        raise SettingsError(f"API_KEYS_FILE={file}: user {os.geteuid()} cannot read it ({error.strerror}).",
+                            "Mount its folder, readable for that user.") from error
     return parse_lines(text, file, created)
 
 

@@ -1,0 +1,96 @@
+"""The program `keys`: serves the key check to nginx on a Unix socket, and installs renewed TLS certificates."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+
+from shoehorn.common.errors import SettingsError
+from shoehorn.common.logging_config import configure
+from shoehorn.config import settings as settings_module
+from shoehorn.config.settings import Settings
+from shoehorn.gateway.keys.service import KeyService, save_last_used
+from shoehorn.gateway.keys.sources import KeySources
+from shoehorn.gateway.keys.store import KeyStore
+from shoehorn.gateway.tls import CertificateWatch
+from shoehorn.runtime import parent_watch
+from shoehorn.runtime.run_dir import RunDir
+
+KEEP_ALIVE_SECONDS = 75
+"""For idle connections; nginx closes its own earlier."""
+
+
+async def stop_with_parent(parent: int, server: uvicorn.Server) -> None:
+    """Stop the server when supervisord was killed."""
+    while os.getppid() == parent:
+        await asyncio.sleep(1.0)
+    server.should_exit = True
+
+
+def listen(path: Path) -> socket.socket:
+    """Bind the service's socket, which only this user may connect to; a stale socket is replaced."""
+    with contextlib.suppress(FileNotFoundError):
+        path.unlink()
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    mask = os.umask(0o177)
+    try:
+        listener.bind(str(path))
+    finally:
+        os.umask(mask)
+    return listener
+
+
+async def serve(settings: Settings) -> None:
+    """Serve until SIGTERM."""
+    sources = KeySources(settings)
+    service = KeyService(sources.current)
+
+    def names() -> Iterable[str]:
+        try:
+            return list(sources.current().keys)
+        except SettingsError:
+            return list(service.last_used)
+
+    server = _GracefulServer(uvicorn.Config(
+        service, lifespan="off", log_config=None, access_log=False, server_header=False, date_header=False,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS, timeout_graceful_shutdown=1))
+    async with asyncio.TaskGroup() as group:  # a failed task stops the service, and supervisord restarts it
+        tasks = [group.create_task(save_last_used(service, KeyStore(settings.models_dir), names)),
+                 group.create_task(stop_with_parent(parent_watch.supervisor(), server))]
+        if settings.tls_cert_file:
+            tasks.append(group.create_task(CertificateWatch(settings).run()))
+        await server.serve(sockets=[listen(RunDir(settings.run_dir).keys_socket)])
+        for task in tasks:
+            task.cancel()
+
+
+class _GracefulServer(uvicorn.Server):
+    """Returns on SIGTERM; uvicorn would raise the signal again and leave no time to save."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Any:
+        """Handle signals as uvicorn does, and drop them at the end."""
+        with super().capture_signals():
+            yield
+            self._captured_signals.clear()
+
+
+def main() -> None:
+    """Run the program."""
+    settings = settings_module.load(os.environ)
+    configure(settings.log_format)
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    with contextlib.suppress(KeyboardInterrupt):
+        asyncio.run(serve(settings))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,11 @@
+"""Modules that run as programs of their own, `python -m MODULE`: the only place that spells their names."""
+
+from __future__ import annotations
+
+SUPERVISORD = "shoehorn.runtime.supervisord"
+EVENT_LISTENER = "shoehorn.runtime.event_listener"
+ENGINE = "shoehorn.engine.main"
+KEYS = "shoehorn.gateway.service"
+EXPORTER = "shoehorn.observability.exporter"
+CLI = "shoehorn.cli"
+VLLM = "vllm.entrypoints.launchers.api_server.entry"
