@@ -51,7 +51,7 @@ def test_while_not_ready_the_answer_names_phase_and_progress(tmp_path: Path) -> 
         for path in ("/v1/models", "/readyz"):  # the mark still says ready, but nobody answers
             gone = gate.client.get(path, headers=BEARER)
             assert gone.status_code == 503
-            assert "does not answer" in str(openai_error(gone)["message"])
+            assert "temporarily unavailable" in str(openai_error(gone)["message"])
             assert gone.headers["retry-after"]
         gate.states.update(phase=Phase.FAILED, cause="The disk is full.", remedy="Free some.")
         assert gate.client.get("/livez").status_code == 503
