@@ -18,6 +18,7 @@ import pytest
 
 from fakes.hub import Hub
 from shoehorn.common.paths import HOME
+from shoehorn.runtime import programs
 from support.tracked import BUILD_CANARY, Container, docker
 
 pytestmark = pytest.mark.container
@@ -101,7 +102,7 @@ def test_dockers_descriptions_contain_no_secret(container: Container, image: str
 
 def test_no_process_has_a_secret_in_its_environment_or_arguments(container: Container) -> None:
     seen = container.execute("sh", "-c", "cat /proc/[0-9]*/environ /proc/[0-9]*/cmdline | tr '\\0' '\\n'")
-    assert "shoehorn.engine.main" in seen
+    assert programs.ENGINE in seen
     _assert_no_secret(seen)
 
 
