@@ -14,12 +14,12 @@ from jinja2 import Environment, StrictUndefined
 
 from shoehorn.common.paths import HOME
 from shoehorn.config.settings import TABLE
-from shoehorn.gateway import route_policy
 from shoehorn.observability import metrics
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import fault_table  # the path is set just above
+import routes_document  # likewise
 
 RESULTS = HOME / "bench" / "results"
 
@@ -101,7 +101,7 @@ DOCUMENTS = {Path("README.md"): filled("README.md", "measured.md.j2", **_README_
              Path("docs/int4.md"): filled("docs/int4.md", "int4.md.j2", quality="int4-quality.json",
                                           speed="convert-speed.json"),
              Path("docs/configuration.md"): configuration, Path(".env.example"): example,
-             Path("docs/metrics.md"): metrics.document, Path("docs/routes.md"): route_policy.document,
+             Path("docs/metrics.md"): metrics.document, Path("docs/routes.md"): routes_document.document,
              Path("docs/reliability.md"): fault_table.document}
 
 if __name__ == "__main__":

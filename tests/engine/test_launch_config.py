@@ -30,10 +30,10 @@ def _parsed(settings: Settings) -> ServerOptions:
 @pytest.mark.parametrize("name", ["run", "with space", "percent%d", 'quote"and;semicolon', "鞋"])
 def test_supervisord_reads_what_was_meant(tmp_path: Path, name: str) -> None:
     settings = _settings(tmp_path / name)
-    programs = {config.name: config.process_configs[0] for config in _parsed(settings).process_group_configs}
-    assert set(programs) == {"watcher", "exporter", "engine", "keys", "gateway"}
-    assert shlex.split(programs["gateway"].command)[:3] == ["nginx", "-c", str(settings.run_dir / "nginx.conf")]
-    assert shlex.split(programs["watcher"].command) == [
+    configs = {config.name: config.process_configs[0] for config in _parsed(settings).process_group_configs}
+    assert set(configs) == {"watcher", "exporter", "engine", "keys", "gateway"}
+    assert shlex.split(configs["gateway"].command)[:3] == ["nginx", "-c", str(settings.run_dir / "nginx.conf")]
+    assert shlex.split(configs["watcher"].command) == [
         sys.executable, "-m", programs.EVENT_LISTENER, str(settings.run_dir)]
 
 

@@ -54,7 +54,7 @@ def test_every_decision_has_a_reason() -> None:
 
 
 @pytest.mark.parametrize(("text", "complaint"), [
-    ("- {decision: open, reason: x, routes: [GET /a]}", "open is no decision"),
+    ("- {decision: open, reason: x, routes: [GET /a]}", "unknown decision 'open'"),
     ("- {decision: closed, reason: x, routes: [GET /a, GET /a]}", "decided twice"),
 ])
 def test_a_wrong_table_is_refused(tmp_path: Path, text: str, complaint: str) -> None:

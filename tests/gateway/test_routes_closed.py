@@ -11,7 +11,7 @@ import pytest
 
 from fakes.engine import FakeEngine
 from shoehorn.gateway import route_policy
-from shoehorn.gateway.route_policy import Decided
+from shoehorn.gateway.route_policy import RouteDecision
 from support.gateway_process import KEY, Gateway, authorization, request
 
 pytestmark = pytest.mark.process
@@ -27,7 +27,7 @@ def ready(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Gateway, F
         yield gate, engine
 
 
-def _targets(route: Decided) -> list[str]:
+def _targets(route: RouteDecision) -> list[str]:
     """Paths that the route matches."""
     path = route.path.replace("{response_id}", "resp_1").replace("{adapter_name}", "mine")
     return [path, f"{path}/", f"{path}/x"] if route.method == "MOUNT" else [path]
@@ -41,7 +41,7 @@ def _status(gate: Gateway, method: str, target: str, headers: str) -> int:
 
 
 @pytest.mark.parametrize("route", route_policy.read(), ids=lambda route: route.name)
-def test_the_route_is_answered_as_decided(ready: tuple[Gateway, FakeEngine], route: Decided) -> None:
+def test_the_route_is_answered_as_decided(ready: tuple[Gateway, FakeEngine], route: RouteDecision) -> None:
     gate, engine = ready
     engine.requests.clear()
     for target in _targets(route):

@@ -88,7 +88,7 @@ def unavailable_bodies(state: State) -> dict[str, str]:
     elif state.phase is Phase.FAILED:
         message = f"The model is unavailable: {state.cause}"
     else:
-        message = f"The model is not ready: {state.phase}{share}. Retry later."
+        message = f"The model is not ready: {state.phase}{share}."
     return error_bodies(503, message, "model_not_ready", {"phase": state.phase, "progress": state.progress})
 
 
