@@ -12,6 +12,7 @@ from supervisor.options import ServerOptions
 
 from shoehorn.config.settings import Settings, load
 from shoehorn.engine.launch_config import engine_arguments, most_requests, write_engine_config
+from shoehorn.runtime import programs
 from shoehorn.runtime.shutdown import ENGINE_STOP_SECONDS, MARGIN_SECONDS
 from shoehorn.runtime.supervisord_config import supervisord_config, write_supervisord_config
 
