@@ -220,4 +220,6 @@ def test_existing_conversion_is_served_from_a_full_volume(here: Path, monkeypatc
     monkeypatch.setattr(disk, "disk_free", lambda path: 0)
     converted_without_original(Volume(here))
     for more in ({}, {"QUANTIZATION": "int4", "KEEP_ORIGINAL": "no"}):
+        deployment = inputs.gather(settings_module.load(environment_of(here, **more)), HERE)
+        assert deployment.inputs.disk_free_bytes is None, "a complete model needs no disk space"
         assert plan_by_cli(environment_of(here, **more), monkeypatch, capsys)["fits"]
