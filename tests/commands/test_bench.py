@@ -31,10 +31,10 @@ def engine(status: int = 200, text: str = STREAM, seen: list[dict[str, object]] 
 def states(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StateFile:
     monkeypatch.setenv("RUN_DIR", str(tmp_path))
     monkeypatch.setenv("VRAM_PROFILE", "cpu")
-    found = StateFile(tmp_path)
-    found.update(phase=Phase.READY, model="m", plan={
+    states_file = StateFile(tmp_path)
+    states_file.update(phase=Phase.READY, model="m", plan={
         "max_model_len": 64, "expected_tokens_per_second": {"batch_1": 2.5, "batch_8": None}})
-    return found
+    return states_file
 
 
 def test_tokens_come_from_the_usage_and_not_from_the_number_of_events() -> None:

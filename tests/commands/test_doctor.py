@@ -1,4 +1,4 @@
-"""`shoehorn doctor`: every check passes where all is well, and says what to type where not."""
+"""`shoehorn doctor`: every check passes or has a remedy."""
 
 from __future__ import annotations
 
@@ -24,45 +24,45 @@ def no_gpu(tmp_path: Path) -> Hardware:
                     notes=("NVML: driver library not found",))
 
 
-def test_bad_settings_are_the_only_finding(no_gpu: Hardware) -> None:
+def test_invalid_settings_are_the_only_check(no_gpu: Hardware) -> None:
     checks = _checks(no_gpu, PORT="high")
     assert list(checks) == ["settings"]
     assert not checks["settings"].passed
     assert "PORT: 'high'" in checks["settings"].found
 
 
-def test_a_gpu_is_needed_unless_the_profile_says_otherwise(no_gpu: Hardware, tmp_path: Path) -> None:
+def test_gpu_is_required_except_for_the_cpu_profile(no_gpu: Hardware, tmp_path: Path) -> None:
     assert not _checks(no_gpu)["gpu"].passed
     assert "VRAM_PROFILE=cpu" in _checks(no_gpu)["gpu"].remedy
     assert "driver library not found" in _checks(no_gpu)["gpu"].found
     assert _checks(no_gpu, VRAM_PROFILE="cpu")["gpu"].passed
 
 
-def test_a_gpu_is_described() -> None:
+def test_gpu_is_described() -> None:
     machine = detect.detect(nvml=FakeNvml(example(example_gpu())))
     assert machine.gpus[0].name in _checks(machine)["gpu"].found
 
 
-def test_the_volume_has_to_be_there_and_writable(no_gpu: Hardware, tmp_path: Path) -> None:
+def test_volume_has_to_exist_and_be_writable(no_gpu: Hardware, tmp_path: Path) -> None:
     absent = _checks(no_gpu, MODELS_DIR=str(tmp_path / "absent"))["volume"]
     assert not absent.passed
     assert "MODELS_DIR" in absent.remedy
     assert _checks(no_gpu, MODELS_DIR=str(tmp_path))["volume"].passed
 
 
-def test_a_missing_program_is_named(no_gpu: Hardware, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_program_is_named(no_gpu: Hardware, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert not _checks(no_gpu)["nginx"].passed
 
 
-def test_small_shared_memory_is_found(no_gpu: Hardware, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_shared_memory_is_reported(no_gpu: Hardware, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor.disk, "disk_free", lambda _: 64 << 20)
     assert "--shm-size" in _checks(no_gpu)["shared memory"].remedy
     monkeypatch.setattr(doctor.disk, "disk_free", lambda _: 1 << 30)
     assert _checks(no_gpu)["shared memory"].passed
 
 
-def test_json_has_every_check_and_the_exit_code_tells(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_json_has_every_check_and_failure_an_exit_code(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     code = doctor.run(argparse.Namespace(json=True), {"VRAM_PROFILE": "cpu", "MODELS_DIR": str(tmp_path / "absent")})
     checks = json.loads(capsys.readouterr().out)
     assert code == 2

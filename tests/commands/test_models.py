@@ -1,4 +1,4 @@
-"""`shoehorn models`, `pull --verify`, `pull --to` and OFFLINE: a volume looked after without asking the hub."""
+"""`shoehorn models`, `pull --verify`, `pull --to` and OFFLINE: a volume without requests to the hub."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
 
 @pytest.fixture
 def volume(tmp_path: Path, hub: Hub) -> Volume:
-    made = Volume(tmp_path, hub)
-    assert made.pull()[0] == 0
-    return made
+    pulled = Volume(tmp_path, hub)
+    assert pulled.pull()[0] == 0
+    return pulled
 
 
 def shoehorn(volume: Volume, monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
@@ -42,7 +42,7 @@ def shoehorn(volume: Volume, monkeypatch: pytest.MonkeyPatch, *words: str) -> in
     return cli.main(words)
 
 
-def test_the_models_are_listed_with_size_state_and_last_use(
+def test_models_are_listed_with_size_state_and_last_use(
         volume: Volume, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert shoehorn(volume, monkeypatch, "models", "--json") == 0
     [row] = json.loads(capsys.readouterr().out)
@@ -58,7 +58,7 @@ def test_the_models_are_listed_with_size_state_and_last_use(
     assert "last served 20" in text
 
 
-def test_an_empty_volume_and_a_damaged_manifest_are_no_trouble(
+def test_empty_volume_and_damaged_manifest_are_accepted(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     volume = Volume(tmp_path)
     volume.manifest.parent.mkdir(parents=True)
@@ -67,7 +67,7 @@ def test_an_empty_volume_and_a_damaged_manifest_are_no_trouble(
     assert ": no models" in capsys.readouterr().out
 
 
-def test_a_model_is_removed_and_the_space_is_free(
+def test_removal_frees_the_space(
         volume: Volume, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert shoehorn(volume, monkeypatch, "models", "rm", MODEL) == 0
     assert f"removed {MODEL}: 4 MiB freed" in capsys.readouterr().out
@@ -76,7 +76,7 @@ def test_a_model_is_removed_and_the_space_is_free(
 
 
 @pytest.mark.fault("`shoehorn models rm` of a model in use", "Refused; nothing is removed.")
-def test_a_model_in_use_or_being_pulled_or_unknown_is_never_removed(
+def test_model_in_use_being_pulled_or_unknown_is_not_removed(
         volume: Volume, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     with inventory.use_lock(volume.models, MODEL):
         assert shoehorn(volume, monkeypatch, "models", "rm", MODEL) == 4
@@ -92,7 +92,7 @@ def test_a_model_in_use_or_being_pulled_or_unknown_is_never_removed(
     assert volume.complete()
 
 
-def test_two_servers_may_use_a_model_and_a_volume_without_writing_has_no_mark(volume: Volume, tmp_path: Path) -> None:
+def test_use_lock_is_shared_and_optional_on_a_read_only_volume(volume: Volume, tmp_path: Path) -> None:
     with inventory.use_lock(volume.models, MODEL), inventory.use_lock(volume.models, MODEL):
         assert inventory.models(volume.models)[0].in_use
     (tmp_path / "file").write_text("")
@@ -101,7 +101,7 @@ def test_two_servers_may_use_a_model_and_a_volume_without_writing_has_no_mark(vo
 
 
 @pytest.mark.fault("A bit flips on the disk", "`shoehorn pull --verify` reads every byte and names the file.")
-def test_verify_reads_every_byte_again_and_names_what_changed(volume: Volume, hub: Hub) -> None:
+def test_verify_reads_every_byte_and_names_changed_files(volume: Volume, hub: Hub) -> None:
     assert volume.pull("--verify")[0] == 0
     path = volume.folder / WEIGHTS
     times = path.stat()
@@ -116,17 +116,17 @@ def test_verify_reads_every_byte_again_and_names_what_changed(volume: Volume, hu
     assert volume.pull()[0] == 0
     fetched = [request.path for request in hub.requests if "FilePath=" in request.path]
     assert any(WEIGHTS in path for path in fetched)
-    assert not any("tokenizer.json" in path for path in fetched), "only what was wrong is fetched again"
+    assert not any("tokenizer.json" in path for path in fetched), "only changed files are downloaded"
     assert volume.pull("--verify")[0] == 0
 
 
-def test_verify_of_what_is_not_there_says_what_to_type(tmp_path: Path) -> None:
+def test_verify_of_a_missing_model_has_a_remedy(tmp_path: Path) -> None:
     code, _, err = Volume(tmp_path).pull("--verify")
     assert code == 4
     assert f"shoehorn pull {MODEL}" in err
 
 
-def test_offline_asks_nobody_and_serves_what_was_carried_over(volume: Volume, tmp_path: Path, hub: Hub) -> None:
+def test_offline_serves_a_copied_volume_without_requests(volume: Volume, tmp_path: Path, hub: Hub) -> None:
     carried = tmp_path / "stick"
     assert volume.pull("--to", str(carried))[0] == 0
     hub.requests.clear()
@@ -139,12 +139,12 @@ def test_offline_asks_nobody_and_serves_what_was_carried_over(volume: Volume, tm
     assert hub.requests == []
 
 
-def test_planning_offline_for_a_model_that_is_not_there_is_refused(tmp_path: Path) -> None:
+def test_offline_plan_for_a_missing_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelUnavailableError, match="OFFLINE=yes"):
         pull.hub_files(Volume(tmp_path, OFFLINE="yes").settings, ModelRef(MODEL, "modelscope", "master"))
 
 
-def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+def test_folder_that_cannot_be_created_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     code, _, err = Volume(tmp_path).pull("--to", str(tmp_path / "file" / "x"))
     assert code == 4
@@ -163,10 +163,10 @@ def carried(volume: Volume, tmp_path: Path) -> Volume:
     return away
 
 
-@pytest.mark.fault("A model that was carried to another machine is not what was pulled",
-                   "Exit code 4 and the file's name; a pull that did not end counts as none.")
+@pytest.mark.fault("A model that was copied to another machine differs from what was pulled",
+                   "Exit code 4 and the file's name; an unfinished pull counts as missing.")
 @pytest.mark.parametrize("damage", ["flipped", "short", "absent", "stranger", "half", "no manifest"])
-def test_a_carried_model_is_held_to_its_manifest(carried: Volume, damage: str) -> None:
+def test_copied_model_is_checked_against_its_manifest(carried: Volume, damage: str) -> None:
     weights, words = carried.folder / WEIGHTS, WEIGHTS
     if damage == "flipped":
         weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
@@ -190,7 +190,7 @@ def test_a_carried_model_is_held_to_its_manifest(carried: Volume, damage: str) -
         assert pull.locate(carried.settings.models_dir, carried.ref) is None
 
 
-def test_a_carried_model_with_other_times_is_read_once(carried: Volume) -> None:
+def test_copied_model_with_other_times_is_verified_once(carried: Volume) -> None:
     for path in carried.folder.iterdir():
         os.utime(path, ns=(1, 1))
     assert pull.locate(carried.settings.models_dir, carried.ref) is None, "its content decides"
@@ -213,7 +213,7 @@ def test_a_carried_model_with_other_times_is_read_once(carried: Volume) -> None:
     assert carried.pull()[0] == 0, "a folder of one's own"
 
 
-def test_a_carried_model_that_cannot_be_noted_as_read_is_read_each_time(carried: Volume,
+def test_copied_model_on_a_read_only_folder_is_verified_each_time(carried: Volume,
                                                                         monkeypatch: pytest.MonkeyPatch) -> None:
     def write(*_arguments: object) -> None:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))

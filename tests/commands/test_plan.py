@@ -1,4 +1,4 @@
-"""`shoehorn plan` and `shoehorn profiles`, run through the command line as a person would."""
+"""`shoehorn plan` and `shoehorn profiles`, run through the command line."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def serve_from_hub(monkeypatch: pytest.MonkeyPatch, files: CheckpointFiles) -> l
     return asked
 
 
-def test_a_folder_is_planned_for_the_cpu_as_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_folder_is_planned_for_the_cpu_as_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--model", str(folder), "--profile", "cpu", "--json") == 0
     document = json.loads(capsys.readouterr().out)
     assert document["fits"] is True
@@ -74,14 +74,14 @@ def test_a_folder_is_planned_for_the_cpu_as_json(folder: Path, capsys: pytest.Ca
     assert document["vram"] == []
 
 
-def test_a_folder_beside_one_is_a_folder(folder: Path, monkeypatch: pytest.MonkeyPatch,
+def test_relative_folder_is_a_local_model(folder: Path, monkeypatch: pytest.MonkeyPatch,
                                          capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(folder.parent)
     assert run("--model", folder.name, "--profile", "cpu", "--json") == 0
     assert json.loads(capsys.readouterr().out)["fits"] is True
 
 
-def test_a_model_of_the_hub_is_planned_for_a_card_that_is_not_here(
+def test_hub_model_is_planned_for_a_described_gpu(
         monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     asked = serve_from_hub(monkeypatch, captured_models.files("deepseek-r1-distill-llama-70b"))
     assert run("--model", "a/b", "--gpu", "32GiB:RTX5090", "--ram", "64GB", MODEL_SOURCE="local", MODEL_ID="/x") == 0
@@ -93,7 +93,7 @@ def test_a_model_of_the_hub_is_planned_for_a_card_that_is_not_here(
         assert words in text, text
 
 
-def test_a_reader_that_has_seen_enough_ends_it_without_a_word(folder: Path) -> None:
+def test_closed_reader_ends_the_command_silently(folder: Path) -> None:
     command_line = [sys.executable, "-m", programs.CLI, "plan", "--model", str(folder), "--gpu", "24GB"]
     with subprocess.Popen(command_line, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                           env={**os.environ, "MODEL_SOURCE": "local"}) as process:
@@ -104,7 +104,7 @@ def test_a_reader_that_has_seen_enough_ends_it_without_a_word(folder: Path) -> N
         assert process.wait() == 141
 
 
-def test_another_broken_pipe_is_told(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+def test_other_broken_pipe_is_raised(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     def broken(*arguments: object) -> int:
         raise BrokenPipeError
 
@@ -115,7 +115,7 @@ def test_another_broken_pipe_is_told(monkeypatch: pytest.MonkeyPatch, folder: Pa
             cli.main(["plan"])
 
 
-def test_two_cards_make_one_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_two_gpus_share_one_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     serve_from_hub(monkeypatch, captured_models.files("deepseek-r1-distill-llama-70b"))
     assert run("--gpu", "20GiB", "--gpu", "20GiB", "--ram", "64GiB") == 0
     text = capsys.readouterr().out
@@ -125,7 +125,7 @@ def test_two_cards_make_one_table(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 
 @pytest.mark.parametrize(("size", "total"), [("24GB:L4", 22_502), ("24gb:RTX4090", 24_024), ("24GB", 24_024),
                                              ("24GiB:L4", 24_576), ("24000MB", 22_888)])
-def test_cards_have_the_size_that_they_are_sold_with(monkeypatch: pytest.MonkeyPatch, size: str, total: int,
+def test_gpu_size_in_gb_is_the_size_as_sold(monkeypatch: pytest.MonkeyPatch, size: str, total: int,
                                                      capsys: pytest.CaptureFixture[str]) -> None:
     serve_from_hub(monkeypatch, captured_models.files("deepseek-r1-distill-llama-70b"))
     assert run("--gpu", size, "--ram", "64GB", "--json", VLLM_EXTRA_ARGS="--gpu-memory-utilization 1.0") == 0
@@ -133,7 +133,7 @@ def test_cards_have_the_size_that_they_are_sold_with(monkeypatch: pytest.MonkeyP
     assert limit - CONTEXT_BYTES >> 20 == total
 
 
-def test_a_refusal_ends_with_3_and_says_what_would_do(monkeypatch: pytest.MonkeyPatch,
+def test_refusal_has_exit_code_3_and_remedies(monkeypatch: pytest.MonkeyPatch,
                                                       capsys: pytest.CaptureFixture[str]) -> None:
     serve_from_hub(monkeypatch, captured_models.files("deepseek-r1-distill-llama-70b"))
     assert run("--gpu", "3GiB", "--ram", "64GiB") == 3
@@ -147,7 +147,7 @@ def test_a_refusal_ends_with_3_and_says_what_would_do(monkeypatch: pytest.Monkey
     assert document["remedies"]
 
 
-def test_memory_elsewhere_is_unknown_unless_given(monkeypatch: pytest.MonkeyPatch,
+def test_host_memory_of_a_described_machine_is_unknown_without_ram(monkeypatch: pytest.MonkeyPatch,
                                                   capsys: pytest.CaptureFixture[str]) -> None:
     serve_from_hub(monkeypatch, captured_models.files("deepseek-r1-distill-llama-70b"))
     assert run("--gpu", "24GiB") == 0
@@ -156,14 +156,14 @@ def test_memory_elsewhere_is_unknown_unless_given(monkeypatch: pytest.MonkeyPatc
     assert "host memory" in capsys.readouterr().out
 
 
-def test_settings_given_on_the_command_line_win(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_line_settings_override_the_environment(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--model", str(folder), "--profile", "cpu", "--set", "MAX_MODEL_LEN=1024", "--set", "MAX_NUM_SEQS=2",
                "--json", MAX_MODEL_LEN="512", VRAM_PROFILE="7gb") == 0
     arguments = json.loads(capsys.readouterr().out)["engine_args"]
     assert (arguments["max-model-len"], arguments["max-num-seqs"]) == (1024, 2)
 
 
-def test_the_disk_counts_where_the_volume_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+def test_disk_counts_for_this_machine_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                              capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(detect, "detect", lambda: Hardware((CARD,), "580", 64 * GIB, 64 * GIB, 8.0))
     monkeypatch.setattr(disk, "disk_free", lambda path: 10 * GIB)
@@ -176,19 +176,19 @@ def test_the_disk_counts_where_the_volume_is(tmp_path: Path, monkeypatch: pytest
     assert run("--gpu", "32GiB", MODELS_DIR=str(tmp_path)) == 0
 
 
-@pytest.mark.parametrize(("words", "said"), [
+@pytest.mark.parametrize(("words", "problem"), [
     (("--set", "MAX_LEN=1"), "unknown setting MAX_LEN"), (("--set", "PORT"), "--set PORT"),
     (("--gpu", "big"), "--gpu: 'big' is not a size"), (("--gpu", "8GB", "--ram", "x"), "--ram: 'x' is not a size"),
     (("--profile", "9gb"), "9gb: unknown profile"), (("--set", "MAX_NUM_SEQS=0"), "MAX_NUM_SEQS"),
     ((), "driver library not found"),
 ])
-def test_a_mistake_is_named(words: tuple[str, ...], said: str) -> None:
+def test_invalid_argument_is_named(words: tuple[str, ...], problem: str) -> None:
     with pytest.raises(SettingsError) as caught:
         run(*words)
-    assert said in caught.value.cause
+    assert problem in caught.value.cause
 
 
-def test_profiles_are_grouped_by_what_they_would_do_here(monkeypatch: pytest.MonkeyPatch,
+def test_profiles_are_grouped_by_result(monkeypatch: pytest.MonkeyPatch,
                                                          capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(detect, "detect", lambda: Hardware((CARD,), "580", 64 * GIB, 64 * GIB, 8.0))
     serve_from_hub(monkeypatch, captured_models.files("deepseek-r1-distill-llama-70b"))
@@ -207,7 +207,7 @@ def test_profiles_are_grouped_by_what_they_would_do_here(monkeypatch: pytest.Mon
     assert text.index("runs slowly") < text.index("* 32gb") < text.index("does not fit:") < text.index("2x20gb")
 
 
-def test_a_small_model_runs_everywhere_and_a_limit_is_a_small_card(
+def test_small_model_runs_with_all_profiles_unless_vram_is_limited(
         folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(detect, "detect", lambda: Hardware((CARD,), "580", 64 * GIB, 64 * GIB, 8.0))
     assert run("--json", "--model", str(folder), module=profiles_command) == 0
@@ -217,7 +217,7 @@ def test_a_small_model_runs_everywhere_and_a_limit_is_a_small_card(
     assert {row["group"] for row in json.loads(capsys.readouterr().out)} == {"does not fit"}
 
 
-def test_without_a_gpu_or_a_hub_the_profiles_are_named_all_the_same(
+def test_profiles_are_listed_without_a_gpu_or_a_hub(
         monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def unreachable(_: object, _ref: ModelRef) -> None:
         raise ModelUnavailableError("The hub cannot be reached.", "")
@@ -230,20 +230,20 @@ def test_without_a_gpu_or_a_hub_the_profiles_are_named_all_the_same(
     assert "auto" not in text
 
 
-def test_a_card_without_a_unit_is_refused() -> None:
-    with pytest.raises(SettingsError, match="--gpu 24:RTX4090: invalid GPU size 24 B") as found:
+def test_gpu_size_without_a_unit_is_refused() -> None:
+    with pytest.raises(SettingsError, match="--gpu 24:RTX4090: invalid GPU size 24 B") as caught:
         run("--gpu", "24:RTX4090", "--model", "/nowhere")
-    assert "--gpu 24GB:RTX4090" in found.value.remedy
+    assert "--gpu 24GB:RTX4090" in caught.value.remedy
 
 
-def test_auto_is_listed_as_it_would_start_converted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+def test_auto_profile_includes_the_conversion(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
                                                     capsys: pytest.CaptureFixture[str]) -> None:
     serve_from_hub(monkeypatch, captured_models.files("deepseek-r1-distill-llama-70b"))
     monkeypatch.setattr(disk, "disk_free", lambda path: 1000 * GIB)
-    found = []
+    results = []
     for quantization in ("auto", "bitsandbytes"):
         assert run("--json", "--gpu", "32GiB:RTX5090", module=profiles_command, QUANTIZATION=quantization,
                    MODELS_DIR=str(tmp_path)) == 0
-        found.append(json.loads(capsys.readouterr().out)[0])
-    assert [row["name"] for row in found] == ["auto", "auto"]
-    assert found[0]["tokens_per_second"] > found[1]["tokens_per_second"]
+        results.append(json.loads(capsys.readouterr().out)[0])
+    assert [row["name"] for row in results] == ["auto", "auto"]
+    assert results[0]["tokens_per_second"] > results[1]["tokens_per_second"]

@@ -1,4 +1,4 @@
-"""`shoehorn pull`: what it prints for people and for programs, its exit codes, and how it ends when told to."""
+"""`shoehorn pull`: text and JSON output, exit codes and signals."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_json_lines_follow_the_phases_and_end_with_the_folder(tmp_path: Path, model: Path) -> None:
     with Hub({MODEL: model}, bytes_per_second=2_000_000, fault="nosha") as hub:
         volume = Volume(tmp_path, hub, LOG_FORMAT="json")
-        begun = time.monotonic()
+        begin = time.monotonic()
         code, out, err = volume.pull("--json")
-        seconds = time.monotonic() - begun
+        seconds = time.monotonic() - begin
     assert code == 0, err
     warning = json.loads(err.splitlines()[0])
     assert (warning["phase"], warning["program"], warning["level"]) == ("log", "store", "WARNING")
@@ -46,7 +46,7 @@ def test_json_lines_follow_the_phases_and_end_with_the_folder(tmp_path: Path, mo
     assert pulling[-2]["bytes_done"] / seconds < pulling[-2]["rate_bytes_per_second"] < 3_000_000
 
 
-def test_people_get_lines_and_the_folder(tmp_path: Path, model: Path) -> None:
+def test_text_output_has_progress_and_the_folder(tmp_path: Path, model: Path) -> None:
     with Hub({MODEL: model}) as hub:
         volume = Volume(tmp_path, hub)
         code, out, err = volume.pull()
@@ -57,7 +57,7 @@ def test_people_get_lines_and_the_folder(tmp_path: Path, model: Path) -> None:
     assert any(line.startswith("verifying: 4 MiB of 4 MiB (100%)") for line in lines)
 
 
-def test_a_line_comes_every_few_seconds_and_when_a_phase_ends() -> None:
+def test_progress_line_is_printed_every_few_seconds_and_at_phase_ends() -> None:
     now = [0.0]
     lines: list[str] = []
     tell = Lines(lines.append, lambda: now[0])
@@ -75,8 +75,8 @@ def test_a_line_comes_every_few_seconds_and_when_a_phase_ends() -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.fault("SIGTERM or SIGINT to a pull", "It ends at once; what is there is gone on with.")
-def test_a_signal_ends_a_pull_at_once_and_quietly(tmp_path: Path, model: Path, number: signal.Signals) -> None:
+@pytest.mark.fault("SIGTERM or SIGINT to a pull", "It ends at once; the next pull resumes it.")
+def test_signal_ends_a_pull_at_once_and_silently(tmp_path: Path, model: Path, number: signal.Signals) -> None:
     with Hub({MODEL: model}, fault="slow") as hub:
         volume = Volume(tmp_path, hub)
         with volume.start("--json") as process:
@@ -85,16 +85,16 @@ def test_a_signal_ends_a_pull_at_once_and_quietly(tmp_path: Path, model: Path, n
             for line in process.stdout:
                 if json.loads(line)["bytes_done"] > 100_000:
                     break
-            begun = time.monotonic()
+            begin = time.monotonic()
             process.send_signal(number)
             assert process.wait(60) == 128 + number
-            assert time.monotonic() - begun < 10, "the rest of the pull takes 19 s"
+            assert time.monotonic() - begin < 10, "the rest of the pull takes 19 s"
             assert process.stderr.read() == ""
     assert (volume.folder / f"{WEIGHTS}.incomplete").exists()
     assert not volume.complete()
 
 
-def test_a_pull_whose_reader_is_gone_ends(tmp_path: Path, model: Path) -> None:
+def test_pull_exits_after_its_reader_closed(tmp_path: Path, model: Path) -> None:
     with Hub({MODEL: model}, fault="slow") as hub, Volume(tmp_path, hub).start("--json") as process:
         assert process.stdout is not None
         assert process.stdout.readline()
@@ -124,7 +124,7 @@ def test_failure_is_reported_with_its_exit_code(tmp_path: Path, model: Path, arg
     assert "Traceback" not in as_json[2] + as_text[2]
 
 
-def test_the_model_on_the_command_line_wins(tmp_path: Path, model: Path) -> None:
+def test_model_argument_overrides_the_setting(tmp_path: Path, model: Path) -> None:
     with Hub({"owner/other": model}) as hub:
         code, out, _ = Volume(tmp_path, hub).pull("owner/other")
     assert code == 0

@@ -1,4 +1,4 @@
-"""What a start says about keys: all that a person needs, and no key that was not just made."""
+"""Messages of a start: about keys, the volume and the example call."""
 
 from __future__ import annotations
 
@@ -19,32 +19,32 @@ BASE = {"MODEL_ID": "a/b", "PORT": "7001"}
 
 
 @pytest.fixture
-def made(tmp_path: Path) -> NewKey:
-    new = KeyStore(tmp_path).first(0.0)
+def new_key(tmp_path: Path) -> NewKey:
+    new = KeyStore(tmp_path).create_first(0.0)
     assert new is not None
     return new
 
 
-def test_a_key_just_made_is_shown_ready_to_paste(made: NewKey) -> None:
-    text = welcome(load(BASE), made)
-    assert f'curl -N http://127.0.0.1:7001/v1/chat/completions -H "Authorization: Bearer {made.token}"' in text
-    assert made.token in first_key_line(made)
-    assert "shoehorn keys rotate default" in first_key_line(made)
+def test_new_key_is_shown_in_a_command_to_paste(new_key: NewKey) -> None:
+    text = welcome(load(BASE), new_key)
+    assert f'curl -N http://127.0.0.1:7001/v1/chat/completions -H "Authorization: Bearer {new_key.token}"' in text
+    assert new_key.token in first_key_line(new_key)
+    assert "shoehorn keys rotate default" in first_key_line(new_key)
 
 
-def test_a_given_key_is_not_shown() -> None:
+def test_configured_key_is_not_shown() -> None:
     text = welcome(load({**BASE, "API_KEY": "sk-canary-key"}), None)
     assert "Bearer $API_KEY" in text
     assert "canary" not in text
 
 
-def test_a_key_of_before_is_not_known_and_the_way_to_a_new_one_is() -> None:
+def test_existing_key_has_a_placeholder_and_a_remedy() -> None:
     text = welcome(load(BASE), None)
     assert "Bearer YOUR_KEY" in text
     assert "shoehorn keys add NAME" in text
 
 
-def test_with_a_certificate_the_address_is_https() -> None:
+def test_address_with_a_certificate_is_https() -> None:
     text = welcome(load({**BASE, "API_KEY": "sk-canary-key", "TLS_CERT_FILE": "/c", "TLS_KEY_FILE": "/k"}), None)
     assert "curl -k -N https://127.0.0.1:7001/" in text
 
@@ -71,29 +71,29 @@ def test_volume_that_cannot_store_keys_is_refused_at_once(tmp_path: Path, monkey
     (f"/cri/containers/{'ab' * 32}/volumes/{'cd' * 32}", False), ("/var/lib/docker/volumes/models/_data", True),
     ("/srv/models", True), ("/", True)])
 @pytest.mark.fault("No volume is mounted, so that the container engine makes one of its own",
-                   "Said, with what to type: what is pulled goes with the container.")
-def test_a_volume_that_nobody_named_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                   "Reported with a remedy: models are deleted with the container.")
+def test_anonymous_volume_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                             capsys: pytest.CaptureFixture[str], root: str, named: bool) -> None:
     table = tmp_path / "mountinfo"
     table.write_text("22 1 8:1 / / rw,relatime shared:1 - overlay overlay rw\n"
                      f"40 22 8:2 {root} {tmp_path} rw,relatime - ext4 /dev/sda1 rw\nnothing\n")
-    found = mounts.find_mount(tmp_path / "models", table)
-    monkeypatch.setattr(mounts, "find_mount", lambda _folder: found)
+    mount = mounts.find_mount(tmp_path / "models", table)
+    monkeypatch.setattr(mounts, "find_mount", lambda _folder: mount)
     _require_volume(tmp_path)
-    said = capsys.readouterr().out
-    assert ("no volume is mounted" in said) != named
-    assert f"docker run -v models:{tmp_path}" in said or named
+    output = capsys.readouterr().out
+    assert ("no volume is mounted" in output) != named
+    assert f"docker run -v models:{tmp_path}" in output or named
 
 
-def test_without_a_table_of_mounts_nothing_is_said(tmp_path: Path) -> None:
+def test_missing_mount_table_is_accepted(tmp_path: Path) -> None:
     assert mounts.find_mount(tmp_path, tmp_path / "none") is None
     assert mounts.find_mount(tmp_path) is not None
 
 
 @pytest.mark.parametrize(("most", "limit"), [(resource.RLIM_INFINITY, 1), (4096, 1), (1, 1), (0, 0)])
-def test_core_dumps_are_kept_from_files_and_from_pipes(monkeypatch: pytest.MonkeyPatch, most: int, limit: int) -> None:
-    made: list[tuple[int, tuple[int, int]]] = []
+def test_core_dumps_to_files_and_pipes_are_disabled(monkeypatch: pytest.MonkeyPatch, most: int, limit: int) -> None:
+    new_key: list[tuple[int, tuple[int, int]]] = []
     monkeypatch.setattr(resource, "getrlimit", lambda _: (0, most))
-    monkeypatch.setattr(resource, "setrlimit", lambda which, limits: made.append((which, limits)))
+    monkeypatch.setattr(resource, "setrlimit", lambda which, limits: new_key.append((which, limits)))
     disable_core_dumps()
-    assert made == [(resource.RLIMIT_CORE, (limit, limit))]
+    assert new_key == [(resource.RLIMIT_CORE, (limit, limit))]

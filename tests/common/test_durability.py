@@ -74,7 +74,7 @@ def test_old_file_is_unchanged_until_the_rename(tmp_path: Path, monkeypatch: pyt
 @pytest.mark.fault("Keys or state are not written durably", "A test fails.")
 def test_keys_and_state_are_written_durably(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     disk = Disk(monkeypatch)
-    KeyStore(tmp_path).first(0.0)
+    KeyStore(tmp_path).create_first(0.0)
     StateFile(tmp_path).update(phase=Phase.PULLING)
     RestartBudget(tmp_path / "restarts.json").record()
     renamed = [name for kind, name in disk.steps if kind == "rename"]

@@ -1,4 +1,4 @@
-"""SPECULATIVE: what is guessed without being asked for, and a draft beside the model, or the reason against it."""
+"""SPECULATIVE: default speculative decoding, and a draft model or the reason against it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ WORDS = {"one": 0, "two": 1}
 
 
 class Files:
-    """A captured model with a tokenizer; `None` is none at all."""
+    """A captured model with a tokenizer; None has no tokenizer."""
 
     def __init__(self, name: str, tokenizer: object) -> None:
         self._files = captured.files(name)
@@ -51,9 +51,9 @@ class Files:
 @pytest.fixture
 def tokenizers(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
     """Tokenizers by model, as the hub has them."""
-    found: dict[str, object] = {name: {"model": {"vocab": WORDS}} for name in MODELS}
-    monkeypatch.setattr(pull, "hub_files", lambda _, ref: Files(MODELS[ref.id], found[ref.id]))
-    return found
+    vocabularies: dict[str, object] = {name: {"model": {"vocab": WORDS}} for name in MODELS}
+    monkeypatch.setattr(pull, "hub_files", lambda _, ref: Files(MODELS[ref.id], vocabularies[ref.id]))
+    return vocabularies
 
 
 def asked(tmp_path: Path, **environment: str) -> Settings:
@@ -79,10 +79,10 @@ def left_out(plan: Plan | Refusal) -> str:
     return plan.reasons[-1].code
 
 
-# What nobody asked for.
+# SPECULATIVE=auto.
 
 
-def test_tokens_are_guessed_where_a_pass_waits_for_the_link_and_only_there() -> None:
+def test_speculation_is_used_with_offload_only() -> None:
     offloading = planned(machine(SMALL), llama_8b(), QUANTIZATION="none")
     assert offloading.offloaded_bytes
     assert offloading.engine_args["speculative-config"] == {
@@ -92,13 +92,13 @@ def test_tokens_are_guessed_where_a_pass_waits_for_the_link_and_only_there() -> 
     assert "speculative-config" not in planned(machine(HUGE), llama_8b()).engine_args
 
 
-def test_more_sequences_mean_fewer_guesses_each() -> None:
+def test_more_sequences_mean_fewer_draft_tokens_each() -> None:
     few, many = (planned(machine(SMALL), llama_8b(), QUANTIZATION="none", MAX_NUM_SEQS=number, MAX_MODEL_LEN="512")
                  for number in ("1", "32"))
     assert (few.config.speculation.draft_tokens, many.config.speculation.draft_tokens) == (8, 3)
 
 
-def test_guesses_take_no_memory_for_cuda_graphs() -> None:
+def test_draft_tokens_add_no_cuda_graph_memory() -> None:
     partly = planned(machine(("NVIDIA GeForce RTX 3080", 19.7)), checkpoint.read(
         captured.files("qwen2.5-32b-instruct-awq")))
     assert partly.offloaded_bytes
@@ -115,7 +115,7 @@ def test_guesses_take_no_memory_for_cuda_graphs() -> None:
     ("mixtral-8x7b-instruct-v0.1", {}),
     ("llama-3.1-8b-instruct", {"VLLM_EXTRA_ARGS": "--pipeline-parallel-size 2"}),
 ])
-def test_nothing_is_guessed_where_it_is_unwanted_or_costs_passes(model: str, environment: dict[str, str]) -> None:
+def test_speculation_is_off_if_disabled_or_slower(model: str, environment: dict[str, str]) -> None:
     plan = planned(machine(SMALL, SMALL, ram=128), checkpoint.read(captured.files(model)), QUANTIZATION="none",
                    **environment)
     assert plan.offloaded_bytes
@@ -125,7 +125,7 @@ def test_nothing_is_guessed_where_it_is_unwanted_or_costs_passes(model: str, env
 # A draft model.
 
 
-def test_a_draft_is_used_where_a_pass_waits_for_the_link(tmp_path: Path, tokenizers: dict[str, object]) -> None:
+def test_draft_model_is_used_with_offload(tmp_path: Path, tokenizers: dict[str, object]) -> None:
     plan = consider(asked(tmp_path), machine(TEN))
     assert isinstance(plan, Plan)
     assert plan.draft is not None
@@ -143,27 +143,27 @@ def test_a_draft_is_used_where_a_pass_waits_for_the_link(tmp_path: Path, tokeniz
     assert plan.disk_bytes > alone.disk_bytes
 
 
-def test_a_draft_that_makes_it_slower_is_left_out_with_the_figures(tmp_path: Path,
+def test_slower_draft_is_left_out(tmp_path: Path,
                                                                     tokenizers: dict[str, object]) -> None:
-    wanted = asked(tmp_path, MODEL_ID="a/8b", QUANTIZATION="none")
-    assert left_out(consider(wanted, machine(HUGE))) == "draft-slower"
+    loaded = asked(tmp_path, MODEL_ID="a/8b", QUANTIZATION="none")
+    assert left_out(consider(loaded, machine(HUGE))) == "draft-slower"
 
 
-def test_a_draft_that_leaves_no_useful_context_is_left_out(tmp_path: Path, tokenizers: dict[str, object]) -> None:
+def test_draft_without_a_useful_context_is_left_out(tmp_path: Path, tokenizers: dict[str, object]) -> None:
     code = left_out(consider(asked(tmp_path), machine(("NVIDIA GeForce RTX 5060", 5.0))))
     assert code in {"draft-does-not-fit", "draft-short-context"}
 
 
-def test_a_draft_for_which_the_volume_has_no_room_is_left_out(tmp_path: Path, tokenizers: dict[str, object]) -> None:
+def test_draft_that_exceeds_the_volume_is_left_out(tmp_path: Path, tokenizers: dict[str, object]) -> None:
     assert left_out(consider(asked(tmp_path), machine(TEN), free_bytes=GIB)) == "draft-disk-full"
 
 
-def test_a_draft_beside_a_pipeline_is_left_out(tmp_path: Path, tokenizers: dict[str, object]) -> None:
-    wanted = asked(tmp_path, VLLM_EXTRA_ARGS="--pipeline-parallel-size 2")
-    assert left_out(consider(wanted, machine(MIDDLE, MIDDLE))) == "draft-pipeline"
+def test_draft_with_pipeline_parallelism_is_left_out(tmp_path: Path, tokenizers: dict[str, object]) -> None:
+    loaded = asked(tmp_path, VLLM_EXTRA_ARGS="--pipeline-parallel-size 2")
+    assert left_out(consider(loaded, machine(MIDDLE, MIDDLE))) == "draft-pipeline"
 
 
-def test_a_draft_beside_nf4_is_loaded_in_nf4_too(tmp_path: Path, tokenizers: dict[str, object]) -> None:
+def test_draft_of_an_nf4_model_is_loaded_in_nf4(tmp_path: Path, tokenizers: dict[str, object]) -> None:
     plan = consider(asked(tmp_path, QUANTIZATION="bitsandbytes"), machine(("NVIDIA GeForce RTX 5080", 16.0)))
     assert isinstance(plan, Plan)
     assert plan.engine_args["speculative-config"] == {
@@ -171,25 +171,25 @@ def test_a_draft_beside_nf4_is_loaded_in_nf4_too(tmp_path: Path, tokenizers: dic
         "quantization": "bitsandbytes"}
 
 
-@pytest.mark.parametrize(("environment", "said"), [
+@pytest.mark.parametrize(("environment", "problem"), [
     ({"SPECULATIVE": "a/qwen"}, "vocabulary mismatch: 151936 tokens, a/70b has 128256"),
     ({"SPECULATIVE": "a/8b-packed", "QUANTIZATION": "bitsandbytes"}, "vLLM loads both in one way"),
 ])
-def test_a_draft_that_does_not_go_with_the_model_is_refused(tmp_path: Path, tokenizers: dict[str, object],
-                                                            environment: dict[str, str], said: str) -> None:
+def test_draft_that_does_not_match_the_model_is_refused(tmp_path: Path, tokenizers: dict[str, object],
+                                                            environment: dict[str, str], problem: str) -> None:
     with pytest.raises(SettingsError, match="SPECULATIVE=a/") as caught:
         consider(asked(tmp_path, **environment), machine(LARGE))
-    assert said in caught.value.cause
+    assert problem in caught.value.cause
     assert caught.value.remedy
 
 
-def test_a_draft_with_other_tokens_is_refused(tmp_path: Path, tokenizers: dict[str, object]) -> None:
+def test_draft_with_other_tokens_is_refused(tmp_path: Path, tokenizers: dict[str, object]) -> None:
     tokenizers["a/8b"] = {"model": {"vocab": {"one": 1, "two": 0}}}
     with pytest.raises(SettingsError, match="token mismatch with a/70b"):
         consider(asked(tmp_path), machine(LARGE))
 
 
-def test_a_draft_whose_tokens_cannot_be_compared_is_taken_at_its_word(tmp_path: Path,
+def test_draft_without_a_tokenizer_file_is_accepted(tmp_path: Path,
                                                                       tokenizers: dict[str, object]) -> None:
     tokenizers["a/8b"] = None
     plan = consider(asked(tmp_path), machine(TEN))
@@ -197,39 +197,39 @@ def test_a_draft_whose_tokens_cannot_be_compared_is_taken_at_its_word(tmp_path: 
     assert plan.draft
 
 
-def test_a_tokenizer_without_a_vocabulary_is_none(tmp_path: Path, tokenizers: dict[str, object]) -> None:
+def test_tokenizer_without_a_vocabulary_is_refused(tmp_path: Path, tokenizers: dict[str, object]) -> None:
     tokenizers["a/8b"] = {"model": {}}
     with pytest.raises(ModelUnavailableError, match="vocabulary missing"):
         consider(asked(tmp_path), machine(TEN))
 
 
-def test_what_the_engine_is_told_itself_wins(tmp_path: Path, tokenizers: dict[str, object]) -> None:
-    wanted = asked(tmp_path, VLLM_EXTRA_ARGS="--speculative-config.method ngram "
+def test_vllm_extra_args_override_the_draft(tmp_path: Path, tokenizers: dict[str, object]) -> None:
+    loaded = asked(tmp_path, VLLM_EXTRA_ARGS="--speculative-config.method ngram "
                                      "--speculative-config.num_speculative_tokens 2")
-    assert not draft_model.is_named(wanted)
-    plan = consider(wanted, machine(TEN))
+    assert not draft_model.is_named(loaded)
+    plan = consider(loaded, machine(TEN))
     assert isinstance(plan, Plan)
     assert plan.config.speculation.draft_tokens == 2
 
 
-def test_a_refusal_stays_one(tmp_path: Path, tokenizers: dict[str, object]) -> None:
+def test_refusal_is_not_changed_by_a_draft(tmp_path: Path, tokenizers: dict[str, object]) -> None:
     assert isinstance(consider(asked(tmp_path), machine(("tiny", 1.0))), Refusal)
 
 
-def test_the_command_that_fetches_the_draft_is_told_of_nothing_else(tmp_path: Path,
+def test_fetch_of_the_draft_has_its_own_reference(tmp_path: Path,
                                                                     tokenizers: dict[str, object]) -> None:
-    wanted = asked(tmp_path, MODEL_REVISION="v1")
-    plan = consider(wanted, machine(TEN))
+    loaded = asked(tmp_path, MODEL_REVISION="v1")
+    plan = consider(loaded, machine(TEN))
     assert isinstance(plan, Plan)
     assert plan.draft
     inherited = {"MODELS_DIR": str(tmp_path), "MODEL_REVISION": "v1"}
-    told = settings.load(fetch.model_environment(inherited, plan.draft.ref))
-    assert (told.model_id, told.model_source, told.model_revision) == ("a/8b", "modelscope", "master")
+    loaded = settings.load(fetch.model_environment(inherited, plan.draft.ref))
+    assert (loaded.model_id, loaded.model_source, loaded.model_revision) == ("a/8b", "modelscope", "master")
 
 
-@pytest.mark.parametrize(("value", "said"), [
+@pytest.mark.parametrize(("value", "problem"), [
     ("fast", "not one of auto, off, ngram"), ("a/b/c", "SPECULATIVE"), ("/a/folder", "set MODEL_SOURCE=local")])
-def test_a_draft_that_is_no_model_is_refused(value: str, said: str) -> None:
+def test_invalid_draft_reference_is_refused(value: str, problem: str) -> None:
     with pytest.raises(SettingsError) as caught:
         settings.load({"SPECULATIVE": value})
-    assert said in str(caught.value)
+    assert problem in str(caught.value)

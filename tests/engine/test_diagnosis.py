@@ -30,7 +30,7 @@ _PREFIX = "(EngineCore pid=33) ERROR 11-23 08:00:00 [core.py:1510] "
      "'-O3']' returned non-zero exit status 1."),
     ("bad_weights", "safetensors_rust.SafetensorError: Error while deserializing header: invalid header length"),
 ])
-def test_a_known_failure_is_named_and_final(name: str, line: str) -> None:
+def test_known_failure_has_a_code_and_is_final(name: str, line: str) -> None:
     diagnosis = diagnose(["INFO something", _PREFIX + line, "RuntimeError: Engine core initialization failed."], 1)
     assert diagnosis.name == name
     assert diagnosis.final
@@ -38,19 +38,19 @@ def test_a_known_failure_is_named_and_final(name: str, line: str) -> None:
     assert diagnosis.remedy
 
 
-def test_an_engine_whose_core_the_kernel_killed_is_told_as_such() -> None:
+def test_killed_engine_core_is_diagnosed_as_killed() -> None:
     lines = ["Engine core proc EngineCore died unexpectedly, shutting down client."]
     assert diagnose(lines, 0, memory_kill=True).name == "killed"
     assert diagnose(lines, 0).name == "unknown"
     assert diagnose(["torch.OutOfMemoryError: CUDA out of memory."], 1, memory_kill=True).name == "gpu_out_of_memory"
 
 
-def test_the_first_cause_counts_and_not_its_echo() -> None:
+def test_first_failure_counts_and_not_its_repetition() -> None:
     lines = ["ValueError: No available memory for the cache blocks.", "torch.OutOfMemoryError: CUDA out of memory."]
     assert diagnose(lines, 1).name == "no_kv_cache_memory"
 
 
-def test_a_kill_is_told_from_an_unknown_end() -> None:
+def test_kill_is_distinguished_from_an_unknown_exit() -> None:
     assert diagnose(["INFO serving"], -9).name == "killed"
     unknown = diagnose(["INFO one", "INFO two", "INFO three", "INFO four"], 0)
     assert unknown.name == "unknown"
@@ -58,11 +58,11 @@ def test_a_kill_is_told_from_an_unknown_end() -> None:
     assert "status 0: INFO two | INFO three | INFO four" in unknown.cause
 
 
-def test_an_engine_that_said_nothing_is_unknown_too() -> None:
+def test_exit_without_output_is_unknown() -> None:
     assert "no output" in diagnose([], 1).cause
 
 
-def test_a_worker_that_the_kernel_killed_is_told_as_such() -> None:
+def test_killed_worker_is_diagnosed_as_killed() -> None:
     lines = ["(EngineCore pid=62) ERROR 11-23 16:21:08 [multiproc_executor.py:315] Worker proc VllmWorker-0 died "
              "unexpectedly (exit code: -9), shutting down executor."]
     diagnosis = diagnose(lines, 0)

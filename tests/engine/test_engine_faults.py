@@ -1,4 +1,4 @@
-"""What the engine program does when its surroundings fail."""
+"""Failures of the surroundings of the engine program."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ def surroundings(tmp_path: Path) -> dict[str, str]:
             "METRICS_PORT": str(free_port()), "PYTHONPATH": str(HOME / "src")}
 
 
-@pytest.mark.fault("`kill -9` of whoever started key service or exporter", "They end by themselves: no orphan.")
+@pytest.mark.fault("`kill -9` of the parent of key service or exporter", "They exit: no orphan.")
 @HELPERS
-def test_a_helper_ends_when_its_parent_was_killed(tmp_path: Path, program: str) -> None:
+def test_helper_exits_after_its_parent_was_killed(tmp_path: Path, program: str) -> None:
     parent = subprocess.Popen([sys.executable, "-c", "import subprocess, sys, time\n"
                                f"print(subprocess.Popen([sys.executable, '-m', '{program}']).pid, flush=True)\n"
                                "time.sleep(100)"], stdout=subprocess.PIPE, text=True, env=surroundings(tmp_path))
@@ -57,9 +57,9 @@ def test_a_helper_ends_when_its_parent_was_killed(tmp_path: Path, program: str) 
 
 
 @pytest.mark.fault("`kill -9` of supervisord while key service or exporter are still being loaded",
-                   "They end by themselves as well.")
+                   "They exit as well.")
 @HELPERS
-def test_a_helper_ends_whose_owner_was_dead_before_it_looked(tmp_path: Path, program: str) -> None:
+def test_helper_exits_if_its_owner_died_during_its_start(tmp_path: Path, program: str) -> None:
     with subprocess.Popen(["true"]) as dead:
         pass
     done = subprocess.run([sys.executable, "-m", program], timeout=60, capture_output=True, text=True,

@@ -1,4 +1,4 @@
-"""Rendered files, parsed back by those who read them: YAML, and supervisord's own option parser."""
+"""Rendered files, parsed by their readers: YAML, and supervisord's own option parser."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _parsed(settings: Settings) -> ServerOptions:
 
 
 @pytest.mark.parametrize("name", ["run", "with space", "percent%d", 'quote"and;semicolon', "鞋"])
-def test_supervisord_reads_what_was_meant(tmp_path: Path, name: str) -> None:
+def test_supervisord_parses_any_run_dir(tmp_path: Path, name: str) -> None:
     settings = _settings(tmp_path / name)
     configs = {config.name: config.process_configs[0] for config in _parsed(settings).process_group_configs}
     assert set(configs) == {"watcher", "exporter", "engine", "keys", "gateway"}
@@ -43,7 +43,7 @@ def test_programs_stop_engine_first_and_watcher_last(tmp_path: Path) -> None:
     assert [group.name for group in groups] == ["engine", "gateway", "keys", "exporter", "watcher"]
 
 
-def test_each_program_has_time_to_end_and_leaves_no_group(tmp_path: Path) -> None:
+def test_each_program_has_time_to_stop_and_leaves_no_process_group(tmp_path: Path) -> None:
     groups = _parsed(_settings(tmp_path, DRAIN_TIMEOUT="40")).process_group_configs
     programs = {group.name: group.process_configs[0] for group in groups}
     assert programs["gateway"].stopwaitsecs > 40
@@ -52,20 +52,20 @@ def test_each_program_has_time_to_end_and_leaves_no_group(tmp_path: Path) -> Non
     assert not programs["engine"].stopasgroup
 
 
-def test_the_engines_own_exit_codes_are_final(tmp_path: Path) -> None:
+def test_documented_exit_codes_are_final(tmp_path: Path) -> None:
     groups = _parsed(_settings(tmp_path)).process_group_configs
     engine = {group.name: group.process_configs[0] for group in groups}["engine"]
     assert engine.exitcodes == [0, 2, 3, 4, 5]
     assert engine.startsecs == 0
 
 
-def test_the_user_is_named_only_for_root(tmp_path: Path) -> None:
+def test_user_is_configured_for_root_only(tmp_path: Path) -> None:
     settings = _settings(tmp_path)
     assert "user = root" in supervisord_config(settings, "root")
     assert "\nuser" not in supervisord_config(settings, None)
 
 
-def test_the_engine_listens_on_a_socket_only(tmp_path: Path) -> None:
+def test_engine_listens_on_a_unix_socket_only(tmp_path: Path) -> None:
     settings = _settings(tmp_path)
     path = write_engine_config(settings, {"dtype": "bfloat16", "max-model-len": 512, "enforce-eager": True}, tmp_path)
     arguments = yaml.safe_load(path.read_text())
@@ -75,20 +75,20 @@ def test_the_engine_listens_on_a_socket_only(tmp_path: Path) -> None:
     assert (arguments["max-model-len"], arguments["enforce-eager"]) == (512, True)
 
 
-def test_the_plan_cannot_move_what_the_appliance_fixes(tmp_path: Path) -> None:
+def test_plan_cannot_override_fixed_options(tmp_path: Path) -> None:
     arguments = engine_arguments(_settings(tmp_path), {"uds": "/elsewhere", "model": "/other"}, tmp_path)
     assert arguments["uds"] == str(tmp_path / "engine.sock")
     assert arguments["model"] == str(tmp_path)
 
 
-def test_no_secret_stands_in_a_rendered_file(tmp_path: Path) -> None:
+def test_rendered_files_contain_no_secret(tmp_path: Path) -> None:
     settings = _settings(tmp_path)
     write_supervisord_config(settings, None)
     write_engine_config(settings, {}, tmp_path)
     assert not [file for file in tmp_path.iterdir() if "canary" in file.read_text()]
 
 
-def test_the_queue_is_bounded_whatever_is_set(tmp_path: Path) -> None:
+def test_queue_is_always_bounded(tmp_path: Path) -> None:
     assert most_requests(_settings(tmp_path), {"max-num-seqs": 8}) == 40
     assert most_requests(_settings(tmp_path), {}) == 5 * 256
     assert most_requests(_settings(tmp_path, MAX_QUEUED_REQUESTS="0"), {"max-num-seqs": 8}) == 8

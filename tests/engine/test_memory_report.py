@@ -1,4 +1,4 @@
-"""The engine's own figures: the handler inside vLLM's processes, the comparison with the plan, the words for it."""
+"""Memory figures of the engine: the handler in vLLM's processes, and the comparison with the plan."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PARTS = DeviceMemory("gpu0", limit_bytes=20 * GIB, weights_bytes=10 * GIB, quant
                      kv_cache_bytes=4 * GIB, activations_bytes=GIB, cuda_graphs_bytes=GIB, framework_bytes=GIB)
 
 
-@pytest.mark.parametrize(("template", "arguments", "found"), [
+@pytest.mark.parametrize(("template", "arguments", "figures"), [
     ("Model loading took %s GiB memory and %.6f seconds", ("14.99", 12.5), {"weights_bytes": round(14.99 * GIB)}),
     (quant_state.TEMPLATE, (1 << 30,), {"quant_state_bytes": GIB}),
     ("Available KV cache memory: %s GiB", ("-0.5",), {"kv_cache_bytes": -GIB // 2}),
@@ -39,9 +39,9 @@ PARTS = DeviceMemory("gpu0", limit_bytes=20 * GIB, weights_bytes=10 * GIB, quant
      {"consumed_bytes": round(15.21 * GIB), "peak_activation_bytes": round(1.02 * GIB)}),
     ("Starting to load model %s...", ("x",), {}),
 ])
-def test_each_record_that_matters_is_understood(template: str, arguments: tuple[Any, ...],
-                                                found: dict[str, Any]) -> None:
-    assert memory_log.figures(template, arguments) == found
+def test_relevant_log_records_are_parsed(template: str, arguments: tuple[Any, ...],
+                                                figures: dict[str, Any]) -> None:
+    assert memory_log.figures(template, arguments) == figures
 
 
 def log_as_vllm(run_dir: Path, monkeypatch: pytest.MonkeyPatch, *records: tuple[str, tuple[Any, ...]]) -> None:
@@ -53,7 +53,7 @@ def log_as_vllm(run_dir: Path, monkeypatch: pytest.MonkeyPatch, *records: tuple[
         handler.emit(logging.LogRecord("vllm", logging.INFO, "x.py", 1, template, arguments, None))
 
 
-def test_the_handler_leaves_a_file_of_its_process_and_the_last_capture_counts(
+def test_handler_writes_one_file_per_process_with_the_last_capture(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log_as_vllm(tmp_path, monkeypatch, ("Model loading took %s GiB memory and %.6f seconds", ("12.0", 1.0)),
                 ("Graph capturing finished in %.0f secs, took %.2f GiB", (5.0, 0.9)),
@@ -68,14 +68,14 @@ def test_the_handler_leaves_a_file_of_its_process_and_the_last_capture_counts(
     assert memory_report.read(tmp_path, 1) == ({}, 0), "a new start begins with nothing"
 
 
-def test_a_record_that_changed_its_form_does_not_reach_the_engine(
+def test_unknown_record_format_does_not_disturb_the_engine(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     log_as_vllm(tmp_path, monkeypatch, ("Model loading took %s GiB memory", ("lots",)), ("Model loading took", ()))
     assert memory_report.read(tmp_path, 1) == ({}, 0)
     assert "Logging error" in capsys.readouterr().err
 
 
-def test_the_configuration_is_one_that_python_accepts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logging_configuration_is_valid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     variables = memory_report.prepare(tmp_path)
     document = json.loads(Path(variables["VLLM_LOGGING_CONFIG_PATH"]).read_text())
     document["loggers"] = {"some.test": document["loggers"]["vllm"]}
@@ -92,7 +92,7 @@ def report(run_dir: Path, pid: int, process: str, **figures: int) -> None:
     (run_dir / "engine-memory" / f"{pid}.json").write_text(json.dumps({"process": process, **figures}))
 
 
-def test_ranks_are_put_in_order_and_damaged_files_do_not_count(tmp_path: Path) -> None:
+def test_ranks_are_ordered_and_damaged_files_ignored(tmp_path: Path) -> None:
     memory_report.prepare(tmp_path)
     report(tmp_path, 30, "Worker_PP1_TP0", weights_bytes=3)
     report(tmp_path, 20, "Worker_PP0_TP1", weights_bytes=2)
@@ -104,9 +104,9 @@ def test_ranks_are_put_in_order_and_damaged_files_do_not_count(tmp_path: Path) -
     assert tokens == 77
 
 
-def test_the_framework_is_what_the_others_leave_of_the_total() -> None:
-    said = {0: {"weights_bytes": 12 * GIB, "kv_cache_bytes": 4 * GIB, "cuda_graphs_bytes": GIB}}
-    rows = {row.part: row for row in memory_report.compare([PARTS], said, [18 * GIB])}
+def test_framework_is_the_rest_of_the_total() -> None:
+    reports = {0: {"weights_bytes": 12 * GIB, "kv_cache_bytes": 4 * GIB, "cuda_graphs_bytes": GIB}}
+    rows = {row.part: row for row in memory_report.compare([PARTS], reports, [18 * GIB])}
     assert {part: row.measured_bytes for part, row in rows.items()} == {
         "weights": 12 * GIB, "kv_cache": 4 * GIB, "cuda_graphs": GIB, "framework": GIB, "activations": None,
         "total": 18 * GIB}
@@ -114,10 +114,10 @@ def test_the_framework_is_what_the_others_leave_of_the_total() -> None:
     assert not any(row.differs for row in rows.values())
 
 
-def test_quantization_state_stands_apart_where_the_engine_said_it() -> None:
-    said = {0: {"weights_bytes": 12 * GIB, "quant_state_bytes": GIB + GIB // 2, "kv_cache_bytes": 4 * GIB,
+def test_reported_quantization_state_is_a_part_of_its_own() -> None:
+    reports = {0: {"weights_bytes": 12 * GIB, "quant_state_bytes": GIB + GIB // 2, "kv_cache_bytes": 4 * GIB,
                 "cuda_graphs_bytes": GIB}}
-    rows = {row.part: row for row in memory_report.compare([PARTS], said, [18 * GIB])}
+    rows = {row.part: row for row in memory_report.compare([PARTS], reports, [18 * GIB])}
     assert (rows["weights"].expected_bytes, rows["weights"].measured_bytes) == (11 * GIB, 10 * GIB + GIB // 2)
     assert (rows["quant_state"].expected_bytes, rows["quant_state"].measured_bytes) == (GIB, GIB + GIB // 2)
     assert rows["framework"].measured_bytes == GIB, "nothing is counted twice"
@@ -150,18 +150,18 @@ def test_only_state_in_32_bits_is_counted_and_shared_state_once(monkeypatch: pyt
     assert memory_log.figures(str(record.msg), record.args) == {"quant_state_bytes": 4 * 110}  # type: ignore[arg-type]
 
 
-def test_a_part_that_differs_by_more_than_a_tenth_is_marked() -> None:
-    said = {0: {"weights_bytes": 14 * GIB, "kv_cache_bytes": 2 * GIB, "cuda_graphs_bytes": GIB}}
-    rows = memory_report.compare([PARTS], said, [18 * GIB])
+def test_part_that_differs_by_more_than_a_tenth_is_marked() -> None:
+    reports = {0: {"weights_bytes": 14 * GIB, "kv_cache_bytes": 2 * GIB, "cuda_graphs_bytes": GIB}}
+    rows = memory_report.compare([PARTS], reports, [18 * GIB])
     assert {row.part for row in rows if row.differs} == {"weights", "kv_cache"}
     marked = [line for line in memory_report.table(rows) if "differs" in line]
     assert len(marked) == 2
     assert "14.00 GiB" in marked[0]
-    small = memory_report.compare([replace(PARTS, cuda_graphs_bytes=10 * MIB)], said, [18 * GIB])
-    assert "framework" not in {row.part for row in small if row.differs}, "a few megabytes are no matter"
+    small = memory_report.compare([replace(PARTS, cuda_graphs_bytes=10 * MIB)], reports, [18 * GIB])
+    assert "framework" not in {row.part for row in small if row.differs}, "a few megabytes are ignored"
 
 
-def test_what_the_engine_did_not_say_is_unknown_and_no_warning() -> None:
+def test_unreported_part_is_unknown_without_a_warning() -> None:
     rows = memory_report.compare([PARTS], {}, [])
     assert all(row.measured_bytes is None and not row.differs for row in rows)
     assert "unknown" in memory_report.table(rows)[1]

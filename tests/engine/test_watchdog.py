@@ -1,4 +1,4 @@
-"""The watchdog tells a hung engine from a busy, a queueing, a dead and an idle one."""
+"""Watchdog: a hung engine is distinguished from a busy, a queueing, an exited and an idle one."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Engine:
         return httpx.Response(int(str(self.probe)))
 
     def after(self, seconds: float, *, moving: bool = False) -> bool:
-        """Whether it is hung at some look within these seconds."""
+        """Return True if the watchdog reports a hang within these seconds."""
         end, hung = self.now + seconds, False
         while self.now < end:
             self.now += TIMING.look
@@ -55,19 +55,19 @@ class Engine:
         return hung
 
 
-def test_an_engine_that_moves_is_never_asked() -> None:
+def test_engine_with_changing_counters_is_not_probed() -> None:
     engine = Engine()
     assert not engine.after(600, moving=True)
     assert engine.probes == 0
 
 
-def test_an_idle_engine_writes_a_token_now_and_then() -> None:
+def test_idle_engine_is_probed_sometimes() -> None:
     engine = Engine()
     assert not engine.after(300)
     assert 3 <= engine.probes <= 300 / TIMING.quiet
 
 
-def test_an_engine_that_hangs_is_found_after_it_was_quiet() -> None:
+def test_hang_is_detected_after_the_quiet_time() -> None:
     engine = Engine()
     engine.probe = httpx.ReadTimeout("nothing came")
     assert not engine.after(TIMING.quiet - TIMING.look)
@@ -75,32 +75,32 @@ def test_an_engine_that_hangs_is_found_after_it_was_quiet() -> None:
     assert engine.probes >= 1
 
 
-def test_counters_that_hang_with_it_make_no_difference() -> None:
+def test_hang_is_detected_without_counters() -> None:
     engine = Engine()
     engine.metrics, engine.probe = False, httpx.ReadTimeout("nothing came")
     assert engine.after(3 * TIMING.quiet)
 
 
-def test_a_token_that_waits_in_a_queue_that_moves_is_no_hang() -> None:
+def test_probe_that_waits_in_a_moving_queue_is_not_a_hang() -> None:
     engine = Engine()
     engine.probe, engine.moves_while_probed = httpx.ReadTimeout("still waiting"), True
     assert not engine.after(300)
 
 
 @pytest.mark.parametrize("status", [200, 404, 429, 503])
-def test_any_answer_proves_life(status: int) -> None:
+def test_any_answer_is_a_sign_of_life(status: int) -> None:
     engine = Engine()
     engine.probe = status
     assert not engine.after(120)
 
 
-def test_an_engine_that_is_gone_is_not_called_hung() -> None:
+def test_exited_engine_is_not_a_hang() -> None:
     engine = Engine()
     engine.probe = httpx.ConnectError("refused")
     assert not engine.after(120)
 
 
-def test_clients_that_leave_a_hung_engine_are_no_sign_of_its_life() -> None:
+def test_disconnected_clients_do_not_hide_a_hang() -> None:
     engine = Engine()
     engine.probe, left = httpx.ReadTimeout("nothing came"), 0
     usual = engine.answer
@@ -115,7 +115,7 @@ def test_clients_that_leave_a_hung_engine_are_no_sign_of_its_life() -> None:
     assert engine.after(3 * TIMING.quiet)
 
 
-def test_the_probe_reaches_the_engine_although_the_queue_is_full() -> None:
+def test_probe_bypasses_a_full_queue() -> None:
     reached = []
 
     async def application(scope: dict[str, Any], receive: Any, send: Any) -> None:
@@ -141,7 +141,7 @@ def test_the_probe_reaches_the_engine_although_the_queue_is_full() -> None:
     assert httpx.URL(watchdog._PROBE).path == protocol.PROBE_PATH
 
 
-def prove(*statuses: int, options: dict[str, object] | None = None) -> tuple[bool, list[dict[str, object]]]:
+def warm_up(*statuses: int, options: dict[str, object] | None = None) -> tuple[bool, list[dict[str, object]]]:
     seen: list[dict[str, object]] = []
 
     def answer(request: httpx.Request) -> httpx.Response:
@@ -150,32 +150,33 @@ def prove(*statuses: int, options: dict[str, object] | None = None) -> tuple[boo
         seen.append(json.loads(request.content))
         return httpx.Response(statuses[len(seen) - 1])
 
-    found = readiness.warm_up(httpx.MockTransport(answer), options or {
+    is_ready = readiness.warm_up(httpx.MockTransport(answer), options or {
         "max-model-len": 4096, "max-num-batched-tokens": 2048, "max-num-seqs": 8}, "model")
-    return found, seen
+    return is_ready, seen
 
 
-def test_the_proof_fills_a_batch_and_every_sequence() -> None:
-    proven, bodies = prove(200, 200)
-    assert proven
+def test_warm_up_fills_a_batch_and_every_sequence() -> None:
+    is_ready, bodies = warm_up(200, 200)
+    assert is_ready
     assert [len(body["prompt"]) for body in bodies] == [2048, 8]  # type: ignore[arg-type]  # lists
-    guessing = readiness.rounds({"max-model-len": 2048, "max-num-batched-tokens": 4096, "max-num-seqs": 2,
+    speculative = readiness.rounds({"max-model-len": 2048, "max-num-batched-tokens": 4096, "max-num-seqs": 2,
                              "speculative-config": {"method": "ngram"}}, "model")
-    assert [(body["max_tokens"], len(body["prompt"])) for bodies in guessing for body in bodies] == [(4, 2044), (4, 2)]
+    assert [(body["max_tokens"], len(body["prompt"])) for bodies in speculative for body in bodies] == [
+        (4, 2044), (4, 2)]
     many = readiness.rounds({"max-model-len": 4096, "max-num-batched-tokens": 2048, "max-num-seqs": 300}, "model")
     assert [[len(body["prompt"]) for body in bodies] for bodies in many] == [[2048], [128, 128, 44]]
-    short = prove(200, options={"max-model-len": 512, "max-num-batched-tokens": 2048, "max-num-seqs": 1})
+    short = warm_up(200, options={"max-model-len": 512, "max-num-batched-tokens": 2048, "max-num-seqs": 1})
     assert [len(body["prompt"]) for body in short[1]] == [511]  # type: ignore[arg-type]  # lists
 
 
-def test_an_engine_that_fails_over_it_is_not_ready_and_one_that_declines_is() -> None:
-    assert not prove(500)[0]
-    assert not prove(200, 503)[0]
-    assert prove(404, 404)[0]
-    assert prove(400, 200)[0]
+def test_failed_warm_up_is_not_ready_and_a_declined_one_is() -> None:
+    assert not warm_up(500)[0]
+    assert not warm_up(200, 503)[0]
+    assert warm_up(404, 404)[0]
+    assert warm_up(400, 200)[0]
 
 
-def test_an_engine_that_dies_over_it_is_not_ready() -> None:
+def test_engine_that_dies_in_the_warm_up_is_not_ready() -> None:
     def die(_: httpx.Request) -> httpx.Response:
         raise httpx.RemoteProtocolError("gone")
 
