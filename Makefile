@@ -60,7 +60,8 @@ test: setup-dev ## run linters and all tests that need no browser, container eng
 test-fast: setup-dev ## run the tests that start no engine, gateway or appliance: 90 s at most
 	@$(PARALLEL) -m "$(HERE) and not contract and not engine and not process" $(ARGS)
 
-test-contract: setup-dev ## compare the installed vLLM with what Shoehorn assumes about it
+test-contract: setup-dev ## compare the installed vLLM with what Shoehorn assumes about it, and run Triton's kernels in its interpreter
+	@requirements/install $(VENV)-triton triton
 	@$(PARALLEL) -m contract $(ARGS)
 
 test-container: setup-dev ## build the image and test it under a Docker engine
@@ -96,4 +97,4 @@ pin-base: ## update the digests of the base images in the Dockerfile
 	tools/pin-base
 
 clean: ## remove environments, demo data and test results
-	rm -rf $(VENV) $(VENV)-openapi $(VENV)-supply-chain $(DEMO) test-artefacts
+	rm -rf $(VENV) $(VENV)-openapi $(VENV)-supply-chain $(VENV)-triton $(DEMO) test-artefacts

@@ -10,6 +10,7 @@ from __future__ import annotations
 from importlib.metadata import version
 
 import vllm
+from vllm.platforms import current_platform
 
 TESTED = {"vllm": "0.32.0", "vllm-bnb-plugin": "0.0.3"}
 
@@ -38,3 +39,7 @@ def register() -> None:
     bnb_experts.apply()
     offload.apply()
     cpu_sleep.apply()
+    if current_platform.is_cuda():  # Triton is not in the CPU environment
+        from shoehorn_vllm.hybrid import cached_experts
+
+        cached_experts.apply()

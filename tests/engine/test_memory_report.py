@@ -171,3 +171,13 @@ def test_missing_offload_is_detected() -> None:
     assert not memory_report.offload_is_short(10 * GIB, {0: {"offloaded_bytes": 10 * GIB}})
     assert not memory_report.offload_is_short(0, {0: {}})
     assert memory_report.offload_is_short(10 * GIB, {0: {"weights_bytes": 1}})
+
+
+def test_offload_that_is_reported_but_undone_is_detected() -> None:
+    def rows(weights_bytes: int) -> list[memory_report.Row]:
+        return memory_report.compare([PARTS], {0: {"weights_bytes": weights_bytes}}, [18 * GIB])
+
+    assert memory_report.offload_is_undone(14 * GIB, rows(26 * GIB))
+    assert not memory_report.offload_is_undone(14 * GIB, rows(13 * GIB))
+    assert not memory_report.offload_is_undone(0, rows(26 * GIB))
+    assert not memory_report.offload_is_undone(14 * GIB, memory_report.compare([PARTS], {}, []))

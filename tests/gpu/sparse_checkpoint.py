@@ -117,6 +117,8 @@ class _Values:
             return _encode(np.ones(tensor.elements, np.float32), tensor.dtype)
         if scale and self._dtype(f"{scale[1]}.weight").startswith("F8"):
             return _encode(np.ones(tensor.elements, np.float32), tensor.dtype)
+        if self._is_mixture and scale and _EMBEDDING.fullmatch(f"{scale[1]}.weight"):
+            return _encode(np.full(tensor.elements, 0.01, np.float32), tensor.dtype)
         if _ROUTER.fullmatch(name) or (self._is_mixture and _EMBEDDING.fullmatch(name)):
             return self._noise(tensor)
         if name.endswith(".weight_shape"):
@@ -147,7 +149,10 @@ class _Values:
         """Small random numbers; long tensors repeat theirs every few thousand rows."""
         width = tensor.shape[-1]
         rows = min(tensor.elements // width, 4096)
-        block = _encode(self._random.normal(0, 0.02, rows * width).astype(np.float32), tensor.dtype)
+        if tensor.dtype == "I32":  # packed: every word is a valid one
+            block = self._random.integers(-1 << 31, 1 << 31, rows * width).astype(np.int32).tobytes()
+        else:
+            block = _encode(self._random.normal(0, 0.02, rows * width).astype(np.float32), tensor.dtype)
         return (block * -(-tensor.bytes // len(block)))[:tensor.bytes]
 
     def _quant_state(self, tensor: Tensor) -> bytes:

@@ -27,6 +27,8 @@ OTHERS = {
                   ("rtx4060-8-ram64", "rtx4090-24-ram128", "2xrtx3080-20-ram64")),
     "gemma-3-12b": ("gemma-3-12b-it", ("rtx4070ti-12-ram32", "l4-24-ram64")),
     "deepseek-v2-lite": ("deepseek-v2-lite-chat", ("rtx3060-12-ram64", "a10-24-ram200")),
+    "qwen3-30b-int4": ("qwen3-30b-a3b@int4", ("rtx4060-8-ram64", "rtx3060-12-ram64", "rtx4090-24-ram32")),
+    "mixtral-int4": ("mixtral-8x7b-instruct-v0.1@int4", ("rtx3060-12-ram64",)),
     "deepseek-v3": ("deepseek-v3", ("h200-141-ram192",)), "gpt-oss-20b": ("gpt-oss-20b", ("rtx4060-8-ram16",)),
     "qwen2.5-32b-awq": ("qwen2.5-32b-instruct-awq", ("rtx3080-20-ram32", "rtx4090-24-ram32")),
     "mixtral": ("mixtral-8x7b-instruct-v0.1", ("rtx4090-24-ram128", "4xrtx4090-24-ram256")),

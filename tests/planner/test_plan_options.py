@@ -21,7 +21,9 @@ from support.plans import GIB, machine, plan_for, tiny
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 UNEQUAL = machine(("NVIDIA GeForce RTX 4090", 23.6), ("NVIDIA GeForce RTX 3060", 11.6))
-MODELS = (*captured.names(), *(f"{name}@int4" for name in ("deepseek-r1-distill-llama-70b", "qwen3-8b")),
+MODELS = (*captured.names(), *(f"{name}@int4" for name in (
+              "deepseek-r1-distill-llama-70b", "qwen3-8b", "qwen3-30b-a3b", "mixtral-8x7b-instruct-v0.1",
+              "deepseek-v2-lite-chat")),
           *(f"{name}@unordered" for name in ("llama-3.1-8b-instruct-gptq", "llama-3.3-70b-instruct-w4a16")))
 WITH_SETTINGS = ("deepseek-r1-distill-llama-70b", "qwen2.5-32b-instruct-awq")
 ENVIRONMENTS: tuple[Mapping[str, str], ...] = (

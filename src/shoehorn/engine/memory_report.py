@@ -141,6 +141,16 @@ def offload_is_short(expected_bytes: int, figures: Mapping[int, Mapping[str, Any
     return bool(expected_bytes and figures) and offloaded_bytes(figures) < expected_bytes * (1 - TOLERANCE)
 
 
+def offload_is_undone(expected_bytes: int, rows: Sequence[Row]) -> bool:
+    """Return True if the engine reports offloaded weights, but the GPUs hold them.
+
+    vLLM 0.32.0's Humming backend repacks offloaded experts onto the GPU. The limit is half of the planned offload.
+    """
+    excess = sum(row.measured_bytes - row.expected_bytes for row in rows
+                 if row.part == "weights" and row.measured_bytes is not None)
+    return bool(expected_bytes) and 2 * excess > expected_bytes
+
+
 def offloaded_bytes(figures: Mapping[int, Mapping[str, Any]]) -> int:
     """Return the bytes of weights that the engine reports in host memory."""
     return sum(int(report.get("offloaded_bytes", 0)) for report in figures.values())
@@ -174,6 +184,9 @@ def record(plan: Plan, before: Hardware, states: StateFile) -> None:
         log.info("memory: kv_cache_tokens=%d expected=%d", tokens, plan.kv_cache_tokens)
     if offload_is_short(plan.offloaded_bytes, figures):
         log.warning("memory: engine offloaded less than planned offloaded=%s planned=%s",
+                    format_size(offloaded_bytes(figures)), format_size(plan.offloaded_bytes))
+    elif offload_is_undone(plan.offloaded_bytes, rows):
+        log.warning("memory: engine reports offloaded weights, but they are on the GPU offloaded=%s planned=%s",
                     format_size(offloaded_bytes(figures)), format_size(plan.offloaded_bytes))
     states.update(memory=tuple(asdict(row) for row in rows), kv_cache_tokens=tokens,
                   offloaded_bytes=offloaded_bytes(figures))

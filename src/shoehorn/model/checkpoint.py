@@ -28,6 +28,9 @@ from shoehorn.model.tensor_names import (
     PACKED,
 )
 
+_EXPERT_WIDTH = 128
+"""The kernel of packed experts (Marlin) pads matrices whose sides are not multiples of this."""
+
 
 def read(files: Files) -> ModelShape:
     """Read the shape of a checkpoint.
@@ -81,7 +84,8 @@ def shape_of(config: Mapping[str, Any], tensors: Iterable[Tensor], disk_bytes: i
             text.get("tie_word_embeddings", config.get("tie_word_embeddings"))),
         quantization=str(quantization) if quantization else None,
         kv_layers=_kv_layers(text, layers, kv_heads, head_dim, latent, notes), tensor_bytes=groups,
-        weights_bytes=sum(tensor.bytes for tensor in tensors), disk_bytes=disk_bytes, experts=_experts(text, groups),
+        weights_bytes=sum(tensor.bytes for tensor in tensors), disk_bytes=disk_bytes,
+        experts=_experts(text, groups, quantized, hidden),
         absorbed_parameters=layers * latent * heads * (_count(text, "qk_nope_head_dim", 128)
                                                        + _count(text, "v_head_dim", 128)) if latent else 0,
         notes=tuple(notes), unreadable=_unreadable(quantized),
@@ -179,13 +183,24 @@ def _windowed(text: Mapping[str, Any], layers: int, has_window: bool, notes: lis
     return [True] * layers
 
 
-def _experts(text: Mapping[str, Any], groups: TensorBytes) -> Experts | None:
+def _experts(text: Mapping[str, Any], groups: TensorBytes, quantized: Mapping[str, Any], hidden: int
+             ) -> Experts | None:
     """Return the mixture of experts; None for a dense model."""
     count = next((text[key] for key in ("num_local_experts", "num_experts", "n_routed_experts") if text.get(key)), 0)
     if type(count) is not int or not count or not groups.experts.bytes:
         return None
-    return Experts(count, _count(text, "num_experts_per_tok", _count(text, "experts_per_token", 2)),
-                   _count(text, "moe_intermediate_size", _count(text, "intermediate_size", 1)))
+    width = _count(text, "moe_intermediate_size", _count(text, "intermediate_size", 1))
+    return Experts(count, _count(text, "num_experts_per_tok", _count(text, "experts_per_token", 2)), width,
+                   _is_symmetric_int4(quantized) and not width % _EXPERT_WIDTH and not hidden % _EXPERT_WIDTH)
+
+
+def _is_symmetric_int4(quantized: Mapping[str, Any]) -> bool:
+    """Return whether all linear layers are symmetric INT4 in groups, in the packed format of compressed-tensors."""
+    groups = [_section(group, "weights") for name, group in _section(quantized, "config_groups").items()
+              if isinstance(group, Mapping) and "Linear" in group.get("targets", ())]
+    return quantized.get("quant_method") == "compressed-tensors" and bool(groups) and all(
+        weights.get("num_bits") == 4 and weights.get("type") == "int" and weights.get("symmetric")
+        and weights.get("strategy") == "group" for weights in groups)
 
 
 def _head_dim(tensors: Iterable[Tensor], kv_heads: int) -> int:

@@ -61,11 +61,17 @@ class KvLayers:
 
 @dataclass(frozen=True)
 class Experts:
-    """A mixture of experts: number per layer, number per token, and inner width of each."""
+    """A mixture of experts: number per layer, number per token, and inner width of each.
+
+    Attributes:
+        cacheable: in the format that the engine plugin's cache of experts serves: compressed-tensors, symmetric INT4 in
+            groups, of widths that need no padding.
+    """
 
     count: int
     per_token: int
     intermediate: int
+    cacheable: bool = False
 
 
 @dataclass(frozen=True)

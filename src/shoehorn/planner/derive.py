@@ -9,6 +9,7 @@ from shoehorn.planner.memory.model import MemoryModel
 from shoehorn.planner.option_set import OptionSet
 from shoehorn.planner.reasons import MACHINE, Reason
 from shoehorn.planner.search import Candidate, PlacementTier
+from shoehorn.planner.serving_config import ExpertCacheOffload
 from shoehorn.planner.vllm_args import KNOBS, Field
 
 _Code = tuple[str, Mapping[str, object]]
@@ -57,6 +58,8 @@ def without_offload_bound(options: OptionSet, open_fields: frozenset[Field], mod
 
 def _reason(option: str, model: MemoryModel, chosen: Candidate | None, code_without_search: str) -> _Code:
     """Code and parameters of the reason of one option that was left open."""
+    if option in _EXPERT_CACHE and isinstance(model.config.offload, ExpertCacheOffload):
+        return _EXPERT_CACHE[option], _cache_params(model)
     if option == "additional-config":
         return "embedding-on-host", {}
     if option == "speculative-config":
@@ -66,6 +69,15 @@ def _reason(option: str, model: MemoryModel, chosen: Candidate | None, code_with
     if chosen is None:
         return code_without_search, {}
     return _REASONS[option](model, chosen)
+
+
+def _cache_params(model: MemoryModel) -> Mapping[str, object]:
+    """Parameters of the reasons of the cache of experts."""
+    offload, experts = model.config.offload, model.shape.experts
+    if not isinstance(offload, ExpertCacheOffload) or not experts:
+        return {}
+    return {"offloaded": format_size(model.offloaded.stage_bytes(0)), "slots": offload.slots, "experts": experts.count,
+            "most": model.config.capture_limit}
 
 
 def _quantization(model: MemoryModel, chosen: Candidate) -> _Code:
@@ -82,7 +94,8 @@ def _eager(model: MemoryModel, chosen: Candidate) -> _Code:
 
 
 def _context(model: MemoryModel, chosen: Candidate) -> _Code:
-    codes = {PlacementTier.USEFUL_OFFLOAD: "context-useful", PlacementTier.ANY_OFFLOAD: "context-fits"}
+    codes = {PlacementTier.USEFUL_OFFLOAD: "context-useful", PlacementTier.EXPERT_CACHE: "context-useful",
+             PlacementTier.ANY_OFFLOAD: "context-fits"}
     return codes.get(chosen.tier, "context-longest"), {"requests": _requests(chosen)}
 
 
@@ -94,6 +107,10 @@ def _offload(model: MemoryModel, chosen: Candidate) -> _Code:
 def _requests(chosen: Candidate) -> str:
     return "two requests" if chosen.requests == 2 else "one request"
 
+
+_EXPERT_CACHE = {"additional-config": "expert-cache", "moe-backend": "expert-kernel",
+                 "compilation-config": "expert-graphs", "max-cudagraph-capture-size": "expert-capture"}
+"""Codes of the reasons of options that the cache of experts needs."""
 
 _REASONS: Mapping[str, Callable[[MemoryModel, Candidate], _Code]] = {
     "quantization": _quantization, "enforce-eager": _eager, "max-model-len": _context,

@@ -11,7 +11,7 @@ from typing import Any
 from shoehorn.common.units import ceil_div
 from shoehorn.planner.memory.device import CPU, gpu_name
 from shoehorn.planner.memory.model import MemoryModel
-from shoehorn.planner.serving_config import PrefetchOffload, UvaOffload
+from shoehorn.planner.serving_config import ExpertCacheOffload, PrefetchOffload, UvaOffload
 
 
 @dataclass(frozen=True)
@@ -21,11 +21,13 @@ class LayerGroup:
     Attributes:
         layers: their numbers, from 0 on.
         stored, executed: names of devices; several share every layer (tensor parallelism).
+        part: of the layers, `all`, `experts`, or `rest`: all but the experts.
     """
 
     layers: tuple[int, ...]
     stored: tuple[str, ...]
     executed: tuple[str, ...]
+    part: str = "all"
 
     def to_json(self) -> dict[str, Any]:
         """An entry of `placement` in `plan --json`; the layers as in `0-39,41`."""
@@ -36,12 +38,13 @@ class LayerGroup:
             else:
                 runs.append([layer, layer])
         layers = ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
-        return {"layers": layers, "stored": list(self.stored), "executed": list(self.executed)}
+        part = {} if self.part == "all" else {"part": self.part}
+        return {"layers": layers, **part, "stored": list(self.stored), "executed": list(self.executed)}
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Placement of all layers: each is in exactly one group."""
+    """Placement of all layers: each part of each is in exactly one group."""
 
     groups: tuple[LayerGroup, ...]
 
@@ -60,6 +63,10 @@ def place_on_gpus(model: MemoryModel) -> Placement:
 
     UVA offload takes bytes, not layers: the last of its layers may be stored in both places.
     """
+    if isinstance(model.config.offload, ExpertCacheOffload):
+        everywhere, gpu = tuple(range(model.shape.layers)), (gpu_name(0),)
+        mixtures = everywhere[len(everywhere) - model.weights.expert_layers:]
+        return Placement((LayerGroup(everywhere, gpu, gpu, "rest"), LayerGroup(mixtures, (CPU, *gpu), gpu, "experts")))
     tensor, groups, first = model.config.parallelism.tensor, [], 0
     for stage in range(model.config.parallelism.pipeline):
         gpus = tuple(gpu_name(stage * tensor + rank) for rank in range(tensor))

@@ -61,6 +61,11 @@ TEXTS: Mapping[str, str] = {
     "prefetch": "layers are copied to the GPU ahead of their turn, while others execute",
     "prefetch-last": "the last layers of each group",
     "prefetch-steps": "one layer executes while the next one is copied",
+    "expert-cache": "all experts ({offloaded}) in host memory, {slots} of {experts} in each layer on the GPU too: "
+                    "only missing ones that a token needs cross PCIe",
+    "expert-kernel": "the kernel of the cached experts",
+    "expert-graphs": "CUDA graphs of whole forward passes, without torch.compile",
+    "expert-capture": "largest number of tokens whose experts fit into the cache together",
     "embedding-on-host": "the embedding is in host memory: a token needs one row of it",
     # Remarks that are not about an option.
     "profile-note": "{note}",

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 
 from shoehorn.common.units import GIB
-from shoehorn.model.shape import ModelShape
+from shoehorn.model.shape import Experts, ModelShape
 from shoehorn.planner.least_offload import least_offload
 from shoehorn.planner.load_tiers import (
     COMFORTABLE_TIERS,
@@ -25,7 +25,7 @@ from shoehorn.planner.load_tiers import (
 )
 from shoehorn.planner.memory.activations import captured_sizes
 from shoehorn.planner.memory.model import MemoryModel
-from shoehorn.planner.serving_config import ServingConfig, Speculation
+from shoehorn.planner.serving_config import ExpertCacheOffload, ServingConfig, Speculation
 from shoehorn.planner.vllm_args import NGRAM, Field
 
 DRAFT_TOKENS = int(str(NGRAM["num_speculative_tokens"]))
@@ -45,6 +45,8 @@ class PlacementTier(Enum):
     """On the GPUs, as the checkpoint is."""
     RESIDENT_NF4 = "resident-nf4"
     """On the GPUs, quantized while loading."""
+    EXPERT_CACHE = "expert-cache"
+    """Experts in host memory, and as many of them on the GPU too as it has memory for."""
     USEFUL_OFFLOAD = "useful-offload"
     """The least offload that leaves memory for a useful context."""
     ANY_OFFLOAD = "any-offload"
@@ -70,6 +72,7 @@ class SearchSpace:
         offload_bound_bytes: upper bound of the offload on each GPU.
         host_memory_bytes: 0 where unknown; it then bounds nothing.
         may_quantize: the model can be quantized while it is loaded.
+        may_cache_experts: options and GPUs permit the cache of experts.
     """
 
     shape: ModelShape
@@ -78,6 +81,7 @@ class SearchSpace:
     offload_bound_bytes: int
     host_memory_bytes: int
     may_quantize: bool
+    may_cache_experts: bool = False
 
     @property
     def quantizes(self) -> bool:
@@ -98,7 +102,7 @@ class SearchSpace:
 
 def search(space: SearchSpace) -> Candidate | None:
     """Find the best configuration that fits within the bounds; None when nothing fits."""
-    for tier in (resident, resident_nf4, tight, useful_offload, any_offload):
+    for tier in (resident, resident_nf4, tight, expert_cache, useful_offload, any_offload):
         for candidate in tier(space):
             if space.fits(candidate):
                 return candidate
@@ -130,6 +134,36 @@ def tight(space: SearchSpace) -> Iterator[Candidate]:
         yield Candidate(each, tier, 1)
 
 
+def expert_cache(space: SearchSpace) -> Iterator[Candidate]:
+    """All experts in host memory, and as many of them on the GPU as fit next to two requests, at last next to one."""
+    experts = space.shape.experts
+    if Field.OFFLOAD not in space.open_fields or not space.may_cache_experts or not experts or \
+            space.shape.tensor_bytes.experts.bytes > space.offload_bound_bytes:
+        return
+    for load in (CONTEXT_4K, *SMALL_TIERS):
+        for requests in (2, 1):
+            config = at_load(replace(space.start, embedding_on_host=not space.shape.tied_embeddings), load,
+                             space.open_fields)
+            least = _cached(space, config, experts, experts.per_token)
+            spare = -MemoryModel(space.shape, least).missing_bytes(requests)
+            weights = MemoryModel(space.shape, least).weights
+            more = max(0, spare) // max(1, weights.expert_layers * weights.expert_bytes)
+            slots = min(experts.count, experts.per_token + more)
+            while slots > experts.per_token and MemoryModel(
+                    space.shape, _cached(space, config, experts, slots)).missing_bytes(requests) > 0:
+                slots -= 1  # more graphs are captured than with the fewest slots
+            yield Candidate(_cached(space, config, experts, slots), PlacementTier.EXPERT_CACHE, requests)
+
+
+def _cached(space: SearchSpace, config: ServingConfig, experts: Experts, slots: int) -> ServingConfig:
+    """Copy with that many slots of every layer; CUDA graphs for passes whose choices fit into them."""
+    cached = replace(config, offload=ExpertCacheOffload(slots, max(1, min(16, experts.count // 8))))
+    if Field.CAPTURE in space.open_fields:
+        cached = replace(cached, capture_limit=captured_sizes(replace(
+            cached, capture_limit=min(slots // experts.per_token, 2 * config.limits.max_num_seqs)))[-1])
+    return cached
+
+
 def useful_offload(space: SearchSpace) -> Iterator[Candidate]:
     """The least offload that leaves memory for two requests of a useful context."""
     if Field.OFFLOAD not in space.open_fields:
@@ -141,8 +175,12 @@ def useful_offload(space: SearchSpace) -> Iterator[Candidate]:
 
 
 def any_offload(space: SearchSpace) -> Iterator[Candidate]:
-    """The least offload for a short context; then by UVA, without buffers on the GPU."""
-    for uva in (False, True):
+    """The least offload for a short context; then by UVA, without buffers on the GPU.
+
+    Not by UVA for packed experts: vLLM's Humming backend repacks them onto the GPU and still reports them as offloaded.
+    """
+    experts = space.shape.experts
+    for uva in (False,) if experts and experts.cacheable else (False, True):
         for load in SMALL_TIERS:
             for requests in (2, 1):
                 config = at_load(space.smallest_weights, load, space.open_fields)

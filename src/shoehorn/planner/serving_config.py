@@ -78,7 +78,19 @@ class PrefetchOffload:
         return layer % self.group >= self.group - self.last
 
 
-Offload = NoOffload | UvaOffload | PrefetchOffload
+@dataclass(frozen=True)
+class ExpertCacheOffload:
+    """All experts in host memory, and copies of `slots` recently used ones of every layer on the GPU.
+
+    Attributes:
+        scratch: experts in each of the two buffers of large forward passes.
+    """
+
+    slots: int
+    scratch: int
+
+
+Offload = NoOffload | UvaOffload | PrefetchOffload | ExpertCacheOffload
 
 
 @dataclass(frozen=True)

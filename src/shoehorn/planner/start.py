@@ -17,6 +17,8 @@ from shoehorn.planner.serving_config import BITSANDBYTES, Limits, NoOffload, Ser
 from shoehorn.planner.vllm_args import KNOBS, Field, with_options
 
 _UNBOUNDED = 1 << 40
+_MARLIN = (7, 5)
+"""Least compute capability of the kernel that multiplies cached experts."""
 
 
 @dataclass(frozen=True)
@@ -69,10 +71,21 @@ def configure(inputs: PlanInputs, options: OptionSet, limit_bytes: int) -> Confi
     if Field.OFFLOAD in fields:
         start = replace(start, offload=NoOffload())
     space = SearchSpace(inputs.shape, start, fields, bound, inputs.hardware.host_memory_bytes,
-                        may_quantize=inputs.shape.understood and not inputs.shape.quantization)
+                        may_quantize=inputs.shape.understood and not inputs.shape.quantization,
+                        may_cache_experts=_may_cache_experts(inputs, options))
     chosen = search(space)
     config = chosen.config if chosen else smallest(space)
     return Configured(options, fields, MemoryModel(inputs.shape, config), chosen)
+
+
+def _may_cache_experts(inputs: PlanInputs, options: OptionSet) -> bool:
+    """Return whether model, options and GPUs permit the cache of experts: one GPU, and none of its options set."""
+    experts = inputs.shape.experts
+    own = {"moe-backend", "compilation-config", "quantization", "enable-expert-parallel", "enable-lora"}
+    return (experts is not None and experts.cacheable and not inputs.draft
+            and options.integer("tensor-parallel-size", 1) * options.integer("pipeline-parallel-size", 1) == 1
+            and not own & options.values.keys()
+            and all(gpu.compute_capability >= _MARLIN for gpu in inputs.hardware.gpus if any(gpu.compute_capability)))
 
 
 def with_least_batch(model: MemoryModel) -> MemoryModel:

@@ -18,7 +18,7 @@ from shoehorn.planner.least_offload import with_offload
 from shoehorn.planner.memory.activations import captured_sizes
 from shoehorn.planner.memory.model import CONTEXT_BYTES, MemoryModel
 from shoehorn.planner.search import with_fewer_graphs
-from shoehorn.planner.serving_config import ServingConfig
+from shoehorn.planner.serving_config import ExpertCacheOffload, ServingConfig
 from shoehorn.planner.vllm_args import KNOBS, Field, offload_options
 
 MAX_STEPS = 5
@@ -153,6 +153,12 @@ class StepDown:
 
     def _offloads(self, start: MemoryModel) -> Iterator[ServingConfig]:
         """Yield configurations with more and more offloaded layers, as far as host memory allows."""
+        offload, experts = start.config.offload, start.shape.experts
+        if isinstance(offload, ExpertCacheOffload) and experts:
+            for slots in range(offload.slots - 1, experts.per_token - 1, -1):
+                most = min(start.config.capture_limit or slots, slots // experts.per_token)
+                yield replace(start.config, offload=replace(offload, slots=slots), capture_limit=most)
+            return
         for layers in range(1, start.shape.layers + 1):
             rung = start.with_config(with_offload(start.weights, layers))
             fits_host = not self.host_memory_bytes or rung.host_beside_gpus().total_bytes <= self.host_memory_bytes
@@ -179,6 +185,10 @@ class StepDown:
         if after.eager != before.eager:
             options["enforce-eager"] = True
             changes.append(Change("CUDA graphs", "some", "none"))
+        old, new = self.model.offloaded.buffers_bytes, model.offloaded.buffers_bytes
+        if new != old and isinstance(after.offload, ExpertCacheOffload):
+            options |= {option: value for option, value in offload_options(after).items() if value}
+            changes.append(_sizes("cache of experts", old, new))
         old, new = self.model.offloaded.stage_bytes(0), model.offloaded.stage_bytes(0)
         if new != old:
             options |= offload_options(after)

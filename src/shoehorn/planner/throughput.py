@@ -13,9 +13,10 @@ from dataclasses import dataclass
 
 from shoehorn.hardware.gpu_specs import SLOWEST_BYTES_PER_SECOND, host_to_device_bandwidth, memory_bandwidth
 from shoehorn.hardware.types import Gpu
+from shoehorn.model.shape import Experts
 from shoehorn.planner.memory.activations import captured_sizes
 from shoehorn.planner.memory.model import MemoryModel
-from shoehorn.planner.serving_config import PrefetchOffload, WeightFormat
+from shoehorn.planner.serving_config import ExpertCacheOffload, PrefetchOffload, WeightFormat
 
 ACCEPTED = 3.0
 """Tokens that a forward pass is assumed to yield with a draft model: it depends on the text; most pairs do better."""
@@ -31,6 +32,10 @@ _UVA_SHARE, _UVA_GAIN, _UVA_GAIN_NF4 = 0.91, 8.0, 5.1
 
 _PREFETCH_SHARE = 0.985
 """Prefetch offload: share of the PCIe bandwidth, for eight requests as for one."""
+
+_CACHE_SHARE, _CACHE_SECONDS = 0.91, 12e-6
+"""Cache of experts: share of the PCIe bandwidth that its copies reach, and time of its two kernels in every layer (an
+H100, bench/results/expert-cache-h100.json)."""
 
 _SUMS_SECONDS = 20e-6
 """Time of the two sums over the GPUs of a tensor-parallel layer (two H100s over NVLink)."""
@@ -119,6 +124,9 @@ def _pass_seconds(model: MemoryModel, speeds: Bandwidths, requests: int) -> floa
         computing = (streamed + resident) / bandwidth
         starting = model.offloaded.layers * _PREFETCH_SECONDS * eager
         return max(streamed / speeds.pcie / _PREFETCH_SHARE, computing + unpacking + layers * per_layer + starting)
+    if isinstance(config.offload, ExpertCacheOffload):
+        return (streamed / speeds.pcie / _CACHE_SHARE + resident / bandwidth + layers * per_layer
+                + model.weights.expert_layers * _CACHE_SECONDS)
     gain = _UVA_GAIN_NF4 if weights_format.is_nf4 else _UVA_GAIN
     copying = streamed / speeds.pcie / _UVA_SHARE * (1 if requests <= _FEW else 8 / gain)
     reading = resident / bandwidth + unpacking
@@ -141,6 +149,25 @@ def moved_bytes(model: MemoryModel, requests: int = 1) -> tuple[int, int]:
         whole = groups.linears.bytes + groups.experts.bytes
         active = (groups.linears.bytes + touched * groups.experts.bytes) / max(1, whole)
     offloaded = model.offloaded.rank_bytes
+    if isinstance(model.config.offload, ExpertCacheOffload) and shape.experts:
+        copied = copied_experts(shape.experts, model.config.offload.slots, requests)
+        computed = round(shape.experts.count * (1 - (1 - shape.experts.per_token / shape.experts.count) ** requests))
+        each = weights.expert_layers * weights.expert_bytes
+        return round(copied * each), (weights.layers_bytes - offloaded + computed * each + weights.head_bytes
+                                      + weights.other_bytes)
     streamed = offloaded if isinstance(model.config.offload, PrefetchOffload) else round(offloaded * active)
     resident = round((weights.layers_bytes - offloaded + weights.quant_state_bytes) * active)
     return streamed, resident + weights.head_bytes + weights.other_bytes
+
+
+def copied_experts(experts: Experts, slots: int, tokens: int) -> float:
+    """Estimate how many experts of a layer a forward pass copies to the GPU, if all are chosen equally often.
+
+    A pass of more tokens than the slots hold the choices of is divided, or copies all experts without a slot
+    (shoehorn_vllm/hybrid/expert_cache.py). Trained models choose some experts more often than others.
+    """
+    most = max(1, slots // experts.per_token)
+    parts = math.ceil(tokens / most)
+    touched = 1 - (1 - experts.per_token / experts.count) ** min(tokens, most)
+    absent = experts.count - slots
+    return min(absent, parts * touched * absent)

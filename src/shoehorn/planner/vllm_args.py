@@ -13,6 +13,7 @@ from typing import Any
 from shoehorn.common.units import GIB
 from shoehorn.planner.serving_config import (
     BITSANDBYTES,
+    ExpertCacheOffload,
     NoOffload,
     PrefetchOffload,
     ServingConfig,
@@ -22,6 +23,9 @@ from shoehorn.planner.serving_config import (
 
 NGRAM = {"method": "ngram", "num_speculative_tokens": 8, "prompt_lookup_max": 4, "prompt_lookup_min": 2}
 """N-gram lookup, as vLLM's `speculative-config`."""
+
+DECODE_GRAPHS = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
+"""CUDA graphs of whole forward passes without torch.compile, as vLLM's `compilation-config`."""
 
 _ENTRY_BYTES = {"fp8": 1, "fp8_e4m3": 1, "fp8_e5m2": 1, "int8_per_token_head": 1, "fp8_per_token_head": 1,
                 "int4_per_token_head": 0.5, "nvfp4": 0.5}
@@ -73,9 +77,26 @@ def _prefetch(config: ServingConfig, value: Any, options: Mapping[str, object]) 
     return replace(config, offload=PrefetchOffload(int(value), last, steps))
 
 
-def _embedding(config: ServingConfig, value: Any, options: Mapping[str, object]) -> ServingConfig:
+def _own_options(config: ServingConfig) -> object:
+    """Options of the engine plugin, in vLLM's `additional-config`."""
+    own: dict[str, object] = {"embedding": "host"} if config.embedding_on_host else {}
+    if isinstance(config.offload, ExpertCacheOffload):
+        own["experts"] = {"slots": config.offload.slots, "scratch": config.offload.scratch}
+    return {"shoehorn": own} if own else None
+
+
+def _read_own_options(config: ServingConfig, value: Any, options: Mapping[str, object]) -> ServingConfig:
     own = value.get("shoehorn") if isinstance(value, dict) else None
-    return replace(config, embedding_on_host=isinstance(own, dict) and own.get("embedding") == "host")
+    own = own if isinstance(own, dict) else {}
+    config = replace(config, embedding_on_host=own.get("embedding") == "host")
+    experts = own.get("experts")
+    if not isinstance(experts, dict):
+        return config
+    return replace(config, offload=ExpertCacheOffload(int(experts["slots"]), int(experts.get("scratch", 16))))
+
+
+def _with_expert_cache(value: object) -> Callable[[ServingConfig], object]:
+    return lambda config: value if isinstance(config.offload, ExpertCacheOffload) else None
 
 
 def _speculation(config: ServingConfig, value: Any, options: Mapping[str, object]) -> ServingConfig:
@@ -114,9 +135,11 @@ KNOBS = (
     Knob("offload-group-size", Field.OFFLOAD, _offload_part("group"), _prefetch, opens=False),
     Knob("offload-num-in-group", Field.OFFLOAD, _offload_part("last"), _unread, opens=False),
     Knob("offload-prefetch-step", Field.OFFLOAD, _offload_part("steps"), _unread, opens=False),
-    Knob("additional-config", Field.OFFLOAD,
-         lambda config: {"shoehorn": {"embedding": "host"}} if config.embedding_on_host else None, _embedding,
-         opens=False),
+    Knob("additional-config", Field.OFFLOAD, _own_options, _read_own_options, opens=False),
+    Knob("moe-backend", Field.OFFLOAD, _with_expert_cache("marlin"), _unread, opens=False),
+    Knob("compilation-config", Field.OFFLOAD,
+         lambda config: dict(DECODE_GRAPHS) if isinstance(config.offload, ExpertCacheOffload) and not config.eager
+         else None, _unread, opens=False),
     Knob("block-size", None, lambda config: config.block_size,
          lambda config, value, options: replace(config, block_size=int(value)), keeps=False),
     Knob("tensor-parallel-size", None, lambda config: None,

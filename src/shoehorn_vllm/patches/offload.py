@@ -105,7 +105,8 @@ def _load_model(original: Callable[..., nn.Module], loader: Any, vllm_config: An
     """Offload the embedding of a loaded model on request, free unused host memory, and report quantization state."""
     model = original(loader, vllm_config, model_config, prefix)
     config = vllm_config.additional_config.get("shoehorn") if isinstance(vllm_config.additional_config, dict) else None
-    if config and config.get("embedding") == "host" and not isinstance(get_offloader(), NoopOffloader):
+    if config and config.get("embedding") == "host" and (
+            "experts" in config or not isinstance(get_offloader(), NoopOffloader)):
         for module in model.modules():
             if isinstance(module, VocabParallelEmbedding) and not isinstance(module, ParallelLMHead):
                 _offload_embedding(module)

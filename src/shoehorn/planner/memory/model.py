@@ -16,7 +16,7 @@ from shoehorn.planner.memory.activations import Activations
 from shoehorn.planner.memory.device import CPU, DeviceMemory, gpu_name
 from shoehorn.planner.memory.offload import OffloadedWeights
 from shoehorn.planner.memory.weights import Weights
-from shoehorn.planner.serving_config import ServingConfig, draft_config
+from shoehorn.planner.serving_config import ExpertCacheOffload, ServingConfig, draft_config
 
 CONTEXT_BYTES = 528 * MIB
 """CUDA context that exists before vLLM first measures the GPU, so that vLLM never counts it."""
@@ -26,6 +26,7 @@ MARGIN_BYTES = 64 * MIB
 
 _LIBRARIES_BYTES = 296 * MIB  # workspaces (cuBLAS, attention) and compiled kernels
 _NF4_LIBRARIES_BYTES = 104 * MIB  # bitsandbytes' kernels
+_EXPERT_CACHE_BYTES = 224 * MIB  # Triton's and Marlin's kernels, workspaces and sums of waves (H100, above the plan)
 _COLLECTIVES_BYTES = 720 * MIB  # the engine's two NCCL communicators; over NVLink, where they have most channels
 _COUNT_BYTES = 4  # the sampler counts every token of the vocabulary for every sequence
 
@@ -136,6 +137,7 @@ class MemoryModel:
     def framework_bytes(self) -> int:
         """Memory of one engine process on a GPU besides the model."""
         return (CONTEXT_BYTES + _LIBRARIES_BYTES + _NF4_LIBRARIES_BYTES * self.weights.format.is_nf4
+                + _EXPERT_CACHE_BYTES * isinstance(self.config.offload, ExpertCacheOffload)
                 + _COLLECTIVES_BYTES * (self.config.parallelism.gpus > 1)
                 + _COUNT_BYTES * self.config.limits.max_num_seqs * self.shape.vocab)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from shoehorn.common.units import ceil_div
 from shoehorn.planner.memory.weights import Weights
-from shoehorn.planner.serving_config import Offload, PrefetchOffload, UvaOffload
+from shoehorn.planner.serving_config import ExpertCacheOffload, Offload, PrefetchOffload, UvaOffload
 
 
 def offloaded_layers(offload: Offload, layers: int) -> int:
@@ -31,6 +31,8 @@ class OffloadedWeights:
         stored = round(self.weights.layers_bytes * self.weights.stage_share(stage))
         if isinstance(offload, PrefetchOffload):
             return stored * self.layers // self.weights.shape.layers
+        if isinstance(offload, ExpertCacheOffload):  # never divided over GPUs
+            return self.weights.shape.tensor_bytes.experts.bytes
         return min(stored, offload.bytes) if isinstance(offload, UvaOffload) else 0
 
     @property
@@ -56,8 +58,10 @@ class OffloadedWeights:
 
     @property
     def buffers_bytes(self) -> int:
-        """Buffers on each GPU for the layers that prefetch copies."""
+        """Buffers on each GPU for the layers that prefetch copies, or for cached experts."""
         offload = self.weights.config.offload
+        if isinstance(offload, ExpertCacheOffload):
+            return (offload.slots * self.weights.expert_layers + 2 * offload.scratch) * self.weights.expert_bytes
         if not isinstance(offload, PrefetchOffload):
             return 0
         return ceil_div(self.weights.layers_bytes, self.weights.shape.layers) * min(offload.steps, self.layers)

@@ -63,6 +63,25 @@ class Weights:
         """Quantization state of all layers."""
         return self.divided(self._layers[1])
 
+    @property
+    def expert_layers(self) -> int:
+        """Number of layers whose experts are cacheable; 0 for experts in other formats.
+
+        A packed weight takes half a byte and an eighth of an element, its share of a 16-bit scale two bytes an element.
+        """
+        shape, stored = self.shape, self.shape.tensor_bytes.experts
+        if not shape.experts or not shape.experts.cacheable:
+            return 0
+        each = 3 * shape.hidden * shape.experts.intermediate * shape.experts.count
+        return max(1, round(4 * (stored.bytes - 2 * stored.parameters) / each))
+
+    @property
+    def expert_bytes(self) -> int:
+        """Size of one cacheable expert of one layer."""
+        if not self.shape.experts or not self.expert_layers:
+            return 0
+        return self.divided(self.shape.tensor_bytes.experts.bytes) // (self.expert_layers * self.shape.experts.count)
+
     @cached_property
     def fused_tensors_bytes(self) -> tuple[int, ...]:
         """Sizes of one layer's parameters as vLLM fuses them: queries, keys and values in one, gate and up too."""
