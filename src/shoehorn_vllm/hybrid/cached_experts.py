@@ -76,7 +76,7 @@ class CompressedTensorsWNA16MoEMethod(engine.CompressedTensorsWNA16MoEMethod):
             super().create_weights(layer, *arguments, **named)
         for name in _NAMES:
             parameter = getattr(layer, name)
-            parameter.data = pinned_memory.like(parameter.data)
+            parameter.data = pinned_memory.allocate_like(parameter.data)
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Repack the experts for the kernel, in place in host memory, and fill the slots."""
