@@ -47,6 +47,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items.sort(key=rank)
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Fail where pytest-xdist does not put the groups into effect: tests would lose the fixtures that they share."""
+    grouped = [item for item in session.items if item.get_closest_marker("xdist_group")]
+    if getattr(session.config.option, "loadgroup", False) and not all("@" in item.nodeid for item in grouped):
+        pytest.exit("pytest-xdist ignores the groups of tests: use the pytest of requirements/dev.txt", returncode=3)
+
+
 @pytest.fixture(scope="session")
 def shared_appliance(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Appliance]:
     """Start one ready appliance with the demo model. Tests may not stop it, and leave it ready."""

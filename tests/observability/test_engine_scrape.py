@@ -140,9 +140,9 @@ def test_the_real_dump_is_valid() -> None:
 def test_what_our_middleware_counts_in_the_engine_passes_and_nothing_else_of_our_name() -> None:
     registry = CollectorRegistry()
     counts = RequestMetrics(registry)
-    counts.request("phone", "ok")
-    counts.running("phone", 1)
-    counts.usage("phone", b'"usage": {"prompt_tokens": 3, "completion_tokens": 4}')
+    counts.count_request("phone", "ok")
+    counts.set_running("phone", 1)
+    counts.count_usage("phone", b'"usage": {"prompt_tokens": 3, "completion_tokens": 4}')
     assert why_invalid(generate_latest(registry).decode()) == ""
     assert "our own prefix" in why_invalid("# TYPE shoehorn_phase gauge\nshoehorn_phase 1\n")
     rows = {f"{family.name}{'_total' * (family.type == 'counter')}" for family in registry.collect()}

@@ -216,7 +216,7 @@ def test_add_prints_the_key_alone_and_once(tmp_path: Path, capsys: pytest.Captur
     assert _run(tmp_path, "add", "alice", "--expires", "30d", "--max-body", "1MiB", "--concurrent", "2") == 0
     shown = capsys.readouterr()
     token = shown.out.strip()
-    assert "this once" in shown.err
+    assert "only once" in shown.err
     assert token not in shown.err
     key = _ring(tmp_path).find(token.encode())
     assert key is not None
