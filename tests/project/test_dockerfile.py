@@ -54,7 +54,7 @@ def test_entry_point_health_check_and_ports_match_the_code() -> None:
 
 def test_unprivileged_user_owns_the_default_folders() -> None:
     words = shlex.split(next(rest for rest in arguments("RUN") if "useradd" in rest))
-    assert arguments("USER")[-1] in words
+    assert arguments("USER") == [words[words.index("&&") - 1]]
     assert words[words.index("--uid") + 1] == "10001"
     assert {DEFAULTS["MODELS_DIR"], DEFAULTS["RUN_DIR"]} <= set(words)
 
