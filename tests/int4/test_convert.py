@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -140,7 +141,8 @@ def test_real_models_keep_their_shape_and_shrink(name: str, bits: BitWidths, gig
     converted, original = checkpoint.read(PlannedFiles(files, plan)), checkpoint.read(files)
     assert converted.weights_bytes / 1e9 == pytest.approx(gigabytes, rel=0.02)
     assert converted.notes == original.notes
-    assert converted.experts == original.experts
+    experts = converted.experts and replace(converted.experts, cacheable=False)  # INT4 can be cached on the GPU
+    assert experts == original.experts
     for shard in plan.shards:
         ends = sorted((begin, item.source.name) for item in shard.tensors for begin in item.offsets.values())
         assert ends[0][0] == len(shard.header)
