@@ -1,4 +1,4 @@
-"""The health check as Docker runs it: a process of its own, against a gateway that answers, refuses, hangs or lies."""
+"""The health check as a process, as Docker runs it, against a gateway that answers, refuses, hangs or sends garbage."""
 
 from __future__ import annotations
 
@@ -60,9 +60,9 @@ class Gateway:
 
 @pytest.fixture
 def gateway() -> Iterator[Gateway]:
-    made = Gateway()
-    yield made
-    made.end()
+    running = Gateway()
+    yield running
+    running.end()
 
 
 def _check(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

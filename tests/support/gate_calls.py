@@ -18,7 +18,7 @@ USAGE = b'{"usage": {"prompt_tokens": 3, "total_tokens": 8, "completion_tokens":
 
 
 class Call:
-    """One request to the middleware, and all that came back."""
+    """One request to the middleware, and its answer."""
 
     def __init__(self, gate: AdmissionMiddleware, path: str = CHAT, body: bytes | None = b"{}", limits: str = "",
                  key: str = "phone", method: str = "POST", query: str = "", declare: bool = True) -> None:
@@ -45,12 +45,12 @@ class Call:
         self.sent.append(message)
 
     def arrive(self, body: bytes) -> None:
-        """The body, of a request that was sent without one (`body=None`)."""
+        """Send the body of a request that was sent without one (`body=None`)."""
         self.body = body
         self._arrived.set()
 
     async def answer(self) -> tuple[int, dict[bytes, bytes], bytes]:
-        """Status, headers and the whole body; checks that it was completed properly."""
+        """Return status, headers and body; check that the answer is complete."""
         await asyncio.wait_for(self.task, 60)
         start, *pieces = self.sent
         assert [piece.get("more_body", False) for piece in pieces] == [True] * (len(pieces) - 1) + [False]
@@ -58,24 +58,24 @@ class Call:
 
     @property
     def data(self) -> bytes:
-        """What came of the body so far."""
+        """The received part of the body."""
         return b"".join(piece["body"] for piece in self.sent[1:])
 
     async def until(self, text: bytes) -> None:
-        """Wait until the body holds a text."""
+        """Wait until the body contains a text."""
         async with asyncio.timeout(60):
             while text not in self.data:
                 await asyncio.sleep(0.001)
 
 
 async def settled() -> None:
-    """Let every task come as far as it can: none waits for anything outside the loop."""
+    """Run all tasks until they are blocked: none waits for anything outside the loop."""
     for _ in range(100):
         await asyncio.sleep(0)
 
 
 class Engine:
-    """An application like vLLM's: streams where told so, ends when its client leaves, and can be told to fail."""
+    """Application like vLLM's: streams on request, stops when its client leaves, and can be made to fail."""
 
     def __init__(self, **settings: Any) -> None:
         self.registry = CollectorRegistry()
@@ -89,7 +89,7 @@ class Engine:
         return Call(self.gate, *arguments, **more)
 
     def count(self, outcome: str, key: str = "phone") -> float:
-        """Requests counted with an outcome."""
+        """Return the number of requests with an outcome."""
         return self.registry.get_sample_value("shoehorn_requests_total", {"key": key, "outcome": outcome}) or 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -131,7 +131,7 @@ class Engine:
 
 
 def run(test: Callable[[Engine], Awaitable[None]], **settings: Any) -> None:
-    """Run a test with an engine in an event loop of its own."""
+    """Run a test with an engine in a new event loop."""
     async def main() -> None:
         await test(Engine(**settings))
 
@@ -139,7 +139,7 @@ def run(test: Callable[[Engine], Awaitable[None]], **settings: Any) -> None:
 
 
 def error(body: bytes) -> dict[str, Any]:
-    """The error of an answer in OpenAI's form."""
-    found: dict[str, Any] = json.loads(body)["error"]
-    assert set(found) == {"message", "type", "param", "code"}
-    return found
+    """Return the error of an answer in OpenAI's form."""
+    document: dict[str, Any] = json.loads(body)["error"]
+    assert set(document) == {"message", "type", "param", "code"}
+    return document

@@ -1,4 +1,4 @@
-"""nginx and the key service as the appliance runs them, for tests of the gateway; the engine behind is a stand-in."""
+"""nginx and the key service as the appliance runs them, in front of a stand-in engine."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ BEARER = {"Authorization": f"Bearer {KEY}"}
 
 
 def authorization(key: str) -> str:
-    """The header's line."""
+    """Return the line of the header."""
     return f"Authorization: Bearer {key}\r\n"
 
 
 def request(target: str, headers: str = "", host: str = "x", method: str = "GET") -> bytes:
-    """A request as it goes over the wire, without a body; each header ends its line itself."""
+    """Return the bytes of a request without a body; each header includes its line end."""
     return f"{method} {target} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n{headers}\r\n".encode()
 
 
 def openai_error(answer: httpx.Response) -> dict[str, object]:
-    """The error in OpenAI's form; fails on any other."""
+    """Return the error in OpenAI's form; fail on any other."""
     assert answer.headers["content-type"].startswith("application/json"), answer.text
     error = answer.json()["error"]
     assert set(error) >= {"message", "type", "param", "code"}
@@ -49,7 +49,7 @@ def openai_error(answer: httpx.Response) -> dict[str, object]:
 
 
 def anthropic_error(answer: httpx.Response) -> dict[str, object]:
-    """The error in Anthropic's form; fails on any other."""
+    """Return the error in Anthropic's form; fail on any other."""
     assert answer.headers["content-type"].startswith("application/json"), answer.text
     body = answer.json()
     assert (body["type"], set(body), set(body["error"])) == ("error", {"type", "error"}, {"type", "message"})
@@ -57,12 +57,12 @@ def anthropic_error(answer: httpx.Response) -> dict[str, object]:
 
 
 def error_of(answer: httpx.Response) -> dict[str, object]:
-    """The error in the form of the route that was asked for."""
+    """Return the error in the form of the requested route."""
     return anthropic_error(answer) if answer.url.path.startswith("/v1/messages") else openai_error(answer)
 
 
 class Gateway:
-    """nginx as the appliance runs it, on a run directory of its own."""
+    """nginx as the appliance runs it, in a separate run directory."""
 
     def __init__(self, home: Path, user: str | None = None, **settings: str) -> None:
         self.port = free_port()
@@ -85,23 +85,23 @@ class Gateway:
         self.keys: subprocess.Popen[bytes] | None = None
 
     def launch(self) -> subprocess.Popen[bytes]:
-        """Start nginx the way supervisord does."""
+        """Start nginx as supervisord does."""
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(["nginx", "-c", str(self.run_dir / "nginx.conf"), "-e", "stderr"],
                                             stdout=log, stderr=log, start_new_session=True, user=self._user, cwd="/")
         return self.process
 
     def launch_keys(self) -> subprocess.Popen[bytes]:
-        """Start the key service the way supervisord does."""
-        kept = {name: os.environ[name] for name in ("PATH", "LANG") if name in os.environ}
+        """Start the key service as supervisord does."""
+        inherited = {name: os.environ[name] for name in ("PATH", "LANG") if name in os.environ}
         clean = {name: value for name, value in self.environment.items() if name != "API_KEY"}
         with self.log.open("ab") as log:
-            self.keys = subprocess.Popen([sys.executable, "-m", programs.KEYS], env={**kept, **clean},
+            self.keys = subprocess.Popen([sys.executable, "-m", programs.KEYS], env={**inherited, **clean},
                                          stdout=log, stderr=log, start_new_session=True, cwd="/")
         return self.keys
 
     def keys_listen(self) -> bool:
-        """Whether the key service takes connections, or has ended."""
+        """Return True if the key service accepts connections or has exited."""
         if self.keys is not None and self.keys.poll() is not None:
             return True
         with socket.socket(socket.AF_UNIX) as probe:
@@ -115,7 +115,7 @@ class Gateway:
 
     @property
     def url(self) -> str:
-        """Where it listens."""
+        """The address at which it listens."""
         return f"{self.scheme}://127.0.0.1:{self.port}"
 
     def __enter__(self) -> Gateway:
@@ -139,7 +139,7 @@ class Gateway:
 
     @property
     def pid(self) -> int:
-        """nginx's master."""
+        """Process id of nginx's master."""
         assert self.process is not None
         return self.process.pid
 
@@ -154,7 +154,7 @@ class Gateway:
         return "https" if self.settings.tls_cert_file else "http"
 
     def stop_keys(self, number: int = signal.SIGTERM) -> int:
-        """End the key service; returns its exit status."""
+        """Stop the key service and return its exit status."""
         assert self.keys is not None
         self.keys.send_signal(number)
         try:
@@ -164,7 +164,7 @@ class Gateway:
             raise
 
     def stop(self) -> None:
-        """End nginx at once."""
+        """Stop nginx at once."""
         assert self.process is not None
         self.process.send_signal(signal.SIGTERM)
         try:
@@ -174,12 +174,12 @@ class Gateway:
             raise
 
     def engine(self) -> FakeEngine:
-        """A stand-in engine on the socket of this run directory, which is ready then."""
+        """Set the state to ready and return a stand-in engine on the socket of this run directory."""
         self.states.update(phase=Phase.READY, progress=None)
         return FakeEngine(self.run_dir / "engine.sock")
 
     def send(self, data: bytes) -> bytes:
-        """All bytes that come back for these raw ones, until the gateway closes or nothing comes for a moment."""
+        """Send raw bytes and return the answer, until the gateway closes or sends nothing for 10 s."""
         with socket.create_connection(("127.0.0.1", self.port), timeout=10) as connection:
             connection.sendall(data)
             answer = b""
@@ -191,7 +191,7 @@ class Gateway:
             return answer
 
     def listens(self) -> bool:
-        """Whether it takes connections, or has ended."""
+        """Return True if it accepts connections or has exited."""
         if self.process is not None and self.process.poll() is not None:
             return True
         with socket.socket() as probe:

@@ -1,4 +1,4 @@
-"""What the console page can be shown: a plan, a load, a pull, a conversation that begins, and pieces of a stream."""
+"""States for the console page: a plan, a load, a pull, the start of a conversation, and parts of a stream."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SERVED = Answer(200, {"object": "list", "data": [{"id": MODEL, "object": "model"
 
 
 def plan_of_the_70b() -> Plan:
-    """The 70B over two cards of 20 GB, with some of its weights in host memory."""
+    """Plan a 70B model for two GPUs of 20 GB, with a part of its weights in host memory."""
     cards = tuple(Gpu(number, f"GPU-{number}", "NVIDIA RTX 4000 Ada", 20 * GIB, 20 * GIB, (8, 9), 4, 16, False)
                   for number in range(2))
     machine = Hardware(cards, "580.95.05", 96 * GIB, 96 * GIB, 16.0)
@@ -38,7 +38,7 @@ def plan_of_the_70b() -> Plan:
 
 
 def loaded(plan: Plan) -> tuple[dict[str, object], ...]:
-    """The rows that the engine writes after a load: here a little of each part more than was expected."""
+    """Return the rows that the engine writes after a load, with slightly more memory of each part than expected."""
     figures = {number: {"weights_bytes": parts.weights_bytes + parts.quant_state_bytes + parts.embeddings_bytes
                         + parts.offload_buffer_bytes + (64 << 20), "kv_cache_bytes": parts.kv_cache_bytes}
                for number, parts in enumerate(plan.vram)}
@@ -61,7 +61,7 @@ def usage(prompt: int, completion: int) -> str:
 
 
 def chatting(gate: Gateway, engine: FakeEngine, visit: Visits, **how: object) -> Visit:
-    """A visit whose key was taken."""
+    """Open the page with an accepted key."""
     engine.answers["/v1/models"] = SERVED
     opened = visit(gate.url, **how)
     opened.page.locator("#key").fill(KEY)
