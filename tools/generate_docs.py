@@ -14,11 +14,11 @@ from jinja2 import Environment, StrictUndefined
 
 from shoehorn.common.paths import HOME
 from shoehorn.config.settings import TABLE
-from shoehorn.observability import metrics
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import fault_table  # the path is set just above
+import metrics_document  # likewise
 import routes_document  # likewise
 
 RESULTS = HOME / "bench" / "results"
@@ -101,7 +101,7 @@ DOCUMENTS = {Path("README.md"): filled("README.md", "measured.md.j2", **_README_
              Path("docs/int4.md"): filled("docs/int4.md", "int4.md.j2", quality="int4-quality.json",
                                           speed="convert-speed.json"),
              Path("docs/configuration.md"): configuration, Path(".env.example"): example,
-             Path("docs/metrics.md"): metrics.document, Path("docs/routes.md"): routes_document.document,
+             Path("docs/metrics.md"): metrics_document.document, Path("docs/routes.md"): routes_document.document,
              Path("docs/reliability.md"): fault_table.document}
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-// The chat: key, conversation, figures. The conversation lives in this page only, the key in this tab only.
+// Chat: key, conversation, statistics. The conversation is kept in this page only, the key in this tab only.
 import { count, duration, speed } from "./format.js";
 import { Message } from "./message.js";
 import { ask, chat, ServerError } from "./stream.js";
@@ -9,7 +9,7 @@ const KEY = "shoehorn.key", MODEL = "shoehorn.model";
 let key = kept("sessionStorage", KEY);
 let models = [], model = "", contextUsed = 0, rate = 0, firstSeconds = 0;
 let ready = false, checking = false, running = null;
-let history = [], last = null; // the elements of the last exchange that went well
+let history = [], last = null; // elements of the last successful exchange
 
 const idle = () => ready && key && model && !running;
 
@@ -42,7 +42,7 @@ export function showFigures() {
   meter.setAttribute("aria-label", byId("context").textContent);
 }
 
-// What went wrong, in the server's words where it has any, and when to try again.
+// Formats an error: the server's message if there is one, and the time to retry.
 export function explain(error) {
   const own = error.status === -1 ? t("broken") : error.status ? t("status", error.status) : t("unreachable");
   const wait = error.waitSeconds ? ` ${t("wait", duration(error.waitSeconds))}` : "";
@@ -72,7 +72,7 @@ function showModels() {
   }));
 }
 
-// Ask which models are served, which also proves the key.
+// Lists the served models, which also checks the key.
 async function check(moveFocus) {
   if (!key || checking || !ready) return showControls();
   checking = true;
@@ -153,7 +153,7 @@ async function send(text) {
     running = null;
     last = message.content ? [question.element, message.element] : null;
     if (message.content) history.push({ role: "assistant", content: message.content });
-    else { // nothing was said: the question can be asked again
+    else { // without an answer: the question can be resent
       history.pop();
       if (!byId("message").value) byId("message").value = text;
     }
@@ -162,7 +162,7 @@ async function send(text) {
   }
 }
 
-// Told with each state: whether the engine is ready, and what it calls its model.
+// Called with each state: readiness of the engine, and the name of its model.
 export function setReady(now) {
   const before = ready;
   ready = now;
@@ -193,7 +193,7 @@ export function setUp() {
     showControls();
     byId("message").focus();
   });
-  byId("again").addEventListener("click", () => { // the same question once more, in the place of its answer
+  byId("again").addEventListener("click", () => { // resend the question and replace its answer
     const text = history.splice(-2)[0].content;
     for (const element of last) element.remove();
     send(text);
@@ -211,7 +211,7 @@ export function setUp() {
     send(text);
   });
   byId("message").addEventListener("keydown", (event) => {
-    if (event.key !== "Enter" || event.shiftKey || event.isComposing) return; // composing: Enter chooses a character
+    if (event.key !== "Enter" || event.shiftKey || event.isComposing) return; // during composition Enter selects a character
     event.preventDefault();
     byId("composer").requestSubmit();
   });

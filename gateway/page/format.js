@@ -1,4 +1,4 @@
-// Figures for people.
+// Formatting of numbers.
 import { locale, t } from "./words.js";
 
 const UNITS = [[2 ** 30, "GiB", 2], [2 ** 20, "MiB", 0], [2 ** 10, "KiB", 0]];

@@ -1,5 +1,5 @@
-// What a model writes, as elements: Markdown is read by marked, whose lexer gives tokens; they become elements and text
-// nodes here, never markup. A link is shown with its address and leads nowhere.
+// Renders Markdown of a model: marked's lexer returns tokens, which become elements and text nodes here, never markup.
+// Links are shown as text with their address.
 import { Marked } from "./marked.esm.js";
 import { copyButton } from "./snippets.js";
 import { make } from "./words.js";
@@ -9,14 +9,14 @@ const BOLD = /^\*\*(?=[^\s*])([\s\S]*?[^\s*])\*\*(?!\*)/;
 
 const reader = new Marked({ gfm: true }).use({
   extensions: [
-    { // formulas stay as they were written
+    { // formulas stay unchanged
       name: "math", level: "inline", start: (text) => text.search(/\$\$|\\[([]/),
       tokenizer(text) {
         const found = MATH.exec(text);
         return found ? { type: "math", raw: found[0], text: found[0] } : undefined;
       },
     },
-    { // by the standard ** needs a space after punctuation, which Chinese does not have
+    { // the standard requires a space after ** and punctuation, which Chinese text does not have
       name: "bold", level: "inline", start: (text) => text.indexOf("**"),
       tokenizer(text) {
         const found = BOLD.exec(text);
@@ -101,7 +101,7 @@ function block(token) {
 
 const seen = (token) => token.type !== "space" && token.type !== "def";
 
-// Shows `text` in `element`; only the blocks that changed are touched, so that a selection above them survives.
+// Shows `text` in `element`; only changed blocks are replaced, so that a selection above them is kept.
 export function show(element, text) {
   const blocks = reader.lexer(text).filter(seen);
   blocks.forEach((token, place) => {

@@ -6,7 +6,7 @@ import { make, t } from "./words.js";
 export class Message {
   constructor(role) {
     this.reasoning = this.content = "";
-    this.plain = role === "user"; // a person's own words are shown as they were typed
+    this.plain = role === "user"; // the user's text is shown as typed
     this.element = make("article", `message ${role}`);
     const name = make("h3", "", "");
     name.dataset.text = this.plain ? "you" : "model";
@@ -26,12 +26,12 @@ export class Message {
     this.drawing = 0;
   }
 
-  // Add a piece; drawn with the browser's next frame, however many pieces come.
+  // Adds a piece; drawn with the browser's next frame, whatever the number of pieces.
   add(reasoning, content) {
     this.reasoning += reasoning;
     this.content += content;
     if (reasoning && !content && this.thought.hidden) this.thought.open = true;
-    if (content && this.content === content) this.thought.open = false; // the answer begins
+    if (content && this.content === content) this.thought.open = false; // the answer starts
     if (!this.drawing) this.drawing = requestAnimationFrame(() => this.draw());
   }
 
@@ -46,14 +46,14 @@ export class Message {
     this.onDraw?.();
   }
 
-  // No more comes.
+  // Ends the message.
   end() {
     this.draw();
     this.element.classList.remove("waiting");
     this.copy.hidden = !this.content;
   }
 
-  // A word about how it ended. `key`: of words.js; or, without one, the server's own words.
+  // Adds a note about its end. `key`: of words.js; or, without one, the server's text.
   note(key, text, className) {
     const note = make("p", className, key ? t(key) : text);
     if (key) note.dataset.text = key;

@@ -1,4 +1,4 @@
-// The console page: what the appliance does, and, once it serves, a chat and how to call it. Needs no key to watch.
+// Console page: status of the appliance and, once ready, chat and example calls. The status needs no key.
 import * as chat from "./chat.js";
 import * as snippets from "./snippets.js";
 import { follow, phaseName, showStatus } from "./status.js";

@@ -1,4 +1,4 @@
-// How to call this server, ready to paste: its own address and model, and the key from the environment.
+// Example calls to paste, with this server's address and model, and the key from the environment.
 import { byId, make, say, t } from "./words.js";
 
 const base = () => new URL("v1", location.href).href;
@@ -51,8 +51,7 @@ export function showSnippets(model) {
   for (const [id, make] of Object.entries({ curl, openai, langchain })) say(id, make(model, t("prompt")));
 }
 
-// Copies the text of an element, which is marked for it: over plain HTTP browsers give no clipboard, but let a selection
-// be copied.
+// Copies the text of an element by selecting it: over plain HTTP browsers have no clipboard API, but copy a selection.
 async function copied(source, text) {
   const range = document.createRange();
   range.selectNodeContents(source);
@@ -70,7 +69,7 @@ async function copy(button, source, text) {
   setTimeout(() => { button.textContent = t("copy"); say("copied", ""); }, 1500);
 }
 
-// A button that copies `text()`, of the box or message that it stands in.
+// Creates a button that copies `text()` of its box or message.
 export function copyButton(text) {
   const button = make("button", "quiet", t("copy"));
   button.type = "button";

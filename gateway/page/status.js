@@ -1,4 +1,4 @@
-// What /status says, shown: phase, progress, failure. Asked every two seconds, for ever.
+// Shows /status: phase, progress, failure. Polled every two seconds.
 import { duration, size } from "./format.js";
 import { byId, detail, say, t, TEXT } from "./words.js";
 
@@ -20,7 +20,7 @@ function showSteps(phase) {
   }
 }
 
-// A key's words only where there are any: a newer server may have a phase that this page does not know.
+// The text of a key if it exists: a newer server may have a phase that this page does not know.
 const known = (key) => (key in TEXT.en ? t(key) : "");
 
 export const phaseName = (phase) => known(`phase.${phase}`) || phase;
@@ -40,7 +40,7 @@ function showProgress(state, now) {
   say("elapsed", state.since > 0 ? t("elapsed", duration(Math.max(0, now - state.since))) : "");
 }
 
-// `now`: the server's clock, in seconds. `used`: whether it was ready before, so that the conversation stays.
+// `now`: the server's clock, in seconds. `used`: it was ready before, so the conversation stays visible.
 export function showStatus(state, now, used) {
   const { phase } = state;
   const ready = phase === "ready", failed = phase === "failed";
@@ -58,7 +58,7 @@ export function showStatus(state, now, used) {
   byId("remedy-title").hidden = !state.remedy;
 }
 
-// Calls `seen(state, now)` for each answer, and `lost()` where there is none.
+// Calls `seen(state, now)` for each answer, and `lost()` without one.
 export async function follow(seen, lost) {
   for (;;) {
     let state = null, clock = 0;
@@ -66,9 +66,9 @@ export async function follow(seen, lost) {
       const answer = await fetch("status", { cache: "no-store", signal: AbortSignal.timeout(PATIENCE_MS) });
       if (answer.ok) {
         state = await answer.json();
-        clock = Date.parse(answer.headers.get("Date")) || Date.now(); // the server's: this machine's may be off
+        clock = Date.parse(answer.headers.get("Date")) || Date.now(); // the server's clock: this machine's may be wrong
       }
-    } catch (error) { // no network, no answer in time, or half a document
+    } catch (error) { // no network, timeout, or incomplete document
       if (!(error instanceof TypeError || error instanceof DOMException || error instanceof SyntaxError)) throw error;
     }
     if (state) seen(state, clock / 1000);

@@ -1,6 +1,6 @@
-// Requests to the API, with the server's own words where it refuses, and answers piece by piece.
+// Requests to the API: errors with the server's message, and streamed answers.
 
-// `status` is 0 where nothing came back; `waitSeconds` is what Retry-After said, or 0.
+// `status` is 0 without an answer; `waitSeconds` is Retry-After, or 0.
 export class ServerError extends Error {
   constructor(message, status = 0, waitSeconds = 0) {
     super(message);
@@ -9,7 +9,7 @@ export class ServerError extends Error {
   }
 }
 
-// Asks a path of the API; throws ServerError for every refusal, and the AbortError of `signal`.
+// Requests a path of the API; throws ServerError for every refusal, and the AbortError of `signal`.
 export async function ask(path, key, body, signal) {
   const headers = { Authorization: `Bearer ${key}` };
   if (body) headers["Content-Type"] = "application/json";
@@ -35,7 +35,7 @@ function words(text) {
   }
 }
 
-// The data of each server-sent event of a body.
+// Yields the data of each server-sent event of a body.
 export async function* events(body) {
   const reader = body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
@@ -51,8 +51,8 @@ export async function* events(body) {
   }
 }
 
-// The pieces of a chat answer: {reasoning, content, usage, finish}. Throws ServerError when the stream holds an error or
-// ends before its end.
+// Yields the pieces of a chat answer: {reasoning, content, usage, finish}. Throws ServerError when the stream contains
+// an error or is incomplete.
 export async function* chat(messages, model, key, signal) {
   const answer = await ask("v1/chat/completions", key, {
     model, messages, stream: true, stream_options: { include_usage: true, continuous_usage_stats: true },
@@ -69,7 +69,7 @@ export async function* chat(messages, model, key, signal) {
       };
     }
   } catch (error) {
-    if (error instanceof TypeError || error instanceof SyntaxError) throw new ServerError("", -1); // it broke off
+    if (error instanceof TypeError || error instanceof SyntaxError) throw new ServerError("", -1); // interrupted
     throw error;
   }
   throw new ServerError("", -1);

@@ -1,8 +1,8 @@
-// The plan, and the picture of each card's memory: parts as the plan expects them, beside what the engine measured.
+// The plan, and a chart of each GPU's memory: parts as the plan expects them and as the engine measured them.
 import { count, size, speed } from "./format.js";
 import { byId, make, t } from "./words.js";
 
-const HELD = ["weights", "quant_state", "embeddings", "offload_buffer"]; // the engine measures these as one, as a rule
+const HELD = ["weights", "quant_state", "embeddings", "offload_buffer"]; // the engine usually measures these as one
 const REST = ["kv_cache", "cuda_graphs", "framework"];
 const RESERVE = "activations";
 const QUANTIZATION = { "": "as-is", bitsandbytes: "nf4", int4: "int4" };
@@ -23,7 +23,7 @@ function facts(plan) {
   ].filter(([, value]) => value);
 }
 
-// One bar: parts [name, bytes], drawn to a scale of `whole` bytes, with the same told in words.
+// One bar: parts [name, bytes], drawn to a scale of `whole` bytes, with a text alternative.
 function bar(title, parts, whole) {
   const row = make("div", "vram-row");
   row.append(make("span", "vram-label", title));
@@ -98,7 +98,7 @@ function legend(vram) {
   });
 }
 
-// `open`: whether its figures are shown at once.
+// `open`: its details are expanded.
 function card(parts, number, rows, open) {
   const section = make("section", "gpu");
   section.append(make("h3", "", t("gpu", number)));
@@ -120,7 +120,7 @@ function card(parts, number, rows, open) {
 
 let shown = "";
 
-// Drawn anew only when something changed, so that neither a selection nor a reader is disturbed.
+// Redrawn only after a change, so that selections and screen readers are not disturbed.
 export function showPlan(state, language) {
   const plan = state.plan ?? {};
   const present = JSON.stringify([plan, state.memory, language]);

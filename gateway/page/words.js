@@ -1,4 +1,4 @@
-// All words of the page, in English and Chinese. The browser's language decides until a person does; theirs is kept.
+// All texts of the page, in English and Chinese. The browser's language is the default; a chosen language is stored.
 
 export const TEXT = {
   en: {
@@ -6,99 +6,100 @@ export const TEXT = {
     "phase.starting": "Starting", "phase.pulling": "Downloading", "phase.verifying": "Checking files",
     "phase.converting": "Converting", "phase.loading": "Loading", "phase.ready": "Ready",
     "phase.stepping_down": "Trying a smaller plan", "phase.failed": "Failed", "phase.stopping": "Stopping",
-    "headline.starting": "Looking at the machine and planning", "headline.pulling": "Downloading the model",
+    "headline.starting": "Detecting hardware and planning", "headline.pulling": "Downloading the model",
     "headline.verifying": "Checking every file", "headline.converting": "Converting the weights",
-    "headline.loading": "Loading the model", "headline.stepping_down": "That did not fit; trying a smaller plan",
+    "headline.loading": "Loading the model", "headline.stepping_down": "Out of memory; trying a smaller plan",
     "headline.stopping": "Stopping",
     "step.prepare": "Plan", "step.fetch": "Download", "step.load": "Load", "step.ready": "Ready",
-    "failure": "The model cannot be served", "remedy": "What to do",
-    "lost": "No connection to the server; trying again.",
-    "again": "The engine is not there just now ({0}). It comes back by itself; the conversation stays here.",
+    "failure": "The model is unavailable", "remedy": "What to do",
+    "lost": "Connection lost; reconnecting.",
+    "again": "The engine is temporarily unavailable ({0}). It restarts automatically; this conversation is kept.",
     "back": "The engine is ready again.",
     "left": "{0} left", "elapsed": "for {0}", "second": "s", "minute": "min", "hour": "h",
     "chat": "Chat", "clear": "New conversation", "key": "API key", "key.use": "Use this key",
-    "key.note": "Kept for this tab only. Lost it? Inside the container, this makes a new one:",
-    "key.held": "Your key is kept for this tab only.", "key.forget": "Forget the key",
-    "message": "Your message", "message.note": "Enter sends, Shift and Enter begins a line.",
+    "key.note": "Stored for this tab only. If you lost it, create a new one inside the container:",
+    "key.held": "Your key is stored for this tab only.", "key.forget": "Forget the key",
+    "message": "Your message", "message.note": "Enter to send, Shift+Enter for a new line.",
     "send": "Send", "stop": "Stop", "you": "You", "model": "Model", "reasoning": "Reasoning",
-    "answering": "The model answers.", "answered": "The answer is complete.", "stopped": "Stopped.",
-    "cut": "Cut off at the limit of tokens.", "broken": "The connection ended before the answer did.",
-    "unreachable": "The server cannot be reached.", "wait": "Try again in {0}.", "status": "Status {0}",
+    "answering": "The model is responding.", "answered": "Response complete.", "stopped": "Stopped.",
+    "cut": "Truncated at the token limit.", "broken": "The connection was lost before the response was complete.",
+    "unreachable": "The server is unreachable.", "wait": "Retry in {0}.", "status": "Status {0}",
     "speed": "{0} tokens/s", "context": "Context: {0} of {1} tokens", "context.only": "Context: {0} tokens",
-    "use": "Call it", "use.note": "The key comes from the environment:", "copy": "Copy", "copied": "Copied",
-    "prompt": "What is your name?", "first": "first token after {0} s", "again.answer": "Answer again",
-    "model.choice": "Model", "ideas": "To begin with:", "idea.name": "What is your name?",
-    "idea.explain": "Explain in three sentences how a model that is larger than the GPU's memory can run.",
-    "idea.write": "Write a Python function that tells whether a word is a palindrome.",
-    "figures": "In figures", "figures.of": "GPU {0} in figures",
-    "plan": "The plan", "plan.context": "Context", "plan.requests": "Requests at once", "plan.weights": "Weights",
-    "plan.kv": "KV cache, all requests", "plan.host": "Host memory", "plan.offloaded": "of it, offloaded weights",
-    "plan.speed": "Expected speed", "plan.disk": "Model's files", "tokens": "{0} tokens",
-    "speed.one": "{0} tokens/s for one request", "speed.eight": "{0} tokens/s for eight together",
-    "as-is": "as the checkpoint is", "nf4": "quantized to NF4", "int4": "quantized to INT4",
-    "cpu": "It runs on the CPU: no VRAM is used.", "gpu": "VRAM of GPU {0}", "part": "Part",
+    "use": "Use the API", "use.note": "The key is read from the environment:", "copy": "Copy", "copied": "Copied",
+    "prompt": "What is your name?", "first": "first token after {0} s", "again.answer": "Regenerate",
+    "model.choice": "Model", "ideas": "Try asking:", "idea.name": "What is your name?",
+    "idea.explain": "Explain in three sentences how to run a model that does not fit into GPU memory.",
+    "idea.write": "Write a Python function that checks whether a word is a palindrome.",
+    "figures": "Details", "figures.of": "Details of GPU {0}",
+    "plan": "The plan", "plan.context": "Context", "plan.requests": "Concurrent requests", "plan.weights": "Weights",
+    "plan.kv": "KV cache, all requests", "plan.host": "Host memory", "plan.offloaded": "of which offloaded weights",
+    "plan.speed": "Expected speed", "plan.disk": "Model files", "tokens": "{0} tokens",
+    "speed.one": "{0} tokens/s for one request", "speed.eight": "{0} tokens/s for eight concurrent requests",
+    "as-is": "original format of the checkpoint", "nf4": "quantized to NF4", "int4": "quantized to INT4",
+    "cpu": "Runs on the CPU; no VRAM is used.", "gpu": "VRAM of GPU {0}", "part": "Part",
     "expected": "Expected", "measured": "Measured", "total": "Total", "of": "{0} of {1}",
-    "unknown": "unknown", "reserve": "reserve, used under load",
+    "unknown": "unknown", "reserve": "reserved for use under load",
     "picture": "{0}: {1}",
-    "part.weights": "Weights", "part.quant_state": "Quantization state", "part.embeddings": "Embeddings and head",
+    "part.weights": "Weights", "part.quant_state": "Quantization state",
+    "part.embeddings": "Embeddings and output head",
     "part.offload_buffer": "Offload buffers", "part.kv_cache": "KV cache", "part.activations": "Activations",
-    "part.cuda_graphs": "CUDA graphs", "part.framework": "Framework", "part.free": "Left of the limit",
+    "part.cuda_graphs": "CUDA graphs", "part.framework": "Framework", "part.free": "Remaining within the limit",
   },
   zh: {
     "other": "English", "other.lang": "en",
     "phase.starting": "启动中", "phase.pulling": "下载中", "phase.verifying": "校验中", "phase.converting": "转换中",
     "phase.loading": "加载中", "phase.ready": "就绪", "phase.stepping_down": "缩减方案中", "phase.failed": "失败",
     "phase.stopping": "停止中",
-    "headline.starting": "正在检查机器并制定方案", "headline.pulling": "正在下载模型",
+    "headline.starting": "正在检测硬件并制定方案", "headline.pulling": "正在下载模型",
     "headline.verifying": "正在校验每个文件", "headline.converting": "正在转换权重", "headline.loading": "正在加载模型",
     "headline.stepping_down": "显存不足，正在尝试更小的方案", "headline.stopping": "正在停止",
     "step.prepare": "规划", "step.fetch": "下载", "step.load": "加载", "step.ready": "就绪",
-    "failure": "模型无法提供服务", "remedy": "解决办法",
-    "lost": "无法连接服务器，正在重试。",
-    "again": "引擎暂时不可用（{0}）。它会自动恢复，对话仍保留在此。",
+    "failure": "模型不可用", "remedy": "解决办法",
+    "lost": "连接已断开，正在重新连接。",
+    "again": "引擎暂时不可用（{0}），将自动重启；对话内容会保留。",
     "back": "引擎已恢复就绪。",
     "left": "剩余 {0}", "elapsed": "已用 {0}", "second": "秒", "minute": "分", "hour": "小时",
     "chat": "对话", "clear": "新对话", "key": "API 密钥", "key.use": "使用此密钥",
-    "key.note": "仅在此标签页中保留。忘记密钥时，可在容器内用此命令生成新的密钥：",
-    "key.held": "您的密钥仅在此标签页中保留。", "key.forget": "清除密钥",
+    "key.note": "仅保存在此标签页中。如果密钥丢失，可在容器内运行以下命令重新生成：",
+    "key.held": "您的密钥仅保存在此标签页中。", "key.forget": "清除密钥",
     "message": "您的消息", "message.note": "Enter 发送，Shift + Enter 换行。",
     "send": "发送", "stop": "停止", "you": "您", "model": "模型", "reasoning": "思考过程",
     "answering": "模型正在回答。", "answered": "回答完毕。", "stopped": "已停止。",
-    "cut": "已达到 token 上限，回答被截断。", "broken": "回答尚未结束，连接已中断。",
+    "cut": "已达到 token 上限，回答被截断。", "broken": "连接在回答完成前中断。",
     "unreachable": "无法连接服务器。", "wait": "请在 {0}后重试。", "status": "状态码 {0}",
     "speed": "{0} token/秒", "context": "上下文：{0} / {1} token", "context.only": "上下文：{0} token",
-    "use": "调用方法", "use.note": "密钥取自环境变量：", "copy": "复制", "copied": "已复制",
+    "use": "调用 API", "use.note": "密钥从环境变量读取：", "copy": "复制", "copied": "已复制",
     "prompt": "你叫啥?", "first": "首个 token 用时 {0} 秒", "again.answer": "重新回答",
-    "model.choice": "模型", "ideas": "可以从这里开始：", "idea.name": "你叫啥?",
-    "idea.explain": "用三句话说明：比显存还大的模型是怎么运行的？",
+    "model.choice": "模型", "ideas": "试试这样问：", "idea.name": "你叫啥?",
+    "idea.explain": "用三句话说明：显存放不下的模型如何运行？",
     "idea.write": "写一个 Python 函数，判断一个单词是不是回文。",
-    "figures": "明细", "figures.of": "GPU {0} 明细",
+    "figures": "详情", "figures.of": "GPU {0} 详情",
     "plan": "方案", "plan.context": "上下文长度", "plan.requests": "并发请求数", "plan.weights": "权重",
-    "plan.kv": "KV 缓存（所有请求合计）", "plan.host": "主机内存", "plan.offloaded": "其中卸载的权重",
+    "plan.kv": "KV 缓存（全部请求合计）", "plan.host": "主机内存", "plan.offloaded": "其中卸载的权重",
     "plan.speed": "预期速度", "plan.disk": "模型文件", "tokens": "{0} token",
     "speed.one": "单个请求 {0} token/秒", "speed.eight": "八个请求合计 {0} token/秒",
-    "as-is": "与检查点相同", "nf4": "量化为 NF4", "int4": "量化为 INT4",
-    "cpu": "在 CPU 上运行，不使用显存。", "gpu": "GPU {0} 的显存", "part": "部分",
+    "as-is": "保持检查点原格式", "nf4": "量化为 NF4", "int4": "量化为 INT4",
+    "cpu": "在 CPU 上运行，不使用显存。", "gpu": "GPU {0} 的显存", "part": "组成部分",
     "expected": "预期", "measured": "实测", "total": "合计", "of": "{0} / {1}",
-    "unknown": "未知", "reserve": "预留，有负载时使用",
+    "unknown": "未知", "reserve": "预留，负载时使用",
     "picture": "{0}：{1}",
-    "part.weights": "权重", "part.quant_state": "量化状态", "part.embeddings": "嵌入层与输出层",
+    "part.weights": "权重", "part.quant_state": "量化状态", "part.embeddings": "嵌入层与输出头",
     "part.offload_buffer": "卸载缓冲区", "part.kv_cache": "KV 缓存", "part.activations": "激活值",
-    "part.cuda_graphs": "CUDA 图", "part.framework": "框架", "part.free": "限额内剩余",
-    // What the server says of a phase, in its words.
+    "part.cuda_graphs": "CUDA Graph", "part.framework": "框架开销", "part.free": "限额内剩余",
+    // The server's details of a phase, by its English text.
     "detail.planning": "制定方案", "detail.starting the engine": "正在启动引擎",
     "detail.starting the engine again": "正在重新启动引擎", "detail.loading the weights": "正在加载权重",
     "detail.measuring memory and warming up": "正在测量显存并预热",
     "detail.compiling and capturing graphs": "正在编译并捕获计算图", "detail.opening the API": "正在开放 API",
-    "detail.the engine hangs": "引擎无响应", "detail.draining": "等待正在进行的回答结束",
-    "detail.drained; can be stopped": "已结束，可以停止", "detail.stopping": "正在停止", "detail.serving": "服务中",
+    "detail.the engine hangs": "引擎无响应", "detail.draining": "正在等待未完成的回答",
+    "detail.drained; can be stopped": "请求已处理完毕，可以停止", "detail.stopping": "正在停止", "detail.serving": "服务中",
     "detail.out_of_memory": "显存不足",
   },
 };
 
 const NAME = "shoehorn.language";
 
-// Storage may be forbidden; the page does without.
+// Storage may be blocked; the page works without it.
 export function keep(storage, name, value) {
   try {
     if (value === "") window[storage].removeItem(name);
@@ -120,13 +121,13 @@ export function kept(storage, name) {
 let language = kept("localStorage", NAME);
 if (!(language in TEXT)) language = (navigator.language || "").toLowerCase().startsWith("zh") ? "zh" : "en";
 
-// The words for a key, with {0}, {1} filled in.
+// The text of a key, with {0}, {1} replaced.
 export function t(key, ...values) {
   const text = TEXT[language][key] ?? TEXT.en[key] ?? key;
   return text.replace(/\{(\d)\}/g, (_, place) => values[Number(place)] ?? "");
 }
 
-// What the server said of a phase; unknown words stay as they are.
+// Translates the server's details of a phase; unknown details stay in English.
 export const detail = (text) => TEXT[language][`detail.${text}`] ?? text;
 
 export const locale = () => (language === "zh" ? "zh-CN" : "en");
@@ -138,13 +139,13 @@ export function switchLanguage() {
 
 export const byId = (id) => document.getElementById(id);
 
-// Unchanged text is left alone, and so not read out again.
+// Unchanged text is not set again, so that screen readers do not repeat it.
 export function say(id, text) {
   const element = byId(id);
   if (element.textContent !== text) element.textContent = text;
 }
 
-// An element with class and text.
+// Creates an element with class and text.
 export function make(tag, className = "", text = "") {
   const element = document.createElement(tag);
   if (className) element.className = className;
@@ -152,7 +153,7 @@ export function make(tag, className = "", text = "") {
   return element;
 }
 
-// Words that stand in the document by their keys.
+// Fills in the texts that the document names by key.
 export function translate(root) {
   for (const element of root.querySelectorAll("[data-text]")) element.textContent = t(element.dataset.text);
   for (const element of root.querySelectorAll("[data-placeholder]")) element.placeholder = t(element.dataset.placeholder);

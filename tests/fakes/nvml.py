@@ -1,4 +1,4 @@
-"""Stand-in for the module pynvml that replays a recording (format: `shoehorn.observability.nvml_recording`).
+"""Stand-in for the module pynvml that replays a recording (format: `tools/nvml_recording.py`).
 
 Rules: errors and constants are those of pynvml, which needs no driver for them; functions have pynvml's names and
 arguments; a call missing in the recording fails with FUNCTION_NOT_FOUND, as with an older driver.

@@ -1,4 +1,4 @@
-"""Thousands of malformed, forged and misleading requests without a valid key: not one may reach the engine.
+"""Fuzzing: of thousands of malformed, forged and misleading requests without a valid key none reaches the engine.
 
 The requests come from a seeded generator, so that a failure can be repeated; SEED in the environment takes another one.
 """
@@ -113,11 +113,11 @@ def _exchange(port: int, data: bytes) -> bytes:
 @pytest.fixture
 def gate(tmp_path: Path) -> Iterator[Gateway]:
     """A gateway of this test's own."""
-    with Gateway(tmp_path) as made:
-        yield made
+    with Gateway(tmp_path) as gateway:
+        yield gateway
 
 
-def test_none_of_thousands_of_requests_without_a_key_reaches_the_engine(gate: Gateway) -> None:
+def test_fuzzed_requests_without_a_key_do_not_reach_the_engine(gate: Gateway) -> None:
     seed = int(os.environ.get("SEED", "20261123"))
     dice = random.Random(seed)  # noqa: S311  # a test's data, not a secret
     requests = [_without_key(dice) for _ in range(NUMBER)]

@@ -1,4 +1,4 @@
-"""What passes the gateway and with which key: nginx for real, before an engine that answers everything."""
+"""Routes and keys at the gateway: a real nginx before a stand-in engine that answers every request."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def ready(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Gateway, F
 
 @pytest.fixture
 def gate(ready: tuple[Gateway, FakeEngine]) -> Gateway:
-    """That gateway, with an engine that has seen nothing yet."""
+    """The shared gateway, with an engine without recorded requests."""
     ready[1].requests.clear()
     return ready[0]
 
@@ -67,7 +67,7 @@ def engine(ready: tuple[Gateway, FakeEngine]) -> FakeEngine:
 # --- what passes, and what does not
 
 @pytest.mark.parametrize("route", ROUTES, ids=lambda route: route.path)
-def test_a_route_passes_with_its_method_and_a_key_only(gate: Gateway, engine: FakeEngine, route: Route) -> None:
+def test_route_requires_its_method_and_a_key(gate: Gateway, engine: FakeEngine, route: Route) -> None:
     refused = gate.client.request(route.method, route.path, content=b"{}")
     assert refused.status_code == 401
     assert refused.headers["www-authenticate"] == "Bearer"
@@ -86,7 +86,7 @@ def test_a_route_passes_with_its_method_and_a_key_only(gate: Gateway, engine: Fa
 
 @pytest.mark.parametrize("route", _ENGINE_ROUTES.split())
 @pytest.mark.parametrize("headers", [{}, BEARER], ids=["no key", "key"])
-def test_no_other_route_of_the_engine_can_be_reached(gate: Gateway, engine: FakeEngine, route: str,
+def test_other_routes_of_the_engine_are_unreachable(gate: Gateway, engine: FakeEngine, route: str,
                                                      headers: dict[str, str]) -> None:
     for method in ("GET", "POST", "PUT", "DELETE", "OPTIONS", "HEAD"):
         answer = gate.client.request(method, route, headers=headers, content=b"{}" if method == "POST" else None)
@@ -99,7 +99,8 @@ def test_no_other_route_of_the_engine_can_be_reached(gate: Gateway, engine: Fake
 
 @pytest.mark.parametrize("trick", _TRICKS.split())
 @pytest.mark.parametrize("version", ["HTTP/1.1", "HTTP/1.0", "HTTP/0.9"])
-def test_no_spelling_leads_past_the_list(gate: Gateway, engine: FakeEngine, trick: str, version: str) -> None:
+def test_alternative_spellings_of_paths_are_rejected(gate: Gateway, engine: FakeEngine, trick: str,
+                                                     version: str) -> None:
     target = trick.replace("\\xff", "\xff").encode("latin-1")
     for key in ("", authorization(KEY)):
         headers = ("Host: x\r\nConnection: close\r\nX-Original-URL: /invocations\r\nX-Rewrite-URL: /invocations\r\n"
@@ -115,7 +116,7 @@ def test_no_spelling_leads_past_the_list(gate: Gateway, engine: FakeEngine, tric
     assert not engine.requests
 
 
-def test_absolute_form_and_strange_hosts_need_the_key_too(gate: Gateway, engine: FakeEngine) -> None:
+def test_absolute_form_and_other_hosts_require_a_key(gate: Gateway, engine: FakeEngine) -> None:
     for host in ("x/?", "x#", "evil", "127.0.0.1:1"):
         for target in ("/v1/models", f"http://{host}/v1/models"):
             assert re.match(rb"HTTP/1.1 (400|401) ", gate.send(request(target, host=host)))
@@ -127,7 +128,7 @@ def test_absolute_form_and_strange_hosts_need_the_key_too(gate: Gateway, engine:
 @pytest.mark.parametrize("framing", [
     "Content-Length: 3\r\nTransfer-Encoding: chunked\r\n", "Content-Length: 3\r\nContent-Length: 4\r\n",
     "Transfer-Encoding: identity\r\n", "Transfer-Encoding: chunked, chunked\r\n", "Content-Length: -1\r\n"])
-def test_ambiguous_framing_is_refused(gate: Gateway, engine: FakeEngine, framing: str) -> None:
+def test_ambiguous_framing_is_rejected(gate: Gateway, engine: FakeEngine, framing: str) -> None:
     answer = gate.send(request("/v1/completions", authorization(KEY) + framing, method="POST")
                        + b"0\r\n\r\n" + request("/invocations"))
     assert re.match(rb"HTTP/1.1 (400|501) ", answer), answer
@@ -135,7 +136,7 @@ def test_ambiguous_framing_is_refused(gate: Gateway, engine: FakeEngine, framing
     assert not engine.requests
 
 
-def test_a_body_on_a_get_does_not_become_the_next_request(gate: Gateway, engine: FakeEngine) -> None:
+def test_body_of_a_get_is_not_parsed_as_a_request(gate: Gateway, engine: FakeEngine) -> None:
     smuggled = request("/invocations")
     for target in ("/v1/models", "/readyz"):
         answer = gate.send(request(target, f"{authorization(KEY)}Content-Length: {len(smuggled)}\r\n") + smuggled)
@@ -150,7 +151,7 @@ def test_a_body_on_a_get_does_not_become_the_next_request(gate: Gateway, engine:
     f"Bearer {KEY[:-1]}", f"Bearer {KEY} {KEY}", f"Bearer Bearer {KEY}", f"Basic {KEY}", KEY, f"Bearer,{KEY}",
     f"Bearer {KEY.replace('.', 'x')}", f"Bearer {KEY.replace('+', 'yy')}", f"Bearer {KEY}, Bearer {KEY}", "Bearer .*",
     f"Bearer {'x' * 7000}", f"Bearer\t{KEY}"])
-def test_a_key_is_right_as_a_whole_or_not_at_all(gate: Gateway, engine: FakeEngine, value: str) -> None:
+def test_partial_and_extended_keys_are_rejected(gate: Gateway, engine: FakeEngine, value: str) -> None:
     answer = gate.send(request("/v1/models", f"Authorization: {value}\r\n"))
     assert answer.startswith(b"HTTP/1.1 401")
     assert b'"invalid_api_key"' in answer
@@ -158,11 +159,11 @@ def test_a_key_is_right_as_a_whole_or_not_at_all(gate: Gateway, engine: FakeEngi
 
 
 @pytest.mark.parametrize("scheme", ["Bearer", "bearer", "BEARER", "Bearer "])
-def test_the_scheme_may_have_any_case(gate: Gateway, scheme: str) -> None:
+def test_authorization_scheme_is_case_insensitive(gate: Gateway, scheme: str) -> None:
     assert gate.client.get("/v1/models", headers={"Authorization": f"{scheme} {KEY}"}).status_code == 200
 
 
-def test_two_authorization_headers_are_refused(gate: Gateway, engine: FakeEngine) -> None:
+def test_repeated_authorization_header_is_rejected(gate: Gateway, engine: FakeEngine) -> None:
     for first, second in ((KEY, "wrong"), ("wrong", KEY), (KEY, KEY)):
         answer = gate.send(request("/v1/models", authorization(first) + authorization(second)))
         assert re.match(rb"HTTP/1.1 40[01] ", answer), answer
@@ -170,7 +171,7 @@ def test_two_authorization_headers_are_refused(gate: Gateway, engine: FakeEngine
     assert not engine.requests
 
 
-def test_a_key_of_512_characters_works(tmp_path: Path) -> None:
+def test_key_of_512_characters_is_accepted(tmp_path: Path) -> None:
     long = "sk-" + ".+/=~_-A9" * 56 + "xxxxx"
     with Gateway(tmp_path, API_KEY=long) as gate, gate.engine():
         assert len(long) == 512
@@ -178,7 +179,7 @@ def test_a_key_of_512_characters_works(tmp_path: Path) -> None:
         assert gate.client.get("/v1/models", headers={"Authorization": f"Bearer {long[:-1]}"}).status_code == 401
 
 
-def test_the_engine_sees_none_of_the_clients_headers_but_two(gate: Gateway, engine: FakeEngine) -> None:
+def test_engine_receives_two_headers_of_the_client(gate: Gateway, engine: FakeEngine) -> None:
     sent = {**BEARER, "X-Request-Id": "client", "Forwarded": "for=1.2.3.4", "X-Forwarded-For": "1.2.3.4",
             "X-Api-Key": KEY, "X-Shoehorn-Key": "forged", "X-Shoehorn-Limits": "concurrent=9",
             "Cookie": "a=b", "X-data-parallel-rank": "3", "Accept-Encoding": "gzip",
@@ -191,7 +192,7 @@ def test_the_engine_sees_none_of_the_clients_headers_but_two(gate: Gateway, engi
     assert KEY not in str(engine.requests)
 
 
-def test_one_model_can_be_asked_for(gate: Gateway, engine: FakeEngine) -> None:
+def test_single_model_is_returned(gate: Gateway, engine: FakeEngine) -> None:
     for spelling in (MODEL, MODEL.replace("/", "%2F")):
         assert gate.client.get(f"/v1/models/{spelling}").status_code == 401
         answer = gate.client.get(f"/v1/models/{spelling}", headers=BEARER).json()
@@ -203,7 +204,7 @@ def test_one_model_can_be_asked_for(gate: Gateway, engine: FakeEngine) -> None:
 
 # --- errors
 
-def test_what_nginx_refuses_itself_has_openais_form(gate: Gateway, engine: FakeEngine) -> None:
+def test_errors_of_nginx_have_the_openai_form(gate: Gateway, engine: FakeEngine) -> None:
     big = b"x" * (11 << 20)
     cases = {
         413: lambda: gate.client.post("/v1/completions", headers=BEARER, content=big),
@@ -220,14 +221,14 @@ def test_what_nginx_refuses_itself_has_openais_form(gate: Gateway, engine: FakeE
     assert not engine.requests
 
 
-def test_many_headers_do_not_reach_the_engine(gate: Gateway, engine: FakeEngine) -> None:
+def test_too_many_headers_are_rejected(gate: Gateway, engine: FakeEngine) -> None:
     many = "".join(f"X-{number}: y\r\n" for number in range(20_000))
     answer = gate.send(request("/v1/models", authorization(KEY) + many))
     assert not answer or re.match(rb"HTTP/1.1 (431|400)", answer)
     assert not engine.requests
 
 
-def test_the_engines_own_errors_pass_but_for_the_endpoint_that_it_lacks(gate: Gateway, engine: FakeEngine) -> None:
+def test_engine_errors_pass_except_for_missing_endpoints(gate: Gateway, engine: FakeEngine) -> None:
     for status in (400, 404, 500, 503):
         answer = gate.client.post("/v1/completions", headers=BEARER, json={"status": status})
         assert (answer.status_code, answer.json()) == (status, {"engine": "/v1/completions"})
@@ -237,7 +238,7 @@ def test_the_engines_own_errors_pass_but_for_the_endpoint_that_it_lacks(gate: Ga
     assert openai_error(lacking)["code"] == "unknown_url"
 
 
-def test_the_engine_cannot_steer_nginx(gate: Gateway) -> None:
+def test_engine_headers_do_not_control_nginx(gate: Gateway) -> None:
     steer = {"headers": {"X-Accel-Redirect": "/.shoehorn/error", "X-Accel-Limit-Rate": "1", "Cache-Control": "public",
                          "X-Request-Id": "forged", "Server": "uvicorn"}}
     answer = gate.client.post("/v1/completions", headers=BEARER, json=steer)

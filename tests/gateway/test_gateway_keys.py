@@ -1,4 +1,4 @@
-"""Keys at the gateway, nginx and the key service for real: what a header may look like, changes, failing closed."""
+"""Keys at the gateway with real nginx and key service: headers, changes, failing closed."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Gateway, 
 
 
 def _keys(gate: Gateway, *words: str) -> None:
-    """`shoehorn keys ...` beside the running server."""
+    """Run `shoehorn keys ...` while the server runs."""
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
     assert command.run(parser.parse_args(words), gate.environment) == 0
@@ -67,7 +67,7 @@ def _line(name: str, value: str) -> str:
     (_line("X-Shoehorn-Key", "default"), 401),
     (_line("Cookie", f"Authorization=Bearer {KEY}"), 401),
 ])
-def test_one_key_in_the_right_form_is_let_in(shared: tuple[Gateway, FakeEngine], headers: str, status: int) -> None:
+def test_one_valid_key_is_accepted(shared: tuple[Gateway, FakeEngine], headers: str, status: int) -> None:
     gate, engine = shared
     engine.requests.clear()
     for target in ("/v1/models", "/v1/messages"):
@@ -78,7 +78,7 @@ def test_one_key_in_the_right_form_is_let_in(shared: tuple[Gateway, FakeEngine],
 
 
 @pytest.mark.parametrize("number", [0, 1, 900, 1100, 5_000_000])
-def test_a_body_of_any_size_does_not_get_around_the_key(shared: tuple[Gateway, FakeEngine], number: int) -> None:
+def test_bodies_of_any_size_require_a_key(shared: tuple[Gateway, FakeEngine], number: int) -> None:
     gate, engine = shared
     engine.requests.clear()
     for headers, status in ((BEARER, 200), ({}, 401), ({"X-Api-Key": OTHER}, 401)):
@@ -87,7 +87,7 @@ def test_a_body_of_any_size_does_not_get_around_the_key(shared: tuple[Gateway, F
     assert len(engine.requests[0].body) == number
 
 
-def test_the_question_to_the_key_service_cannot_be_asked_from_outside(shared: tuple[Gateway, FakeEngine]) -> None:
+def test_internal_key_location_is_unreachable_for_clients(shared: tuple[Gateway, FakeEngine]) -> None:
     for path in ("/.shoehorn/key", "/.shoehorn/no-keys", "/.shoehorn/plain", "/nothing", "/keys.sock", "/keys.json"):
         for headers in ({}, BEARER):
             assert shared[0].client.get(path, headers=headers).status_code == 404
@@ -95,7 +95,7 @@ def test_the_question_to_the_key_service_cannot_be_asked_from_outside(shared: tu
 
 # --- names, limits, changes
 
-def test_name_and_limits_reach_the_engine_and_cannot_be_forged(tmp_path: Path,
+def test_engine_receives_name_and_limits_that_clients_cannot_forge(tmp_path: Path,
                                                                capsys: pytest.CaptureFixture[str]) -> None:
     forged = {"X-Shoehorn-Key": "admin", "X-Shoehorn-Limits": "concurrent=1000"}
     with Gateway(tmp_path) as gate, gate.engine() as engine:
@@ -113,7 +113,8 @@ def test_name_and_limits_reach_the_engine_and_cannot_be_forged(tmp_path: Path,
         assert alice not in gate.log.read_text()
 
 
-def test_changes_hold_at_once_and_cut_no_stream(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_key_changes_apply_immediately_and_interrupt_no_stream(tmp_path: Path,
+                                                               capsys: pytest.CaptureFixture[str]) -> None:
     with Gateway(tmp_path, API_KEY="") as gate, gate.engine() as engine:
         assert gate.made is not None
         first = gate.made.token
@@ -142,14 +143,14 @@ def test_changes_hold_at_once_and_cut_no_stream(tmp_path: Path, capsys: pytest.C
         gate.wait_for_keys()
 
 
-def test_a_key_ends_when_its_time_is_up(tmp_path: Path) -> None:
+def test_expired_key_is_rejected(tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_text(f"old {OTHER} expires=2020-01-01\nyoung {OTHER}-2 expires=2999-12-31\n")
     with Gateway(tmp_path, API_KEY="", API_KEYS_FILE=str(file)) as gate, gate.engine():
         assert (_status(gate, OTHER), _status(gate, f"{OTHER}-2")) == (401, 200)
 
 
-def test_the_file_of_keys_is_watched_and_never_half_believed(tmp_path: Path) -> None:
+def test_key_file_is_watched_and_rejected_while_incomplete(tmp_path: Path) -> None:
     file = tmp_path / "keys"
     whole = f"# comment\nalice {OTHER} concurrent=2\n\nbob {OTHER}-of-bob max_tokens=5\n"
     file.write_text(whole)
@@ -177,7 +178,7 @@ def test_the_file_of_keys_is_watched_and_never_half_believed(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("place", ["volume", "run directory"])
 @pytest.mark.fault("Key file empty, damaged or half written", "503, never 200.")
-def test_a_damaged_key_file_lets_nobody_in(tmp_path: Path, place: str) -> None:
+def test_damaged_key_file_rejects_all_requests(tmp_path: Path, place: str) -> None:
     with Gateway(tmp_path, **({"API_KEY": ""} if place == "volume" else {})) as gate, gate.engine() as engine:
         file = (tmp_path / ".shoehorn" if place == "volume" else gate.run_dir) / "keys.json"
         key = gate.made.token if gate.made else KEY
@@ -196,8 +197,8 @@ def test_a_damaged_key_file_lets_nobody_in(tmp_path: Path, place: str) -> None:
             file.write_text(whole)
 
 
-@pytest.mark.fault("Key service dead or hanging", "503 for new requests; streams go on.")
-def test_no_answer_of_the_key_service_means_503_and_cuts_no_stream(tmp_path: Path) -> None:
+@pytest.mark.fault("Key service dead or hanging", "503 for new requests; streams continue.")
+def test_missing_key_service_returns_503_and_interrupts_no_stream(tmp_path: Path) -> None:
     with Gateway(tmp_path) as gate, gate.engine() as engine:
         assert _status(gate, KEY) == 200
         assert gate.keys is not None
@@ -225,8 +226,8 @@ def test_no_answer_of_the_key_service_means_503_and_cuts_no_stream(tmp_path: Pat
         assert (gate.run_dir / "keys.sock").stat().st_mode & 0o777 == 0o600
 
 
-def test_only_a_yes_with_a_name_opens(tmp_path: Path) -> None:
-    """Something else that listens in the key service's place, and answers without a name, lets nobody in."""
+def test_only_200_with_a_name_admits_a_request(tmp_path: Path) -> None:
+    """Another program on the key service's socket that answers without a name admits no request."""
     with Gateway(tmp_path) as gate, gate.engine() as engine:
         gate.stop_keys()
         (gate.run_dir / "keys.sock").unlink(missing_ok=True)
@@ -239,7 +240,7 @@ def test_only_a_yes_with_a_name_opens(tmp_path: Path) -> None:
         assert not engine.requests
 
 
-def test_many_keys_and_many_clients_at_once(tmp_path: Path) -> None:
+def test_many_keys_and_clients_concurrently(tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_text("".join(f"user-{number} sk-key-of-user-{number:04}\n" for number in range(1000)))
     with Gateway(tmp_path, API_KEYS_FILE=str(file)) as gate, gate.engine(), httpx.Client(

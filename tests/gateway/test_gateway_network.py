@@ -1,4 +1,4 @@
-"""The gateway's outside: HTTPS and its certificate, proxies in front, web pages of other origins, slow clients."""
+"""Network side of the gateway: HTTPS and its certificate, proxies, other origins, slow clients."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _der(file: Path) -> bytes:
 
 # --- HTTPS
 
-def test_the_api_is_served_over_https_and_http_2(secure: Gateway) -> None:
+def test_api_is_served_over_https_and_http_2(secure: Gateway) -> None:
     assert secure.client.get("/v1/models", headers=BEARER).json() == {"engine": "/v1/models"}
     assert secure.client.get("/v1/models").status_code == 401
     for options, version in ((["--http2"], "2"), (["--http1.1"], "1.1")):
@@ -66,10 +66,10 @@ def test_the_api_is_served_over_https_and_http_2(secure: Gateway) -> None:
 
 @pytest.mark.parametrize("headers", [["X-Api-Key: {0}", "X-Api-Key: {0}"], ["Authorization: Bearer {0}"] * 2,
                                      ["Authorization: Bearer {0}", "X-Api-Key: sk-not-the-same-key"], ["X-Api-Key;"]])
-def test_http_2_brings_no_second_way_to_give_a_key(secure: Gateway, headers: list[str]) -> None:
-    given = [word for header in headers for word in ("-H", header.format(KEY))]
+def test_http_2_accepts_keys_in_the_same_headers_only(secure: Gateway, headers: list[str]) -> None:
+    arguments = [word for header in headers for word in ("-H", header.format(KEY))]
     answer = subprocess.run(
-        ["curl", "-sS", "--http2", "--cacert", str(secure.settings.tls_cert_file), *given, "-o", "/dev/null", "-w",
+        ["curl", "-sS", "--http2", "--cacert", str(secure.settings.tls_cert_file), *arguments, "-o", "/dev/null", "-w",
          "%{http_version} %{http_code}", f"https://127.0.0.1:{secure.port}/v1/models"],
         capture_output=True, text=True, timeout=60, check=True)
     assert answer.stdout in ("2 401", "2 400")
@@ -79,7 +79,7 @@ def test_http_2_brings_no_second_way_to_give_a_key(secure: Gateway, headers: lis
     "/invocations", "/tokenize", "/metrics", "//invocations", "//v1/models", "/v1/../invocations", "/v1/%2e%2e/load",
     "/v1/models/../../load", "/v1/models%2f..%2f..%2fload", "/V1/models", "/v1/models/", "/v1/models;x",
     "/v1/models%00", "/%69nvocations", "/v1/chat/completions/render", "/.shoehorn/key"])
-def test_http_2_brings_no_other_spelling_past_the_list(secure: Gateway, target: str) -> None:
+def test_http_2_rejects_alternative_spellings_of_paths(secure: Gateway, target: str) -> None:
     command = ["curl", "-sS", "--http2", "--path-as-is", "--cacert", str(secure.settings.tls_cert_file), "-H",
                f"X-Api-Key: {KEY}", "-H", "X-Original-URL: /v1/models", "-w", "%{http_version} %{http_code}"]
     for method in ("GET", "POST"):
@@ -89,7 +89,7 @@ def test_http_2_brings_no_other_spelling_past_the_list(secure: Gateway, target: 
         assert '"engine"' not in answer
 
 
-def test_plain_http_is_refused_in_words(secure: Gateway) -> None:
+def test_plain_http_is_rejected_with_a_reason(secure: Gateway) -> None:
     for target in ("/v1/models", "/", "/livez", "/v1/messages"):
         answer = secure.send(request(target, authorization(KEY)))
         assert answer.startswith(b"HTTP/1.1 400 "), answer
@@ -102,7 +102,8 @@ def test_plain_http_is_refused_in_words(secure: Gateway) -> None:
     (ssl.TLSVersion.TLSv1_2, "AES128-SHA:AES256-SHA256:AES128-GCM-SHA256", False),
     (ssl.TLSVersion.TLSv1_2, "ECDHE-ECDSA-AES128-SHA256:ECDHE-ECDSA-AES256-SHA384", False),
     (ssl.TLSVersion.TLSv1_3, "ECDHE", True)])
-def test_only_modern_protocols_and_ciphers(secure: Gateway, highest: ssl.TLSVersion, cipher: str, taken: bool) -> None:
+def test_only_modern_protocols_and_ciphers_are_accepted(secure: Gateway, highest: ssl.TLSVersion, cipher: str,
+                                                        taken: bool) -> None:
     context = ssl.create_default_context(cafile=secure.settings.tls_cert_file)
     context.set_ciphers(cipher)
     if highest is ssl.TLSVersion.TLSv1_1:
@@ -122,8 +123,8 @@ def test_only_modern_protocols_and_ciphers(secure: Gateway, highest: ssl.TLSVers
                 context.wrap_socket(plain, server_hostname="127.0.0.1")
 
 
-@pytest.mark.fault("A renewed certificate is damaged", "The old one stays in force.")
-def test_a_new_certificate_is_taken_over_and_a_bad_one_is_not(tmp_path: Path) -> None:
+@pytest.mark.fault("A renewed certificate is damaged", "The current one stays.")
+def test_valid_new_certificate_is_installed_and_an_invalid_one_is_not(tmp_path: Path) -> None:
     gate = _secure(tmp_path)
     cert, key = gate.settings.tls_cert_file, gate.settings.tls_key_file
     assert cert is not None
@@ -152,7 +153,7 @@ def test_a_new_certificate_is_taken_over_and_a_bad_one_is_not(tmp_path: Path) ->
     assert "PRIVATE" not in gate.log.read_text()
 
 
-def test_a_new_certificate_cuts_no_stream(tmp_path: Path) -> None:
+def test_new_certificate_interrupts_no_stream(tmp_path: Path) -> None:
     gate = _secure(tmp_path)
     with gate, gate.engine() as engine, gate.client.stream(
             "POST", "/v1/completions", headers=BEARER, json={"stream": True}) as running:
@@ -163,7 +164,7 @@ def test_a_new_certificate_cuts_no_stream(tmp_path: Path) -> None:
         assert "[DONE]" in running.read().decode()
 
 
-def test_a_pair_that_does_not_match_is_refused_at_the_start(tmp_path: Path) -> None:
+def test_mismatch_of_key_and_certificate_stops_the_start(tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     cert, _ = certificates.write(tmp_path)
     _, key = certificates.write(tmp_path / "other")
@@ -171,7 +172,7 @@ def test_a_pair_that_does_not_match_is_refused_at_the_start(tmp_path: Path) -> N
         Gateway(tmp_path / "g", TLS_CERT_FILE=str(cert), TLS_KEY_FILE=str(key))
 
 
-def test_the_health_check_asks_over_https(secure: Gateway) -> None:
+def test_health_check_uses_https(secure: Gateway) -> None:
     script = [sys.executable, "-I", "-S", str(HOME / "healthcheck" / "healthcheck.py")]
     environment = {"PATH": os.environ["PATH"], "PORT": str(secure.port),
                    "TLS_CERT_FILE": str(secure.settings.tls_cert_file)}
@@ -186,7 +187,7 @@ def test_the_health_check_asks_over_https(secure: Gateway) -> None:
 
 # --- proxies in front, other origins
 
-def test_only_a_trusted_proxy_says_who_the_client_is(tmp_path: Path) -> None:
+def test_client_address_is_accepted_from_trusted_proxies_only(tmp_path: Path) -> None:
     forwarded = {**BEARER, "X-Forwarded-For": "203.0.113.9, 198.51.100.7, 10.1.2.3"}
     for number, (proxies, shown) in enumerate((("", "127.0.0.1"), ("192.0.2.1", "127.0.0.1"),
                                                ("127.0.0.0/8, 10.0.0.0/8", "198.51.100.7"))):
@@ -204,7 +205,7 @@ def _cors(answer: httpx.Response) -> dict[str, str]:
     return {name: value for name, value in answer.headers.items() if name.startswith("access-control-")}
 
 
-def test_without_the_setting_no_other_origin_is_let_in(tmp_path: Path) -> None:
+def test_other_origins_are_rejected_by_default(tmp_path: Path) -> None:
     with Gateway(tmp_path) as gate, gate.engine() as engine:
         for answer in (gate.client.options("/v1/completions", headers={"Origin": _ORIGIN, **_PREFLIGHT}),
                        gate.client.get("/v1/models", headers={"Origin": _ORIGIN, **BEARER})):
@@ -212,7 +213,7 @@ def test_without_the_setting_no_other_origin_is_let_in(tmp_path: Path) -> None:
         assert [seen.method for seen in engine.requests] == ["GET"]
 
 
-def test_named_origins_may_call_and_others_may_not(tmp_path: Path) -> None:
+def test_only_configured_origins_are_accepted(tmp_path: Path) -> None:
     with Gateway(tmp_path, CORS_ALLOWED_ORIGINS=f"{_ORIGIN} http://localhost:3000") as gate, gate.engine() as engine:
         for origin in (_ORIGIN, "http://localhost:3000"):
             asked = gate.client.options("/v1/completions", headers={"Origin": origin, **_PREFLIGHT})
@@ -236,7 +237,7 @@ def test_named_origins_may_call_and_others_may_not(tmp_path: Path) -> None:
         assert {seen.method for seen in engine.requests} == {"GET"}
 
 
-def test_a_star_lets_all_origins_in_and_nobody_without_a_key(tmp_path: Path) -> None:
+def test_star_admits_all_origins_and_still_requires_a_key(tmp_path: Path) -> None:
     with Gateway(tmp_path, CORS_ALLOWED_ORIGINS="*") as gate, gate.engine():
         asked = gate.client.options("/v1/messages", headers={"Origin": "https://any.example", **_PREFLIGHT})
         assert (asked.status_code, asked.headers["access-control-allow-origin"]) == (204, "*")
@@ -247,7 +248,7 @@ def test_a_star_lets_all_origins_in_and_nobody_without_a_key(tmp_path: Path) -> 
 @pytest.mark.parametrize("settings", [
     {"TRUSTED_PROXIES": "::1 10.0.0.0/8", "CORS_ALLOWED_ORIGINS": "*"}, {"CORS_ALLOWED_ORIGINS": "http://[::1]:80"}])
 @pytest.mark.parametrize("with_tls", [False, True])
-def test_nginx_takes_the_settings_without_a_warning(tmp_path: Path, settings: dict[str, str], with_tls: bool) -> None:
+def test_nginx_accepts_the_settings_without_warnings(tmp_path: Path, settings: dict[str, str], with_tls: bool) -> None:
     gate = _secure(tmp_path, **settings) if with_tls else Gateway(tmp_path, **settings)
     done = subprocess.run(["nginx", "-t", "-c", str(gate.run_dir / "nginx.conf"), "-e", "stderr"], capture_output=True,
                           text=True, check=False)
@@ -257,7 +258,7 @@ def test_nginx_takes_the_settings_without_a_warning(tmp_path: Path, settings: di
 
 # --- bodies
 
-def test_a_body_goes_to_the_engine_as_it_comes(tmp_path: Path) -> None:
+def test_body_is_streamed_to_the_engine(tmp_path: Path) -> None:
     with Gateway(tmp_path) as gate, socket.socket(socket.AF_UNIX) as listener:
         gate.states.update(phase=Phase.READY)
         listener.bind(str(gate.run_dir / "engine.sock"))
@@ -278,7 +279,7 @@ def test_a_body_goes_to_the_engine_as_it_comes(tmp_path: Path) -> None:
             assert client.recv(100).startswith(b"HTTP/1.1 200")
 
 
-def test_a_body_that_does_not_come_ends_the_connection(tmp_path: Path) -> None:
+def test_missing_body_closes_the_connection(tmp_path: Path) -> None:
     """nginx counts it as 408 and sends nothing: who is too slow to send would be too slow to read."""
     gate = Gateway(tmp_path)
     file = gate.run_dir / "nginx.conf"
@@ -291,14 +292,14 @@ def test_a_body_that_does_not_come_ends_the_connection(tmp_path: Path) -> None:
 
 
 @pytest.mark.fault("Thousands of connections from one client, each with half a request",
-                   "The others are served; each of these is closed after 10 s.")
-def test_thousands_of_half_requests_keep_nobody_out(tmp_path: Path) -> None:
+                   "Other clients are served; each of these connections is closed after 10 s.")
+def test_thousands_of_incomplete_requests_block_no_client(tmp_path: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     try:
-        with Gateway(tmp_path) as gate, gate.engine(), ExitStack() as held:
+        with Gateway(tmp_path) as gate, gate.engine(), ExitStack() as stack:
             for _ in range(3000):
-                connection = held.enter_context(socket.create_connection(("127.0.0.1", gate.port), timeout=30))
+                connection = stack.enter_context(socket.create_connection(("127.0.0.1", gate.port), timeout=30))
                 connection.sendall(b"GET /v1/models HTTP/1.1\r\nHost: x\r\nX-Half")
             for _ in range(10):
                 with httpx.Client(trust_env=False) as fresh:
@@ -310,7 +311,7 @@ def test_thousands_of_half_requests_keep_nobody_out(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-def test_errors_of_nginx_on_anthropics_routes_have_their_form(tmp_path: Path) -> None:
+def test_errors_of_nginx_on_anthropic_routes_have_their_form(tmp_path: Path) -> None:
     with Gateway(tmp_path) as gate:
         big = {"content": b"x" * (11 << 20), "headers": BEARER}
         for path in ("/v1/messages", "/v1/messages/count_tokens", "/v1/completions"):

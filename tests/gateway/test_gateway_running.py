@@ -1,4 +1,4 @@
-"""The gateway while it runs: not ready, failed, health, streams, the end, its log, its page, its surroundings."""
+"""The running gateway: not ready, failed, health, streams, shutdown, log, page, environment."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.process
 
 # --- not ready, failed, health
 
-def test_while_not_ready_the_answer_names_phase_and_progress(tmp_path: Path) -> None:
+def test_answer_while_not_ready_has_phase_and_progress(tmp_path: Path) -> None:
     with Gateway(tmp_path) as gate:
         gate.states.update(phase=Phase.PULLING, progress=0.4, detail="pulling")
         assert gate.client.post("/v1/chat/completions", json={}).status_code == 401
@@ -48,17 +48,17 @@ def test_while_not_ready_the_answer_names_phase_and_progress(tmp_path: Path) -> 
         with gate.engine():
             assert gate.client.post("/v1/chat/completions", json={}, headers=BEARER).status_code == 200
             assert gate.client.get("/readyz").status_code == 200
-        for path in ("/v1/models", "/readyz"):  # the mark still says ready, but nobody answers
-            gone = gate.client.get(path, headers=BEARER)
-            assert gone.status_code == 503
-            assert "temporarily unavailable" in str(openai_error(gone)["message"])
-            assert gone.headers["retry-after"]
+        for path in ("/v1/models", "/readyz"):  # the mark still exists, but no engine answers
+            answer = gate.client.get(path, headers=BEARER)
+            assert answer.status_code == 503
+            assert "temporarily unavailable" in str(openai_error(answer)["message"])
+            assert answer.headers["retry-after"]
         gate.states.update(phase=Phase.FAILED, cause="The disk is full.", remedy="Free some.")
         assert gate.client.get("/livez").status_code == 503
         assert "The disk is full." in str(openai_error(gate.client.get("/v1/models", headers=BEARER))["message"])
 
 
-def test_a_missing_state_is_an_error_in_the_right_form(tmp_path: Path) -> None:
+def test_missing_state_is_an_error_in_the_api_form(tmp_path: Path) -> None:
     with Gateway(tmp_path) as gate:
         for name in ("state.json", "unavailable.json"):
             (gate.run_dir / name).unlink()
@@ -68,7 +68,7 @@ def test_a_missing_state_is_an_error_in_the_right_form(tmp_path: Path) -> None:
             assert openai_error(answer)["code"] == "model_not_ready"
 
 
-def test_ready_means_that_the_engine_says_so_in_time(tmp_path: Path) -> None:
+def test_readiness_requires_a_timely_answer_of_the_engine(tmp_path: Path) -> None:
     with Gateway(tmp_path) as gate, gate.engine() as engine:
         for method in ("GET", "HEAD"):
             assert gate.client.request(method, "/readyz").status_code == 200
@@ -82,7 +82,7 @@ def test_ready_means_that_the_engine_says_so_in_time(tmp_path: Path) -> None:
         assert gate.client.get("/livez").status_code == 200
 
 
-def test_open_paths_are_read_only(tmp_path: Path) -> None:
+def test_public_paths_are_read_only(tmp_path: Path) -> None:
     with Gateway(tmp_path) as gate, gate.engine():
         for path in ("/livez", "/readyz", "/status", "/", "/page.css"):
             assert gate.client.get(path).status_code == 200
@@ -95,7 +95,7 @@ def test_open_paths_are_read_only(tmp_path: Path) -> None:
 
 # --- streams
 
-def test_events_arrive_one_by_one(tmp_path: Path) -> None:
+def test_events_are_not_buffered(tmp_path: Path) -> None:
     body = {"stream": True, "events": 5}
     with Gateway(tmp_path) as gate, gate.engine() as engine, gate.client.stream(
             "POST", "/v1/chat/completions", headers=BEARER, json=body) as answer:
@@ -108,7 +108,7 @@ def test_events_arrive_one_by_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("body", [{"stream": True, "events": 9}, {"slow": True}], ids=["stream", "plain"])
-def test_a_client_that_leaves_ends_its_request_at_the_engine(tmp_path: Path, body: dict[str, object]) -> None:
+def test_disconnecting_client_cancels_its_request_in_the_engine(tmp_path: Path, body: dict[str, object]) -> None:
     with Gateway(tmp_path) as gate, gate.engine() as engine:
         data = json.dumps(body).encode()
         with socket.create_connection(("127.0.0.1", gate.port), timeout=30) as connection:
@@ -119,7 +119,7 @@ def test_a_client_that_leaves_ends_its_request_at_the_engine(tmp_path: Path, bod
         assert engine.left.wait(60)
 
 
-def test_quit_lets_a_stream_end_and_takes_no_more(tmp_path: Path) -> None:
+def test_quit_finishes_streams_and_rejects_new_requests(tmp_path: Path) -> None:
     with Gateway(tmp_path, DRAIN_TIMEOUT="30") as gate, gate.engine() as engine:
         assert gate.process is not None
         with gate.client.stream("POST", "/v1/completions", headers=BEARER, json={"stream": True}) as answer:
@@ -134,7 +134,7 @@ def test_quit_lets_a_stream_end_and_takes_no_more(tmp_path: Path) -> None:
         assert gate.process.wait(60) == 0  # in 5 s where the client keeps its connection: nginx lingers
 
 
-def test_quit_cuts_a_stream_when_the_time_is_up(tmp_path: Path) -> None:
+def test_quit_interrupts_streams_after_the_time_limit(tmp_path: Path) -> None:
     with Gateway(tmp_path, DRAIN_TIMEOUT="0") as gate, gate.engine() as engine:
         assert gate.process is not None
         with gate.client.stream("POST", "/v1/completions", headers=BEARER, json={"stream": True}) as answer:
@@ -149,7 +149,7 @@ def test_quit_cuts_a_stream_when_the_time_is_up(tmp_path: Path) -> None:
 # --- log, page, surroundings
 
 @pytest.mark.parametrize("form", ["text", "json"])
-def test_the_log_shows_requests_and_no_secret(tmp_path: Path, form: str) -> None:
+def test_log_has_requests_and_no_secret(tmp_path: Path, form: str) -> None:
     with Gateway(tmp_path, LOG_FORMAT=form) as gate, gate.engine():
         for path in ("/livez", "/readyz", "/status", "/status?x=1"):
             gate.client.get(path)
@@ -181,14 +181,14 @@ class _Addresses(HTMLParser):
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        given = dict(attrs)
+        attributes = dict(attrs)
         self.found += [value for name, value in attrs if name in ("src", "href") and value]
-        self.inline += [name for name in given if name == "style" or name.startswith("on")]
-        if tag == "style" or (tag == "script" and "src" not in given):
+        self.inline += [name for name in attributes if name == "style" or name.startswith("on")]
+        if tag == "style" or (tag == "script" and "src" not in attributes):
             self.inline.append(tag)
 
 
-def test_the_page_comes_whole_from_here_under_a_strict_policy(tmp_path: Path) -> None:
+def test_page_is_self_contained_under_a_strict_policy(tmp_path: Path) -> None:
     assert {file.name for file in (GATEWAY / "page").iterdir()} == {"index.html", *nginx_config.PAGE_FILES}
     with Gateway(tmp_path) as gate, gate.engine():
         page = gate.client.get("/")
@@ -210,7 +210,7 @@ def test_the_page_comes_whole_from_here_under_a_strict_policy(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("name", ["a space", "quo\"te's", "semi;colon{brace}#", "percent%41", "back\\slash\\n", "鞋"])
-def test_odd_run_directories_work(tmp_path: Path, name: str) -> None:
+def test_run_directories_with_special_characters_work(tmp_path: Path, name: str) -> None:
     with Gateway(tmp_path / name) as gate, gate.engine():
         assert gate.client.get("/v1/models", headers=BEARER).status_code == 200
         assert gate.client.get("/status").json()["phase"] == "ready"
@@ -220,14 +220,14 @@ def test_odd_run_directories_work(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("settings", [
     {"LOG_FORMAT": "json"}, {"DRAIN_TIMEOUT": "0"}, {"DRAIN_TIMEOUT": "3600"}, {"SERVED_MODEL_NAME": "a/b:c_d.e-f"},
     {"API_KEY": "k" * 512}, {"API_KEY": ".+/=~_-." * 64}])
-def test_nginx_takes_every_variation_without_a_warning(tmp_path: Path, settings: dict[str, str]) -> None:
+def test_nginx_accepts_every_configuration_without_warnings(tmp_path: Path, settings: dict[str, str]) -> None:
     file = Gateway(tmp_path, **settings).run_dir / "nginx.conf"
     done = subprocess.run(["nginx", "-t", "-c", str(file), "-e", "stderr"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert not re.findall(r"\[\w+\]", done.stderr)
 
 
-def test_an_ordinary_user_runs_it_and_writes_only_the_run_directory() -> None:
+def test_ordinary_user_can_run_it_and_writes_to_the_run_directory_only() -> None:
     home = Path(tempfile.mkdtemp())  # pytest's own folders can be entered by one user only
     home.chmod(0o755)
     try:

@@ -32,19 +32,19 @@ def test_words_are_quoted(value: object, written: str) -> None:
 
 
 @pytest.mark.parametrize("value", ["$host", "a\0b", "a\rb", "\x7f", "\udcff"])
-def test_characters_that_nginx_cannot_quote_are_refused(value: str) -> None:
+def test_characters_that_nginx_cannot_quote_are_rejected(value: str) -> None:
     with pytest.raises(SettingsError, match="unsupported by nginx"):
         quote(value)
 
 
 @pytest.mark.parametrize("name", ["with $dollar", "star*", "what?", "brack[et", "x" * 100])
-def test_a_run_directory_that_nginx_would_misread_is_refused(name: str) -> None:
+def test_run_directory_that_nginx_would_misread_is_rejected(name: str) -> None:
     with pytest.raises(SettingsError) as caught:
         _render(Path("/tmp") / name)
     assert caught.value.remedy
 
 
-def test_a_model_name_that_nginx_would_misread_is_refused(tmp_path: Path) -> None:
+def test_model_name_that_nginx_would_misread_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "cheap$model").mkdir()
     with pytest.raises(SettingsError, match="unsupported by nginx") as caught:
         _render(tmp_path, MODEL_ID=str(tmp_path / "cheap$model"), MODEL_SOURCE="local")
@@ -63,14 +63,14 @@ def test_settings_reach_the_configuration(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("most", "files", "connections"), [
     (resource.RLIM_INFINITY, "8256", "8192"), (65536, "8256", "8192"), (1024, "1024", "960")])
-def test_as_many_connections_as_the_system_allows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int,
+def test_connections_are_limited_by_the_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int,
                                                   files: str, connections: str) -> None:
     monkeypatch.setattr(resource, "getrlimit", lambda _: (1024, most))
     text = _render(tmp_path)
     assert (_words(text, "worker_rlimit_nofile"), _words(text, "worker_connections")) == ([files], [connections])
 
 
-def test_the_engine_is_reached_by_the_listed_routes_and_health_only(tmp_path: Path) -> None:
+def test_engine_is_reached_by_listed_routes_and_health_only(tmp_path: Path) -> None:
     text = _render(tmp_path)
     assert sorted(_words(text, "proxy_pass")) == ["http://engine$engine_path", "http://engine/health", "http://keys/"]
     paths = re.findall(r'^ *set \$engine_path "(.*)";', text, re.M)
@@ -119,7 +119,7 @@ def test_errors_have_the_openai_form(status: int, kind: str) -> None:
     assert json.loads(bodies["openai"])["error"] == {"message": "Words.", "type": kind, "param": None, "code": "a_code"}
 
 
-def test_a_relative_run_directory_becomes_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_relative_run_directory_becomes_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert _words(_render(Path("run")), "pid") == [str(tmp_path / "run" / "nginx.pid")]
 

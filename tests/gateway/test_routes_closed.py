@@ -1,4 +1,4 @@
-"""Every route that the engine can have, through the real nginx, as gateway/routes.yaml decides, with a key and without.
+"""Every possible route of the engine through a real nginx, with and without a key, as gateway/routes.yaml decides.
 
 The engine behind it is a stand-in that would answer all of them.
 """
@@ -41,7 +41,7 @@ def _status(gate: Gateway, method: str, target: str, headers: str) -> int:
 
 
 @pytest.mark.parametrize("route", route_policy.read(), ids=lambda route: route.name)
-def test_the_route_is_answered_as_decided(ready: tuple[Gateway, FakeEngine], route: RouteDecision) -> None:
+def test_route_is_answered_as_decided(ready: tuple[Gateway, FakeEngine], route: RouteDecision) -> None:
     gate, engine = ready
     engine.requests.clear()
     for target in _targets(route):

@@ -1,4 +1,4 @@
-"""The certificate: what is refused, and what comes into force. With nginx: tests/gateway/test_gateway_network.py."""
+"""Installation and rejection of TLS certificates. With nginx: tests/gateway/test_gateway_network.py."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _encrypt(file: Path) -> None:
                                        serialization.BestAvailableEncryption(b"password")))
 
 
-def test_a_pair_comes_into_force_once_and_privately(tmp_path: Path) -> None:
+def test_valid_pair_is_installed_once_and_privately(tmp_path: Path) -> None:
     settings = _settings(tmp_path)
     assert tls.install(settings)
     assert not tls.install(settings)
@@ -47,7 +47,7 @@ def test_a_pair_comes_into_force_once_and_privately(tmp_path: Path) -> None:
     (lambda cert, key: _encrypt(key), "needs a password"),
     (lambda cert, key: cert.write_bytes(b"\x30\x82\xff"), "TLS_CERT_FILE=.*: not a PEM"),
     (lambda cert, key: key.unlink(), "TLS_KEY_FILE=.* cannot read it")])
-def test_a_pair_that_cannot_be_used_is_named_and_the_old_one_stays(tmp_path: Path, damage: object, match: str) -> None:
+def test_invalid_pair_is_reported_and_the_current_one_stays(tmp_path: Path, damage: object, match: str) -> None:
     settings = _settings(tmp_path)
     tls.install(settings)
     before = RunDir(tmp_path).tls_pair.read_bytes()
@@ -61,7 +61,7 @@ def test_a_pair_that_cannot_be_used_is_named_and_the_old_one_stays(tmp_path: Pat
     assert not RunDir(tmp_path).tls_candidate.exists()
 
 
-def test_the_watch_installs_a_change_and_complains_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_watch_installs_changes_and_logs_a_problem_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     settings = _settings(tmp_path)
     tls.install(settings)
     watch = tls.CertificateWatch(settings)

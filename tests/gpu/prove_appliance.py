@@ -26,9 +26,9 @@ import httpx
 import psutil
 
 HOME = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(HOME / "src"), str(HOME / "tests" / "gpu")]
+sys.path[:0] = [str(HOME / "src"), str(HOME / "tests" / "gpu"), str(HOME / "tools")]
 
-from shoehorn.observability import nvml_recording  # noqa: E402  # the path is set just above
+import nvml_recording  # noqa: E402  # the path is set just above
 from shoehorn.runtime.state import Phase, StateFile  # noqa: E402  # likewise
 
 KEY = "sk-key-for-the-proof"

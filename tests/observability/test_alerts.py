@@ -1,4 +1,4 @@
-"""The alert rules, by promtool: each one fires when it should and is quiet when it should, and has its runbook."""
+"""Alert rules, checked by promtool: each fires under its condition only, and has a runbook."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def rules_test(path: Path, cases: dict[str, tuple[dict[str, str], list[dict[str,
 
 def fired(alert: str) -> list[dict[str, Any]]:
     rule, labels = ALERTS[alert], {**FIRING[alert][1], "instance": "a", **ALERTS[alert]["labels"]}
-    summary = re.sub(r"{{ \$labels\.(\w+) }}", lambda found: labels[found[1]], rule["annotations"]["summary"])
+    summary = re.sub(r"{{ \$labels\.(\w+) }}", lambda match: labels[match[1]], rule["annotations"]["summary"])
     return [{"exp_labels": labels, "exp_annotations": {**rule["annotations"], "summary": summary}}]
 
 
@@ -138,30 +138,30 @@ def test_every_alert_is_tested() -> None:
     assert set(ALERTS) == set(FIRING) == set(QUIET)
 
 
-def test_promtool_finds_nothing() -> None:
+def test_promtool_accepts_the_rules() -> None:
     promtool("check", "rules", "--lint=all", "--lint-fatal", str(RULES))
 
 
-def test_promtool_takes_prometheus_configuration() -> None:
+def test_promtool_accepts_the_configuration() -> None:
     promtool("check", "config", "--lint=all", "--lint-fatal", str(RULES.with_name("prometheus.yml")))
 
 
-def test_each_alert_fires_when_it_should(tmp_path: Path) -> None:
+def test_alert_fires_under_its_condition(tmp_path: Path) -> None:
     cases = {alert: (series, fired(alert)) for alert, (series, _) in FIRING.items()}
     promtool("test", "rules", str(rules_test(tmp_path / "firing.yml", cases)))
 
 
-def test_each_alert_is_quiet_when_it_should(tmp_path: Path) -> None:
+def test_alert_stays_quiet_otherwise(tmp_path: Path) -> None:
     cases: dict[str, Any] = {alert: (series, []) for alert, series in QUIET.items()}
     promtool("test", "rules", str(rules_test(tmp_path / "quiet.yml", cases)))
 
 
 @pytest.mark.parametrize(("alert", "series", "fires"), MORE)
-def test_the_hard_cases(tmp_path: Path, alert: str, series: dict[str, str], fires: bool) -> None:
+def test_borderline_cases(tmp_path: Path, alert: str, series: dict[str, str], fires: bool) -> None:
     promtool("test", "rules", str(rules_test(tmp_path / "t.yml", {alert: (series, fired(alert) if fires else [])})))
 
 
-def test_a_broken_rule_would_be_found(tmp_path: Path) -> None:
+def test_broken_rule_is_detected(tmp_path: Path) -> None:
     broken = tmp_path / "rules.yml"
     broken.write_text(RULES.read_text().replace("vllm:num_preemptions_total", "vllm:num_preemptions"))
     cases = {"ShoehornPreempting": (FIRING["ShoehornPreempting"][0], fired("ShoehornPreempting"))}
@@ -171,7 +171,7 @@ def test_a_broken_rule_would_be_found(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("alert", ALERTS)
-def test_each_alert_says_what_to_do(alert: str) -> None:
+def test_alert_has_a_runbook(alert: str) -> None:
     annotations = ALERTS[alert]["annotations"]
     assert annotations["runbook"] == f"docs/monitoring.md#{alert.lower()}"
     document = (HOME / "docs" / "monitoring.md").read_text(encoding="utf-8")

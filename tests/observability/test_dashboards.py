@@ -30,10 +30,10 @@ def generator() -> ModuleType:
 
 
 def test_files_equal_the_generated_ones() -> None:
-    made = generator()
-    assert set(DASHBOARDS) == set(made.DASHBOARDS)
+    generated = generator()
+    assert set(DASHBOARDS) == set(generated.DASHBOARDS)
     for name in DASHBOARDS:
-        assert (FOLDER / "dashboards" / f"{name}.json").read_text() == made.document(name), "run: make dashboards"
+        assert (FOLDER / "dashboards" / f"{name}.json").read_text() == generated.document(name), "run: make dashboards"
 
 
 def test_panels_have_a_description_and_a_known_unit() -> None:

@@ -1,4 +1,4 @@
-"""The exporter as it runs: a process of its own, scraped over HTTP, its surroundings missing, hung or broken."""
+"""The exporter as a process, scraped over HTTP, with missing, hung and broken sources."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
+import metrics_document
 from fakes.engine_socket import http, serving
 from fakes.nvml import GIB
 from fakes.ports import free_port
@@ -27,7 +28,7 @@ from shoehorn.common.paths import HOME
 from shoehorn.config.settings import load
 from shoehorn.observability import exporter, metrics
 from shoehorn.observability.engine_scrape import EngineScrape
-from shoehorn.observability.gpu_metrics import Gpu, GpuProcess, GpuReading
+from shoehorn.observability.gpu_metrics import GpuProcess, GpuReading, GpuSample
 from shoehorn.runtime import programs
 from shoehorn.runtime.state import Phase, State, StateFile
 
@@ -52,9 +53,9 @@ def _series(text: str) -> Series:
 
 
 def _value(series: Series, family: str, **labels: str) -> float | None:
-    found = [value for (each, its), value in series.items() if each == family and set(labels.items()) <= its]
-    assert len(found) < 2, (family, labels)
-    return found[0] if found else None
+    values = [value for (each, its), value in series.items() if each == family and set(labels.items()) <= its]
+    assert len(values) < 2, (family, labels)
+    return values[0] if values else None
 
 
 def _names(series: Series, start: str) -> set[str]:
@@ -113,7 +114,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Running]]:
         each.process.communicate()
 
 
-def test_one_scrape_holds_appliance_engine_and_gpus(start: Callable[..., Running], tmp_path: Path) -> None:
+def test_scrape_contains_appliance_engine_and_gpus(start: Callable[..., Running], tmp_path: Path) -> None:
     rows = ({"gpu": 0, "part": "weights", "expected_bytes": 10, "measured_bytes": 11},
             {"gpu": 0, "part": "framework", "expected_bytes": 5, "measured_bytes": None})
     StateFile(tmp_path).update(phase=Phase.READY, restarts=2, step_downs=1, bytes_done=90, bytes_total=100, memory=rows,
@@ -146,7 +147,7 @@ def test_one_scrape_holds_appliance_engine_and_gpus(start: Callable[..., Running
     assert _value(series, "shoehorn_gpu_process_memory_bytes", gpu="0", pid="4242") == 6 * GIB
 
 
-def test_each_scrape_shows_the_moment(start: Callable[..., Running], tmp_path: Path) -> None:
+def test_scrape_has_current_values(start: Callable[..., Running], tmp_path: Path) -> None:
     running = start().wait()
     states = StateFile(tmp_path)
     assert _value(running.scrape(), "shoehorn_phase", phase="starting") == 1  # before any state was written
@@ -164,7 +165,7 @@ def test_each_scrape_shows_the_moment(start: Callable[..., Running], tmp_path: P
     assert _names(series, "shoehorn_engine_scrape") == {"shoehorn_engine_scrape_success"}
 
 
-def test_promtool_finds_nothing_in_the_appliances_own_metrics(start: Callable[..., Running], tmp_path: Path) -> None:
+def test_promtool_accepts_the_appliances_metrics(start: Callable[..., Running], tmp_path: Path) -> None:
     StateFile(tmp_path).update(phase=Phase.PULLING, progress=0.9, bytes_done=90, bytes_total=100, failures={"hung": 1},
                                rate_bytes_per_second=3.0)
     running = start(TWO_GPUS).wait()
@@ -177,7 +178,7 @@ def test_promtool_finds_nothing_in_the_appliances_own_metrics(start: Callable[..
         assert (done.returncode != 0) == bool(broken), done.stdout + done.stderr
 
 
-def test_without_an_nvidia_driver_the_rest_is_there(start: Callable[..., Running]) -> None:
+def test_missing_nvidia_driver_removes_gpu_series_only(start: Callable[..., Running]) -> None:
     running = start("from fakes.nvml import *; nvml = FakeNvml(); nvml.fail['nvmlInit'] = 12").wait()
     for _ in range(3):
         series = running.scrape()
@@ -185,10 +186,10 @@ def test_without_an_nvidia_driver_the_rest_is_there(start: Callable[..., Running
                                                    "shoehorn_gpu_collect_duration_seconds"}
         assert _value(series, "shoehorn_gpu_nvml_return_code") == 12
         assert _value(series, "shoehorn_phase", phase="starting") == 1
-    assert running.end().count("cannot read the GPUs: NVML Shared Library Not Found") == 1  # not once a scrape
+    assert running.end().count("metrics unavailable: source=gpus error=NVML Shared Library Not Found") == 1
 
 
-def test_a_lost_gpu_costs_its_own_series(start: Callable[..., Running]) -> None:
+def test_lost_gpu_removes_its_own_series_only(start: Callable[..., Running]) -> None:
     series = start(ONE_LOST).wait().scrape()
     assert _value(series, "shoehorn_gpu_memory_used_bytes", gpu="0") == 6 * GIB
     assert not [labels for name, labels in series if ("gpu", "1") in labels]
@@ -197,7 +198,7 @@ def test_a_lost_gpu_costs_its_own_series(start: Callable[..., Running]) -> None:
 
 
 @pytest.mark.parametrize("call", ["nvmlInit", "nvmlDeviceGetPowerUsage"])
-def test_a_hanging_driver_costs_the_gpu_series_and_a_bounded_time(start: Callable[..., Running], call: str) -> None:
+def test_hung_driver_removes_gpu_series_within_a_time_limit(start: Callable[..., Running], call: str) -> None:
     running = start(HANGS.format(call)).wait()
     begun = time.monotonic()
     series = running.scrape()
@@ -207,13 +208,13 @@ def test_a_hanging_driver_costs_the_gpu_series_and_a_bounded_time(start: Callabl
     begun = time.monotonic()
     for _ in range(20):
         running.scrape()
-    assert time.monotonic() - begun < 20 * exporter.GPU_LIMIT_SECONDS / 2  # nobody waits again for the same call
+    assert time.monotonic() - begun < 20 * exporter.GPU_LIMIT_SECONDS / 2  # callers share one call
     running.end()
     assert running.process.returncode == 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_it_at_once_also_during_a_scrape(start: Callable[..., Running], tmp_path: Path,
+def test_signal_stops_it_immediately_even_during_a_scrape(start: Callable[..., Running], tmp_path: Path,
                                                        number: int) -> None:
     running = start().wait()
     with serving(tmp_path / "engine.sock", http(DUMP.encode())) as engine:
@@ -228,25 +229,25 @@ def test_a_signal_ends_it_at_once_also_during_a_scrape(start: Callable[..., Runn
             assert client.recv(1) == b"", "it waited for the end of the scrape"
 
 
-@pytest.mark.fault("SIGSTOP of the exporter, and on again", "It goes on.")
-def test_it_goes_on_after_it_was_stopped(start: Callable[..., Running]) -> None:
+@pytest.mark.fault("SIGSTOP of the exporter, then SIGCONT", "It continues.")
+def test_it_continues_after_sigstop(start: Callable[..., Running]) -> None:
     running = start().wait()
     for _ in range(2):
         running.process.send_signal(signal.SIGSTOP)
         time.sleep(1.5)  # longer than it waits for a signal at a time
         running.process.send_signal(signal.SIGCONT)
         running.scrape()
-    assert "metrics on port" in running.end()
+    assert "serving metrics" in running.end()
     assert running.process.returncode == 0
 
 
-def test_it_ends_when_its_owner_was_killed(tmp_path: Path) -> None:
+def test_it_exits_when_its_parent_was_killed(tmp_path: Path) -> None:
     port = free_port()
     code = "import subprocess, sys; subprocess.run([sys.executable, '-m', 'shoehorn.observability.exporter'])"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={
             "PYTHONPATH": str(HOME / "src"), "RUN_DIR": str(tmp_path), "METRICS_PORT": str(port)}) as owner:
         assert owner.stdout is not None
-        assert b"metrics on port" in owner.stdout.readline()
+        assert b"serving metrics" in owner.stdout.readline()
         owner.kill()
         owner.wait()
         assert select.select([owner.stdout], [], [], 60)[0]
@@ -256,7 +257,7 @@ def test_it_ends_when_its_owner_was_killed(tmp_path: Path) -> None:
         taker.bind(("0.0.0.0", port))
 
 
-def test_a_taken_port_is_one_clear_message(start: Callable[..., Running]) -> None:
+def test_occupied_port_is_one_clear_message(start: Callable[..., Running]) -> None:
     with socket.socket() as taker:
         taker.bind(("0.0.0.0", 0))
         taker.listen()
@@ -264,17 +265,17 @@ def test_a_taken_port_is_one_clear_message(start: Callable[..., Running]) -> Non
         running = start(port=port)
         assert running.process.wait(60) == 1
     output = running.end()
-    assert f"cannot listen on port {port}: Address already in use; set METRICS_PORT" in output
+    assert f"port={port} error=Address already in use" in output
     assert len(output.splitlines()) == 1
 
 
-def test_bad_settings_are_named(start: Callable[..., Running]) -> None:
+def test_invalid_settings_are_reported(start: Callable[..., Running]) -> None:
     running = start(DRAIN_TIMEOUT="soon")
     assert running.process.wait(60) == 2
     assert "DRAIN_TIMEOUT: 'soon'" in running.end()
 
 
-def test_only_the_two_pages_exist(start: Callable[..., Running]) -> None:
+def test_other_paths_are_404(start: Callable[..., Running]) -> None:
     running = start().wait()
     assert "/metrics" in running.get("/").text
     assert running.get("/metrics?name[]=up").status_code == 200
@@ -286,7 +287,7 @@ def test_only_the_two_pages_exist(start: Callable[..., Running]) -> None:
         assert answer.headers["server"] == "shoehorn"
 
 
-def test_clients_that_misbehave_leave_no_trace(start: Callable[..., Running]) -> None:
+def test_misbehaving_clients_leave_no_log_line(start: Callable[..., Running]) -> None:
     running = start().wait()
     for sent in (b"", b"\x16\x03\x01\x02\x00\x01", b"GET /metrics HTTP/1.0\r\n\r\n"):
         with socket.create_connection(("127.0.0.1", running.port)) as client:
@@ -297,10 +298,10 @@ def test_clients_that_misbehave_leave_no_trace(start: Callable[..., Running]) ->
     assert "Traceback" not in running.end()
 
 
-def test_what_is_not_known_is_absent() -> None:
+def test_unknown_values_are_absent() -> None:
     unknown = exporter.state_samples(State())
     assert set(unknown) == {"shoehorn_phase", "shoehorn_engine_restarts_total", "shoehorn_engine_step_downs_total"}
-    gpu = Gpu(0, "GPU-1", "X", None, None, None, None, None, None, None, (GpuProcess(1, "unknown", None),))
+    gpu = GpuSample(0, "GPU-1", "X", None, None, None, None, None, None, None, (GpuProcess(1, "unknown", None),))
     assert set(exporter.gpu_samples(GpuReading((gpu,)))) == {
         "shoehorn_gpu_collect_success", "shoehorn_gpu_nvml_return_code", "shoehorn_gpu_info"}
     zero = replace(gpu, utilization_ratio=0.0, memory_used_bytes=0)
@@ -309,17 +310,17 @@ def test_what_is_not_known_is_absent() -> None:
 
 
 @pytest.mark.parametrize("phase", list(Phase))
-def test_exactly_one_phase_holds(phase: Phase) -> None:
+def test_exactly_one_phase_is_set(phase: Phase) -> None:
     samples = dict(exporter.state_samples(State(phase=phase, since=5.0))["shoehorn_phase"])
     assert samples == {(each.value,): float(each is phase) for each in Phase}
 
 
-def test_a_failed_fetch_says_how_long_it_took() -> None:
+def test_failed_fetch_reports_its_duration() -> None:
     assert exporter.engine_samples(EngineScrape(duration_seconds=2.0, problem="slow")) == {
         "shoehorn_engine_scrape_success": [((), 0.0)], "shoehorn_engine_scrape_duration_seconds": [((), 2.0)]}
 
 
-def test_the_table_follows_prometheus_conventions_and_refuses_strangers() -> None:
+def test_table_follows_prometheus_conventions_and_rejects_unknown_metrics() -> None:
     for metric in metrics.TABLE:
         assert metric.name.startswith("shoehorn_")
         assert metric.name.endswith("_total") == (metric.kind == "counter")
@@ -329,15 +330,15 @@ def test_the_table_follows_prometheus_conventions_and_refuses_strangers() -> Non
         metrics.render({"shoehorn_surprise": [((), 1)]})
 
 
-def test_label_values_cannot_break_the_text() -> None:
+def test_label_values_are_escaped() -> None:
     name = 'a"b\\c\nd}'
     text = metrics.render({"shoehorn_info": [((name,), 1)]})
     assert _series(text) == {("shoehorn_info", frozenset({("version", name)})): 1}
 
 
-def test_the_metrics_page_is_current_and_names_what_exists() -> None:
+def test_metrics_document_is_current_and_names_existing_metrics() -> None:
     page = (HOME / "docs" / "metrics.md").read_text(encoding="utf-8")
-    assert page == metrics.document(), "docs/metrics.md is stale: make docs"
+    assert page == metrics_document.document(), "docs/metrics.md is stale: make docs"
     in_dump = {line.split()[2] for line in DUMP.splitlines() if line.startswith("# TYPE")}
     assert {name for name, _ in metrics.ENGINE} <= in_dump
 

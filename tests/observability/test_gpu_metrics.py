@@ -1,4 +1,4 @@
-"""NVML, read through a stand-in that replays recordings: every way to fail costs its own figures and no more."""
+"""GPU metrics from recordings: each failure of NVML removes its own values only."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import pynvml
 import pytest
 
 from fakes.nvml import GIB, FakeNvml, example, example_gpu
+from nvml_recording import RECORDED_GPU_CALLS, RECORDED_SYSTEM_CALLS, record
 from shoehorn.common.paths import HOME
 from shoehorn.observability.exporter import gpu_samples, vram_samples
 from shoehorn.observability.gpu_metrics import NO_ANSWER, GpuProcess, NvmlReader
-from shoehorn.observability.nvml_recording import RECORDED_GPU_CALLS, RECORDED_SYSTEM_CALLS, record
 from shoehorn.runtime.state import Phase, State
 
 CAPTURES = sorted((HOME / "tests" / "captures").glob("nvml-*.json"))
@@ -27,7 +27,7 @@ def _process(proc: Path, pid: int, name: str) -> None:
     (proc / str(pid) / "comm").write_text(name + "\n")
 
 
-def test_a_card_that_says_everything(tmp_path: Path) -> None:
+def test_gpu_with_all_values(tmp_path: Path) -> None:
     _process(tmp_path, 4242, "VLLM::EngineCor")
     reading = NvmlReader(FakeNvml(), tmp_path).read()
     assert (reading.return_code, reading.problem, reading.driver_version) == (0, "", "580.95.05")
@@ -41,7 +41,7 @@ def test_a_card_that_says_everything(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("capture", [TWO, *(json.loads(path.read_text()) for path in CAPTURES)],
                          ids=["made up", *(path.stem for path in CAPTURES)])
-def test_a_recording_is_read_whole_and_adds_up(capture: dict[str, Any], tmp_path: Path) -> None:
+def test_recording_is_read_completely_and_adds_up(capture: dict[str, Any], tmp_path: Path) -> None:
     reading = NvmlReader(FakeNvml(capture), tmp_path).read()
     assert (reading.return_code, len(reading.gpus)) == (0, len(capture["gpus"]))
     for gpu in reading.gpus:
@@ -54,7 +54,7 @@ def test_a_recording_is_read_whole_and_adds_up(capture: dict[str, Any], tmp_path
 
 @pytest.mark.parametrize("code", [pynvml.NVML_ERROR_FUNCTION_NOT_FOUND, pynvml.NVML_ERROR_NOT_SUPPORTED,
                                   pynvml.NVML_ERROR_ARGUMENT_VERSION_MISMATCH])
-def test_an_older_driver_gives_memory_in_the_first_form(code: int, tmp_path: Path) -> None:
+def test_older_driver_returns_the_first_version_of_the_memory_struct(code: int, tmp_path: Path) -> None:
     nvml = FakeNvml()
     nvml.fail["nvmlDeviceGetMemoryInfo_v2"] = code
     reading = NvmlReader(nvml, tmp_path).read()
@@ -67,7 +67,7 @@ def test_an_older_driver_gives_memory_in_the_first_form(code: int, tmp_path: Pat
     ("nvmlDeviceGetUtilizationRates", ["utilization_ratio"]), ("nvmlDeviceGetPowerUsage", ["power_watts"]),
     ("nvmlDeviceGetTemperature", ["temperature_celsius"])])
 @pytest.mark.parametrize("code", [pynvml.NVML_ERROR_NOT_SUPPORTED, pynvml.NVML_ERROR_NO_PERMISSION])
-def test_what_a_card_does_not_support_is_none(call: str, fields: list[str], code: int, tmp_path: Path) -> None:
+def test_unsupported_values_are_none(call: str, fields: list[str], code: int, tmp_path: Path) -> None:
     nvml = FakeNvml()
     whole = vars(NvmlReader(nvml, tmp_path).read().gpus[0])
     nvml.fail[call] = code
@@ -76,7 +76,7 @@ def test_what_a_card_does_not_support_is_none(call: str, fields: list[str], code
     assert vars(reading.gpus[0]) == {**whole, **dict.fromkeys(fields)}
 
 
-def test_a_card_without_a_memory_figure_is_still_there(tmp_path: Path) -> None:
+def test_gpu_without_memory_values_is_included(tmp_path: Path) -> None:
     nvml = FakeNvml()
     nvml.fail = dict.fromkeys(("nvmlDeviceGetMemoryInfo", "nvmlDeviceGetMemoryInfo_v2"), 3)
     [gpu] = NvmlReader(nvml, tmp_path).read().gpus
@@ -88,28 +88,28 @@ def _with_processes(*entries: dict[str, Any]) -> FakeNvml:
     return FakeNvml(example({**example_gpu(), "nvmlDeviceGetComputeRunningProcesses": list(entries)}))
 
 
-def test_a_process_is_named_only_when_it_is_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_processes_of_this_user_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _process(tmp_path, 7, "ours")
     nvml = _with_processes({"pid": 7, "usedGpuMemory": 1}, {"pid": 8, "usedGpuMemory": 2})
     processes = NvmlReader(nvml, tmp_path).read().gpus[0].processes
     assert processes == (GpuProcess(7, "ours", 1), GpuProcess(8, "unknown", 2))
-    monkeypatch.setattr(os, "geteuid", lambda: (tmp_path / "7" / "comm").stat().st_uid + 1)  # somebody else's
+    monkeypatch.setattr(os, "geteuid", lambda: (tmp_path / "7" / "comm").stat().st_uid + 1)  # of another user
     assert [process.name for process in NvmlReader(nvml, tmp_path).read().gpus[0].processes] == ["unknown"] * 2
 
 
-def test_our_own_process_is_found_in_the_real_proc() -> None:
+def test_own_process_is_named_in_the_real_proc() -> None:
     reading = NvmlReader(_with_processes({"pid": os.getpid(), "usedGpuMemory": 1})).read()
     assert reading.gpus[0].processes[0].name == Path("/proc/self/comm").read_text().strip()
 
 
-def test_memory_that_is_not_shown_is_none_and_instances_of_a_process_are_added(tmp_path: Path) -> None:
+def test_hidden_memory_is_none_and_instances_of_a_process_are_summed(tmp_path: Path) -> None:
     nvml = _with_processes(*({"pid": pid, "usedGpuMemory": used}
                              for pid, used in ((1, None), (2, 5), (2, None), (2, 6), (3, 0))))
     processes = NvmlReader(nvml, tmp_path).read().gpus[0].processes
     assert [(process.pid, process.memory_bytes) for process in processes] == [(1, None), (2, 11), (3, 0)]
 
 
-def test_a_card_in_mig_mode_shows_what_it_may_and_nothing_made_up(tmp_path: Path) -> None:
+def test_gpu_in_mig_mode_has_permitted_values_only(tmp_path: Path) -> None:
     sliced = {**example_gpu(), "nvmlDeviceGetMigMode": [1, 1],
               "nvmlDeviceGetUtilizationRates": {"error": pynvml.NVML_ERROR_NOT_SUPPORTED},
               "nvmlDeviceGetMemoryInfo": {"error": pynvml.NVML_ERROR_NO_PERMISSION},
@@ -124,7 +124,7 @@ def test_a_card_in_mig_mode_shows_what_it_may_and_nothing_made_up(tmp_path: Path
     assert {labels[0] for labels, _ in parts} == {"1"}
 
 
-def test_a_driver_too_old_for_the_process_list_costs_only_that(tmp_path: Path) -> None:
+def test_driver_without_a_process_list_loses_only_that(tmp_path: Path) -> None:
     class Old(FakeNvml):
         def nvmlDeviceGetComputeRunningProcesses(self, handle: int) -> Any:
             raise pynvml.NVMLLibraryMismatchError("as pynvml says")
@@ -136,7 +136,7 @@ def test_a_driver_too_old_for_the_process_list_costs_only_that(tmp_path: Path) -
 
 @pytest.mark.parametrize("code", [pynvml.NVML_ERROR_LIBRARY_NOT_FOUND, pynvml.NVML_ERROR_DRIVER_NOT_LOADED,
                                   pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH])
-def test_nvml_that_comes_later_is_found(code: int, tmp_path: Path) -> None:
+def test_nvml_that_is_loaded_later_is_detected(code: int, tmp_path: Path) -> None:
     nvml = FakeNvml()
     nvml.fail["nvmlInit"] = code
     reader = NvmlReader(nvml, tmp_path)
@@ -148,12 +148,12 @@ def test_nvml_that_comes_later_is_found(code: int, tmp_path: Path) -> None:
     assert reader.read().return_code == 0
 
 
-def test_the_real_module_without_a_driver_or_with_one_never_raises() -> None:
+def test_real_module_never_raises() -> None:
     reading = NvmlReader(pynvml).read()
     assert bool(reading.gpus) == (reading.return_code == 0)
 
 
-def test_nvml_is_initialised_once_while_all_is_well_and_again_after_a_failure(tmp_path: Path) -> None:
+def test_nvml_is_initialised_once_and_again_after_a_failure(tmp_path: Path) -> None:
     nvml = FakeNvml()
     reader = NvmlReader(nvml, tmp_path)
     for _ in range(3):
@@ -170,16 +170,16 @@ def test_nvml_is_initialised_once_while_all_is_well_and_again_after_a_failure(tm
     assert reader.read().return_code == 0
 
 
-def test_zero_cards_are_a_failure(tmp_path: Path) -> None:
+def test_zero_gpus_are_a_failure(tmp_path: Path) -> None:
     nvml = FakeNvml(example())
     reader = NvmlReader(nvml, tmp_path)
     reading = reader.read()
-    assert (reading.gpus, reading.return_code, reading.problem) == ((), NO_ANSWER, "0 GPUs are visible")
+    assert (reading.gpus, reading.return_code, reading.problem) == ((), NO_ANSWER, "0 GPUs visible")
     nvml.capture["gpus"].append(example_gpu())
     assert reader.read().return_code == 0
 
 
-def test_a_lost_card_goes_whole_and_the_others_stay(tmp_path: Path) -> None:
+def test_lost_gpu_is_omitted_and_the_others_stay(tmp_path: Path) -> None:
     nvml = FakeNvml(TWO)
     reader = NvmlReader(nvml, tmp_path)
     assert len(reader.read().gpus) == 2
@@ -191,36 +191,36 @@ def test_a_lost_card_goes_whole_and_the_others_stay(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("call", ["nvmlDeviceGetTemperature", "nvmlDeviceGetUUID", "nvmlDeviceGetMemoryInfo_v2",
                                   "nvmlDeviceGetComputeRunningProcesses"])
-def test_a_card_lost_between_two_questions_gives_no_half_of_its_figures(call: str, tmp_path: Path) -> None:
+def test_gpu_lost_during_a_reading_is_omitted(call: str, tmp_path: Path) -> None:
     nvml = FakeNvml()
     nvml.fail[call] = pynvml.NVML_ERROR_GPU_IS_LOST
     reading = NvmlReader(nvml, tmp_path).read()
     assert (reading.gpus, reading.return_code) == ((), 15)
 
 
-def test_a_card_that_is_no_longer_counted_is_missed(tmp_path: Path) -> None:
+def test_uncounted_gpu_is_reported_as_missing(tmp_path: Path) -> None:
     nvml = FakeNvml(TWO)
     reader = NvmlReader(nvml, tmp_path)
     reader.read()
     gone = nvml.capture["gpus"].pop()
     for _ in range(2):
         reading = reader.read()
-        assert (len(reading.gpus), reading.return_code, reading.problem) == (1, NO_ANSWER, "1 GPUs are visible of 2")
+        assert (len(reading.gpus), reading.return_code, reading.problem) == (1, NO_ANSWER, "1 GPUs visible of 2")
     nvml.capture["gpus"].append(gone)
     assert reader.read().return_code == 0
 
 
 def xids(reader: NvmlReader) -> list[tuple[dict[str, int], int | None]]:
-    """Counts that are not zero and the last code, by card."""
-    return [({kind: count for kind, count in card.counts.items() if count}, card.last)
-            for card in reader.read().xid_errors]
+    """Non-zero counts and the last code, by GPU."""
+    return [({kind: count for kind, count in errors.counts.items() if count}, errors.last)
+            for errors in reader.read().xid_errors]
 
 
-def test_xid_errors_are_counted_by_kind_from_the_first_reading_on_and_through_failures(tmp_path: Path) -> None:
+def test_xid_errors_are_counted_by_kind_through_failures(tmp_path: Path) -> None:
     nvml = FakeNvml(TWO)
     reader = NvmlReader(nvml, tmp_path)
     first = reader.read().xid_errors
-    assert [(card.index, card.uuid, set(card.counts.values()), card.last) for card in first] == [
+    assert [(errors.index, errors.uuid, set(errors.counts.values()), errors.last) for errors in first] == [
         (index, example_gpu(index)["nvmlDeviceGetUUID"], {0}, None) for index in (0, 1)]
     for code in (31, 79, 48, 63):
         nvml.xid(0, code)
@@ -234,7 +234,7 @@ def test_xid_errors_are_counted_by_kind_from_the_first_reading_on_and_through_fa
     assert xids(reader)[0] == ({"application": 1, "hardware": 3, "corrected": 1}, 79)
 
 
-def test_a_card_that_falls_off_the_bus_leaves_the_error_that_says_so(tmp_path: Path) -> None:
+def test_lost_gpu_keeps_its_xid_errors(tmp_path: Path) -> None:
     nvml = FakeNvml(TWO)
     reader = NvmlReader(nvml, tmp_path)
     reader.read()
@@ -246,14 +246,14 @@ def test_a_card_that_falls_off_the_bus_leaves_the_error_that_says_so(tmp_path: P
         assert (reading.xid_errors[0].counts["hardware"], reading.xid_errors[0].last) == (1, 79)
     samples = gpu_samples(reading)
     assert ((("0", reading.xid_errors[0].uuid), 79.0)) in samples["shoehorn_gpu_last_xid"]
-    del nvml.capture["gpus"][0]  # a driver that was reloaded counts anew: card 1 is now 0
+    del nvml.capture["gpus"][0]  # a reloaded driver renumbers: GPU 1 is now 0
     nvml._lost.clear()
     reader.read()
     nvml.xid(0, 31)
     assert xids(reader) == [({"hardware": 1}, 79), ({"application": 1}, 31)]
 
 
-def test_a_storm_of_xid_errors_cannot_hold_a_reading_up(tmp_path: Path) -> None:
+def test_storm_of_xid_errors_does_not_delay_a_reading(tmp_path: Path) -> None:
     nvml = FakeNvml()
     reader = NvmlReader(nvml, tmp_path)
     reader.read()
@@ -264,7 +264,7 @@ def test_a_storm_of_xid_errors_cannot_hold_a_reading_up(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("call", ["nvmlEventSetCreate", "nvmlDeviceRegisterEvents"])
-def test_where_the_driver_tells_no_xid_errors_there_is_no_count(call: str, tmp_path: Path) -> None:
+def test_unsupported_xid_errors_have_no_count(call: str, tmp_path: Path) -> None:
     nvml = FakeNvml()
     nvml.fail[call] = pynvml.NVML_ERROR_NOT_SUPPORTED
     reader = NvmlReader(nvml, tmp_path)
@@ -274,7 +274,7 @@ def test_where_the_driver_tells_no_xid_errors_there_is_no_count(call: str, tmp_p
     assert nvml.event_sets == {}, "none is left over at each scrape"
 
 
-def test_a_recording_of_a_replay_is_the_recording() -> None:
+def test_recording_of_a_replay_equals_the_recording() -> None:
     capture = example({**example_gpu(), "nvmlDeviceGetPowerUsage": {"error": 3}}, example_gpu(1))
     again = record(FakeNvml(json.loads(json.dumps(capture))))
     assert again["gpus"] == capture["gpus"]
@@ -283,7 +283,7 @@ def test_a_recording_of_a_replay_is_the_recording() -> None:
     assert json.loads(json.dumps(again)) == again
 
 
-def test_recording_ends_what_it_began_and_names_a_missing_driver() -> None:
+def test_recording_shuts_nvml_down_and_reports_a_missing_driver() -> None:
     nvml = FakeNvml()
     record(nvml)
     assert nvml.initialised == 0
@@ -292,7 +292,7 @@ def test_recording_ends_what_it_began_and_names_a_missing_driver() -> None:
         record(nvml)
 
 
-def test_pynvmls_own_structs_become_plain() -> None:
+def test_structs_of_pynvml_are_converted() -> None:
     memory = pynvml.c_nvmlMemory_v2_t(pynvml.nvmlMemory_v2, 10, 1, 4, 5)
     process = pynvml.nvmlFriendlyObject({"pid": 7, "usedGpuMemory": None})
 
@@ -309,7 +309,7 @@ def test_pynvmls_own_structs_become_plain() -> None:
     assert answers["nvmlDeviceGetComputeRunningProcesses"] == [{"pid": 7, "usedGpuMemory": None}]
 
 
-def test_the_stand_in_takes_the_arguments_that_pynvml_takes() -> None:
+def test_stand_in_has_the_signatures_of_pynvml() -> None:
     nvml = FakeNvml()
     for name in ("nvmlInit", "nvmlShutdown", "nvmlDeviceGetCount", "nvmlDeviceGetHandleByIndex",
                  "nvmlDeviceGetMemoryInfo", "nvmlDeviceGetTemperature", "nvmlEventSetCreate", "nvmlEventSetFree"):
@@ -322,7 +322,7 @@ def test_the_stand_in_takes_the_arguments_that_pynvml_takes() -> None:
         _ = nvml.nvmlDeviceGetNothing
 
 
-def test_the_stand_in_must_be_initialised_like_the_real_one() -> None:
+def test_stand_in_requires_initialisation() -> None:
     nvml = FakeNvml()
     with pytest.raises(pynvml.NVMLError_Uninitialized):
         nvml.nvmlDeviceGetCount()

@@ -1,4 +1,4 @@
-"""Where the memory of a card went: parts that add up, whatever NVML shows."""
+"""Attribution of a GPU's used memory: parts that add up, whatever NVML reports."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from fakes.nvml import GIB, FakeNvml
 from shoehorn.observability import vram_usage
 from shoehorn.observability.exporter import gpu_samples, volume_samples, vram_samples
-from shoehorn.observability.gpu_metrics import Gpu, GpuProcess, GpuReading, NvmlReader
+from shoehorn.observability.gpu_metrics import GpuProcess, GpuReading, GpuSample, NvmlReader
 from shoehorn.runtime.state import Phase, State
 
 ROWS = tuple({"gpu": 0, "part": part, "expected_bytes": 1, "measured_bytes": size} for part, size in (
@@ -18,8 +18,8 @@ ROWS = tuple({"gpu": 0, "part": part, "expected_bytes": 1, "measured_bytes": siz
     ("total", 5 * GIB + GIB // 4)))
 
 
-def card(*processes: tuple[str, int | None], used: int = 6 * GIB) -> Gpu:
-    return Gpu(0, "GPU-0", "Made-up 24G", 24 * GIB, used, 17 * GIB, GIB, None, None, None,
+def sample(*processes: tuple[str, int | None], used: int = 6 * GIB) -> GpuSample:
+    return GpuSample(0, "GPU-0", "Made-up 24G", 24 * GIB, used, 17 * GIB, GIB, None, None, None,
                tuple(GpuProcess(number, name, size) for number, (name, size) in enumerate(processes)))
 
 
@@ -32,29 +32,29 @@ def card(*processes: tuple[str, int | None], used: int = 6 * GIB) -> Gpu:
     ([("VLLM::EngineCor", 2 * GIB)], False, {"unattributed": 2 * GIB, "other_processes": 4 * GIB}),
     ([], False, {"unattributed": 6 * GIB, "other_processes": 0}),
 ])
-def test_the_parts_of_a_card_add_up_to_it(processes: list[tuple[str, int | None]], ready: bool,
+def test_parts_add_up_to_the_size_of_the_gpu(processes: list[tuple[str, int | None]], ready: bool,
                                           expected: dict[str, int]) -> None:
-    parts = vram_usage.breakdown(ROWS, card(*processes), ready=ready)
+    parts = vram_usage.breakdown(ROWS, sample(*processes), ready=ready)
     assert sum(parts.values()) == 24 * GIB
     assert {part: parts[part] for part in expected} == expected
     assert ("weights" in parts) == ("framework" in expected)
     assert set(parts) <= set(vram_usage.PARTS)
 
 
-def test_quantization_state_is_a_part_of_its_own_where_it_is_known() -> None:
+def test_known_quantization_state_is_a_separate_part() -> None:
     rows = (*ROWS, {"gpu": 0, "part": "quant_state", "expected_bytes": 1, "measured_bytes": GIB // 4})
-    parts = vram_usage.breakdown(rows, card(("VLLM::EngineCor", 6 * GIB)), ready=True)
+    parts = vram_usage.breakdown(rows, sample(("VLLM::EngineCor", 6 * GIB)), ready=True)
     assert (parts["quant_state"], parts["framework"], parts["activations"]) == (GIB // 4, GIB, GIB // 2)
     assert sum(parts.values()) == 24 * GIB
 
 
-def test_a_card_that_does_not_say_what_is_in_use_has_no_parts() -> None:
-    silent = dataclasses.replace(card(), memory_used_bytes=None)
+def test_gpu_without_used_memory_has_no_parts() -> None:
+    silent = dataclasses.replace(sample(), memory_used_bytes=None)
     assert vram_usage.breakdown(ROWS, silent, ready=True) == {}
 
 
-def test_more_processes_than_rows_or_none_at_all(tmp_path: Path) -> None:
-    samples = vram_samples(State(phase=Phase.READY, memory=ROWS), (card(), dataclasses.replace(card(), index=1)))
+def test_gpus_without_rows_and_no_gpus(tmp_path: Path) -> None:
+    samples = vram_samples(State(phase=Phase.READY, memory=ROWS), (sample(), dataclasses.replace(sample(), index=1)))
     assert {labels for labels, _ in samples["shoehorn_vram_bytes"]} >= {("0", "weights"), ("1", "unattributed")}
     assert [labels for labels, _ in samples["shoehorn_vram_expected_bytes"]] == [
         ("0", part) for part in ("weights", "kv_cache", "cuda_graphs", "framework")]
@@ -63,7 +63,7 @@ def test_more_processes_than_rows_or_none_at_all(tmp_path: Path) -> None:
     assert volume_samples(tmp_path)["shoehorn_models_volume_bytes"][0][1] > 0
 
 
-def test_throttling_is_named_and_absent_otherwise() -> None:
+def test_throttling_reasons_are_present_only_when_throttled() -> None:
     nvml = FakeNvml()
     assert NvmlReader(nvml).read().gpus[0].throttled == ()
     nvml.capture["gpus"][0]["nvmlDeviceGetCurrentClocksEventReasons"] = 0x24

@@ -1,4 +1,4 @@
-"""The console page in a real browser, through a real nginx; state and engine are stand-ins, to see what is rare."""
+"""The console page in a real browser through a real nginx; state and engine are stand-ins, for rare states."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def gate(tmp_path: Path) -> Iterator[Gateway]:
         yield running
 
 
-def test_a_start_shows_phase_progress_rate_time_left_and_the_plan(gate: Gateway, visit: Visits) -> None:
+def test_start_shows_phase_progress_rate_remaining_time_and_plan(gate: Gateway, visit: Visits) -> None:
     seen = visit(gate.url)
-    seen.wait_for("#headline", "Looking at the machine")
+    seen.wait_for("#headline", "Detecting hardware")
     expect(seen.page.locator("#plan")).to_be_hidden()
     pull(gate, 35 * GIB)
     seen.wait_for("#headline", "Downloading the model")
@@ -42,9 +42,10 @@ def test_a_start_shows_phase_progress_rate_time_left_and_the_plan(gate: Gateway,
     assert bar.evaluate("bar => bar.value") == 0.25
     assert seen.page.get_by_role("listitem").nth(1).get_attribute("aria-current") == "step"
     facts = seen.text("#plan-facts")
-    assert "70" not in facts.split("Model's files")[0]
+    assert "70" not in facts.split("Model files")[0]
     assert seen.page.locator("#legend li").all_inner_texts() == [
-        "Weights", "Embeddings and head", "Offload buffers", "KV cache", "CUDA graphs", "Framework", "Activations"]
+        "Weights", "Embeddings and output head", "Offload buffers", "KV cache", "CUDA graphs", "Framework",
+        "Activations"]
     for words in ("quantized to NF4", "8,192 tokens", "offloaded weights", "tokens/s for one request"):
         assert words in facts, facts
     gate.states.update(phase=Phase.LOADING, progress=None, detail="loading the weights")
@@ -53,7 +54,7 @@ def test_a_start_shows_phase_progress_rate_time_left_and_the_plan(gate: Gateway,
     assert seen.page.locator("#progress").get_attribute("value") is None
 
 
-def test_the_picture_of_each_card_is_to_scale_expected_beside_measured(gate: Gateway, visit: Visits) -> None:
+def test_chart_of_each_gpu_is_to_scale_with_expected_and_measured(gate: Gateway, visit: Visits) -> None:
     plan = plan_of_the_70b()
     pull(gate, 1)
     seen = visit(gate.url)
@@ -75,12 +76,12 @@ def test_the_picture_of_each_card_is_to_scale_expected_beside_measured(gate: Gat
     assert sum(measured.values()) == pytest.approx(17 * GIB / whole, abs=0.005)
     picture = card.get_by_role("img").last.get_attribute("aria-label") or ""
     assert picture.startswith("Measured: Weights ")
-    card.get_by_label("GPU 0 in figures").click()
+    card.get_by_label("Details of GPU 0").click()
     rows = card.locator("tr").all_inner_texts()
     assert any(row.startswith("Total") and row.endswith("17.00 GiB") for row in rows), rows
 
 
-def test_quantization_state_stands_apart_where_it_was_measured(gate: Gateway, visit: Visits) -> None:
+def test_measured_quantization_state_is_a_separate_part(gate: Gateway, visit: Visits) -> None:
     cards = [replace(parts, quant_state_bytes=2 * GIB) for parts in plan_of_the_70b().vram]
     rows = memory_report.compare(cards, {0: {"weights_bytes": 12 * GIB, "quant_state_bytes": GIB,
                                              "kv_cache_bytes": GIB}}, [17 * GIB])
@@ -89,7 +90,7 @@ def test_quantization_state_stands_apart_where_it_was_measured(gate: Gateway, vi
                        memory=tuple(asdict(row) for row in rows))
     seen = visit(gate.url)
     card = seen.page.locator(".gpu").first
-    card.get_by_label("GPU 0 in figures").click()
+    card.get_by_label("Details of GPU 0").click()
     found = {row.split("\t")[0].strip(): row.split("\t")[1:] for row in card.locator("tr").all_inner_texts()}
     assert found["Quantization state"] == ["2.00 GiB", "1.00 GiB"]
     assert found["Weights"][1] == "11.00 GiB"
@@ -97,32 +98,32 @@ def test_quantization_state_stands_apart_where_it_was_measured(gate: Gateway, vi
     assert drawn == ["weights", "quant_state", "kv_cache", "framework"]
 
 
-def test_a_plan_for_the_cpu_says_so(gate: Gateway, visit: Visits) -> None:
+def test_plan_for_the_cpu_is_labelled(gate: Gateway, visit: Visits) -> None:
     pull(gate, 1)
     gate.states.update(plan={**gate.states.read().plan, "vram": []})
     seen = visit(gate.url)
     seen.wait_for("#vram", "no VRAM")
 
 
-def test_a_failure_gives_cause_and_remedy(gate: Gateway, visit: Visits) -> None:
+def test_failure_shows_cause_and_remedy(gate: Gateway, visit: Visits) -> None:
     gate.states.update(phase=Phase.FAILED, cause="The disk is <b>full</b>.", remedy="Free 3 GiB.")
     seen = visit(gate.url)
-    alert = seen.page.get_by_role("alert").filter(has_text="cannot be served")
+    alert = seen.page.get_by_role("alert").filter(has_text="is unavailable")
     expect(alert).to_contain_text("The disk is <b>full</b>.")
     expect(alert).to_contain_text("Free 3 GiB.")
     expect(seen.page.locator("#start")).to_be_hidden()
 
 
-def test_no_connection_is_said_and_mended(gate: Gateway, visit: Visits) -> None:
+def test_lost_connection_is_shown_and_recovers(gate: Gateway, visit: Visits) -> None:
     seen = visit(gate.url)
-    seen.wait_for("#headline", "Looking at the machine")
+    seen.wait_for("#headline", "Detecting hardware")
     seen.page.route("**/status", lambda route: route.fulfill(status=200, body="half a doc"))
     seen.wait_for("#notice", "No connection")
     seen.page.unroute("**/status")
     expect(seen.page.locator("#notice")).to_be_empty()
 
 
-def test_reasoning_stands_apart_and_code_in_blocks(gate: Gateway, visit: Visits) -> None:
+def test_reasoning_and_code_have_their_own_elements(gate: Gateway, visit: Visits) -> None:
     with gate.engine() as engine:
         seen = chatting(gate, engine, visit)
         engine.script = [*say("I think ", "<b>so</b>.", field="reasoning"), *say("Older.", field="reasoning_content"),
@@ -169,7 +170,7 @@ if a < b: pass
 ```"""
 
 
-def test_markdown_becomes_elements_and_nothing_else(gate: Gateway, visit: Visits) -> None:
+def test_markdown_is_rendered_as_elements_only(gate: Gateway, visit: Visits) -> None:
     with gate.engine() as engine:
         seen = chatting(gate, engine, visit)
         seen.context.grant_permissions(["clipboard-read", "clipboard-write"])
@@ -194,7 +195,7 @@ def test_markdown_becomes_elements_and_nothing_else(gate: Gateway, visit: Visits
         assert seen.text(".user .text") == "# Not a heading, as I typed it"
 
 
-def test_an_answer_is_given_again_and_an_idea_begins(gate: Gateway, visit: Visits) -> None:
+def test_answer_is_regenerated_and_an_idea_starts_a_conversation(gate: Gateway, visit: Visits) -> None:
     with gate.engine() as engine:
         seen = chatting(gate, engine, visit)
         engine.allow(500)
@@ -203,7 +204,7 @@ def test_an_answer_is_given_again_and_an_idea_begins(gate: Gateway, visit: Visit
         expect(seen.page.locator(".assistant .text")).to_have_text("One.")
         expect(seen.page.locator("#ideas")).to_be_hidden()
         engine.script = [*say("Two."), usage(3, 2), "[DONE]"]
-        seen.page.get_by_role("button", name="Answer again").click()
+        seen.page.get_by_role("button", name="Regenerate").click()
         expect(seen.page.locator(".assistant .text")).to_have_text("Two.")
         expect(seen.page.locator(".user")).to_have_count(1)
         assert "first token after" in seen.text("#first")
@@ -211,7 +212,7 @@ def test_an_answer_is_given_again_and_an_idea_begins(gate: Gateway, visit: Visit
         assert sent == [{"role": "user", "content": "What is your name?"}]
 
 
-def test_of_several_models_one_is_chosen_and_kept_for_the_tab(gate: Gateway, visit: Visits) -> None:
+def test_chosen_model_is_kept_for_the_tab(gate: Gateway, visit: Visits) -> None:
     with gate.engine() as engine:
         seen = chatting(gate, engine, visit)
         expect(seen.page.locator("#models")).to_be_hidden()
@@ -230,11 +231,11 @@ def test_of_several_models_one_is_chosen_and_kept_for_the_tab(gate: Gateway, vis
 
 
 @pytest.mark.parametrize(("answer", "words"), [
-    (Answer(429, {"error": {"message": "Two at a time."}}, {"Retry-After": "7"}), "Two at a time. Try again in 7 s."),
-    (Answer(429, {"error": {"message": "Slowly."}}), "Slowly. Try again in 1 s."),
+    (Answer(429, {"error": {"message": "Two at a time."}}, {"Retry-After": "7"}), "Two at a time. Retry in 7 s."),
+    (Answer(429, {"error": {"message": "Slowly."}}), "Slowly. Retry in 1 s."),
     (Answer(400, {"error": {"message": "The context is 4096 tokens."}}), "The context is 4096 tokens."),
     (Answer(500, {"odd": 1}), "Status 500")])
-def test_a_refusal_is_told_in_the_servers_words(gate: Gateway, visit: Visits, answer: Answer, words: str) -> None:
+def test_refusal_shows_the_servers_message(gate: Gateway, visit: Visits, answer: Answer, words: str) -> None:
     with gate.engine() as engine:
         seen = chatting(gate, engine, visit, refusals=(answer.status,))
         engine.answers["/v1/chat/completions"] = answer
@@ -243,7 +244,7 @@ def test_a_refusal_is_told_in_the_servers_words(gate: Gateway, visit: Visits, an
         assert seen.page.get_by_label("Your message").input_value() == "Hello", "to be sent again"
 
 
-def test_a_stream_that_fails_says_why_and_keeps_what_came(gate: Gateway, visit: Visits) -> None:
+def test_failed_stream_shows_its_error_and_keeps_the_text(gate: Gateway, visit: Visits) -> None:
     with gate.engine() as engine:
         seen = chatting(gate, engine, visit)
         engine.allow(9)
@@ -254,17 +255,18 @@ def test_a_stream_that_fails_says_why_and_keeps_what_came(gate: Gateway, visit: 
         assert seen.text(".assistant .text") == "Half of "
         engine.script = say("Half of ")
         seen.ask("Again")
-        expect(seen.page.locator(".assistant .error").last).to_have_text("The connection ended before the answer did.")
+        expect(seen.page.locator(".assistant .error").last).to_have_text(
+            "The connection was lost before the response was complete.")
 
 
-def test_not_ready_is_said_and_the_page_comes_back_by_itself(gate: Gateway, visit: Visits) -> None:
+def test_page_shows_not_ready_and_recovers(gate: Gateway, visit: Visits) -> None:
     with gate.engine() as engine:
         seen = chatting(gate, engine, visit, refusals=(503,))
         gate.states.update(phase=Phase.LOADING, detail="starting the engine again")
         seen.ask("Still there?")  # before the page knows
         expect(seen.page.locator(".assistant .error")).to_contain_text(
-            "The model is not ready: loading. Try again in 5 s.")
-        seen.wait_for("#notice", "comes back by itself")
+            "The model is not ready: loading. Retry in 5 s.")
+        seen.wait_for("#notice", "restarts automatically")
         expect(seen.page.get_by_role("button", name="Send")).to_be_disabled()
         expect(seen.page.locator("#start")).to_be_visible()
         gate.states.update(phase=Phase.READY)
@@ -275,7 +277,7 @@ def test_not_ready_is_said_and_the_page_comes_back_by_itself(gate: Gateway, visi
         expect(seen.page.locator(".assistant .text").last).to_have_text("Yes.")
 
 
-def test_the_key_stays_in_the_tab_and_out_of_addresses(gate: Gateway, visit: Visits) -> None:
+def test_key_stays_in_the_tab_and_out_of_addresses(gate: Gateway, visit: Visits) -> None:
     with gate.engine() as engine:
         seen = chatting(gate, engine, visit)
         seen.page.reload()
@@ -292,7 +294,7 @@ def test_the_key_stays_in_the_tab_and_out_of_addresses(gate: Gateway, visit: Vis
         assert seen.page.evaluate("JSON.stringify(sessionStorage)") == "{}"
 
 
-def test_the_language_follows_the_browser_until_a_person_chooses(gate: Gateway, visit: Visits) -> None:
+def test_language_follows_the_browser_until_it_is_chosen(gate: Gateway, visit: Visits) -> None:
     gate.states.update(phase=Phase.LOADING, detail="loading the weights", plan=plan_of_the_70b().public_summary())
     seen = visit(gate.url, language="zh-CN")
     seen.wait_for("#headline", "正在加载模型")
@@ -309,7 +311,7 @@ def test_the_language_follows_the_browser_until_a_person_chooses(gate: Gateway, 
     assert missing == []
 
 
-def test_everything_is_reached_by_keyboard_in_the_order_in_which_it_stands(gate: Gateway, visit: Visits) -> None:
+def test_keyboard_reaches_everything_in_document_order(gate: Gateway, visit: Visits) -> None:
     with gate.engine() as engine:
         gate.states.update(plan=plan_of_the_70b().public_summary())
         seen = chatting(gate, engine, visit)
@@ -322,9 +324,9 @@ def test_everything_is_reached_by_keyboard_in_the_order_in_which_it_stands(gate:
         while "/readyz" not in reached and len(reached) < 30:
             seen.page.keyboard.press("Tab")
             reached.append(seen.page.evaluate("document.activeElement.id || document.activeElement.textContent.trim()"))
-        wanted = ["language", "again", "clear", "log", "message", "send", "forget", "curl", "Python, openai", "/status",
-                  "/readyz"]
-        assert [name for name in reached if name in wanted] == wanted, reached
+        expected = ["language", "again", "clear", "log", "message", "send", "forget", "curl", "Python, openai",
+                    "/status", "/readyz"]
+        assert [name for name in reached if name in expected] == expected, reached
         seen.page.get_by_label("Your message").focus()
         seen.page.keyboard.type("one")
         seen.page.keyboard.press("Shift+Enter")
@@ -332,7 +334,7 @@ def test_everything_is_reached_by_keyboard_in_the_order_in_which_it_stands(gate:
         assert seen.page.get_by_label("Your message").input_value() == "one\ntwo"
 
 
-def test_every_face_is_accessible_and_fits(gate: Gateway, visit: Visits) -> None:
+def test_every_state_is_accessible_and_fits(gate: Gateway, visit: Visits) -> None:
     found: list[str] = []
     pull(gate, 35 * GIB)
     gate.states.update(memory=loaded(plan_of_the_70b()))

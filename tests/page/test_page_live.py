@@ -1,4 +1,4 @@
-"""The console page in a real browser, on the real appliance: from the pull over a chat to an engine that dies."""
+"""The console page in a real browser on the real appliance: pull, chat, and restart of a dead engine."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def listens(own: Appliance) -> bool:
         return False
 
 
-def test_a_wrong_key_is_refused_and_the_right_one_chats(appliance: Appliance, visit: Visits) -> None:
+def test_invalid_key_is_rejected_and_a_valid_one_chats(appliance: Appliance, visit: Visits) -> None:
     seen = visit(appliance.url, refusals=(401,))
     seen.wait_for("#chat-title", "Chat")
     seen.use_key("sk-wrong")
@@ -52,7 +52,7 @@ def test_a_wrong_key_is_refused_and_the_right_one_chats(appliance: Appliance, vi
     seen.use_key(appliance.key)
     expect(seen.page.get_by_label("Your message")).to_be_focused()
     seen.ask(NAME)
-    expect(seen.page.locator("#activity")).to_have_text("The answer is complete.", timeout=60_000)
+    expect(seen.page.locator("#activity")).to_have_text("Response complete.", timeout=60_000)
     assert "Shoehorn" in seen.text(".assistant .text")
     assert float(seen.text("#speed").split()[0]) > 0
     used, limit = (int(word.replace(",", "")) for word in seen.text("#context").split() if word[0].isdigit())
@@ -60,7 +60,7 @@ def test_a_wrong_key_is_refused_and_the_right_one_chats(appliance: Appliance, vi
     assert seen.page.get_by_role("meter").evaluate("meter => meter.value") == used
 
 
-def test_an_answer_is_drawn_as_it_comes_and_is_stopped_and_the_engine_is_free_again(appliance: Appliance,
+def test_answer_streams_and_stop_frees_the_engine(appliance: Appliance,
                                                                                    visit: Visits) -> None:
     seen = visit(appliance.url)
     seen.use_key(appliance.key)
@@ -76,19 +76,19 @@ def test_an_answer_is_drawn_as_it_comes_and_is_stopped_and_the_engine_is_free_ag
     stop.click()
     expect(seen.page.locator(".assistant .note")).to_have_text("Stopped.")
     expect(stop).to_be_hidden()
-    kept = seen.text(".assistant .text")
-    assert kept
+    answer = seen.text(".assistant .text")
+    assert answer
     seen.page.get_by_role("button", name="New conversation").click()
     seen.ask(NAME)
-    expect(seen.page.locator("#activity")).to_have_text("The answer is complete.", timeout=60_000)
+    expect(seen.page.locator("#activity")).to_have_text("Response complete.", timeout=60_000)
     assert "Shoehorn" in seen.text(".assistant .text")
 
 
 @pytest.mark.parametrize("name", ["curl", "openai", "langchain"])
-def test_what_is_copied_runs_as_it_is(appliance: Appliance, visit: Visits, name: str, tmp_path: Path) -> None:
+def test_copied_snippets_run(appliance: Appliance, visit: Visits, name: str, tmp_path: Path) -> None:
     seen = visit(appliance.url)
     seen.context.grant_permissions(["clipboard-read", "clipboard-write"])
-    seen.wait_for("#use-title", "Call it")
+    seen.wait_for("#use-title", "Use the API")
     if name != "curl":
         seen.page.locator("summary", has_text=f"Python, {name}").first.click()
     seen.page.locator(f"[data-copy={name}]").click()
@@ -103,7 +103,7 @@ def test_what_is_copied_runs_as_it_is(appliance: Appliance, visit: Visits, name:
     assert "hoehorn" in done.stdout
 
 
-def test_from_the_pull_over_an_engine_that_dies_the_page_follows(start: Callable[..., Appliance],
+def test_page_follows_a_pull_and_a_restart_of_the_engine(start: Callable[..., Appliance],
                                                                 visit: Visits) -> None:
     size = (DEMO_MODEL / "model.safetensors").stat().st_size
     with Hub({"owner/demo": DEMO_MODEL}, bytes_per_second=size // 5) as hub:
@@ -121,11 +121,11 @@ def test_from_the_pull_over_an_engine_that_dies_the_page_follows(start: Callable
     ask_for_long(seen)
     own.find("VLLM::EngineCor").send_signal(signal.SIGKILL)
     expect(seen.page.locator(".assistant .error")).not_to_be_empty(timeout=30_000)
-    seen.wait_for("#notice", "comes back by itself", 30)
+    seen.wait_for("#notice", "restarts automatically", 30)
     expect(seen.page.get_by_role("button", name="Send")).to_be_disabled()
     seen.wait_for("#notice", "ready again", 120)
     assert StateFile(own.run_dir).read().restarts == 1
     seen.page.get_by_role("button", name="New conversation").click()
     seen.ask(NAME)
-    expect(seen.page.locator("#activity")).to_have_text("The answer is complete.", timeout=60_000)
+    expect(seen.page.locator("#activity")).to_have_text("Response complete.", timeout=60_000)
     assert "Shoehorn" in seen.text(".assistant .text")

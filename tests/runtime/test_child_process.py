@@ -1,4 +1,4 @@
-"""Children: stubborn ones, orphans, and what a killed owner leaves. Real processes."""
+"""Child processes (real ones): stubborn children, orphans, groups of killed programs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _wait_for(condition: object, seconds: float = 60.0) -> None:
         time.sleep(0.02)
 
 
-def test_lines_of_both_streams_and_of_progress_bars_arrive(tmp_path: Path) -> None:
+def test_lines_of_both_streams_and_of_progress_bars_are_read(tmp_path: Path) -> None:
     lines: list[str] = []
     child = _start("import sys; print('out'); print('err', file=sys.stderr); print('10%\\r20%\\r', end='')", tmp_path,
                    lines)
@@ -38,18 +38,18 @@ def test_lines_of_both_streams_and_of_progress_bars_arrive(tmp_path: Path) -> No
     assert not (tmp_path / "group").exists()
 
 
-def test_the_exit_status_is_passed_on(tmp_path: Path) -> None:
+def test_exit_status_is_returned(tmp_path: Path) -> None:
     assert _start("raise SystemExit(3)", tmp_path).wait(60) == 3
 
 
-def test_stop_ends_a_child_that_obeys(tmp_path: Path) -> None:
+def test_stop_terminates_an_obedient_child(tmp_path: Path) -> None:
     lines: list[str] = []
     child = _start("print('up'); import time; time.sleep(600)", tmp_path, lines)
     _wait_for(lambda: lines)
     assert child.stop(10) == -signal.SIGTERM
 
 
-def test_sigterm_is_sent_again_to_one_that_lost_it(tmp_path: Path) -> None:
+def test_sigterm_is_repeated_to_a_child_that_lost_it(tmp_path: Path) -> None:
     lines: list[str] = []
     code = ("import signal, sys, time; seen = []\n"
             "def take(*_):\n seen.append(1)\n if len(seen) == 2: sys.exit(7)\n"
@@ -59,7 +59,7 @@ def test_sigterm_is_sent_again_to_one_that_lost_it(tmp_path: Path) -> None:
     assert child.stop(20) == 7
 
 
-def test_one_that_ignores_sigterm_is_killed_when_the_time_is_up(tmp_path: Path) -> None:
+def test_child_that_ignores_sigterm_is_killed_after_the_time_limit(tmp_path: Path) -> None:
     lines: list[str] = []
     child = _start("import signal, time; signal.signal(15, signal.SIG_IGN); print('up'); time.sleep(600)", tmp_path,
                    lines)
@@ -67,7 +67,7 @@ def test_one_that_ignores_sigterm_is_killed_when_the_time_is_up(tmp_path: Path) 
     assert child.stop(0.5) == -signal.SIGKILL
 
 
-def test_what_a_child_started_ends_with_it(tmp_path: Path) -> None:
+def test_descendants_are_killed_with_the_child(tmp_path: Path) -> None:
     child = _start(_ORPHAN + "print('up'); time.sleep(600)", tmp_path)
     _wait_for(lambda: len(members(child.pid)) == 2)
     os.kill(child.pid, signal.SIGKILL)
@@ -75,7 +75,7 @@ def test_what_a_child_started_ends_with_it(tmp_path: Path) -> None:
     assert members(child.pid) == []
 
 
-def test_a_successor_ends_the_group_of_a_killed_owner(tmp_path: Path) -> None:
+def test_successor_kills_the_group_of_a_killed_program(tmp_path: Path) -> None:
     owner = subprocess.Popen([sys.executable, "-c", (
         "import sys, os, pathlib, time; from shoehorn.runtime.child_process import Child; "
         f"Child([sys.executable, '-c', {_ORPHAN + 'time.sleep(600)'!r}], os.environ, print, "
@@ -92,13 +92,13 @@ def test_a_successor_ends_the_group_of_a_killed_owner(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [None, "", "{}", '{"group": "x"}', '{"group": 4194000}'])
-def test_a_record_that_names_nothing_ends_nothing(tmp_path: Path, content: str | None) -> None:
+def test_invalid_record_kills_no_process(tmp_path: Path, content: str | None) -> None:
     if content is not None:
         (tmp_path / "group").write_text(content)
     assert kill_recorded_group(tmp_path / "group") == []
 
 
-def test_a_sigterm_while_a_child_is_born_is_heard_once_it_is_recorded(tmp_path: Path,
+def test_sigterm_during_the_start_is_handled_after_the_record(tmp_path: Path,
                                                                      monkeypatch: pytest.MonkeyPatch) -> None:
     class Stopped(BaseException):
         pass

@@ -1,4 +1,4 @@
-"""The watcher speaks supervisord's event protocol and ends what has to end."""
+"""The event listener: supervisord's protocol, and what it stops and kills."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def _run(events: str, run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[s
 
 def test_every_event_is_acknowledged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     body = "processname:exporter groupname:exporter from_state:RUNNING expected:0 pid:0"
-    said, killed = _run(_event("PROCESS_STATE_EXITED", body) * 2, tmp_path, monkeypatch)
-    assert said == "READY\nRESULT 2\nOKREADY\nRESULT 2\nOKREADY\n"
+    output, killed = _run(_event("PROCESS_STATE_EXITED", body) * 2, tmp_path, monkeypatch)
+    assert output == "READY\nRESULT 2\nOKREADY\nRESULT 2\nOKREADY\n"
     assert killed == []
 
 
-def test_the_engines_last_word_ends_the_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_final_exit_of_the_engine_stops_the_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "exit_code").write_text("3\n")
     body = "processname:engine groupname:engine from_state:RUNNING expected:1 pid:77"
     _, killed = _run(_event("PROCESS_STATE_EXITED", body), tmp_path, monkeypatch)
@@ -45,14 +45,14 @@ def test_the_engines_last_word_ends_the_container(tmp_path: Path, monkeypatch: p
     assert (tmp_path / "exit_code").read_text() == "3\n"
 
 
-def test_a_program_that_was_given_up_ends_the_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fatal_program_stops_the_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     body = "processname:gateway groupname:gateway from_state:BACKOFF"
     _, killed = _run(_event("PROCESS_STATE_FATAL", body), tmp_path, monkeypatch)
     assert killed == [(4242, signal.SIGTERM)]
     assert (tmp_path / "exit_code").read_text() == "1\n"
 
 
-def test_a_killed_engine_program_is_left_to_supervisord(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_engine_program_is_restarted_by_supervisord(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     body = "processname:engine groupname:engine from_state:RUNNING expected:0 pid:0"
     _, killed = _run(_event("PROCESS_STATE_EXITED", body), tmp_path, monkeypatch)
     assert killed == []
@@ -60,12 +60,12 @@ def test_a_killed_engine_program_is_left_to_supervisord(tmp_path: Path, monkeypa
 
 
 @pytest.mark.parametrize("group", [-1, 0, 1])
-def test_nobody_elses_group_is_ended(group: int) -> None:
+def test_other_groups_are_not_killed(group: int) -> None:
     kill_group(group)  # a kill here would end this very test
 
 
-def test_what_a_dead_program_left_is_ended(tmp_path: Path) -> None:
-    """A group whose leader is gone, as nginx's workers after a kill of their master."""
+def test_group_of_a_dead_program_is_killed(tmp_path: Path) -> None:
+    """A group whose leader has exited, as nginx's workers after a kill of their master."""
     leader = subprocess.Popen([sys.executable, "-c", "import subprocess, sys, time; subprocess.Popen([sys.executable, "
                                "'-c', 'import time; time.sleep(600)']); print('up', flush=True); time.sleep(600)"],
                               start_new_session=True, stdout=subprocess.PIPE)
@@ -92,7 +92,7 @@ def in_place_of_nginx(run_dir: Path) -> Iterator[subprocess.Popen[bytes]]:
         process.wait()
 
 
-def test_nginx_ends_with_supervisord(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nginx_is_killed_with_supervisord(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with in_place_of_nginx(tmp_path) as nginx:
         _run("", tmp_path, monkeypatch)
         assert nginx.wait(60) == -signal.SIGKILL
@@ -115,7 +115,7 @@ class Closing(io.StringIO):
 
 
 @pytest.mark.parametrize("answers", [0, 1])
-def test_nginx_ends_with_a_supervisord_that_cannot_be_answered_any_more(tmp_path: Path, answers: int) -> None:
+def test_nginx_is_killed_if_supervisord_died_before_the_answer(tmp_path: Path, answers: int) -> None:
     """Killed while its listener is still being loaded, or is busy with an event."""
     with in_place_of_nginx(tmp_path) as nginx:
         events = io.StringIO(_event("PROCESS_STATE_EXITED", "processname:exporter expected:0"))
@@ -123,14 +123,14 @@ def test_nginx_ends_with_a_supervisord_that_cannot_be_answered_any_more(tmp_path
         assert nginx.wait(60) == -signal.SIGKILL
 
 
-def test_nginx_ends_with_a_supervisord_that_cannot_be_ended_any_more(tmp_path: Path,
+def test_nginx_is_killed_if_supervisord_died_before_the_signal(tmp_path: Path,
                                                                      monkeypatch: pytest.MonkeyPatch) -> None:
-    def gone(_pid: int, _number: int) -> None:
+    def fail(_pid: int, _number: int) -> None:
         raise ProcessLookupError
 
     with in_place_of_nginx(tmp_path) as nginx:
         with monkeypatch.context() as patch:
-            patch.setattr(event_listener.os, "kill", gone)
+            patch.setattr(event_listener.os, "kill", fail)
             events = io.StringIO(_event("PROCESS_STATE_FATAL", "processname:gateway"))
             event_listener.run(events, io.StringIO(), tmp_path, 4242)
         assert nginx.wait(60) == -signal.SIGKILL
@@ -147,14 +147,14 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-def test_nginx_ends_with_a_supervisord_that_was_killed_while_its_listener_was_stopped(tmp_path: Path) -> None:
+def test_nginx_is_killed_if_supervisord_died_while_the_listener_was_stopped(tmp_path: Path) -> None:
     """The kernel sends SIGHUP and SIGCONT to a stopped group that has lost its parent."""
     with in_place_of_nginx(tmp_path) as nginx:
         assert subprocess.run([sys.executable, "-c", _SUPERVISORD, str(tmp_path)], check=False).returncode < 0
         assert nginx.wait(60) == -signal.SIGKILL
 
 
-def test_a_full_disk_does_not_keep_the_container_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_does_not_prevent_the_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "exit_code").symlink_to("/dev/full")
     monkeypatch.setattr(Path, "exists", lambda _path: False)
     _, killed = _run(_event("PROCESS_STATE_FATAL", "processname:gateway"), tmp_path, monkeypatch)
@@ -162,7 +162,7 @@ def test_a_full_disk_does_not_keep_the_container_up(tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.parametrize(("written", "code"), [("", 1), ("4\n", 4), (None, 0)])
-def test_the_containers_exit_code_is_the_one_that_was_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+def test_container_exits_with_the_recorded_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                                            written: str | None, code: int) -> None:
     if written is not None:
         (tmp_path / "exit_code").write_text(written)

@@ -1,4 +1,4 @@
-"""The layout of RUN_DIR: names stay what they are, and no other module spells them."""
+"""Layout of RUN_DIR: names on disk are fixed, and only one module contains them."""
 
 from __future__ import annotations
 

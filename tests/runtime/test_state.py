@@ -1,4 +1,4 @@
-"""State: what its readers see, and when."""
+"""State document and marks as their readers see them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from shoehorn.runtime.state import Phase, State, StateFile, unavailable_bodies
 
 
-def test_a_state_survives_writing_and_reading(tmp_path: Path) -> None:
+def test_state_survives_writing_and_reading(tmp_path: Path) -> None:
     state = State(Phase.PULLING, 0.25, "half a file", 12.5, "a/b", 1, 10, 40)
     StateFile(tmp_path).write(state)
     assert StateFile(tmp_path).read() == state
@@ -19,12 +19,12 @@ def test_a_state_survives_writing_and_reading(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"version": 99}', '{"version": 1, "phase": "dancing"}'])
 @pytest.mark.fault("State file corrupt or from a newer version", "Reads as starting; the next phase replaces it.")
-def test_an_unreadable_state_reads_as_starting(tmp_path: Path, content: str) -> None:
+def test_unreadable_state_is_read_as_starting(tmp_path: Path, content: str) -> None:
     (tmp_path / "state.json").write_text(content)
     assert StateFile(tmp_path).read() == State()
 
 
-def test_the_marks_follow_the_phase(tmp_path: Path) -> None:
+def test_marks_follow_the_phase(tmp_path: Path) -> None:
     states = StateFile(tmp_path)
     for phase in Phase:
         states.update(phase=phase)
@@ -36,19 +36,19 @@ def test_the_marks_follow_the_phase(tmp_path: Path) -> None:
     assert not (tmp_path / "not-live").exists()
 
 
-def test_since_follows_a_change_of_phase_only(tmp_path: Path) -> None:
+def test_since_changes_with_the_phase_only(tmp_path: Path) -> None:
     states = StateFile(tmp_path)
     first = states.update(phase=Phase.LOADING)
     assert states.update(detail="weights").since == first.since > 0
     assert states.update(phase=Phase.READY).since > first.since
 
 
-def test_an_unknown_field_is_refused(tmp_path: Path) -> None:
+def test_unknown_field_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
         StateFile(tmp_path).update(colour="red")
 
 
-def test_the_unavailable_answer_names_phase_and_progress(tmp_path: Path) -> None:
+def test_unavailable_answer_has_phase_and_progress(tmp_path: Path) -> None:
     StateFile(tmp_path).update(phase=Phase.PULLING, progress=0.42)
     error = json.loads((tmp_path / "unavailable.json").read_text())["error"]
     assert error["type"] == "server_error"
@@ -59,12 +59,12 @@ def test_the_unavailable_answer_names_phase_and_progress(tmp_path: Path) -> None
     assert theirs == {"type": "error", "error": {"type": "overloaded_error", "message": error["message"]}}
 
 
-def test_the_unavailable_answer_of_a_failure_gives_the_cause() -> None:
+def test_unavailable_answer_of_a_failure_has_the_cause() -> None:
     body = unavailable_bodies(State(Phase.FAILED, cause="The disk is full."))["openai"]
     assert "disk is full" in json.loads(body)["error"]["message"]
 
 
-@pytest.mark.fault("Two programs write the state at once", "Nothing is lost.")
+@pytest.mark.fault("Two programs write the state concurrently", "Nothing is lost.")
 def test_concurrent_updates_lose_nothing(tmp_path: Path) -> None:
     states = StateFile(tmp_path)
     states.update(phase=Phase.LOADING)
@@ -86,8 +86,8 @@ def test_concurrent_updates_lose_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.fault("Disk full while the progress of a pull or a start is published",
-                   "It stays untold; the work goes on.")
-def test_progress_that_cannot_be_published_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                   "The update is skipped; the work continues.")
+def test_failed_update_of_progress_does_not_stop_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                                          caplog: pytest.LogCaptureFixture) -> None:
     def full(_descriptor: int) -> None:
         raise OSError(28, "No space left on device")

@@ -1,4 +1,4 @@
-"""supervisord as the appliance runs it: a stop reaches the programs at once, and the exit code is the engine's."""
+"""supervisord as the appliance runs it: immediate stop, and the exit code of the engine."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def supervised(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
         process.wait()
 
 
-def test_a_stop_reaches_the_programs_at_once(tmp_path: Path) -> None:
+def test_stop_reaches_the_programs_immediately(tmp_path: Path) -> None:
     """Wherever supervisord is in its second of waiting; half of the stops may have been held up by a busy machine."""
     took = []
     for wait_seconds in (0.0, 0.25, 0.5, 0.75):
@@ -72,18 +72,18 @@ def test_a_stop_reaches_the_programs_at_once(tmp_path: Path) -> None:
     assert sorted(took)[1] < 0.2, took
 
 
-def test_the_exit_code_is_what_the_engine_left(running: subprocess.Popen[bytes], tmp_path: Path) -> None:
+def test_exit_code_is_that_of_the_engine(running: subprocess.Popen[bytes], tmp_path: Path) -> None:
     (tmp_path / "exit_code").write_text("5")
     running.terminate()
     assert running.wait(30) == 5
 
 
-def test_its_programs_know_whom_they_end_with(running: subprocess.Popen[bytes], tmp_path: Path) -> None:
+def test_programs_know_the_id_of_supervisord(running: subprocess.Popen[bytes], tmp_path: Path) -> None:
     wait_until(lambda: (tmp_path / "runs").read_text(), 10, "the program says so")
     assert (tmp_path / "runs").read_text() == str(running.pid)
 
 
-def test_it_rests_while_nothing_happens(running: subprocess.Popen[bytes]) -> None:
+def test_it_uses_no_cpu_while_idle(running: subprocess.Popen[bytes]) -> None:
     """The pipe that a signal writes to is emptied, or the polling would spin."""
     running.send_signal(signal.SIGUSR2)  # supervisord opens its log again
     time.sleep(1)

@@ -1,4 +1,4 @@
-"""The engine's plugin: found by the real engine, made for its version, and still needed."""
+"""The engine plugin: loaded by the real engine, limited to its version, and still needed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def spun():
     raise SystemExit("SPUN")
 
 os.sched_yield = spun
-SpinCondition(is_reader=True, context=zmq.Context(), notify_address="ipc:///tmp/nobody").wait()
+SpinCondition(is_reader=True, context=zmq.Context(), notify_address="ipc:///tmp/unused").wait()
 print("SLEPT")
 """
 
@@ -31,16 +31,16 @@ def wait(plugins: str) -> str:
 
 
 @pytest.mark.contract
-def test_the_engine_on_a_cpu_sleeps_where_it_waits() -> None:
+def test_patched_engine_on_a_cpu_sleeps_while_waiting() -> None:
     assert "SLEPT" in wait("shoehorn")
 
 
 @pytest.mark.contract
-def test_it_would_spin_without() -> None:
+def test_unpatched_engine_spins() -> None:
     assert "SPUN" in wait(""), "the engine sleeps without it: remove the patch"
 
 
-def test_another_engine_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_version_of_the_engine_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     from shoehorn_vllm import plugin
 
     monkeypatch.setitem(plugin.TESTED, "vllm", "0.31.0")

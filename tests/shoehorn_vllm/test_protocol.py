@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from shoehorn.common.paths import HOME
 from shoehorn.config.settings import load
 from shoehorn.gateway import nginx_config
 from shoehorn.runtime.run_dir import RunDir
@@ -71,6 +72,12 @@ def test_bodies_of_the_state_have_the_forms_of_503(tmp_path: Path, phase: Phase)
     bodies = {form: RunDir(tmp_path).unavailable_body(form).read_text() for form in PATHS}
     assert machine_parts(bodies["openai"]) == ("server_error", nginx_config.CODES[503])
     assert machine_parts(bodies["anthropic"]) == ("overloaded_error", None)
+
+
+def test_document_lists_the_error_forms() -> None:
+    text = (HOME / "docs" / "gateway.md").read_text(encoding="utf-8")
+    for status, form in protocol.ERROR_FORMS.items():
+        assert f"| {status} | `{form.code}` | `{form.openai_type}` | `{form.anthropic_type}` |\n" in text
 
 
 @pytest.mark.parametrize(("status", "code"), [(418, "invalid_request"), (502, "internal_error")])

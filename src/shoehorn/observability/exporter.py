@@ -1,9 +1,9 @@
-"""The program `exporter`: `/metrics` for Prometheus, answering from the first second of the container's life.
+"""The program `exporter`: serves `/metrics` to Prometheus from the first second of the container.
 
 Rules:
-- values are made while a scrape is answered; nothing is repeated from an earlier one;
-- whatever is missing (engine, NVML, GPUs, state) costs its own series and no more, and a series of its own says so;
-- all waiting together stays below Prometheus' own limit for a scrape (10 s).
+- values are collected during a scrape; none is repeated from an earlier one;
+- a missing source (engine, NVML, GPUs, state) removes only its own series, and another series reports it;
+- the sum of all time limits is below Prometheus' limit of a scrape (10 s).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from shoehorn.common.time_limit import TimeLimitedCall
 from shoehorn.config import settings as settings_module
 from shoehorn.observability import metrics, vram_usage
 from shoehorn.observability.engine_scrape import EngineScrape, EngineSource
-from shoehorn.observability.gpu_metrics import NO_ANSWER, Gpu, GpuReading, NvmlReader
+from shoehorn.observability.gpu_metrics import NO_ANSWER, GpuReading, GpuSample, NvmlReader
 from shoehorn.runtime import parent_watch
 from shoehorn.runtime.run_dir import RunDir
 from shoehorn.runtime.state import Phase, State, StateFile
@@ -44,7 +44,7 @@ _Values = dict[str, list[tuple[tuple[str, ...], float]]]
 
 
 def state_samples(state: State) -> _Values:
-    """What the state document says."""
+    """Samples of the state document."""
     values: _Values = {
         "shoehorn_phase": [((phase,), float(phase is state.phase)) for phase in Phase],
         "shoehorn_engine_restarts_total": [((), state.restarts)],
@@ -68,10 +68,10 @@ def state_samples(state: State) -> _Values:
     return values
 
 
-def vram_samples(state: State, gpus: Sequence[Gpu]) -> _Values:
-    """Where the memory of each card is, and what the plan expected of it."""
+def vram_samples(state: State, gpus: Sequence[GpuSample]) -> _Values:
+    """Samples of the use of each GPU's memory, and of the plan's estimate."""
     values: _Values = {}
-    for number, gpu in enumerate(vram_usage.in_use(gpus)):
+    for number, gpu in enumerate(vram_usage.plan_order(gpus)):
         rows = [row for row in state.memory if row["gpu"] == number]
         for part, size in vram_usage.breakdown(rows, gpu, ready=state.phase in (Phase.READY, Phase.STOPPING)).items():
             values.setdefault("shoehorn_vram_bytes", []).append(((str(gpu.index), part), size))
@@ -83,7 +83,7 @@ def vram_samples(state: State, gpus: Sequence[Gpu]) -> _Values:
 
 
 def volume_samples(models_dir: Path) -> _Values:
-    """The model volume's size and what is free of it; nothing where there is none."""
+    """Samples of the model volume's size and free space; none without a volume."""
     try:
         status = os.statvfs(models_dir)
     except OSError:
@@ -93,7 +93,7 @@ def volume_samples(models_dir: Path) -> _Values:
 
 
 def engine_samples(scrape: EngineScrape) -> _Values:
-    """How the fetch of the engine's metrics went."""
+    """Samples of the fetch of the engine's metrics."""
     values: _Values = {"shoehorn_engine_scrape_success": [((), float(scrape.success))]}
     if scrape.duration_seconds is not None:
         values["shoehorn_engine_scrape_duration_seconds"] = [((), scrape.duration_seconds)]
@@ -101,7 +101,7 @@ def engine_samples(scrape: EngineScrape) -> _Values:
 
 
 def gpu_samples(reading: GpuReading) -> _Values:
-    """The cards of a reading, and whether it was whole."""
+    """Samples of the GPUs of a reading, and of its success."""
     values: _Values = {"shoehorn_gpu_collect_success": [((), float(reading.return_code == 0))],
                        "shoehorn_gpu_nvml_return_code": [((), reading.return_code)]}
     for gpu in reading.gpus:
@@ -116,16 +116,16 @@ def gpu_samples(reading: GpuReading) -> _Values:
             if process.memory_bytes is not None:
                 values.setdefault("shoehorn_gpu_process_memory_bytes", []).append(
                     ((*labels, str(process.pid), process.name), process.memory_bytes))
-    for card in reading.xid_errors:
-        labels = (str(card.index), card.uuid)
-        for kind, count in card.counts.items():
+    for errors in reading.xid_errors:
+        labels = (str(errors.index), errors.uuid)
+        for kind, count in errors.counts.items():
             values.setdefault("shoehorn_gpu_xid_errors_total", []).append(((*labels, kind), count))
-        if card.last is not None:
-            values.setdefault("shoehorn_gpu_last_xid", []).append((labels, card.last))
+        if errors.last is not None:
+            values.setdefault("shoehorn_gpu_last_xid", []).append((labels, errors.last))
     return values
 
 
-def _figures(gpu: Gpu) -> dict[str, float | None]:
+def _figures(gpu: GpuSample) -> dict[str, float | None]:
     return {"memory_total_bytes": gpu.memory_total_bytes, "memory_used_bytes": gpu.memory_used_bytes,
             "memory_free_bytes": gpu.memory_free_bytes, "memory_reserved_bytes": gpu.memory_reserved_bytes,
             "utilization_ratio": gpu.utilization_ratio, "power_watts": gpu.power_watts,
@@ -133,21 +133,21 @@ def _figures(gpu: Gpu) -> dict[str, float | None]:
 
 
 class Exporter:
-    """Makes the text of a scrape; thread-safe."""
+    """Collects the text of a scrape; thread-safe."""
 
     def __init__(self, states: StateFile, engine: EngineSource, gpus: TimeLimitedCall[GpuReading],
                  models: TimeLimitedCall[_Values]) -> None:
         self._states, self._engine, self._gpus, self._models = states, engine, gpus, models
         self._lock = threading.Lock()
         self._last_success: float | None = None
-        self._said: dict[str, str] = {}
+        self._problems: dict[str, str] = {}
 
     def scrape(self) -> str:
-        """Prometheus text format 0.0.4: our own metrics, then the engine's."""
+        """Collect the appliance's metrics, then the engine's, as Prometheus text 0.0.4."""
         engine = self._engine.scrape()
-        begun = time.monotonic()
-        reading = self._gpus.get() or GpuReading(return_code=NO_ANSWER, problem="NVML gave no answer in time")
-        duration = time.monotonic() - begun
+        started = time.monotonic()
+        reading = self._gpus.get() or GpuReading(return_code=NO_ANSWER, problem="NVML timed out")
+        duration = time.monotonic() - started
         state = self._states.read()
         values: _Values = {"shoehorn_info": [((__version__,), 1)], **state_samples(state),
                            **engine_samples(engine), **gpu_samples(reading), **vram_samples(state, reading.gpus),
@@ -158,53 +158,57 @@ class Exporter:
                 self._last_success = time.time()
             if self._last_success is not None:
                 values["shoehorn_gpu_collect_last_success_timestamp_seconds"] = [((), self._last_success)]
-            self._say_once("the GPUs", reading.problem)
-            self._say_once("the engine's metrics", engine.problem)
+            self._log_change("gpus", reading.problem)
+            self._log_change("engine", engine.problem)
         return metrics.render(values) + engine.text
 
-    def _say_once(self, what: str, problem: str) -> None:
-        """One line when something becomes unreadable and one when it is back, not one a scrape."""
-        if problem != self._said.get(what, ""):
-            self._said[what] = problem
-            log.info("%s", f"cannot read {what}: {problem}" if problem else f"{what} can be read again")
+    def _log_change(self, source: str, problem: str) -> None:
+        """Log once when a source of metrics fails, and once when it recovers."""
+        if problem == self._problems.get(source, ""):
+            return
+        self._problems[source] = problem
+        if problem:
+            log.info("metrics unavailable: source=%s error=%s", source, problem)
+        else:
+            log.info("metrics available again: source=%s", source)
 
 
-class Server(http.server.ThreadingHTTPServer):
-    """One thread a request; the threads never hold up the end."""
+class MetricsServer(http.server.ThreadingHTTPServer):
+    """Serves each request in a thread; threads do not delay the exit."""
 
     def __init__(self, address: tuple[str, int], exporter: Exporter) -> None:
         self.exporter = exporter
-        super().__init__(address, Handler)
+        super().__init__(address, MetricsHandler)
 
     def server_bind(self) -> None:
-        """Bind without HTTPServer's look-up of the host's name, which may wait for a name server."""
+        """Bind without HTTPServer's lookup of the host's name, which may wait for a name server."""
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = "shoehorn", int(self.server_address[1])
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that goes away is no error of ours."""
+        """Ignore clients that disconnect."""
         if not isinstance(sys.exc_info()[1], ConnectionError):
             super().handle_error(request, client_address)
 
 
-class Handler(http.server.BaseHTTPRequestHandler):
+class MetricsHandler(http.server.BaseHTTPRequestHandler):
     """`GET /metrics`, `GET /`, and 404 for everything else."""
 
-    server: Server
+    server: MetricsServer
     timeout = 10.0
 
     def do_GET(self) -> None:
-        """Answer."""
+        """Answer one request."""
         path = self.path.partition("?")[0]
         if path == "/metrics":
             self._answer(200, CONTENT_TYPE_PLAIN_0_0_4, self.server.exporter.scrape())
         elif path == "/":
-            self._answer(200, "text/plain; charset=utf-8", "Shoehorn's exporter: the metrics are at /metrics\n")
+            self._answer(200, "text/plain; charset=utf-8", "Shoehorn exporter. Metrics: /metrics\n")
         else:
             self._not_found()
 
     def _not_found(self) -> None:
-        self._answer(404, "text/plain; charset=utf-8", "not found; the metrics are at /metrics\n")
+        self._answer(404, "text/plain; charset=utf-8", "Not found. Metrics: /metrics\n")
 
     do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = _not_found
 
@@ -222,16 +226,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return "shoehorn"
 
     def log_message(self, format: str, *arguments: Any) -> None:
-        """No line a scrape."""
+        """Log no line per scrape."""
 
 
-def _came(signals: set[signal.Signals], seconds: float) -> bool:
-    """Whether one of these blocked signals comes within so many seconds.
+def _wait_for(signals: set[signal.Signals], seconds: float) -> bool:
+    """Wait for one of these blocked signals; returns False after the time limit.
 
-    What Python's sigtimedwait returns when the process was stopped past its time (SIGSTOP) is noise.
+    Python's sigtimedwait returns other values when the process was stopped (SIGSTOP) past the time limit.
     """
-    came = signal.sigtimedwait(signals, seconds)
-    return came is not None and came.si_signo in signals
+    received = signal.sigtimedwait(signals, seconds)
+    return received is not None and received.si_signo in signals
 
 
 def main(environment: Mapping[str, str], nvml: Any) -> int:
@@ -241,8 +245,8 @@ def main(environment: Mapping[str, str], nvml: Any) -> int:
         nvml: a module like pynvml.
     """
     supervisor = parent_watch.supervisor()
-    ending = {signal.SIGTERM, signal.SIGINT}
-    signal.pthread_sigmask(signal.SIG_BLOCK, ending)  # before the first thread: only the wait below takes them
+    stop_signals = {signal.SIGTERM, signal.SIGINT}
+    signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals)  # before the first thread: only the wait below receives them
     try:
         settings = settings_module.load(environment)
     except ShoehornError as error:
@@ -255,14 +259,14 @@ def main(environment: Mapping[str, str], nvml: Any) -> int:
                         TimeLimitedCall(lambda: volume_samples(settings.models_dir), VOLUME_LIMIT_SECONDS))
     port = settings.metrics_port
     try:
-        server = Server(("0.0.0.0", port), exporter)  # noqa: S104  # the container's network; compose publishes on 127.0.0.1
+        server = MetricsServer(("0.0.0.0", port), exporter)  # noqa: S104  # the container's network; compose publishes on 127.0.0.1
     except OSError as error:
-        log.error("cannot listen on port %d: %s; set METRICS_PORT to a free one", port, error.strerror)
+        log.error("cannot listen, set METRICS_PORT to a free port: port=%d error=%s", port, error.strerror)
         return 1
     threading.Thread(target=server.serve_forever, args=(0.1,), name="http", daemon=True).start()
-    log.info("metrics on port %d", port)
-    while not _came(ending, 1.0) and os.getppid() == supervisor:
-        pass  # when supervisord was killed nobody else would end this
+    log.info("serving metrics: port=%d", port)
+    while not _wait_for(stop_signals, 1.0) and os.getppid() == supervisor:
+        pass  # exits too when supervisord was killed
     server.shutdown()
     server.server_close()
     return 0

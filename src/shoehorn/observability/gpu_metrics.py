@@ -1,12 +1,12 @@
-"""What NVML says about the GPUs, read so that nothing it does can take the exporter down.
+"""GPU metrics from NVML; no failure of NVML stops the exporter.
 
 Rules:
-- what a card or driver does not support is None, never 0; a card that fails in the middle is left out whole;
-- fewer cards than were seen before is a failure, and so is none at all: both are NO_ANSWER;
-- after a failure NVML is initialised again at the next reading, so a driver that comes later is found;
-- a process is named only when its id is one of ours: in a container NVML may give ids of the host.
+- a value that a GPU or its driver does not support is None, never 0; a GPU that fails during a reading is omitted;
+- fewer GPUs than before, or none, is a failure with the code NO_ANSWER;
+- after a failure NVML is initialised again at the next reading, so that a driver that is loaded later is detected;
+- a process is named only if its id belongs to this container: NVML may return ids of the host.
 
-`python -m shoehorn.observability.nvml_recording` prints a recording of this machine's GPUs; it needs pynvml only.
+`python tools/nvml_recording.py` prints a recording of this machine's GPUs.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from typing import Any
 from shoehorn.observability.xid_events import XidErrors, XidEvents
 
 NO_ANSWER = -1
-"""The return code where NVML gave none of its own: no answer in time, no GPU, or one fewer than before."""
+"""Return code without one of NVML: it timed out, or found no GPU or fewer than before."""
 
 THROTTLING = {0x4: "power_cap", 0x8: "hardware_slowdown", 0x20: "thermal", 0x40: "hardware_thermal",
               0x80: "power_brake"}
-"""Bits of NVML's clocks event reasons (nvml.h) that mean that a card is slower than it could be."""
+"""Bits of NVML's clocks event reasons (nvml.h) that reduce a GPU's clocks."""
 
-# NVML_ERROR_ NOT_SUPPORTED, NO_PERMISSION, NOT_FOUND, INSUFFICIENT_SIZE (the list grew meanwhile), FUNCTION_NOT_FOUND,
-# ARGUMENT_VERSION_MISMATCH: the figure cannot be had, and the card is well. Every other code means that it is not.
+# NVML_ERROR_ NOT_SUPPORTED, NO_PERMISSION, NOT_FOUND, INSUFFICIENT_SIZE (the list grew), FUNCTION_NOT_FOUND,
+# ARGUMENT_VERSION_MISMATCH: the value is unavailable and the GPU works. Every other code is a failure of the GPU.
 _FUNCTION_NOT_FOUND = 13
 _UNAVAILABLE = frozenset({3, 4, 6, 7, _FUNCTION_NOT_FOUND, 25})
 
 
 @dataclass(frozen=True)
 class GpuProcess:
-    """A process that computes on a GPU: its id as NVML gives it, `unknown` as name when it is none of ours."""
+    """A compute process of a GPU: its id from NVML; its name is `unknown` outside of this container."""
 
     pid: int
     name: str
@@ -42,13 +42,13 @@ class GpuProcess:
 
 
 @dataclass(frozen=True)
-class Gpu:
-    """One card at one moment; None where it does not say.
+class GpuSample:
+    """Values of one GPU in one reading; None where unavailable.
 
     Attributes:
-        memory_used_bytes: without what the driver reserves, unless `memory_reserved_bytes` is None: then with it.
+        memory_used_bytes: without the driver's reserve, unless `memory_reserved_bytes` is None.
         utilization_ratio: share of the last sample period in which a kernel ran, 0..1.
-        throttled: why its clocks are held down just now, of THROTTLING.
+        throttled: current reasons of reduced clocks, of THROTTLING.
     """
 
     index: int
@@ -67,13 +67,13 @@ class Gpu:
 
 @dataclass(frozen=True)
 class GpuReading:
-    """All cards that answered; `return_code` is NVML's (0 is success) or NO_ANSWER, `problem` the same in words.
+    """All GPUs that answered; `return_code` is NVML's (0 is success) or NO_ANSWER, `problem` its message.
 
     Attributes:
-        xid_errors: also of cards that no longer answer.
+        xid_errors: also of GPUs that no longer answer.
     """
 
-    gpus: tuple[Gpu, ...] = ()
+    gpus: tuple[GpuSample, ...] = ()
     driver_version: str = ""
     return_code: int = 0
     problem: str = ""
@@ -84,20 +84,20 @@ class NvmlReader:
     """Reads the GPUs through `nvml`, a module like pynvml. For one thread at a time.
 
     Args:
-        proc: where this container's processes are listed.
+        proc: the mounted proc file system.
     """
 
     def __init__(self, nvml: Any, proc: Path = Path("/proc")) -> None:
         self._nvml = nvml
         self._proc = proc
         self._initialised = self._failed = False
-        self._most = 0
+        self._max_count = 0
         self._events = XidEvents(nvml)
 
     def read(self) -> GpuReading:
-        """One reading; a failure is part of it, never an exception."""
+        """Read once; a failure is returned, never raised."""
         if self._failed:
-            self._close()  # not earlier: until now NVML kept what happened to the cards that are well
+            self._close()  # not earlier: NVML kept the Xid events of working GPUs until now
         reading = self._read()
         self._failed = reading.return_code != 0
         return reading
@@ -111,30 +111,30 @@ class NvmlReader:
             driver_version = nvml.nvmlSystemGetDriverVersion()
             count = nvml.nvmlDeviceGetCount()
         except nvml.NVMLError as error:
-            return GpuReading(return_code=error.value, problem=str(error), xid_errors=self._events.found())
-        self._most = max(self._most, count)
+            return GpuReading(return_code=error.value, problem=str(error), xid_errors=self._events.errors())
+        self._max_count = max(self._max_count, count)
         gpus, code, problem = [], 0, ""
         self._events.read(count)
-        if count == 0 or count < self._most:
-            code, problem = NO_ANSWER, f"{count} GPUs are visible" + (f" of {self._most}" if self._most else "")
+        if count == 0 or count < self._max_count:
+            code, problem = NO_ANSWER, f"{count} GPUs visible" + (f" of {self._max_count}" if self._max_count else "")
         for index in range(count):
             try:
                 gpus.append(self._gpu(index))
             except nvml.NVMLError as error:
                 code, problem = error.value, f"GPU {index}: {error}"
-        return GpuReading(tuple(gpus), driver_version, code, problem, self._events.found())
+        return GpuReading(tuple(gpus), driver_version, code, problem, self._events.errors())
 
-    def _gpu(self, index: int) -> Gpu:
+    def _gpu(self, index: int) -> GpuSample:
         nvml = self._nvml
         handle = nvml.nvmlDeviceGetHandleByIndex(index)
-        memory = self._ask(nvml.nvmlDeviceGetMemoryInfo, handle, nvml.nvmlMemory_v2)
+        memory = self._query(nvml.nvmlDeviceGetMemoryInfo, handle, nvml.nvmlMemory_v2)
         reserved = None if memory is None else int(memory.reserved)
         if memory is None:
-            memory = self._ask(nvml.nvmlDeviceGetMemoryInfo, handle)
-        rates = self._ask(nvml.nvmlDeviceGetUtilizationRates, handle)
-        milliwatts = self._ask(nvml.nvmlDeviceGetPowerUsage, handle)
-        temperature = self._ask(nvml.nvmlDeviceGetTemperature, handle, nvml.NVML_TEMPERATURE_GPU)
-        return Gpu(
+            memory = self._query(nvml.nvmlDeviceGetMemoryInfo, handle)
+        rates = self._query(nvml.nvmlDeviceGetUtilizationRates, handle)
+        milliwatts = self._query(nvml.nvmlDeviceGetPowerUsage, handle)
+        temperature = self._query(nvml.nvmlDeviceGetTemperature, handle, nvml.NVML_TEMPERATURE_GPU)
+        return GpuSample(
             index=index, uuid=nvml.nvmlDeviceGetUUID(handle), name=nvml.nvmlDeviceGetName(handle),
             memory_total_bytes=None if memory is None else int(memory.total),
             memory_used_bytes=None if memory is None else int(memory.used),
@@ -144,19 +144,19 @@ class NvmlReader:
             power_watts=None if milliwatts is None else milliwatts / 1000,
             temperature_celsius=None if temperature is None else float(temperature),
             throttled=tuple(word for bit, word in THROTTLING.items() if bit & int(
-                self._ask(nvml.nvmlDeviceGetCurrentClocksEventReasons, handle) or 0)),
-            processes=self._processes(self._ask(nvml.nvmlDeviceGetComputeRunningProcesses, handle) or ()))
+                self._query(nvml.nvmlDeviceGetCurrentClocksEventReasons, handle) or 0)),
+            processes=self._processes(self._query(nvml.nvmlDeviceGetComputeRunningProcesses, handle) or ()))
 
     def _processes(self, entries: Sequence[Any]) -> tuple[GpuProcess, ...]:
-        """One entry a process: with MIG a process may come several times, once for each instance it uses."""
+        """Merge the entries of each process: with MIG NVML lists it once for each instance that it uses."""
         memory: dict[int, int | None] = {}
         for entry in entries:
-            before, more = memory.get(entry.pid), entry.usedGpuMemory
-            memory[entry.pid] = before if more is None else (before or 0) + int(more)
+            known, size = memory.get(entry.pid), entry.usedGpuMemory
+            memory[entry.pid] = known if size is None else (known or 0) + int(size)
         return tuple(GpuProcess(pid, self._process_name(pid), used) for pid, used in memory.items())
 
     def _process_name(self, pid: int) -> str:
-        """The short name of a process of our own user, never its arguments."""
+        """Return the short name of a process of this user, never its arguments."""
         path = self._proc / str(pid) / "comm"
         try:
             if path.stat().st_uid != os.geteuid():
@@ -165,8 +165,8 @@ class NvmlReader:
         except OSError:
             return "unknown"
 
-    def _ask(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """The answer, or None where the card or driver has none. Raises NVMLError when the card is not well."""
+    def _query(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Query a value; None if it is unavailable. Raises NVMLError if the GPU fails."""
         try:
             return function(*arguments)
         except (self._nvml.NVMLError, self._nvml.NVMLLibraryMismatchError) as error:
@@ -182,9 +182,9 @@ class NvmlReader:
         try:
             self._nvml.nvmlShutdown()
         except self._nvml.NVMLError:
-            return  # it is being left because it failed
+            return  # NVML has failed before
 
 
 def code(error: Exception) -> int:
-    """NVML's code; pynvml's own complaint of a library without the function has none."""
+    """Return NVML's code; pynvml's own error of a library without the function has none."""
     return int(getattr(error, "value", _FUNCTION_NOT_FOUND))

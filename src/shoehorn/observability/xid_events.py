@@ -1,10 +1,10 @@
-"""Xid errors of the GPUs: the driver queues them as events, and each reading takes what has come since the last one.
+"""Xid errors of the GPUs: the driver queues them as events, and each reading takes the new ones.
 
-Rules: counted from the first reading on, through failures of NVML; a card that cannot tell (as under WSL, or a virtual
-one) has no count, which is not the same as none; each card has an event set of its own, because a card that fell off
-the bus can no longer be asked which one it is.
+Rules: errors are counted from the first reading on, through failures of NVML; a GPU without support (under WSL, or a
+virtual one) has no count, which differs from 0; each GPU has its own event set, because a GPU that fell off the bus can
+no longer be identified.
 
-Source: NVML API, event handling methods; https://docs.nvidia.com/deploy/xid-errors/ for what is the program's fault.
+Source: NVML API, event handling methods; https://docs.nvidia.com/deploy/xid-errors/ for the faults of programs.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from dataclasses import dataclass
 from typing import Any
 
 APPLICATION_XIDS = frozenset({13, 31, 32, 43, 45, 68, 69})
-"""Most often a fault of the program on the card, which ends by it."""
+"""Usually a fault of the program on the GPU, which is terminated."""
 
 CORRECTED_XIDS = frozenset({63, 92})
-"""A memory error that the card has dealt with itself: a page or row retired, many single-bit errors."""
+"""A memory error that the GPU corrected: a page or row retired, many single-bit errors."""
 
 KINDS = ("application", "corrected", "hardware")
-_MOST_EVENTS = 1000  # at one reading, so that a storm cannot hold it up
+_MAX_EVENTS = 1000  # per reading, so that a storm cannot delay it
 
 
 @dataclass(frozen=True)
 class XidErrors:
-    """Of one card since this program began: how many of each kind, and the code of the last one."""
+    """Errors of one GPU since this program started: their number by kind, and the code of the last one."""
 
     index: int
     uuid: str
@@ -48,19 +48,19 @@ class XidEvents:
         self._counts: Counter[tuple[str, str]] = Counter()
         self._last: dict[str, int] = {}
 
-    def read(self, cards: int) -> None:
-        """Take what has come; begins to watch cards that were not watched."""
-        for index in range(cards) if len(self._sets) < cards else ():
+    def read(self, count: int) -> None:
+        """Count new events, and watch GPUs that were not watched; `count` is the number of GPUs."""
+        for index in range(count) if len(self._sets) < count else ():
             self._watch(index)
         self._take()
 
-    def found(self) -> tuple[XidErrors, ...]:
-        """One entry for each card that ever could tell, also when it is lost: its last error is why."""
+    def errors(self) -> tuple[XidErrors, ...]:
+        """One entry for each GPU that was ever watched, also when it is lost: its last error is the reason."""
         return tuple(XidErrors(index, uuid, {kind: self._counts[uuid, kind] for kind in KINDS}, self._last.get(uuid))
                      for uuid, index in self._index.items())
 
     def forget(self) -> None:
-        """NVML is being shut down, and with it what watches: take what is left; the counts stay."""
+        """Count the remaining events before NVML is shut down with its event sets; the counts stay."""
         self._take()
         self._sets.clear()
 
@@ -77,7 +77,7 @@ class XidEvents:
         try:
             nvml.nvmlDeviceRegisterEvents(handle, nvml.nvmlEventTypeXidCriticalError, events)
         except (nvml.NVMLError, nvml.NVMLLibraryMismatchError):
-            nvml.nvmlEventSetFree(events)  # this one cannot tell, and will be asked again
+            nvml.nvmlEventSetFree(events)  # unsupported; tried again at the next reading
             return
         self._sets[uuid], self._index[uuid] = events, index
 
@@ -85,14 +85,14 @@ class XidEvents:
         nvml = self._nvml
         for uuid, events in self._sets.items():
             try:
-                for _ in range(_MOST_EVENTS):
+                for _ in range(_MAX_EVENTS):
                     xid = int(nvml.nvmlEventSetWait_v2(events, 0).eventData)
                     self._counts[uuid, kind_of(xid)] += 1
                     self._last[uuid] = xid
             except (nvml.NVMLError, nvml.NVMLLibraryMismatchError):
-                continue  # no more events, as a rule; a card that is not well shows in everything else
+                continue  # usually no more events; a failing GPU is reported by the other calls
 
 
 def kind_of(xid: int) -> str:
-    """Whose fault an Xid error is: the program's, one that was corrected, or one of card, link or driver."""
+    """Classify an Xid error: fault of the program, corrected, or fault of GPU, PCIe or driver."""
     return "application" if xid in APPLICATION_XIDS else "corrected" if xid in CORRECTED_XIDS else "hardware"

@@ -1,4 +1,4 @@
-"""What a key is, how it is kept in the volume, and the command that makes, lists and takes away keys."""
+"""API keys: hashes, the key file of the volume, and `shoehorn keys`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from shoehorn.gateway.keys.api_key import Key, Keyring, new_token, parse_day, pa
 from shoehorn.gateway.keys.store import KeyStore, parse
 from shoehorn_vllm.protocol import KeyLimits
 
-GIVEN = "sk-given-by-the-user"
+TOKEN = "sk-given-by-the-user"
 NOW = 1_800_000_000.0
 
 
@@ -44,7 +44,7 @@ def _ring(home: Path) -> Keyring:
 
 # --- one key
 
-def test_a_key_is_found_by_its_token_only_and_shows_nothing() -> None:
+def test_key_matches_its_token_only_and_reveals_nothing() -> None:
     tokens = [new_token() for _ in range(3)]
     keys = [Key.make(f"user-{number}", token, NOW) for number, token in enumerate(tokens)]
     ring = Keyring(keys)
@@ -59,10 +59,10 @@ def test_a_key_is_found_by_its_token_only_and_shows_nothing() -> None:
 
 
 def test_equal_tokens_have_different_hashes() -> None:
-    assert Key.make("a", GIVEN, NOW).digest != Key.make("a", GIVEN, NOW).digest
+    assert Key.make("a", TOKEN, NOW).digest != Key.make("a", TOKEN, NOW).digest
 
 
-def test_every_key_is_compared_whether_found_or_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_key_is_compared_with_or_without_a_match(monkeypatch: pytest.MonkeyPatch) -> None:
     compared: list[str] = []
     genuine = Key.matches
     monkeypatch.setattr(Key, "matches", lambda key, token: compared.append(key.name) or genuine(key, token))
@@ -73,7 +73,7 @@ def test_every_key_is_compared_whether_found_or_not(monkeypatch: pytest.MonkeyPa
         assert compared == ["a", "b", "c"]
 
 
-def test_limits_are_written_as_the_engine_reads_them() -> None:
+def test_limits_are_formatted_as_the_engine_parses_them() -> None:
     limits = parse_limits({"requests_per_minute": "60", "body_bytes": "1MiB"})
     assert limits.to_header() == "requests_per_minute=60;body_bytes=1048576"
     assert KeyLimits().to_header() == ""
@@ -82,19 +82,19 @@ def test_limits_are_written_as_the_engine_reads_them() -> None:
 
 @pytest.mark.parametrize("words", [{"rpm": "1"}, {"concurrent": "0"}, {"concurrent": "-1"}, {"max_tokens": "1e3"},
                                    {"max_tokens": ""}, {"body_bytes": "much"}, {"concurrent": "٣"}])
-def test_a_limit_that_is_none_is_refused(words: dict[str, str]) -> None:
+def test_invalid_limit_is_rejected(words: dict[str, str]) -> None:
     with pytest.raises(ValueError, match=r"limit|integer|size"):
         parse_limits(words)
 
 
 @pytest.mark.parametrize(("text", "expected"), [("30d", NOW + 30 * 86400), ("12h", NOW + 43200), ("90m", NOW + 5400),
                                                 ("2w", NOW + 14 * 86400), ("2027-01-31", 1801353600.0)])
-def test_when_a_key_ends(text: str, expected: float) -> None:
+def test_expiry_is_parsed(text: str, expected: float) -> None:
     assert parse_expiry(text, NOW) == expected
 
 
 @pytest.mark.parametrize("text", ["", "soon", "30", "-1d", "2027-02-30", "1y"])
-def test_what_is_no_time_is_refused(text: str) -> None:
+def test_invalid_expiry_is_rejected(text: str) -> None:
     with pytest.raises(ValueError, match="30d"):
         parse_expiry(text, NOW)
     with pytest.raises(ValueError, match="2027-01-31"):
@@ -102,41 +102,41 @@ def test_what_is_no_time_is_refused(text: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["", "a b", "-a", "ä", "a" * 65, "a\nb", "a;b", "a=b", 7, None])
-def test_a_name_that_could_break_a_header_or_a_line_is_refused(name: str) -> None:
+def test_name_that_could_break_a_header_or_a_line_is_rejected(name: str) -> None:
     with pytest.raises(ValueError, match="invalid name"):
-        Key.make(name, GIVEN, NOW)
+        Key.make(name, TOKEN, NOW)
 
 
 # --- the volume
 
-def test_the_first_key_is_made_once_and_only_its_hash_is_kept(tmp_path: Path) -> None:
+def test_first_key_is_created_once_and_only_its_hash_is_stored(tmp_path: Path) -> None:
     store = KeyStore(tmp_path)
-    made = store.create_first(NOW)
-    assert made is not None
+    new_key = store.create_first(NOW)
+    assert new_key is not None
     assert store.create_first(NOW) is None
     assert store.file.stat().st_mode & 0o777 == 0o600
-    assert made.token not in store.file.read_text() + repr(made)
-    assert _ring(tmp_path).find(made.token.encode()) == made.key
-    assert made.key.name == "default"
+    assert new_key.token not in store.file.read_text() + repr(new_key)
+    assert _ring(tmp_path).find(new_key.token.encode()) == new_key.key
+    assert new_key.key.name == "default"
 
 
-def test_many_starts_at_once_make_one_key(tmp_path: Path) -> None:
-    found = []
+def test_concurrent_starts_create_one_key(tmp_path: Path) -> None:
+    new_keys = []
     gate = threading.Barrier(8)
 
     def start() -> None:
         gate.wait()
-        found.append(KeyStore(tmp_path).create_first(NOW))
+        new_keys.append(KeyStore(tmp_path).create_first(NOW))
 
     threads = [threading.Thread(target=start) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len([made for made in found if made]) == 1
+    assert len([new_key for new_key in new_keys if new_key]) == 1
 
 
-def test_changes_at_once_lose_nothing(tmp_path: Path) -> None:
+def test_concurrent_changes_lose_no_key(tmp_path: Path) -> None:
     threads = [threading.Thread(target=KeyStore(tmp_path).add, args=(Key(f"n{number}", b"", b"", NOW),))
                for number in range(12)]
     for thread in threads:
@@ -146,7 +146,7 @@ def test_changes_at_once_lose_nothing(tmp_path: Path) -> None:
     assert {key.name for key in KeyStore(tmp_path).read()} == {f"n{number}" for number in range(12)}
 
 
-def test_a_key_file_that_others_could_read_is_made_private(tmp_path: Path, caplog: pytest.LogCaptureFixture,
+def test_key_file_readable_by_others_is_made_private(tmp_path: Path, caplog: pytest.LogCaptureFixture,
                                                            monkeypatch: pytest.MonkeyPatch) -> None:
     store = KeyStore(tmp_path)
     store.create_first(NOW)
@@ -161,7 +161,7 @@ def test_a_key_file_that_others_could_read_is_made_private(tmp_path: Path, caplo
     assert "has no file modes" in caplog.text
 
 
-def test_a_damaged_key_file_is_refused_wherever_it_breaks_off(tmp_path: Path) -> None:
+def test_truncated_key_file_is_rejected_at_every_length(tmp_path: Path) -> None:
     store = KeyStore(tmp_path)
     store.create_first(NOW)
     store.add(Key("alice", b"", b"", NOW, NOW + 5, KeyLimits(concurrent=3)))
@@ -181,7 +181,7 @@ def test_a_damaged_key_file_is_refused_wherever_it_breaks_off(tmp_path: Path) ->
             parse(text, store.file)
 
 
-def test_a_damaged_key_file_is_never_written_over(tmp_path: Path) -> None:
+def test_damaged_key_file_is_never_overwritten(tmp_path: Path) -> None:
     store = KeyStore(tmp_path)
     store.create_first(NOW)
     store.file.write_text("half")
@@ -192,7 +192,7 @@ def test_a_damaged_key_file_is_never_written_over(tmp_path: Path) -> None:
     assert store.file.read_text() == "half"
 
 
-def test_a_volume_that_cannot_be_used_is_an_error_with_a_remedy(tmp_path: Path) -> None:
+def test_unusable_volume_is_an_error_with_a_remedy(tmp_path: Path) -> None:
     (tmp_path / ".shoehorn").write_text("a file where the folder should be")
     store = KeyStore(tmp_path)
     for act in (store.read, lambda: store.create_first(NOW), lambda: store.revoke("a")):
@@ -201,7 +201,7 @@ def test_a_volume_that_cannot_be_used_is_an_error_with_a_remedy(tmp_path: Path) 
         assert "set API_KEY" in caught.value.remedy
 
 
-def test_uses_are_merged_and_only_known_names_kept(tmp_path: Path) -> None:
+def test_times_of_last_use_are_merged_for_known_names_only(tmp_path: Path) -> None:
     store = KeyStore(tmp_path)
     store.save_last_used({"a": 5.0, "b": 9.0, "gone": 1.0}, ["a", "b", "never"])
     store.save_last_used({"a": 7.0, "b": 8.0}, ["a", "b"])
@@ -212,7 +212,7 @@ def test_uses_are_merged_and_only_known_names_kept(tmp_path: Path) -> None:
 
 # --- the command
 
-def test_add_prints_the_key_alone_and_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_add_prints_only_the_key_and_only_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert _run(tmp_path, "add", "alice", "--expires", "30d", "--max-body", "1MiB", "--concurrent", "2") == 0
     shown = capsys.readouterr()
     token = shown.out.strip()
@@ -233,9 +233,9 @@ def test_add_prints_the_key_alone_and_once(tmp_path: Path, capsys: pytest.Captur
 @pytest.mark.parametrize(("words", "match"), [
     (["add", "a b"], "invalid name"), (["add", "a", "--concurrent", "0"], "concurrent"),
     (["add", "a", "--expires", "soon"], "30d"), (["add", "a", "--max-body", "x"], "size"),
-    (["add", "default"], "already exists"), (["revoke", "nobody"], "'nobody': not found"),
-    (["rotate", "nobody"], "not found")])
-def test_a_mistake_is_named_and_changes_nothing(tmp_path: Path, words: list[str], match: str) -> None:
+    (["add", "default"], "already exists"), (["revoke", "absent"], "'absent': not found"),
+    (["rotate", "absent"], "not found")])
+def test_invalid_argument_is_reported_and_changes_no_key(tmp_path: Path, words: list[str], match: str) -> None:
     store = KeyStore(tmp_path)
     store.create_first(NOW)
     before = store.file.read_text()
@@ -245,7 +245,7 @@ def test_a_mistake_is_named_and_changes_nothing(tmp_path: Path, words: list[str]
     assert store.file.read_text() == before
 
 
-def test_rotation_keeps_limits_and_ends_the_old_key(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rotation_keeps_limits_and_invalidates_the_old_key(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _run(tmp_path, "add", "alice", "--expires", "2w", "--concurrent", "2")
     old = capsys.readouterr().out.strip()
     before = _ring(tmp_path).find(old.encode())
@@ -259,10 +259,10 @@ def test_rotation_keeps_limits_and_ends_the_old_key(tmp_path: Path, capsys: pyte
     assert KeyStore(tmp_path).read() == ()
 
 
-def test_keys_from_elsewhere_are_listed_and_changed_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_keys_of_other_sources_are_listed_and_not_changed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "keys"
-    file.write_text(f"carol {GIVEN}-of-carol expires=2020-01-01 concurrent=3\n")
-    more = {"API_KEY": GIVEN, "API_KEYS_FILE": str(file)}
+    file.write_text(f"carol {TOKEN}-of-carol expires=2020-01-01 concurrent=3\n")
+    more = {"API_KEY": TOKEN, "API_KEYS_FILE": str(file)}
     _run(tmp_path, "add", "alice", **more)
     capsys.readouterr()
     _run(tmp_path, "list", "--json", **more)
@@ -280,16 +280,16 @@ def test_keys_from_elsewhere_are_listed_and_changed_there(tmp_path: Path, capsys
                 _run(tmp_path, action, name, **more)
 
 
-def test_list_without_keys_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_list_without_keys_reports_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert _run(tmp_path, "list") == 0
     shown = capsys.readouterr()
     assert (shown.out, "no keys" in shown.err) == ("", True)
 
 
-def test_the_sources_agree_with_what_the_command_shows(tmp_path: Path) -> None:
-    settings = _settings(tmp_path, API_KEY=GIVEN)
+def test_command_lists_the_keys_of_the_sources(tmp_path: Path) -> None:
+    settings = _settings(tmp_path, API_KEY=TOKEN)
     KeyStore(tmp_path).create_first(NOW)  # a key of this name in the volume gives way to API_KEY
     assert sources.prepare(settings) is None
     ring = sources.KeySources(settings).current()
     assert set(ring.keys) == set(sources.list_keys(settings)) == {"default"}
-    assert ring.find(GIVEN.encode()) is not None
+    assert ring.find(TOKEN.encode()) is not None

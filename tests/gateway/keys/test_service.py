@@ -1,4 +1,4 @@
-"""The key service's answers and its sources of keys. With nginx in front: tests/gateway/test_gateway_keys.py."""
+"""Answers of the key service, and its sources of keys. With nginx: tests/gateway/test_gateway_keys.py."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _plain(value: str) -> tuple[bytes, bytes]:
 @pytest.mark.parametrize("headers", [
     [_bearer(f"Bearer {TOKEN}")], [_bearer(f"bearer {TOKEN}")], [_bearer(f"BEARER   {TOKEN}")], [_plain(TOKEN)],
     [_plain(TOKEN), _bearer(f"Bearer {TOKEN}")], [(b"cookie", b"a=b"), _plain(TOKEN), (b"accept", b"*/*")]])
-def test_one_key_is_read(headers: Headers) -> None:
+def test_one_key_is_parsed(headers: Headers) -> None:
     assert find_token(headers) == TOKEN.encode()
 
 
@@ -53,7 +53,7 @@ def test_one_key_is_read(headers: Headers) -> None:
     [_bearer(f"Bearer {TOKEN}")] * 2, [_plain(TOKEN)] * 2, [_plain("")], [_plain(f"Bearer {TOKEN}")],
     [_plain(f"{TOKEN},{TOKEN}")], [_plain(TOKEN), _bearer(f"Bearer {OTHER}")], [_plain(TOKEN), _bearer("Basic x")],
     [_plain(""), _bearer(f"Bearer {TOKEN}")], [_plain(TOKEN), _bearer(f"Bearer {TOKEN}"), _plain(OTHER)]])
-def test_anything_else_is_no_key(headers: Headers) -> None:
+def test_other_headers_contain_no_key(headers: Headers) -> None:
     assert find_token(headers) is None
 
 
@@ -64,7 +64,7 @@ def _service(*keys: Key) -> KeyService:
     return KeyService(lambda: ring, lambda: NOW)
 
 
-def test_a_known_key_is_named_with_its_limits() -> None:
+def test_valid_key_returns_its_name_and_limits() -> None:
     service = _service(Key.make("alice", TOKEN, NOW, limits=KeyLimits(concurrent=4, body_bytes=9)),
                        Key.make("bob", OTHER, NOW, expires=NOW + 1))
     assert service.answer([_plain(TOKEN)]) == (200, [(b"x-shoehorn-key", b"alice"),
@@ -74,7 +74,7 @@ def test_a_known_key_is_named_with_its_limits() -> None:
 
 
 @pytest.mark.parametrize("expires", [NOW, NOW - 1, 0.0])
-def test_an_expired_key_is_no_key_also_when_it_was_known(expires: float) -> None:
+def test_expired_key_is_rejected_even_if_cached(expires: float) -> None:
     times = iter([expires - 1, NOW])
     ring = Keyring([Key.make("alice", TOKEN, 0, expires=expires)])
     service = KeyService(lambda: ring, lambda: next(times))
@@ -82,7 +82,7 @@ def test_an_expired_key_is_no_key_also_when_it_was_known(expires: float) -> None
     assert service.answer([_plain(TOKEN)]) == (401, [])
 
 
-def test_trouble_is_503_for_everybody_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_unavailable_keys_return_503_and_are_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     ring: list[Keyring] = []
 
     def current() -> Keyring:
@@ -99,7 +99,7 @@ def test_trouble_is_503_for_everybody_and_said_once(caplog: pytest.LogCaptureFix
     assert TOKEN not in caplog.text
 
 
-def test_it_answers_as_asgi_wants_it() -> None:
+def test_answer_follows_asgi() -> None:
     sent: list[dict[str, object]] = []
 
     async def ask() -> None:
@@ -116,14 +116,14 @@ def test_it_answers_as_asgi_wants_it() -> None:
     assert (b"content-length", b"0") in sent[0]["headers"]
 
 
-def test_the_socket_is_private_and_takes_a_dead_ones_place(tmp_path: Path) -> None:
+def test_socket_is_private_and_replaces_a_stale_one(tmp_path: Path) -> None:
     for _ in range(2):
         with listen(tmp_path / "keys.sock"):
             assert (tmp_path / "keys.sock").stat().st_mode & 0o777 == 0o600
     assert os.umask(0o22) == 0o22  # put back
 
 
-def test_uses_are_written_at_the_end(tmp_path: Path) -> None:
+def test_times_of_last_use_are_saved_at_the_end(tmp_path: Path) -> None:
     service = _service(Key.make("alice", TOKEN, NOW))
 
     async def live() -> None:
@@ -139,7 +139,7 @@ def test_uses_are_written_at_the_end(tmp_path: Path) -> None:
 
 # --- sources
 
-def test_lines_become_keys() -> None:
+def test_lines_are_parsed_to_keys() -> None:
     text = (f"# who\tmay\n\nalice {TOKEN}\n  bob\t{OTHER}  max_tokens=5 body_bytes=1MiB expires=2027-01-31 # soon\n")
     alice, bob = parse_lines(text, FILE, NOW)
     assert (alice.name, alice.expires, alice.limits, alice.created) == ("alice", None, KeyLimits(), NOW)
@@ -155,20 +155,20 @@ def test_lines_become_keys() -> None:
     (f"alice {TOKEN} {OTHER}\n", "LIMIT=VALUE"), (f"alice {TOKEN} concurrent=2 concurrent=3\n", "each limit once"),
     (f"alice {TOKEN} rpm=3\n", "unknown limit 'rpm'"), (f"alice {TOKEN} expires=30d\n", "invalid day"),
     (f"a/b {TOKEN}\n", "invalid name"), (f"alice: {TOKEN}\n", "invalid name")])
-def test_a_wrong_line_is_named_and_not_shown(text: str, match: str) -> None:
+def test_invalid_line_is_reported_without_its_text(text: str, match: str) -> None:
     with pytest.raises(SettingsError, match=match) as caught:
         parse_lines(text, FILE, NOW)
     assert TOKEN not in str(caught.value)
     assert OTHER not in str(caught.value)
 
 
-def test_a_start_prepares_the_sources(tmp_path: Path) -> None:
+def test_start_prepares_the_sources(tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_text(f"default {OTHER}\n")
-    made = prepare(_settings(tmp_path))
-    assert made is not None
+    new_key = prepare(_settings(tmp_path))
+    assert new_key is not None
     assert prepare(_settings(tmp_path)) is None
-    assert KeySources(_settings(tmp_path)).current().find(made.token.encode()) is not None
+    assert KeySources(_settings(tmp_path)).current().find(new_key.token.encode()) is not None
     prepare(_settings(tmp_path, API_KEYS_FILE=str(file)))
     assert KeySources(_settings(tmp_path, API_KEYS_FILE=str(file))).current().find(OTHER.encode()) is not None
     with pytest.raises(SettingsError, match="'default' already exists"):
@@ -179,7 +179,7 @@ def test_a_start_prepares_the_sources(tmp_path: Path) -> None:
     assert (tmp_path / "keys.json").stat().st_mode & 0o777 == 0o600
 
 
-def test_no_first_key_is_made_where_there_are_others(tmp_path: Path) -> None:
+def test_first_key_is_not_created_if_others_exist(tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_text(f"alice {OTHER}\n")
     assert prepare(_settings(tmp_path, API_KEY=TOKEN)) is None
@@ -187,7 +187,7 @@ def test_no_first_key_is_made_where_there_are_others(tmp_path: Path) -> None:
     assert not KeyStore(tmp_path).file.exists()
 
 
-def test_a_change_is_seen_by_the_next_question_and_nothing_is_read_twice(tmp_path: Path) -> None:
+def test_next_request_sees_a_change_and_unchanged_files_are_not_reloaded(tmp_path: Path) -> None:
     clock = [0.0]
     settings = _settings(tmp_path)
     prepare(settings)
@@ -206,7 +206,7 @@ def test_a_change_is_seen_by_the_next_question_and_nothing_is_read_twice(tmp_pat
     assert sources.current() is third
 
 
-def test_a_change_that_the_files_time_does_not_show_is_seen_too(tmp_path: Path) -> None:
+def test_change_with_an_equal_mtime_is_detected(tmp_path: Path) -> None:
     clock = [0.0]
     file = tmp_path / "keys"
     file.write_text(f"alice {TOKEN}\n")
@@ -214,14 +214,14 @@ def test_a_change_that_the_files_time_does_not_show_is_seen_too(tmp_path: Path) 
     prepare(settings)
     sources = KeySources(settings, lambda: clock[0])
     sources.current()
-    found = file.stat()
+    status = file.stat()
     file.write_text(f"carol {TOKEN}\n")
-    os.utime(file, ns=(found.st_atime_ns, found.st_mtime_ns))  # only the inode's own time tells
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))  # only the inode's change time differs
     clock[0] = 0.3
     assert set(sources.current().keys) == {"carol"}
 
 
-def test_any_source_that_breaks_takes_all_keys_with_it(tmp_path: Path) -> None:
+def test_damaged_source_makes_all_keys_unavailable(tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_text(f"alice {OTHER}\n")
     settings = _settings(tmp_path, API_KEYS_FILE=str(file), API_KEY=TOKEN)
@@ -243,10 +243,10 @@ def test_any_source_that_breaks_takes_all_keys_with_it(tmp_path: Path) -> None:
         sources.current()
 
 
-def test_no_key_at_all_is_trouble(tmp_path: Path) -> None:
+def test_keys_are_unavailable_if_none_exists(tmp_path: Path) -> None:
     settings = _settings(tmp_path)
     prepare(settings)
     KeyStore(tmp_path).revoke("default")
     with pytest.raises(SettingsError, match="none exist"):
         KeySources(settings).current()
-    assert prepare(settings) is None  # whoever took the last key away meant it
+    assert prepare(settings) is None  # the last key was revoked on purpose

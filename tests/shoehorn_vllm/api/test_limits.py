@@ -1,4 +1,4 @@
-"""Limits: the header, the sliding window, and the cap on tokens with every way around it."""
+"""Limits: header, sliding window, and token cap with all ways to bypass it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ EMBEDDINGS, RERANK, SCORE = "/v1/embeddings", "/v1/rerank", "/v1/score"
 CHAT, COMPLETIONS, RESPONSES, MESSAGES = "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"
 
 
-def test_the_header_is_read_and_what_is_absent_has_no_limit() -> None:
+def test_header_is_parsed_and_absent_limits_are_none() -> None:
     text = "requests_per_minute=60;concurrent=4;max_tokens=512;body_bytes=1048576"
     assert KeyLimits.from_header(text) == KeyLimits(60, 4, 512, 1 << 20)
     assert KeyLimits.from_header("concurrent=0") == KeyLimits(concurrent=0)
@@ -30,12 +30,12 @@ def test_the_header_is_read_and_what_is_absent_has_no_limit() -> None:
 
 @pytest.mark.parametrize("text", ["concurrent", "concurrent=", "concurrent=-1", "concurrent=1.5", "concurrent=²", "x=1",
                                   "concurrent=1;concurrent=2", "parse=1"])
-def test_a_header_that_cannot_be_read_is_never_no_limit(text: str) -> None:
+def test_invalid_header_is_an_error(text: str) -> None:
     with pytest.raises(ValueError, match="invalid limit"):
         KeyLimits.from_header(text)
 
 
-def test_no_more_than_the_limit_in_any_minute() -> None:
+def test_limit_holds_in_any_minute() -> None:
     usage, admitted = KeyUsage(), []
     for tenth in range(3000):
         now = tenth / 10
@@ -46,7 +46,7 @@ def test_no_more_than_the_limit_in_any_minute() -> None:
     assert len(admitted) == 35
 
 
-def test_the_wait_is_as_long_as_it_takes_and_no_longer() -> None:
+def test_wait_is_exact() -> None:
     usage = KeyUsage()
     usage.admitted.extend([100.0, 110.0, 120.5])
     assert usage.wait_seconds(3, 121.0) == 39
@@ -67,13 +67,13 @@ def _capped(path: str, body: dict[str, Any], cap: int) -> dict[str, Any] | None:
 
 @pytest.mark.parametrize(("path", "field"), [(CHAT, "max_completion_tokens"), (RESPONSES, "max_output_tokens"),
                                              (MESSAGES, "max_tokens")])
-def test_a_request_that_names_no_number_gets_the_cap(path: str, field: str) -> None:
+def test_request_without_a_maximum_gets_the_cap(path: str, field: str) -> None:
     body = {"model": "m", "messages": [{"role": "user", "content": "鞋 \ud83d"}], field: None}
     assert _capped(path, body, 512) == {**body, field: 512}
     assert _capped(path, {**body, "n": 4}, 512) == {**body, "n": 4, field: 128}
 
 
-def test_completions_keep_their_own_default() -> None:
+def test_completions_keep_their_default() -> None:
     for prompt, cap, tokens in (("a", 512, 16), (["a", "b"], 20, 10), ([1, 2, 3], 12, 12)):
         assert _capped(COMPLETIONS, {"prompt": prompt}, cap) == {"prompt": prompt, "max_tokens": tokens}
 
@@ -82,7 +82,7 @@ def test_completions_keep_their_own_default() -> None:
     (CHAT, {"max_tokens": 512}), (CHAT, {"max_completion_tokens": 128, "n": 4}), (RESPONSES, {"max_output_tokens": 1}),
     (COMPLETIONS, {"max_tokens": 256, "prompt": ["a", "b"]}), (COMPLETIONS, {"max_tokens": 512, "prompt": [1, 2]}),
     (EMBEDDINGS, {"max_tokens": 9999}), ("/v1/messages/count_tokens", {"messages": []})])
-def test_within_the_cap_the_body_is_left_as_it_is(path: str, body: dict[str, Any]) -> None:
+def test_body_within_the_cap_is_unchanged(path: str, body: dict[str, Any]) -> None:
     assert _capped(path, body, 512) is None
 
 
@@ -96,7 +96,7 @@ def test_within_the_cap_the_body_is_left_as_it_is(path: str, body: dict[str, Any
     (RESPONSES, {"max_output_tokens": 513}, "max_output_tokens"), (MESSAGES, {"max_tokens": 513}, "max_tokens"),
     (CHAT, {"max_tokens": "9999"}, "max_tokens"), (CHAT, {"max_tokens": 1e4}, "max_tokens"),
     (CHAT, {"max_tokens": True}, "max_tokens"), (CHAT, {"max_tokens": 100, "n": "9"}, "n")])
-def test_above_the_cap_is_refused_by_name(path: str, body: dict[str, Any], param: str) -> None:
+def test_request_above_the_cap_is_rejected_with_its_field(path: str, body: dict[str, Any], param: str) -> None:
     with pytest.raises(LimitExceededError) as caught:
         _capped(path, body, 512)
     assert caught.value.param == param
@@ -109,7 +109,7 @@ def test_above_the_cap_is_refused_by_name(path: str, body: dict[str, Any], param
     (EMBEDDINGS, {"input": "a", "model": "m"}, 1), (EMBEDDINGS, {"input": ["a"] * MAX_INPUTS}, MAX_INPUTS),
     (EMBEDDINGS, {"input": [1] * 9999}, 1), (EMBEDDINGS, {}, 1),
     (RERANK, {"query": "a", "documents": ["b"] * 300}, 300), (SCORE, {"text_1": "a", "text_2": ["b"] * 3}, 3)])
-def test_a_request_counts_as_many_as_the_engine_makes_of_it(path: str, body: dict[str, Any], answers: int) -> None:
+def test_sequences_are_counted_as_in_the_engine(path: str, body: dict[str, Any], answers: int) -> None:
     assert count_sequences(path, body, 128) == answers
 
 
@@ -117,23 +117,23 @@ def test_a_request_counts_as_many_as_the_engine_makes_of_it(path: str, body: dic
     (CHAT, {"n": 129}, "n"), (COMPLETIONS, {"prompt": ["a"] * 65, "n": 2}, "prompt"),
     (COMPLETIONS, {"prompt": ["a"] * 2, "n": 65}, "n"), (COMPLETIONS, {"prompt": ["a"] * 128, "n": 128}, "n"),
     (EMBEDDINGS, {"input": ["a"] * 2049}, "input"), (RERANK, {"documents": ["a"] * 2049}, "input")])
-def test_more_answers_than_a_request_may_have_are_refused(path: str, body: dict[str, Any], param: str) -> None:
+def test_too_many_answers_are_rejected(path: str, body: dict[str, Any], param: str) -> None:
     with pytest.raises(LimitExceededError, match="answers") as caught:
         count_sequences(path, body, 128)
     assert (caught.value.param, caught.value.code) == (param, "too_many_answers")
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b"7", b"\xff\xfe", b'"text"'])
-def test_what_is_no_object_is_left_to_the_engine(body: bytes) -> None:
+def test_invalid_objects_are_left_to_the_engine(body: bytes) -> None:
     assert parse_body(body) is None
 
 
 @pytest.mark.parametrize("body", [b'{"n": 1, "n": 600}', '{"n": 600}'.encode("utf-16"), b'\xef\xbb\xbf{"n": 600}',
                                   b'{"\\u006e": 600}'])
-def test_a_body_is_read_as_the_engine_reads_it(body: bytes) -> None:
+def test_body_is_parsed_as_in_the_engine(body: bytes) -> None:
     assert parse_body(body) == json.loads(body) == {"n": 600}
 
 
-def test_a_body_nested_beyond_reading_is_refused() -> None:
+def test_deeply_nested_body_is_rejected() -> None:
     with pytest.raises(LimitExceededError, match="deeply"):
         parse_body(b"[" * 200_000 + b"]" * 200_000)

@@ -1,4 +1,4 @@
-"""The middleware as an ASGI application: what it refuses, what it passes on, how a drain ends what runs."""
+"""The middleware as an ASGI application: admission, forwarding and draining."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from shoehorn_vllm.api.request import Receive, Send
 from support.gate_calls import CHAT, MESSAGES, RESPONSES, USAGE, Call, Engine, error, run, settled
 
 
-def test_without_limits_everything_passes_untouched_and_is_counted() -> None:
+def test_requests_without_limits_pass_unchanged_and_are_counted() -> None:
     async def test(engine: Engine) -> None:
         engine.go.set()
         assert (await engine.call(body=b'{"max_tokens": 9}').answer())[2] == USAGE
@@ -30,7 +30,7 @@ def test_without_limits_everything_passes_untouched_and_is_counted() -> None:
     run(test)
 
 
-def test_requests_per_minute_hold_for_each_key_alone() -> None:
+def test_requests_per_minute_apply_to_each_key() -> None:
     async def test(engine: Engine) -> None:
         engine.go.set()
         for _ in range(2):
@@ -45,7 +45,7 @@ def test_requests_per_minute_hold_for_each_key_alone() -> None:
     run(test)
 
 
-def test_concurrent_requests_are_freed_however_they_end() -> None:
+def test_concurrent_requests_are_released_after_every_end() -> None:
     async def test(engine: Engine) -> None:
         limits = "concurrent=2"
         first, second = engine.call(limits=limits), engine.call(limits=limits, body=b'{"stream": true}')
@@ -72,7 +72,7 @@ def test_concurrent_requests_are_freed_however_they_end() -> None:
     run(test)
 
 
-def test_the_queue_is_bounded_over_all_keys() -> None:
+def test_queue_is_bounded_over_all_keys() -> None:
     async def test(engine: Engine) -> None:
         calls = [engine.call(key=f"key{number}") for number in range(3)]
         await settled()
@@ -85,12 +85,12 @@ def test_the_queue_is_bounded_over_all_keys() -> None:
     run(test, max_requests=3)
 
 
-def test_few_requests_with_many_answers_fill_the_engine_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_requests_with_many_answers_fill_the_queue(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(middleware, "MAX_SEQUENCES", 6)
 
     async def test(engine: Engine) -> None:
         calls = [engine.call(body=b'{"n": 5}'), engine.call("/v1/completions", body=b'{"prompt": ["a", "b"], "n": 2}')]
-        await settled()  # the first leaves room; the second goes over
+        await settled()  # the first is below the bound; the second exceeds it
         status, _, body = await engine.call(key="late").answer()
         assert (status, error(body)["code"]) == (429, "queue_full")
         engine.go.set()
@@ -100,7 +100,7 @@ def test_few_requests_with_many_answers_fill_the_engine_too(monkeypatch: pytest.
     run(test)
 
 
-def test_the_product_of_choices_and_prompts_has_the_engines_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_product_of_choices_and_prompts_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     body = json.dumps({"prompt": ["a"] * 100, "n": 2}).encode()
 
     async def refuse(engine: Engine) -> None:
@@ -117,7 +117,7 @@ def test_the_product_of_choices_and_prompts_has_the_engines_bound(monkeypatch: p
     run(take)
 
 
-def test_bodies_that_come_slowly_do_not_get_past_the_bound() -> None:
+def test_slow_bodies_do_not_bypass_the_bound() -> None:
     async def test(engine: Engine) -> None:
         late = engine.call(body=None)
         first = engine.call()
@@ -132,7 +132,7 @@ def test_bodies_that_come_slowly_do_not_get_past_the_bound() -> None:
 
 
 @pytest.mark.parametrize("declare", [True, False])
-def test_a_long_body_is_refused_declared_or_not(declare: bool) -> None:
+def test_long_body_is_rejected_declared_or_not(declare: bool) -> None:
     async def test(engine: Engine) -> None:
         engine.go.set()
         long = engine.call(limits="body_bytes=10", body=b"x" * 11, declare=declare)
@@ -144,7 +144,7 @@ def test_a_long_body_is_refused_declared_or_not(declare: bool) -> None:
     run(test)
 
 
-def test_the_cap_on_tokens_is_set_or_named() -> None:
+def test_token_cap_is_applied_or_reported() -> None:
     async def test(engine: Engine) -> None:
         engine.go.set()
         assert (await engine.call(limits="max_tokens=50").answer())[0] == 200
@@ -157,7 +157,7 @@ def test_the_cap_on_tokens_is_set_or_named() -> None:
     run(test)
 
 
-def test_anthropics_routes_get_anthropics_errors() -> None:
+def test_anthropic_routes_have_anthropic_errors() -> None:
     async def test(engine: Engine) -> None:
         for limits, body, status, kind in (
                 ("requests_per_minute=0", b"{}", 429, "rate_limit_error"),
@@ -170,7 +170,7 @@ def test_anthropics_routes_get_anthropics_errors() -> None:
     run(test)
 
 
-def test_limits_that_cannot_be_read_let_nobody_in() -> None:
+def test_unreadable_limits_reject_the_request() -> None:
     async def test(engine: Engine) -> None:
         assert (await engine.call(limits="concurrent=many").answer())[0] == 500
         assert engine.bodies == []
@@ -178,7 +178,7 @@ def test_limits_that_cannot_be_read_let_nobody_in() -> None:
     run(test)
 
 
-def test_a_drain_lets_finish_what_can_and_refuses_what_is_new() -> None:
+def test_drain_finishes_running_requests_and_rejects_new_ones() -> None:
     async def test(engine: Engine) -> None:
         calls = [engine.call(body=b'{"stream": true}'), engine.call()]
         await settled()
@@ -198,7 +198,7 @@ def test_a_drain_lets_finish_what_can_and_refuses_what_is_new() -> None:
 
 
 @pytest.mark.parametrize("stubborn", [False, True])
-def test_what_does_not_finish_gets_a_proper_end(stubborn: bool) -> None:
+def test_drain_ends_late_requests_with_an_error(stubborn: bool) -> None:
     async def test(engine: Engine) -> None:
         engine.stubborn = stubborn
         streams = {path: engine.call(path, body=b'{"stream": true}') for path in (CHAT, MESSAGES, RESPONSES)}
@@ -221,7 +221,7 @@ def test_what_does_not_finish_gets_a_proper_end(stubborn: bool) -> None:
     run(test)
 
 
-def test_a_stream_that_the_engine_breaks_off_gets_an_error_event() -> None:
+def test_interrupted_stream_gets_an_error_event() -> None:
     async def test(engine: Engine) -> None:
         engine.fail = True
         call = engine.call(body=b'{"stream": true}')
@@ -238,7 +238,7 @@ def test_a_stream_that_the_engine_breaks_off_gets_an_error_event() -> None:
     run(test)
 
 
-def test_idle_streams_show_life_where_the_engine_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_idle_streams_get_keep_alive_events(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(request_module, "KEEP_ALIVE_SECONDS", 0.02)
 
     async def test(engine: Engine) -> None:
@@ -264,15 +264,15 @@ def test_idle_streams_show_life_where_the_engine_does_not(monkeypatch: pytest.Mo
     (b'{"detail":[{"loc":["body"]}]}', 422, "invalid_request", '[{"loc": ["body"]}]'),
     (b"Internal Server Error", 500, "internal_error", "Internal Server Error"), (b"[]", 500, "internal_error", "[]"),
     (b"\xff", 500, "internal_error", "\ufffd"), (b"{}", 500, "internal_error", "{}")])
-def test_the_engines_errors_take_the_form_that_clients_know(content: bytes, status: int, code: str,
+def test_engine_errors_are_converted(content: bytes, status: int, code: str,
                                                             message: str) -> None:
-    found = error(errors.convert(content, status, CHAT))
-    assert (found["code"], found["message"]) == (code, message)
+    openai = error(errors.convert(content, status, CHAT))
+    assert (openai["code"], openai["message"]) == (code, message)
     anthropic = json.loads(errors.convert(content, status, MESSAGES))
     assert (anthropic["type"], anthropic["error"]["message"]) == ("error", message)
 
 
-def test_an_error_is_sent_whole_with_its_length() -> None:
+def test_error_is_sent_complete_with_its_length() -> None:
     async def main() -> None:
         async def engine(_scope: Scope, _receive: Receive, send: Send) -> None:
             await send({"type": "http.response.start", "status": 400, "headers": [
@@ -291,7 +291,7 @@ def test_an_error_is_sent_whole_with_its_length() -> None:
 @pytest.mark.parametrize(("method", "query"), [
     ("GET", "seconds=1"), ("POST", ""), ("POST", "seconds=x"), ("POST", "seconds=-1"), ("POST", "seconds=inf"),
     ("POST", "seconds=nan")])
-def test_a_drain_that_is_not_asked_for_properly_is_none(method: str, query: str) -> None:
+def test_invalid_drain_request_is_rejected(method: str, query: str) -> None:
     async def test(engine: Engine) -> None:
         engine.go.set()
         assert (await engine.call("/-/drain", method=method, query=query).answer())[0] == 400

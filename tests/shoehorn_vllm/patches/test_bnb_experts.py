@@ -1,4 +1,4 @@
-"""Experts in NF4: loaded by the real engine's loader, with our plugin and without."""
+"""Experts in NF4, loaded by the real engine's loader with and without the plugin."""
 
 from __future__ import annotations
 
@@ -70,11 +70,11 @@ def load(model: Path, tmp_path: Path, plugins: str) -> str:
     return done.stdout + done.stderr
 
 
-def test_experts_are_quantized_while_they_are_loaded(model: Path, tmp_path: Path) -> None:
+def test_experts_are_quantized_during_the_load(model: Path, tmp_path: Path) -> None:
     output = load(model, tmp_path, "bitsandbytes,shoehorn")
     assert f"LOADED w13_weight ({EXPERT_COUNT * 2 * INNER}, {HIDDEN})" in output, output[-3000:]
     assert f"LOADED w2_weight ({EXPERT_COUNT * HIDDEN}, {INNER})" in output
 
 
-def test_the_mend_is_still_needed(model: Path, tmp_path: Path) -> None:
-    assert "doesn't match the broadcast shape" in load(model, tmp_path, "bitsandbytes"), "drop the mend"
+def test_patch_is_still_needed(model: Path, tmp_path: Path) -> None:
+    assert "doesn't match the broadcast shape" in load(model, tmp_path, "bitsandbytes"), "remove the patch"

@@ -1,4 +1,4 @@
-"""The engine plugin's mends of offload, each beside what the engine does without it."""
+"""Patches of offload, each compared with the unpatched engine."""
 
 from __future__ import annotations
 
@@ -55,15 +55,15 @@ def layer() -> nn.Module:
 
 
 @pytest.mark.parametrize("patched", [True, False])
-def test_a_weight_that_was_repacked_is_held_once(apply: Callable[[], None], patched: bool) -> None:
+def test_repacked_weight_is_in_memory_once(apply: Callable[[], None], patched: bool) -> None:
     if patched:
         apply()
     module = layer()
     own = _CpuParamOffloader(module, "weight")
     before = module.weight.data.data_ptr()
-    module.weight.data = module.weight.data.flip(0).clone()  # what the engine's repacking does
-    held = own._cpu_storage is not None and own._cpu_storage.data_ptr() == before
-    assert held is not patched, "the engine lets go of it by itself: remove the patch"
+    module.weight.data = module.weight.data.flip(0).clone()  # as the engine's repacking does
+    is_referenced = own._cpu_storage is not None and own._cpu_storage.data_ptr() == before
+    assert is_referenced is not patched, "the engine frees it without the patch: remove the patch"
     own.sync_cpu_storage()
     assert own._cpu_storage is not None
     assert own._cpu_storage.tolist() == list(range(7, -1, -1))
@@ -81,53 +81,53 @@ class Repacking(QuantizeMethodBase):
 
 
 @pytest.mark.parametrize("patched", [True, False])
-def test_a_repacked_weight_goes_back_to_where_it_lay(apply: Callable[[], None], patched: bool,
+def test_repacked_weight_replaces_the_original_in_place(apply: Callable[[], None], patched: bool,
                                                      monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.Tensor, "to", lambda data, target: data.clone())  # there is no card to move it to
+    monkeypatch.setattr(torch.Tensor, "to", lambda data, target: data.clone())  # the test has no GPU
     if patched:
         apply()
     module = layer()
     module.quant_method = Repacking()
     place = module.weight.data
     model = SimpleNamespace(word_embeddings_untied_by_checkpoint=False, quantization=None)
-    loading.process_weights_after_loading(module, model, SimpleNamespace(type="card"))
+    loading.process_weights_after_loading(module, model, SimpleNamespace(type="cuda"))
     assert module.weight.tolist() == list(range(7, -1, -1))
-    assert (place.tolist() == list(range(7, -1, -1))) is patched, "the engine uses the memory again: remove the patch"
+    assert (place.tolist() == list(range(7, -1, -1))) is patched, "the engine reuses the memory: remove the patch"
 
 
 @pytest.mark.parametrize("owner", [uva, loading])
-def test_what_the_card_reads_in_place_lies_in_memory_of_its_size(apply: Callable[[], None], owner: Any,
+def test_view_from_the_gpu_has_memory_of_exact_size(apply: Callable[[], None], owner: Any,
                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
-    held, viewed = [], []
+    copies, viewed = [], []
 
     def allocate_like(data: torch.Tensor) -> torch.Tensor:
-        held.append(torch.empty_like(data))
-        return held[0]
+        copies.append(torch.empty_like(data))
+        return copies[0]
 
     monkeypatch.setattr(pinned_memory, "allocate_like", allocate_like)
     monkeypatch.setattr(owner, "get_accelerator_view_from_cpu_tensor", lambda data: viewed.append(data) or "view")
     apply()
     assert owner.get_accelerator_view_from_cpu_tensor(torch.arange(5)) == "view"
-    assert viewed[0] is held[0]
+    assert viewed[0] is copies[0]
     assert viewed[0].tolist() == list(range(5))
 
 
 @pytest.mark.parametrize(("kind", "emptied"), [(uva.UVAOffloader, True), (PrefetchOffloader, False)])
-def test_what_weights_were_pinned_in_on_their_way_is_given_back(apply: Callable[[], None], kind: type[BaseOffloader],
+def test_memory_of_the_load_is_freed(apply: Callable[[], None], kind: type[BaseOffloader],
                                                                 emptied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    found: list[bool] = []
+    results: list[bool] = []
     monkeypatch.setattr(offload.BaseModelLoader, "load_model", lambda *arguments: nn.Module())
-    monkeypatch.setattr(torch.accelerator, "empty_host_cache", lambda: found.append(True))
+    monkeypatch.setattr(torch.accelerator, "empty_host_cache", lambda: results.append(True))
     apply()
     set_offloader(kind.__new__(kind))
     try:
         offload.BaseModelLoader.load_model(SimpleNamespace(), SimpleNamespace(additional_config={}), None)
     finally:
         set_offloader(None)
-    assert bool(found) is emptied
+    assert bool(results) is emptied
 
 
-def test_a_weight_that_is_gone_after_the_load_is_left_out(apply: Callable[[], None]) -> None:
+def test_removed_weight_is_ignored(apply: Callable[[], None]) -> None:
     apply()
     module = layer()
     own = _CpuParamOffloader(module, "weight")
@@ -144,26 +144,26 @@ def nested() -> Any:
 
 
 @pytest.mark.parametrize("patched", [True, False])
-def test_absmax_stays_nested_where_layers_are_offloaded(apply: Callable[[], None], offloading: BaseOffloader,
+def test_absmax_stays_quantized_with_offload(apply: Callable[[], None], offloading: BaseOffloader,
                                                         patched: bool) -> None:
     if patched:
         apply()
     states = {0: nested()}
     BitsAndBytesModelLoader._dequantize_dq(SimpleNamespace(), states)
-    assert states[0].nested is patched, "the loader leaves it nested by itself: remove the patch"
+    assert states[0].nested is patched, "the loader keeps it nested: remove the patch"
     single = nested()
     BitsAndBytesModelLoader._dequantize_dq(SimpleNamespace(), single)
-    assert not single.nested, "experts are put together, which needs them unpacked"
+    assert not single.nested, "experts are stacked, which requires dequantized states"
 
 
-def test_absmax_is_unpacked_where_nothing_is_offloaded(apply: Callable[[], None]) -> None:
+def test_absmax_is_dequantized_without_offload(apply: Callable[[], None]) -> None:
     apply()
     states = {0: nested()}
     BitsAndBytesModelLoader._dequantize_dq(SimpleNamespace(), states)
     assert not states[0].nested
 
 
-def test_absmax_travels_with_its_weight(apply: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_absmax_is_offloaded_with_its_weight(apply: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PrefetchOffloader, "post_init", lambda offloader: None)
     apply()
     module, linear, state = nn.Module(), layer(), nested()
@@ -178,12 +178,12 @@ def test_absmax_travels_with_its_weight(apply: Callable[[], None], monkeypatch: 
     assert set(moved._param_offloaders) == {"proj.weight", "proj.k_scale", "proj.absmax_0"}
     assert state.absmax is linear.absmax_0
     replacement = torch.zeros_like(state.absmax)
-    linear.absmax_0.data = replacement  # what a static buffer of the card does
-    assert state.absmax.data_ptr() == replacement.data_ptr(), "the kernel reads what was copied"
+    linear.absmax_0.data = replacement  # as a static buffer of the GPU does
+    assert state.absmax.data_ptr() == replacement.data_ptr(), "the kernel reads the copy"
 
 
 @pytest.mark.parametrize("patched", [True, False])
-def test_a_draft_is_loaded_without_offload(apply: Callable[[], None], offloading: BaseOffloader, patched: bool,
+def test_draft_model_is_loaded_without_offload(apply: Callable[[], None], offloading: BaseOffloader, patched: bool,
                                            monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
@@ -197,13 +197,13 @@ def test_a_draft_is_loaded_without_offload(apply: Callable[[], None], offloading
     with pytest.raises(RuntimeError):
         DraftModelSpeculator.load_model(SimpleNamespace(), nn.Module())
     assert isinstance(seen[0], NoopOffloader) is patched
-    assert get_offloader() is offloading, "a draft that fails leaves the model's offload as it was"
+    assert get_offloader() is offloading, "a failed draft model does not change the model's offload"
 
 
-@pytest.mark.parametrize(("wish", "moved"), [({"shoehorn": {"embedding": "host"}}, True), ({}, False),
+@pytest.mark.parametrize(("config", "moved"), [({"shoehorn": {"embedding": "host"}}, True), ({}, False),
                                              ({"shoehorn": {}}, False)])
-def test_the_embedding_moves_where_that_is_asked_for(apply: Callable[[], None], offloading: BaseOffloader,
-                                                     monkeypatch: pytest.MonkeyPatch, wish: dict[str, Any],
+def test_embedding_is_offloaded_on_request(apply: Callable[[], None], offloading: BaseOffloader,
+                                                     monkeypatch: pytest.MonkeyPatch, config: dict[str, Any],
                                                      moved: bool) -> None:
     class Embedding(nn.Module):
         def __init__(self) -> None:
@@ -226,8 +226,8 @@ def test_the_embedding_moves_where_that_is_asked_for(apply: Callable[[], None], 
     monkeypatch.setattr(offload.BaseModelLoader, "load_model", lambda *arguments: model)
     monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)
     apply()
-    found = offload.BaseModelLoader.load_model(SimpleNamespace(), SimpleNamespace(additional_config=wish), None)
-    assert found is model
+    loaded = offload.BaseModelLoader.load_model(SimpleNamespace(), SimpleNamespace(additional_config=config), None)
+    assert loaded is model
     assert len(views) == moved
     assert float(model[0].weight[0, 0]) == (2 if moved else 1)
     assert float(model[1].weight[0, 0]) == 1, "the head is read whole in every pass, and stays"

@@ -1,4 +1,4 @@
-"""Recording of NVML's answers on this machine, replayed by tests."""
+"""Prints a recording of NVML's answers on this machine, which tests replay."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ RECORDED_GPU_CALLS = (
 
 
 def record(nvml: Any) -> dict[str, Any]:
-    """What this machine's NVML answers, for replay in tests: JSON-ready, by name of the call.
+    """Record the answers of this machine's NVML, ready for JSON, by name of the call.
 
     Shape: `{"version": 1, "recorded": time, "system": {call: answer}, "gpus": [{call: answer}]}`. An answer is a
-    value, a list, or a struct as an object of its fields; a failed call is `{"error": NVML's code}`. The second form of
-    the memory struct stands under `nvmlDeviceGetMemoryInfo_v2`.
+    value, a list, or a struct as an object of its fields; a failed call is `{"error": NVML's code}`. The second version
+    of the memory struct is recorded as `nvmlDeviceGetMemoryInfo_v2`.
 
     Raises:
         NVMLError: of `nvml`, when NVML cannot be initialised.
@@ -54,7 +54,7 @@ def _answer(nvml: Any, function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def _plain(answer: Any) -> Any:
-    """Structs, ctypes' and pynvml's friendly ones, as dictionaries; lists and tuples as lists."""
+    """Convert structs (ctypes' and pynvml's friendly ones) to dictionaries, lists and tuples to lists."""
     if isinstance(answer, list | tuple):
         return [_plain(each) for each in answer]
     if hasattr(answer, "_fields_"):
