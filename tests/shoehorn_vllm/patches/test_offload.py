@@ -90,7 +90,7 @@ def test_repacked_weight_replaces_the_original_in_place(apply: Callable[[], None
     module.quant_method = Repacking()
     place = module.weight.data
     model = SimpleNamespace(word_embeddings_untied_by_checkpoint=False, quantization=None)
-    loading.process_weights_after_loading(module, model, SimpleNamespace(type="cuda"))
+    loading.process_weights_after_loading(module, model, SimpleNamespace(type="gpu"))
     assert module.weight.tolist() == list(range(7, -1, -1))
     assert (place.tolist() == list(range(7, -1, -1))) is patched, "the engine reuses the memory: remove the patch"
 
