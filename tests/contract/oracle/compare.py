@@ -1,0 +1,75 @@
+"""The planner's figures beside the oracle's, and what is off by more than 1 %.
+
+Rules: weights are compared with the parameters plus MLA's copies; a model without headers or truth is left out with the
+reason that its file gives; of windowed layers the windows are compared, of all caches together the bytes of a request
+of full length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from contract.oracle import planner_adapter
+
+TOLERANCE = 0.01
+NUMBERS = ("weights_bytes", "bytes_per_token", "state_bytes", "request_bytes", "max_model_len", "heads", "kv_heads",
+           "head_size", "layers")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model on one number of GPUs.
+
+    Attributes:
+        off: figure -> (planner's, oracle's), where they differ by more than the tolerance.
+        refused: why the planner or the oracle has no figures; empty where both have.
+    """
+
+    name: str
+    architecture: str
+    gpus: int
+    off: Mapping[str, tuple[Any, Any]]
+    refused: str = ""
+
+
+def compare(name: str, document: Mapping[str, Any], gpus: int) -> Row:
+    """Compare one model."""
+    architecture = str(document["config"].get("architectures", ["unknown"])[0])
+    truth = document.get("truth", {}).get(str(gpus))
+    if truth is None or "tensors" not in document:
+        missing = document.get("missing", {})
+        reason = missing.get(f"truth.{gpus}") or missing.get("tensors") or "not computed"
+        return Row(name, architecture, gpus, {}, f"oracle: {reason}")
+    planned = planner_adapter.plan(document, gpus)
+    if "refused" in planned:
+        return Row(name, architecture, gpus, {}, f"planner: {planned['refused'].splitlines()[0]}")
+    true = figures(truth)
+    off = {key: (planned[key], true[key]) for key in NUMBERS if _differs(planned[key], true[key])}
+    if planned["windows"] != true["windows"]:
+        off["windows"] = (planned["windows"], true["windows"])
+    return Row(name, architecture, gpus, off)
+
+
+def figures(truth: Mapping[str, Any]) -> dict[str, Any]:
+    """The oracle's figures under the planner's names."""
+    kv, architecture = truth["kv"], truth["architecture"]
+    whole = architecture["whole"]
+    longest = kv.get("request_blocks", {}).get(str(truth["max_model_len"]), 0)
+    specs = kv["layers"].values()
+    return {
+        "weights_bytes": truth["weights_bytes"] + truth["absorbed_bytes"],
+        "bytes_per_token": kv["bytes_per_token"],
+        "state_bytes": kv["state_bytes"],
+        "request_bytes": longest * kv.get("pool_bytes_per_block", 0),
+        "max_model_len": truth["max_model_len"],
+        "heads": whole.get("total_num_attention_heads"), "kv_heads": whole.get("total_num_kv_heads"),
+        "head_size": whole.get("head_size"), "layers": whole.get("total_num_hidden_layers"),
+        "windows": sorted({spec["sliding_window"] for spec in specs if spec.get("sliding_window")}
+                          | {spec["attention_chunk_size"] for spec in specs if spec.get("attention_chunk_size")}),
+    }
+
+
+def _differs(planned: float, true: float | None) -> bool:
+    return true is None or abs(planned - true) > TOLERANCE * abs(true)

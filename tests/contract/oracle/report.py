@@ -1,0 +1,64 @@
+"""Print the comparison of planner and oracle: `PYTHONPATH=tests python -m contract.oracle.report [--gpus N] [NAME ...]`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import Counter
+from typing import Any
+
+from contract.oracle import store
+from contract.oracle.compare import NUMBERS, Row, compare
+
+_SHORT = {"weights_bytes": "weights", "bytes_per_token": "KV/token", "state_bytes": "states",
+          "request_bytes": "request", "max_model_len": "context"}
+
+
+def main() -> int:
+    """Print a table; exit code 1 where something differs."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*")
+    parser.add_argument("--gpus", type=int, nargs="*", default=[1])
+    arguments = parser.parse_args()
+    rows = [compare(name, store.load(name), gpus) for name in arguments.names or store.names()
+            for gpus in arguments.gpus]
+    print("| model | architecture | GPUs | " + " | ".join(_SHORT.get(key, key) for key in NUMBERS) + " | windows |")
+    print("|---" * (len(NUMBERS) + 4) + "|")
+    for row in rows:
+        print(_line(row))
+    counts = Counter(key for row in rows for key in row.off)
+    refused = Counter(row.refused.partition(":")[0] for row in rows if row.refused)
+    right = sum(1 for row in rows if not row.off and not row.refused)
+    print(f"\n{len(rows)} records of {len({row.architecture for row in rows})} architectures: {right} right; off in "
+          + ", ".join(f"{key} {number}" for key, number in counts.most_common())
+          + "; no figures from " + ", ".join(f"{who} {number}" for who, number in refused.items()))
+    return 0 if right == len(rows) else 1
+
+
+def _line(row: Row) -> str:
+    start = f"| {row.name} | {row.architecture} | {row.gpus} | "
+    if row.refused:
+        return start + row.refused.replace("|", "/") + " |" * (len(NUMBERS) + 1)
+    return start + " | ".join(_cell(key, row.off.get(key)) for key in (*NUMBERS, "windows")) + " |"
+
+
+def _cell(key: str, values: tuple[Any, Any] | None) -> str:
+    """`ok`, or planner -> truth; bytes as a ratio, too."""
+    if values is None:
+        return "ok"
+    planned, true = values
+    if key.endswith("bytes") or key == "bytes_per_token":
+        ratio = f" ({planned / true:.2f}x)" if true else ""
+        return f"{_size(planned)} -> {_size(true)}{ratio}"
+    return f"{planned} -> {true}"
+
+
+def _size(number: float) -> str:
+    for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if number >= size:
+            return f"{number / size:.2f} {unit}"
+    return f"{number:.0f} B"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,52 @@
+"""Stand-ins for libraries that models import and that this environment lacks: names only, none of their code.
+
+Rules: they serve module imports, default values and base classes; calling one fails loudly nowhere, so no result of one
+may reach a record. Image and video processing is all that these libraries are imported for.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+LIBRARIES = ("torchvision",)
+
+
+class _Anything(type):
+    """A class every attribute of which is such a class."""
+
+    def __getattr__(cls, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _Anything(name, (), {})
+
+
+class _Module(ModuleType):
+    __path__: Sequence[str] = ()
+    __version__ = "0.28.0"
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _Anything(name, (), {})
+
+
+class _Finder:
+    """Imports a stand-in for each of the libraries and their submodules."""
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        return ModuleSpec(name, self, is_package=True) if name.split(".")[0] in LIBRARIES else None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return _Module(spec.name)
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Nothing: attributes are made when asked for."""
+
+
+def install() -> None:
+    """Let the libraries be imported."""
+    sys.meta_path.append(_Finder())
