@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -21,6 +22,7 @@ from typing import Any
 from contract.oracle import cuda_platform, store
 
 GPUS = (1, 2, 4)
+_ERROR = re.compile(r"(?:[\w.]+(?:Error|Exception)|Value error)\b[:,]")
 SECONDS = 240
 """After which a record is given up."""
 
@@ -75,9 +77,7 @@ def _import_models(documents: Mapping[str, Mapping[str, Any]]) -> None:
 def _complete(name: str, platform: type, arguments: argparse.Namespace, scratch: Path) -> int:
     """Compute a model's parts and store them; return how many failed."""
     from contract.oracle import headers
-    from contract.oracle.build import build
     from contract.oracle.patterns import compact
-    from contract.oracle.truth import record
 
     document = store.load(name)
     folder = store.write_folder(document, scratch / "models" / name)
@@ -86,7 +86,7 @@ def _complete(name: str, platform: type, arguments: argparse.Namespace, scratch:
     if document.get("headers") not in ("published", "packed"):
         jobs["tensors"] = lambda: compact(headers.derive(document, scratch / "headers" / name).items())
     for gpus in arguments.gpus:
-        jobs[f"truth.{gpus}"] = lambda gpus=gpus: record(build(folder, gpus, platform, **document.get("options", {})))
+        jobs[f"truth.{gpus}"] = lambda gpus=gpus: _truth(document, folder, gpus, platform)
     failed = 0
     for part, job in jobs.items():
         section, _, key = part.partition(".")
@@ -109,6 +109,15 @@ def _complete(name: str, platform: type, arguments: argparse.Namespace, scratch:
     order = [key for key in document if key not in ("tensors", "truth", "missing")]
     store.save(name, {key: document[key] for key in (*order, "tensors", "truth", "missing") if key in document})
     return failed
+
+
+def _truth(document: Mapping[str, Any], folder: Path, gpus: int, platform: type) -> dict[str, Any]:
+    from contract.oracle.build import build, use_plain_configuration
+    from contract.oracle.truth import record
+
+    if document.get("remote_code"):
+        use_plain_configuration(document["config"]["model_type"])
+    return record(build(folder, gpus, platform, **document.get("options", {})))
 
 
 def _shorten(truth: dict[str, Any]) -> None:
@@ -143,8 +152,9 @@ def _apart(job: Callable[[], Any], log: Path, scratch: Path) -> Any:
     if status == 0:
         log.unlink()
         return json.loads(result.read_text(encoding="utf-8"))
-    lines = [line for line in log.read_text(encoding="utf-8").splitlines() if line.strip()]
-    return lines[-1].strip()[:300] if lines else f"ended with status {status}"
+    lines = [line.strip() for line in log.read_text(encoding="utf-8").splitlines() if line.strip()]
+    said = [line for line in lines if _ERROR.match(line)] or lines
+    return said[-1].replace(str(scratch), "")[:300] if said else f"ended with status {status}"
 
 
 if __name__ == "__main__":

@@ -27,6 +27,14 @@ class Built:
     block_size_before: int | None
 
 
+def use_plain_configuration(model_type: str) -> None:
+    """Let vLLM read a config.json as it stands where a checkpoint's own code would: its keys are complete."""
+    from transformers import PretrainedConfig
+    from vllm.transformers_utils import config
+
+    config._CONFIG_REGISTRY[model_type] = type("PlainConfig", (PretrainedConfig,), {"model_type": model_type})
+
+
 def build(folder: Path, tensor_parallel: int, platform: type, **options: Any) -> Built:
     """Build the model as rank 0 of a tensor parallel group.
 

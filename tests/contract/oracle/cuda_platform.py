@@ -66,6 +66,10 @@ def install(cache: str, capability: tuple[int, int] = CAPABILITY) -> type:
             return DeviceCapability(*capability)
 
         @classmethod
+        def current_device(cls) -> str:
+            return "meta"
+
+        @classmethod
         def get_device_name(cls, device_id: int = 0) -> str:
             return "oracle"
 
@@ -161,6 +165,14 @@ def _declare_triton() -> None:
     from vllm.triton_utils import importing
 
     vllm.triton_utils.HAS_TRITON = importing.HAS_TRITON = True
+    vllm.triton_utils.triton.Config = _TritonConfig
+
+
+class _TritonConfig:
+    """One choice of an autotuned kernel's constants."""
+
+    def __init__(self, constants: dict[str, int], num_warps: int = 4, num_stages: int = 3, **options: Any) -> None:
+        self.kwargs, self.num_warps, self.num_stages = constants, num_warps, num_stages
 
 
 def _inspect_here() -> None:

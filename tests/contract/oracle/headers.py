@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from contract.oracle import multi_token, store
+from contract.oracle import multi_token, packing, store
 from contract.oracle.patterns import expand_all
 
 _RENAMED = {"PhiMoEForCausalLM": "PhimoeForCausalLM"}
@@ -26,11 +26,12 @@ Headers = dict[str, tuple[str, tuple[int, ...]]]
 
 
 def derive(document: Mapping[str, Any], folder: Path) -> Headers:
-    """Name -> (dtype, shape) of the checkpoint that a stored model belongs to, unquantized.
+    """Name -> (dtype, shape) of the checkpoint that a stored model belongs to.
 
     Args:
         document: its `headers` may hold `config` (keys that make transformers' class of another one that has the same
-            tensors), `prefix` and `extra` (patterns -> [dtype, shape]) for what transformers does not know.
+            tensors), `without` (keys), `prefix`, `drop` (a regular expression) and `extra` (patterns ->
+            [dtype, shape]) for what transformers does not know.
         folder: a new folder.
     """
     import torch
@@ -39,7 +40,7 @@ def derive(document: Mapping[str, Any], folder: Path) -> Headers:
 
     special = document.get("headers", {})
     config = {**document["config"], **special.get("config", {})}
-    for key in ("auto_map", "quantization_config"):
+    for key in ("auto_map", "quantization_config", *special.get("without", ())):
         config.pop(key, None)
     store.write_folder({"config": config}, folder)
     model_config = transformers.AutoConfig.from_pretrained(folder)
@@ -53,8 +54,12 @@ def derive(document: Mapping[str, Any], folder: Path) -> Headers:
     state = revert_weight_conversion(model, state)
     found = {special.get("prefix", "") + _published(name): (
         SAFETENSORS[str(tensor.dtype).removeprefix("torch.")], tuple(tensor.shape)) for name, tensor in state.items()}
+    if "drop" in special:
+        found = {name: kind for name, kind in found.items() if not re.search(special["drop"], name)}
     found |= multi_token.layers(found, config)
-    return found | {name: (kind[0], tuple(kind[1])) for name, kind in expand_all(special.get("extra", {})).items()}
+    found |= {name: (kind[0], tuple(kind[1])) for name, kind in expand_all(special.get("extra", {})).items()}
+    method = document["config"].get("quantization_config", {}).get("quant_method")
+    return packing.pack(found, method) if method else found
 
 
 def _published(name: str) -> str:

@@ -1,9 +1,9 @@
 """A quantized checkpoint's headers from those of the unquantized one, by the packing rules of each format.
 
 Rules: matrices of decoder layers are packed, named `X.weight` of shape [out, in] or fused experts of three dimensions;
-routers, norms, embeddings, towers and what `keep` matches stay as they are, as the quantizers leave them by default.
-Sources: AutoAWQ, GPTQModel, llm-compressor (compressed-tensors), ModelOpt and bitsandbytes as published checkpoints have
-them, and the create_weights of each method in vllm/model_executor/layers/quantization.
+routers, norms, embeddings and towers stay as they are, as the quantizers leave them by default.
+Sources: AutoAWQ, GPTQModel, llm-compressor (compressed-tensors), ModelOpt and bitsandbytes as published checkpoints
+have them, and the create_weights of each method in vllm/model_executor/layers/quantization.
 """
 
 from __future__ import annotations
@@ -17,10 +17,13 @@ Headers = dict[str, Entry]
 Rule = Callable[[int, int], dict[str, Entry]]
 
 GROUP = 128
+_HALF = ("awq", "gptq")
+"""Formats whose quantizers load the model as float16."""
+
 _PACKED = 8  # 4-bit weights in an I32
 _IN_LAYER = re.compile(r"(?:^|.*\.)(?:layers|h)\.\d+\..+\.weight")
-_KEPT = re.compile(r".*(?:norm|mlp\.gate|router|shared_expert_gate|vision|visual|audio|conv1d|embed|\.gate\.weight|"
-                   r"block_sparse_moe\.gate|in_proj_[ab]\.|multi_modal|mtp\.).*")
+_KEPT = re.compile(r".*(?:norm|router|shared_expert_gate|vision|visual|audio|conv1d|embed|\.gate\.weight|"
+                   r"in_proj_[ab]\.|multi_modal|mtp\.).*")
 
 
 def awq(rows: int, columns: int) -> dict[str, Entry]:
@@ -85,19 +88,35 @@ RULES: dict[str, Rule] = {
     "modelopt-fp8": modelopt_fp8, "modelopt-nvfp4": modelopt_nvfp4, "bnb": bnb_nf4}
 
 
-def pack(headers: Headers, kind: str, keep: str = "") -> Headers:
+def pack(headers: Headers, kind: str) -> Headers:
     """The headers of the checkpoint in that format."""
     if kind == "mxfp4":
         return dict(_mxfp4(headers))
-    kept = re.compile(keep) if keep else None
     found: Headers = {}
-    for name, (dtype, shape) in headers.items():
-        if len(shape) != 2 or not _IN_LAYER.fullmatch(name) or _KEPT.fullmatch(name) or (kept and kept.search(name)):
-            found[name] = (dtype, shape)
+    for name, (dtype, shape) in _unfuse(headers):
+        if len(shape) != 2 or not _IN_LAYER.fullmatch(name) or _KEPT.fullmatch(name):
+            found[name] = ("F16" if kind in _HALF and dtype == "BF16" else dtype, shape)
             continue
         stem = name.removesuffix("weight")
         found |= {stem + part: entry for part, entry in RULES[kind](*shape).items()}
     return found
+
+
+def _unfuse(headers: Headers) -> Iterator[tuple[str, Entry]]:
+    """Fused experts one by one, as quantizers write them; all else as it is."""
+    hidden = next((shape[1] for name, (_, shape) in headers.items() if "embed" in name and len(shape) == 2), 0)
+    for name, (dtype, shape) in headers.items():
+        stem, _, part = name.rpartition(".")
+        if len(shape) != 3 or not stem.endswith("experts"):
+            yield name, (dtype, shape)
+            continue
+        rows, columns = shape[1:]
+        if (part == "down_proj") != (rows == hidden):  # stored transposed
+            rows, columns = columns, rows
+        for expert in range(shape[0]):
+            for each in ("gate_proj", "up_proj") if part == "gate_up_proj" else (part,):
+                size = rows // 2 if part == "gate_up_proj" else rows
+                yield f"{stem}.{expert}.{each}.weight", (dtype, (size, columns))
 
 
 def _mxfp4(headers: Headers) -> Iterator[tuple[str, Entry]]:

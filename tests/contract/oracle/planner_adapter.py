@@ -25,14 +25,16 @@ def plan(document: Mapping[str, Any], gpus: int) -> dict[str, Any]:
     choices = estimate.Choices(1 << 50, shape.max_position, 1, 2048, tensor_parallel=gpus,
                                dtype_bytes=2, kv_cache_bytes=0)
     parts = estimate.estimate(shape, choices)[0]
+    rounding = estimate._rounding_bytes(shape, choices)  # the allocator's, which no parameter has
     layout = kv_cache.layout(shape, shape.max_position, 16, 2, 2048, gpus)
     return {
-        "weights_bytes": parts.weights_bytes + parts.embeddings_bytes + parts.quant_state_bytes,
+        "weights_bytes": parts.weights_bytes + parts.embeddings_bytes + parts.quant_state_bytes - rounding,
         "bytes_per_token": sum(_token_bytes(kind, gpus) for kind in shape.kv_layers if not kind.window),
         "state_bytes": 0,
         "request_bytes": layout.blocks_per_request * layout.block_bytes,
         "max_model_len": shape.max_position,
-        "heads": shape.heads, "kv_heads": shape.kv_heads, "head_size": shape.head_dim, "layers": shape.layers,
+        "heads": shape.heads, "kv_heads": shape.kv_heads, "layers": shape.layers,
+        "head_size": shape.kv_layers[0].width if shape.kv_layers[0].latent else shape.head_dim,
         "windows": sorted({kind.window for kind in shape.kv_layers if kind.window}),
         "understood": shape.understood,
         "notes": list(shape.notes),

@@ -1,14 +1,22 @@
-"""Print the comparison of planner and oracle: `PYTHONPATH=tests python -m contract.oracle.report [--gpus N] [NAME ...]`."""
+"""Print the comparison of planner and oracle: `PYTHONPATH=tests python -m contract.oracle.report`.
+
+`--write` stores what differs, which tests/contract/test_oracle.py holds the planner to.
+"""
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from contract.oracle import store
 from contract.oracle.compare import NUMBERS, Row, compare
+
+DIFFERENCES = Path(__file__).resolve().parents[1] / "differences.json"
 
 _SHORT = {"weights_bytes": "weights", "bytes_per_token": "KV/token", "state_bytes": "states",
           "request_bytes": "request", "max_model_len": "context"}
@@ -19,7 +27,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*")
     parser.add_argument("--gpus", type=int, nargs="*", default=[1])
+    parser.add_argument("--write", action="store_true", help="store the differences of all models")
     arguments = parser.parse_args()
+    if arguments.write:
+        arguments.names, arguments.gpus = [], [1, 2, 4]
     rows = [compare(name, store.load(name), gpus) for name in arguments.names or store.names()
             for gpus in arguments.gpus]
     print("| model | architecture | GPUs | " + " | ".join(_SHORT.get(key, key) for key in NUMBERS) + " | windows |")
@@ -28,11 +39,19 @@ def main() -> int:
         print(_line(row))
     counts = Counter(key for row in rows for key in row.off)
     refused = Counter(row.refused.partition(":")[0] for row in rows if row.refused)
+    if arguments.write:
+        DIFFERENCES.write_text(json.dumps(differences(rows), indent=1) + "\n", encoding="utf-8")
     right = sum(1 for row in rows if not row.off and not row.refused)
     print(f"\n{len(rows)} records of {len({row.architecture for row in rows})} architectures: {right} right; off in "
           + ", ".join(f"{key} {number}" for key, number in counts.most_common())
           + "; no figures from " + ", ".join(f"{who} {number}" for who, number in refused.items()))
     return 0 if right == len(rows) else 1
+
+
+def differences(rows: Iterable[Row]) -> dict[str, str | list[str]]:
+    """`MODEL GPUS` -> the figures that are off, or who has none."""
+    return {f"{row.name} {row.gpus}": row.refused.partition(":")[0] or sorted(row.off) for row in rows
+            if row.off or row.refused}
 
 
 def _line(row: Row) -> str:

@@ -1,7 +1,7 @@
 """Stand-ins for libraries that models import and that this environment lacks: names only, none of their code.
 
-Rules: they serve module imports, default values and base classes; calling one fails loudly nowhere, so no result of one
-may reach a record. Image and video processing is all that these libraries are imported for.
+Rules: they serve module imports, default values, decorators and base classes, and no result of one may reach a record:
+torchvision processes images, and the others compile kernels, of which nothing runs here.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-LIBRARIES = ("torchvision",)
+LIBRARIES = ("torchvision", "cuda", "cutlass", "tilelang")
 
 
 class _Anything(type):
@@ -22,6 +22,13 @@ class _Anything(type):
         if name.startswith("__"):
             raise AttributeError(name)
         return _Anything(name, (), {})
+
+    def __call__(cls, *arguments: Any, **options: Any) -> Any:
+        """A decorator leaves what it is given; all else gives such a class."""
+        return arguments[0] if len(arguments) == 1 and callable(arguments[0]) and not options else cls
+
+    def __getitem__(cls, key: object) -> Any:
+        return cls
 
 
 class _Module(ModuleType):

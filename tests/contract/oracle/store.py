@@ -1,7 +1,9 @@
 """The stored models: one file of tests/captures/oracle each, by name.
 
-A file holds `source`, `config` (config.json), `files` (other JSON files that vLLM reads), `options` (vLLM's options that
-belong to the variant), `tensors` (the checkpoint's headers: pattern -> [dtype, shape]), `truth` (by the number of GPUs)
+A file holds `source`, `billions` (parameters as published), `config` (config.json), `files` (other JSON files that vLLM
+reads), `options` (vLLM's options that belong to the variant), `capability` (of the GPU, where not the usual one),
+`remote_code` (vLLM 0.32 starts it with the checkpoint's own configuration code only), `headers` (how `tensors` came
+about, see headers.py), `tensors` (the checkpoint's headers: pattern -> [dtype, shape]), `truth` (by the number of GPUs)
 and `missing`: why a part is not there, by part.
 """
 

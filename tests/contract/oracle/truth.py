@@ -110,7 +110,8 @@ def _kv(built: Built) -> dict[str, Any]:
         "state_bytes": sum(spec.real_page_size_bytes for spec in specs.values() if type(spec).__name__ == "MambaSpec"),
     }
     groups = kv_cache_utils.get_kv_cache_groups(config, specs)
-    found["groups"] = [{"layers": len(group.layer_names), **_spec(group.kv_cache_spec)} for group in groups]
+    found["groups"] = [{"groups": number, **dict(kind)} for kind, number in Counter(
+        _freeze({"layers": len(group.layer_names), **_spec(group.kv_cache_spec)}) for group in groups).items()]
     if not groups:
         return found
     block = kv_cache_utils._pool_bytes_per_block(config, groups)
