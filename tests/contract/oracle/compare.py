@@ -1,6 +1,6 @@
 """The planner's figures beside the oracle's, and what is off by more than 1 %.
 
-Rules: weights are the parameters, MLA's copies of some and the buffers (rotary tables); a model without headers or
+Rules: weights are the parameters, what loading changes and the buffers (rotary tables); a model without headers or
 truth is left out with the reason that its file gives; of windowed layers the windows are compared, of all caches
 together the bytes of a request of full length.
 """
@@ -59,7 +59,7 @@ def figures(truth: Mapping[str, Any]) -> dict[str, Any]:
     longest = kv.get("request_blocks", {}).get(str(truth["max_model_len"]), 0)
     specs = kv["layers"].values()
     return {
-        "weights_bytes": truth["weights_bytes"] + truth["absorbed_bytes"] + truth["buffers_bytes"],
+        "weights_bytes": truth["weights_bytes"] + sum(truth["after_loading"].values()) + truth["buffers_bytes"],
         "bytes_per_token": kv["bytes_per_token"],
         "state_bytes": kv["state_bytes"],
         "request_bytes": longest * kv.get("pool_bytes_per_block", 0),

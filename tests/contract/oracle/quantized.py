@@ -41,6 +41,7 @@ VARIANTS: Mapping[str, tuple[str, ...]] = {
     "smollm3-3b": ("bnb",),
     "falcon-h1-7b-instruct": ("fp8-dynamic",),
 }
+_TOWERS = ("visual", "vision_tower", "multi_modal_projector")
 _ONLINE = {"online-fp8": "fp8", "online-bnb": "bitsandbytes"}
 
 
@@ -57,6 +58,8 @@ def variant(base: Mapping[str, Any], name: str, kind: str) -> dict[str, Any]:
     left = [key.removesuffix(".weight") for key, (_, shape) in packed.items()
             if key in headers and key.endswith(".weight") and packed[key] == headers[key] and len(shape) == 2
             and "embed" not in key]
+    if kind == "awq":  # compared as parts of names, and written short
+        left = sorted({key.partition(".")[0] if key.startswith(_TOWERS) else key for key in left})
     found = configuration(kind, left)
     if kind in ("awq", "gptq"):
         document["config"]["torch_dtype"] = "float16"

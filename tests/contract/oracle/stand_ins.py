@@ -12,7 +12,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-LIBRARIES = ("torchvision", "cuda", "cutlass", "tilelang")
+LIBRARIES = ("torchvision", "cuda", "cutlass", "quack", "tilelang")
 
 
 class _Anything(type):

@@ -1,7 +1,7 @@
 """What vLLM does with a model, as JSON: weights, KV cache, states, limits.
 
 How each part is obtained: `weights` and `tensors` from the parameters that vLLM's model registers before loading;
-`absorbed_bytes` by vLLM's rule for MLA (its copies are made after loading, by kernels); `kv` from
+`after_loading` by vLLM's rules for what changes afterwards; `kv` from
 `get_kv_cache_spec` and `get_kv_cache_groups` after `update_block_size_for_backend`; `architecture` and
 `max_model_len` from ModelConfig. All of it on a CUDA platform of stated compute capability (cuda_platform).
 """
@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
+from contract.oracle import after_loading
 from contract.oracle.build import Built
 from contract.oracle.patterns import compact
 
@@ -36,7 +37,7 @@ def record(built: Built) -> dict[str, Any]:
         "class": type(built.model).__name__,
         "architecture": _architecture(built),
         "weights_bytes": sum(_bytes(tensor) for _, tensor in built.model.named_parameters()),
-        "absorbed_bytes": _absorbed(built),
+        "after_loading": dict(after_loading.changes(built.vllm_config, built.model)),
         "buffers_bytes": sum(_bytes(tensor) for tensor in _unique(built.model.buffers())),
         "parts": _parts(built.model),
         "kv": _kv(built),
@@ -79,15 +80,6 @@ def _architecture(built: Built) -> dict[str, Any]:
         "hybrid": model_config.is_hybrid,
         "mla": model_config.use_mla,
     }
-
-
-def _absorbed(built: Built) -> int:
-    """Copies of kv_b_proj that MLA layers make after loading (mla_attention.py, process_weights_after_loading)."""
-    total = 0
-    for layer in built.vllm_config.compilation_config.static_forward_context.values():
-        if type(layer).__name__ == "MLAAttention":
-            total += layer.num_heads * layer.kv_lora_rank * (layer.qk_nope_head_dim + layer.v_head_dim)
-    return total * built.vllm_config.model_config.dtype.itemsize
 
 
 def _kv(built: Built) -> dict[str, Any]:
