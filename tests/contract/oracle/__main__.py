@@ -112,11 +112,11 @@ def _complete(name: str, platform: type, arguments: argparse.Namespace, scratch:
 
 
 def _truth(document: Mapping[str, Any], folder: Path, gpus: int, platform: type) -> dict[str, Any]:
-    from contract.oracle.build import build, use_plain_configuration
+    from contract.oracle.build import build, use_configuration
     from contract.oracle.truth import record
 
-    if document.get("remote_code"):
-        use_plain_configuration(document["config"]["model_type"])
+    if "remote_code" in document:
+        use_configuration(document["config"]["model_type"], document["remote_code"])
     return record(build(folder, gpus, platform, **document.get("options", {})))
 
 

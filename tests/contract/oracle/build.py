@@ -27,12 +27,17 @@ class Built:
     block_size_before: int | None
 
 
-def use_plain_configuration(model_type: str) -> None:
-    """Let vLLM read a config.json as it stands where a checkpoint's own code would: its keys are complete."""
-    from transformers import PretrainedConfig
+def use_configuration(model_type: str, base: str) -> None:
+    """Let vLLM read a config.json where a checkpoint's own code would, whose class derives from that of `base`.
+
+    Args:
+        base: a model type of transformers; empty for a class that adds nothing.
+    """
+    from transformers import CONFIG_MAPPING, PretrainedConfig
     from vllm.transformers_utils import config
 
-    config._CONFIG_REGISTRY[model_type] = type("PlainConfig", (PretrainedConfig,), {"model_type": model_type})
+    parent = CONFIG_MAPPING[base] if base else PretrainedConfig
+    config._CONFIG_REGISTRY[model_type] = type("OwnConfig", (parent,), {"model_type": model_type})
 
 
 def build(folder: Path, tensor_parallel: int, platform: type, **options: Any) -> Built:

@@ -34,22 +34,28 @@ class Row:
     refused: str = ""
 
 
-def compare(name: str, document: Mapping[str, Any], gpus: int) -> Row:
-    """Compare one model."""
+def compare(name: str, document: Mapping[str, Any], gpus: tuple[int, ...]) -> list[Row]:
+    """Compare one model, on each number of GPUs."""
     architecture = str(document["config"].get("architectures", ["unknown"])[0])
-    truth = document.get("truth", {}).get(str(gpus))
-    if truth is None or "tensors" not in document:
-        missing = document.get("missing", {})
-        reason = missing.get(f"truth.{gpus}") or missing.get("tensors") or "not computed"
-        return Row(name, architecture, gpus, {}, f"oracle: {reason}")
-    planned = planner_adapter.plan(document, gpus)
-    if "refused" in planned:
-        return Row(name, architecture, gpus, {}, f"planner: {planned['refused'].splitlines()[0]}")
-    true = figures(truth)
+    missing = document.get("missing", {})
+    planned = planner_adapter.plan(document, gpus) if "tensors" in document else {}
+    rows = []
+    for number in gpus:
+        truth = document.get("truth", {}).get(str(number))
+        if truth is None or not planned:
+            reason = missing.get(f"truth.{number}") or missing.get("tensors") or "not computed"
+            rows.append(Row(name, architecture, number, {}, f"oracle: {reason}"))
+        elif "refused" in planned[number]:
+            rows.append(Row(name, architecture, number, {}, f"planner: {planned[number]['refused'].splitlines()[0]}"))
+        else:
+            rows.append(Row(name, architecture, number, differences(planned[number], figures(truth))))
+    return rows
+
+
+def differences(planned: Mapping[str, Any], true: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Figure -> (planner's, oracle's), where they differ."""
     off = {key: (planned[key], true[key]) for key in NUMBERS if _differs(planned[key], true[key])}
-    if planned["windows"] != true["windows"]:
-        off["windows"] = (planned["windows"], true["windows"])
-    return Row(name, architecture, gpus, off)
+    return off if planned["windows"] == true["windows"] else {**off, "windows": (planned["windows"], true["windows"])}
 
 
 def figures(truth: Mapping[str, Any]) -> dict[str, Any]:

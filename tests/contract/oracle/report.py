@@ -31,8 +31,8 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.write:
         arguments.names, arguments.gpus = [], [1, 2, 4]
-    rows = [compare(name, store.load(name), gpus) for name in arguments.names or store.names()
-            for gpus in arguments.gpus]
+    rows = [row for name in arguments.names or store.names()
+            for row in compare(name, store.load(name), tuple(arguments.gpus))]
     print("| model | architecture | GPUs | " + " | ".join(_SHORT.get(key, key) for key in NUMBERS) + " | windows |")
     print("|---" * (len(NUMBERS) + 4) + "|")
     for row in rows:
@@ -49,8 +49,8 @@ def main() -> int:
 
 
 def differences(rows: Iterable[Row]) -> dict[str, str | list[str]]:
-    """`MODEL GPUS` -> the figures that are off, or who has none."""
-    return {f"{row.name} {row.gpus}": row.refused.partition(":")[0] or sorted(row.off) for row in rows
+    """`MODEL on GPUS` -> the figures that are off, or who has none."""
+    return {f"{row.name} on {row.gpus}": row.refused.partition(":")[0] or sorted(row.off) for row in rows
             if row.off or row.refused}
 
 

@@ -12,7 +12,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-LIBRARIES = ("torchvision", "cuda", "cutlass", "quack", "tilelang")
+LIBRARIES = ("torchvision", "cuda", "cutlass", "quack", "tilelang", "vllm.vllm_flash_attn.cute")
 
 
 class _Anything(type):
@@ -45,7 +45,8 @@ class _Finder:
     """Imports a stand-in for each of the libraries and their submodules."""
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
-        return ModuleSpec(name, self, is_package=True) if name.split(".")[0] in LIBRARIES else None
+        known = any(name == library or name.startswith(f"{library}.") for library in LIBRARIES)
+        return ModuleSpec(name, self, is_package=True) if known else None
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         return _Module(spec.name)

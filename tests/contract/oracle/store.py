@@ -2,7 +2,8 @@
 
 A file holds `source`, `billions` (parameters as published), `config` (config.json), `files` (other JSON files that vLLM
 reads), `options` (vLLM's options that belong to the variant), `capability` (of the GPU, where not the usual one),
-`remote_code` (vLLM 0.32 starts it with the checkpoint's own configuration code only), `headers` (how `tensors` came
+`remote_code` (vLLM 0.32 starts it with the checkpoint's own configuration code only, which derives from that of this
+model type), `headers` (how `tensors` came
 about, see headers.py), `tensors` (the checkpoint's headers: pattern -> [dtype, shape]), `truth` (by the number of GPUs)
 and `missing`: why a part is not there, by part.
 """
