@@ -59,7 +59,8 @@ def derive(document: Mapping[str, Any], folder: Path) -> Headers:
     found |= multi_token.layers(found, config)
     found |= {name: (kind[0], tuple(kind[1])) for name, kind in expand_all(special.get("extra", {})).items()}
     method = document["config"].get("quantization_config", {}).get("quant_method")
-    return packing.pack(found, method) if method else found
+    kind = "deepseek-v4" if config["model_type"] == "deepseek_v4" else method
+    return packing.pack(found, kind) if kind else found
 
 
 def _published(name: str) -> str:

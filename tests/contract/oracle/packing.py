@@ -90,8 +90,8 @@ RULES: dict[str, Rule] = {
 
 def pack(headers: Headers, kind: str) -> Headers:
     """The headers of the checkpoint in that format."""
-    if kind == "mxfp4":
-        return dict(_mxfp4(headers))
+    if kind in ("mxfp4", "deepseek-v4"):
+        return dict(_mxfp4(headers) if kind == "mxfp4" else _deepseek_v4(headers))
     found: Headers = {}
     for name, (dtype, shape) in _unfuse(headers):
         if len(shape) != 2 or not _IN_LAYER.fullmatch(name) or _KEPT.fullmatch(name):
@@ -128,3 +128,20 @@ def _mxfp4(headers: Headers) -> Iterator[tuple[str, Entry]]:
             yield f"{name}_scales", ("U8", (experts, rows, columns // 32))
         else:
             yield name, (dtype, shape)
+
+
+def _deepseek_v4(headers: Headers) -> Iterator[tuple[str, Entry]]:
+    """DeepSeek V4's own names: experts in MXFP4, other matrices in FP8 by blocks, both with E8M0 scales."""
+    for long, (dtype, shape) in headers.items():
+        name = long.removeprefix("model.").replace("embed_tokens.", "embed.").replace("hc_head.hc_", "hc_head_")
+        if re.search(r"hc_|\.ape|attn_sink|gate\.bias", name):
+            yield name, ("F32", shape)
+        elif len(shape) != 2 or re.search(r"^embed|^head|compressor|weights_proj|ffn\.gate", name):
+            yield name, (dtype, shape)
+        elif ".experts." in name:
+            yield name, ("I8", (shape[0], shape[1] // 2))
+            yield name.replace(".weight", ".scale"), ("F8_E8M0", (shape[0], shape[1] // 32))
+        else:
+            yield name, ("F8_E4M3", shape)
+            blocks = (math.ceil(shape[0] / GROUP), math.ceil(shape[1] / GROUP))
+            yield name.replace(".weight", ".scale"), ("F8_E8M0", blocks)
