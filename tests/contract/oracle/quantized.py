@@ -55,9 +55,8 @@ def variant(base: Mapping[str, Any], name: str, kind: str) -> dict[str, Any]:
         return document | {"options": {"quantization": _ONLINE[kind]}, "headers": "packed", "tensors": base["tensors"]}
     headers = {key: (dtype, tuple(shape)) for key, (dtype, shape) in expand_all(base["tensors"]).items()}
     packed = packing.pack(headers, kind)
-    left = [key.removesuffix(".weight") for key, (_, shape) in packed.items()
-            if key in headers and key.endswith(".weight") and packed[key] == headers[key] and len(shape) == 2
-            and "embed" not in key]
+    left = [key.removesuffix(".weight") for key, (dtype, shape) in packed.items()
+            if key.endswith(".weight") and dtype in ("BF16", "F16", "F32") and len(shape) == 2 and "embed" not in key]
     if kind == "awq":  # compared as parts of names, and written short
         left = sorted({key.partition(".")[0] if key.startswith(_TOWERS) else key for key in left})
     found = configuration(kind, left)
