@@ -6,6 +6,10 @@ reads), `options` (vLLM's options that belong to the variant), `capability` (of 
 model type), `headers` (how `tensors` came
 about, see headers.py), `tensors` (the checkpoint's headers: pattern -> [dtype, shape]), `truth` (by the number of GPUs)
 and `missing`: why a part is not there, by part.
+
+Configurations: the hubs were out of reach, so those without `headers: published` are written from knowledge of the
+public config.json named in `source`, reduced to keys that shapes and limits depend on; `billions` checks them (a test
+compares it with the headers, within 0.5 %). Long RoPE factors are placeholders of the right length.
 """
 
 from __future__ import annotations
