@@ -1,4 +1,4 @@
-"""What Shoehorn's planner says of a stored model: the only file here that imports it."""
+"""Figures of Shoehorn's planner for a stored model: the only file here that imports the planner."""
 
 from __future__ import annotations
 
@@ -7,19 +7,26 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from contract.oracle.patterns import expand_all
-from shoehorn import checkpoint, estimate, kv_cache
-from shoehorn.errors import ShoehornError
-from shoehorn.tensor_files import DTYPE_BITS, Tensor
+from shoehorn.common.errors import ShoehornError
+from shoehorn.common.units import ceil_div
+from shoehorn.model import checkpoint
+from shoehorn.model.safetensors import DTYPE_BITS, Tensor
+from shoehorn.model.shape import KvLayers, ModelShape
+from shoehorn.planner.memory.model import MemoryModel
+from shoehorn.planner.serving_config import Limits, Parallelism, ServingConfig
 
 Figures = dict[str, Any]
 
+_LIMIT_BYTES = 1 << 50  # more than any model needs
+_BATCH_TOKENS = 2048  # of the recorded engine
+
 
 def plan(document: Mapping[str, Any], gpus: tuple[int, ...]) -> dict[int, Figures]:
-    """The planner's figures under the names of the truth, for each number of GPUs, or `refused` with its words.
+    """Return the planner's figures under the oracle's names, for each number of GPUs, or `refused` with the error.
 
     Args:
-        document: a stored model with its `tensors`; `files` and `options` are not yet known to the planner.
-        gpus: tensor parallel.
+        document: a stored model with its `tensors`; the planner does not read `files` and `options`.
+        gpus: degrees of tensor parallelism.
     """
     try:
         shape = checkpoint.shape_of(document["config"], _tensors(document), 0)
@@ -28,17 +35,25 @@ def plan(document: Mapping[str, Any], gpus: tuple[int, ...]) -> dict[int, Figure
     return {number: _figures(shape, number) for number in gpus}
 
 
-def _figures(shape: checkpoint.ModelShape, gpus: int) -> Figures:
-    choices = estimate.Choices(1 << 50, shape.max_position, 1, 2048, tensor_parallel=gpus, kv_cache_bytes=0)
-    parts = estimate.estimate(shape, choices)[0]
-    rounding = estimate._rounding_bytes(shape, choices)  # the allocator's, which no parameter has
-    layout = kv_cache.layout(shape, shape.max_position, 16, 2, 2048, gpus)
-    first = shape.kv_layers[0]
+def understood(document: Mapping[str, Any]) -> bool | None:
+    """Return whether the planner supports the architecture; None if it rejects the configuration."""
+    try:
+        return checkpoint.shape_of(document["config"], _tensors(document), 0).understood
+    except ShoehornError:
+        return None
+
+
+def _figures(shape: ModelShape, gpus: int) -> Figures:
+    config = ServingConfig(_LIMIT_BYTES, Limits(shape.max_position, 1, _BATCH_TOKENS), kv_cache_bytes=0,
+                           parallelism=Parallelism(tensor=gpus))
+    model = MemoryModel(shape, config)
+    memory, first = model.gpus[0], shape.kv_layers[0]
+    stored = memory.weights_bytes + memory.embeddings_bytes + memory.quant_state_bytes
     return {
-        "weights_bytes": parts.weights_bytes + parts.embeddings_bytes + parts.quant_state_bytes - rounding,
+        "weights_bytes": stored - model.weights.rounding_bytes,  # the allocator's rounding is in no parameter
         "bytes_per_token": sum(_token_bytes(kind, gpus) for kind in shape.kv_layers if not kind.window),
         "state_bytes": 0,
-        "request_bytes": layout.blocks_per_request * layout.block_bytes,
+        "request_bytes": model.kv_bytes(),
         "max_model_len": shape.max_position,
         "heads": shape.heads, "kv_heads": shape.kv_heads, "layers": shape.layers,
         "head_size": first.width if first.latent else shape.head_dim,
@@ -46,8 +61,8 @@ def _figures(shape: checkpoint.ModelShape, gpus: int) -> Figures:
     }
 
 
-def _token_bytes(kind: checkpoint.KvLayers, gpus: int) -> int:
-    heads = kind.heads if kind.latent else max(1, -(-kind.heads // gpus))
+def _token_bytes(kind: KvLayers, gpus: int) -> int:
+    heads = kind.heads if kind.latent else max(1, ceil_div(kind.heads, gpus))
     return kind.layers * heads * kind.width * 2
 
 
