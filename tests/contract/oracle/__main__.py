@@ -93,15 +93,15 @@ def _complete(name: str, platform: type, arguments: argparse.Namespace, scratch:
         if arguments.missing and (key in truth if key else section in document):
             continue
         missing.pop(part, None)
-        found = _apart(job, arguments.log / f"{name}.{part}.log", scratch)
-        if isinstance(found, str):
-            missing[part] = found
+        result = _apart(job, arguments.log / f"{name}.{part}.log", scratch)
+        if isinstance(result, str):
+            missing[part] = result
             failed += 1
         elif key:
-            truth[key] = found
+            truth[key] = result
         else:
-            document[section] = found
-        print(name, part, found if isinstance(found, str) else "done", flush=True)
+            document[section] = result
+        print(name, part, result if isinstance(result, str) else "done", flush=True)
     document["truth"] = {key: truth[key] for key in sorted(truth, key=int)}
     _shorten(document["truth"])
     if not missing:
@@ -123,9 +123,9 @@ def _truth(document: Mapping[str, Any], folder: Path, gpus: int, platform: type)
 def _shorten(truth: dict[str, Any]) -> None:
     """Keep of the tensors for several GPUs those that differ from one GPU's, in shape."""
     whole = truth.get("1", {}).get("tensors")
-    for gpus, found in truth.items():
-        if gpus != "1" and whole and "tensors" in found:
-            found["sharded"] = {pattern: kind[1] for pattern, kind in found.pop("tensors").items()
+    for gpus, record in truth.items():
+        if gpus != "1" and whole and "tensors" in record:
+            record["sharded"] = {pattern: kind[1] for pattern, kind in record.pop("tensors").items()
                                 if list(whole.get(pattern, [])) != list(kind)}
 
 
@@ -153,8 +153,8 @@ def _apart(job: Callable[[], Any], log: Path, scratch: Path) -> Any:
         log.unlink()
         return json.loads(result.read_text(encoding="utf-8"))
     lines = [line.strip() for line in log.read_text(encoding="utf-8").splitlines() if line.strip()]
-    said = [line for line in lines if _ERROR.match(line)] or lines
-    return said[-1].replace(str(scratch), "")[:300] if said else f"ended with status {status}"
+    errors = [line for line in lines if _ERROR.match(line)] or lines
+    return errors[-1].replace(str(scratch), "")[:300] if errors else f"ended with status {status}"
 
 
 if __name__ == "__main__":

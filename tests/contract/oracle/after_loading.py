@@ -1,4 +1,4 @@
-"""What vLLM's memory holds after loading besides the parameters that it registers before: by rule, from its modules.
+"""Memory that vLLM's loading adds to the registered parameters: by rule, from its modules.
 
 Rules: MLA layers copy kv_b_proj in the activations' dtype (mla_attention.py, process_weights_after_loading);
 bitsandbytes' plugin keeps one absmax in fp32 for 64 weights (vllm_bnb_plugin/bitsandbytes_loader.py); online FP8
@@ -17,8 +17,8 @@ _FP8_METHODS = ("Fp8PerTensorOnlineLinearMethod", "Fp8PerTensorOnlineMoEMethod")
 
 def changes(vllm_config: Any, model: Any) -> Mapping[str, int]:
     """Bytes that loading adds, by cause; negative where it frees some."""
-    found = {"mla_copies": _mla_copies(vllm_config), "bnb_absmax": _absmax(model), "online_fp8": _online_fp8(model)}
-    return {cause: size for cause, size in found.items() if size}
+    sizes = {"mla_copies": _mla_copies(vllm_config), "bnb_absmax": _absmax(model), "online_fp8": _online_fp8(model)}
+    return {cause: size for cause, size in sizes.items() if size}
 
 
 def _mla_copies(vllm_config: Any) -> int:

@@ -1,4 +1,4 @@
-"""The planner's figures beside the oracle's, and what is off by more than 1 %.
+"""Comparison of the planner's figures with the oracle's: figures that differ by more than 1 %.
 
 Rules: weights are the parameters, what loading changes and the buffers (rotary tables); a model without headers or
 truth is left out with the reason that its file gives; of windowed layers the windows are compared, of all caches
@@ -54,7 +54,7 @@ def compare(name: str, document: Mapping[str, Any], gpus: tuple[int, ...]) -> li
 
 def differences(planned: Mapping[str, Any], true: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Figure -> (planner's, oracle's), where they differ."""
-    off = {key: (planned[key], true[key]) for key in NUMBERS if _differs(planned[key], true[key])}
+    off = {key: (planned[key], true[key]) for key in NUMBERS if differs(planned[key], true[key])}
     return off if planned["windows"] == true["windows"] else {**off, "windows": (planned["windows"], true["windows"])}
 
 
@@ -77,5 +77,6 @@ def figures(truth: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _differs(planned: float, true: float | None) -> bool:
+def differs(planned: float, true: float | None) -> bool:
+    """Return whether a figure is off by more than the tolerance."""
     return true is None or abs(planned - true) > TOLERANCE * abs(true)

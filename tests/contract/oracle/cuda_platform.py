@@ -57,7 +57,7 @@ def install(cache: str, capability: tuple[int, int] = CAPABILITY) -> type:
     from vllm.platforms.interface import DeviceCapability
 
     class OracleCudaPlatform(CudaPlatformBase):  # type: ignore[misc]
-        """A GPU that is described and not there; what would lie on it lies on the meta device."""
+        """A described GPU that does not exist; its tensors are on the meta device."""
 
         device_type = "meta"
 

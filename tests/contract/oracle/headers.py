@@ -52,15 +52,15 @@ def derive(document: Mapping[str, Any], folder: Path) -> Headers:
     tied = _tied(model)
     state = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
     state = revert_weight_conversion(model, state)
-    found = {special.get("prefix", "") + _published(name): (
+    tensors = {special.get("prefix", "") + _published(name): (
         SAFETENSORS[str(tensor.dtype).removeprefix("torch.")], tuple(tensor.shape)) for name, tensor in state.items()}
     if "drop" in special:
-        found = {name: kind for name, kind in found.items() if not re.search(special["drop"], name)}
-    found |= multi_token.layers(found, config)
-    found |= {name: (kind[0], tuple(kind[1])) for name, kind in expand_all(special.get("extra", {})).items()}
+        tensors = {name: kind for name, kind in tensors.items() if not re.search(special["drop"], name)}
+    tensors |= multi_token.layers(tensors, config)
+    tensors |= {name: (kind[0], tuple(kind[1])) for name, kind in expand_all(special.get("extra", {})).items()}
     method = document["config"].get("quantization_config", {}).get("quant_method")
     kind = "deepseek-v4" if config["model_type"] == "deepseek_v4" else method
-    return packing.pack(found, kind) if kind else found
+    return packing.pack(tensors, kind) if kind else tensors
 
 
 def _published(name: str) -> str:

@@ -1,4 +1,4 @@
-"""Tensors of multi-token prediction, which checkpoints hold beside the model and which the engine does not load.
+"""Tensors of multi-token prediction, which checkpoints hold with the model and which the engine does not load.
 
 Rules: DeepSeek's form is one more numbered layer with the last one's tensors, two norms, a projection and a head of its
 own; Qwen's is `mtp.` with the tensors of a full attention layer.
@@ -30,8 +30,8 @@ def _numbered(headers: Headers, config: Mapping[str, Any]) -> Headers:
     start = f"model.layers.{last - 1}."
     own = f"model.layers.{last}."
     dtype = headers["model.embed_tokens.weight"][0]
-    found = {own + name.removeprefix(start): kind for name, kind in headers.items() if name.startswith(start)}
-    return found | {
+    added = {own + name.removeprefix(start): kind for name, kind in headers.items() if name.startswith(start)}
+    return added | {
         f"{own}enorm.weight": (dtype, (hidden,)), f"{own}hnorm.weight": (dtype, (hidden,)),
         f"{own}eh_proj.weight": (dtype, (hidden, 2 * hidden)), f"{own}shared_head.norm.weight": (dtype, (hidden,)),
         f"{own}shared_head.head.weight": (dtype, (vocab, hidden)),
@@ -41,9 +41,9 @@ def _numbered(headers: Headers, config: Mapping[str, Any]) -> Headers:
 def _qwen(headers: Headers, text: Mapping[str, Any]) -> Headers:
     hidden, last = text["hidden_size"], text["num_hidden_layers"] - 1
     layer = re.compile(rf".*layers\.{last}\.(.+)")
-    found = {f"mtp.layers.0.{match[1]}": kind for name, kind in headers.items()
+    added = {f"mtp.layers.0.{match[1]}": kind for name, kind in headers.items()
              if "visual" not in name and (match := layer.fullmatch(name))}
     dtype = next(kind[0] for kind in headers.values())
     norms = ("norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden")
-    return found | {f"mtp.{norm}.weight": (dtype, (hidden,)) for norm in norms} | {
+    return added | {f"mtp.{norm}.weight": (dtype, (hidden,)) for norm in norms} | {
         "mtp.fc.weight": (dtype, (hidden, 2 * hidden))}

@@ -22,7 +22,7 @@ _HALF = ("awq", "gptq")
 
 _PACKED = 8  # 4-bit weights in an I32
 _IN_LAYER = re.compile(r"(?:^|.*\.)(?:layers|h)\.\d+\..+\.weight")
-_KEPT = re.compile(r".*(?:norm|router|shared_expert_gate|vision|visual|audio|conv1d|embed|\.gate\.weight|"
+_UNPACKED = re.compile(r".*(?:norm|router|shared_expert_gate|vision|visual|audio|conv1d|embed|\.gate\.weight|"
                    r"in_proj_[ab]\.|multi_modal|mtp\.).*")
 
 
@@ -92,14 +92,14 @@ def pack(headers: Headers, kind: str) -> Headers:
     """The headers of the checkpoint in that format."""
     if kind in ("mxfp4", "deepseek-v4"):
         return dict(_mxfp4(headers) if kind == "mxfp4" else _deepseek_v4(headers))
-    found: Headers = {}
+    packed: Headers = {}
     for name, (dtype, shape) in _unfuse(headers):
-        if len(shape) != 2 or not _IN_LAYER.fullmatch(name) or _KEPT.fullmatch(name):
-            found[name] = ("F16" if kind in _HALF and dtype == "BF16" else dtype, shape)
+        if len(shape) != 2 or not _IN_LAYER.fullmatch(name) or _UNPACKED.fullmatch(name):
+            packed[name] = ("F16" if kind in _HALF and dtype == "BF16" else dtype, shape)
             continue
         stem = name.removesuffix("weight")
-        found |= {stem + part: entry for part, entry in RULES[kind](*shape).items()}
-    return found
+        packed |= {stem + part: entry for part, entry in RULES[kind](*shape).items()}
+    return packed
 
 
 def _unfuse(headers: Headers) -> Iterator[tuple[str, Entry]]:

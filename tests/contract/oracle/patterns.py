@@ -24,14 +24,14 @@ def compact(items: Iterable[tuple[str, Kind]]) -> dict[str, Kind]:
     for name, kind in items:
         template = _NUMBER.sub("{}", name)
         groups[template, kind].add(tuple(int(number) for number in _NUMBER.findall(name)))
-    found: dict[str, Kind] = {}
+    patterns: dict[str, Kind] = {}
     for (template, kind), indices in groups.items():
         for ranges in _products(indices):
             pattern = template
             for part in ranges:
                 pattern = pattern.replace("{}", part, 1)
-            found[pattern] = kind
-    return found
+            patterns[pattern] = kind
+    return patterns
 
 
 def expand(pattern: str) -> Iterator[str]:
@@ -75,8 +75,8 @@ def _ranges(numbers: list[int]) -> str:
 
 
 def _numbers(ranges: str) -> list[str]:
-    found: list[str] = []
+    numbers: list[str] = []
     for part in ranges.split(","):
         first, _, last = part.partition("-")
-        found += map(str, range(int(first), int(last or first) + 1))
-    return found
+        numbers += map(str, range(int(first), int(last or first) + 1))
+    return numbers

@@ -59,13 +59,13 @@ def variant(base: Mapping[str, Any], name: str, kind: str) -> dict[str, Any]:
             if key.endswith(".weight") and dtype in ("BF16", "F16", "F32") and len(shape) == 2 and "embed" not in key]
     if kind == "awq":  # compared as parts of names, and written short
         left = sorted({key.partition(".")[0] if key.startswith(_TOWERS) else key for key in left})
-    found = configuration(kind, left)
+    quantization = configuration(kind, left)
     if kind in ("awq", "gptq"):
         document["config"]["torch_dtype"] = "float16"
     if kind == "modelopt-nvfp4":
-        document["files"] = {"hf_quant_config.json": found}
+        document["files"] = {"hf_quant_config.json": quantization}
     else:
-        document["config"]["quantization_config"] = found
+        document["config"]["quantization_config"] = quantization
     return document | {"headers": "packed", "tensors": compact(packed.items())}
 
 

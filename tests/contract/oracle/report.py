@@ -9,7 +9,7 @@ import argparse
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ def main() -> int:
     counts = Counter(key for row in rows for key in row.off)
     refused = Counter(row.refused.partition(":")[0] for row in rows if row.refused)
     if arguments.write:
-        DIFFERENCES.write_text(json.dumps(differences(rows), indent=1) + "\n", encoding="utf-8")
+        DIFFERENCES.write_text(_lines(differences(rows)), encoding="utf-8")
     right = sum(1 for row in rows if not row.off and not row.refused)
     print(f"\n{len(rows)} records of {len({row.architecture for row in rows})} architectures: {right} right; off in "
           + ", ".join(f"{key} {number}" for key, number in counts.most_common())
@@ -48,10 +48,16 @@ def main() -> int:
     return 0 if right == len(rows) else 1
 
 
-def differences(rows: Iterable[Row]) -> dict[str, str | list[str]]:
-    """`MODEL on GPUS` -> the figures that are off, or who has none."""
-    return {f"{row.name} on {row.gpus}": row.refused.partition(":")[0] or sorted(row.off) for row in rows
-            if row.off or row.refused}
+def differences(rows: Iterable[Row]) -> dict[str, Any]:
+    """Return `MODEL on GPUS` -> {figure: [planner's, oracle's]}, or which of the two has no figures."""
+    return {f"{row.name} on {row.gpus}":
+            row.refused.partition(":")[0] or {key: list(row.off[key]) for key in sorted(row.off)}
+            for row in rows if row.off or row.refused}
+
+
+def _lines(entries: Mapping[str, Any]) -> str:
+    """Write one entry per line."""
+    return "{\n" + ",\n".join(f"{json.dumps(key)}: {json.dumps(entry)}" for key, entry in entries.items()) + "\n}\n"
 
 
 def _line(row: Row) -> str:

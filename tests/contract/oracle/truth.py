@@ -1,4 +1,4 @@
-"""What vLLM does with a model, as JSON: weights, KV cache, states, limits.
+"""Record of what vLLM does with a model, as JSON: weights, KV cache, states, limits.
 
 How each part is obtained: `weights` and `tensors` from the parameters that vLLM's model registers before loading;
 `after_loading` by vLLM's rules for what changes afterwards; `kv` from
@@ -88,7 +88,7 @@ def _kv(built: Built) -> dict[str, Any]:
     config = built.vllm_config
     specs = _specs(config)
     cache = config.cache_config
-    found: dict[str, Any] = {
+    entries: dict[str, Any] = {
         "block_size": cache.block_size, "block_size_before": built.block_size_before,
         "cache_dtype": cache.cache_dtype, "mamba_cache_mode": cache.mamba_cache_mode,
         "mamba_block_size": cache.mamba_block_size, "prefix_caching": cache.enable_prefix_caching,
@@ -102,20 +102,20 @@ def _kv(built: Built) -> dict[str, Any]:
         "state_bytes": sum(spec.real_page_size_bytes for spec in specs.values() if type(spec).__name__ == "MambaSpec"),
     }
     groups = kv_cache_utils.get_kv_cache_groups(config, specs)
-    found["groups"] = [{"groups": number, **dict(kind)} for kind, number in Counter(
+    entries["groups"] = [{"groups": number, **dict(kind)} for kind, number in Counter(
         _freeze({"layers": len(group.layer_names), **_spec(group.kv_cache_spec)}) for group in groups).items()]
     if not groups:
-        return found
+        return entries
     block = kv_cache_utils._pool_bytes_per_block(config, groups)
-    found |= {"pool_bytes_per_block": block, "cache_bytes": CACHE_BYTES, "cache_blocks": CACHE_BYTES // block,
+    entries |= {"pool_bytes_per_block": block, "cache_bytes": CACHE_BYTES, "cache_blocks": CACHE_BYTES // block,
               "request_blocks": {}}
     longest = config.model_config.max_model_len
     for length in sorted({*(length for length in LENGTHS if length < longest), longest}):
         config.model_config.max_model_len = length
         needed = kv_cache_utils._max_memory_usage_bytes_from_groups(config, groups)
-        found["request_blocks"][str(length)] = needed // block
+        entries["request_blocks"][str(length)] = needed // block
     config.model_config.max_model_len = longest
-    return found
+    return entries
 
 
 def _specs(config: Any) -> dict[str, Any]:
@@ -141,34 +141,34 @@ def _backends(config: Any) -> dict[str, int]:
 
 
 def _grows(spec: Any) -> bool:
-    """Whether the layer's cache grows with every token."""
+    """Return whether the layer's cache grows with every token."""
     return type(spec).__name__ in ("FullAttentionSpec", "MLAAttentionSpec", "SinkFullAttentionSpec", "RSWASpec")
 
 
 def _spec(spec: Any) -> dict[str, Any]:
     """A layer's or a group's cache, without what is at its default."""
     kind = type(spec).__name__
-    found: dict[str, Any] = {"kind": kind, "block_size": spec.block_size, "page_bytes": spec.page_size_bytes}
+    entries: dict[str, Any] = {"kind": kind, "block_size": spec.block_size, "page_bytes": spec.page_size_bytes}
     if kind == "UniformTypeKVCacheSpecs":
         inner: defaultdict[str, int] = defaultdict(int)
         for each in spec.kv_cache_specs.values():
             inner[str(sorted(_spec(each).items()))] += 1
-        return found | {"kinds": dict(inner)}
+        return entries | {"kinds": dict(inner)}
     for key in ("num_kv_heads", "head_size", "head_size_v", "sliding_window", "attention_chunk_size", "shapes",
                 "mamba_type", "compress_ratio", "model_version", "tokens_per_state", "cache_dtype_str"):
         value = getattr(spec, key, None)
         if value is not None:
-            found[key] = value
-    if found.get("head_size_v") == found.get("head_size"):
-        found.pop("head_size_v", None)
+            entries[key] = value
+    if entries.get("head_size_v") == entries.get("head_size"):
+        entries.pop("head_size_v", None)
     if spec.real_page_size_bytes != spec.page_size_bytes:
-        found["real_page_bytes"] = spec.real_page_size_bytes
+        entries["real_page_bytes"] = spec.real_page_size_bytes
     if kind == "MambaSpec":
-        found["dtypes"] = [str(dtype).removeprefix("torch.") for dtype in spec.dtypes]
-        found["mamba_type"] = str(getattr(spec.mamba_type, "name", spec.mamba_type))
+        entries["dtypes"] = [str(dtype).removeprefix("torch.") for dtype in spec.dtypes]
+        entries["mamba_type"] = str(getattr(spec.mamba_type, "name", spec.mamba_type))
     elif hasattr(spec, "dtype"):
-        found["dtype"] = str(spec.dtype).removeprefix("torch.")
-    return found
+        entries["dtype"] = str(spec.dtype).removeprefix("torch.")
+    return entries
 
 
 def _freeze(value: Any) -> Any:
