@@ -22,7 +22,8 @@ _INTRODUCTION = """# Models
 
 Comparison of the planner with vLLM 0.32.0, by architecture. vLLM builds each model on the meta device, without weights,
 on {gpus} GPUs (tensor parallelism); the records are in `tests/captures/oracle`. A figure differs if it is off by more
-than 1 %. Positive numbers: the planner expects more than vLLM needs. {right} of {records} records agree in all figures.
+than 1 %. Positive numbers: the planner expects more than vLLM needs; negative numbers: less, so the plan
+may not fit. {right} of {records} records agree in all figures.
 
 An architecture that is *not understood* is planned from its tensors: layers that are neither attention nor experts
 (states of Mamba, for instance) are not modelled. Most configurations are written from knowledge of the public
@@ -37,19 +38,26 @@ def document() -> str:
     """Return the text of docs/models.md."""
     differences: dict[str, Any] = json.loads(
         (HOME / "tests" / "contract" / "differences.json").read_text(encoding="utf-8"))
-    architectures: defaultdict[str, list[Any]] = defaultdict(list)
+    architectures: defaultdict[tuple[str, bool], list[Any]] = defaultdict(list)
     for path in sorted((HOME / "tests" / "captures" / "oracle").glob("*.json")):
-        config = json.loads(path.read_text(encoding="utf-8"))["config"]
-        architectures[str(config.get("architectures", ["unknown"])[0])] += [
+        model = json.loads(path.read_text(encoding="utf-8"))
+        architectures[str(model["config"].get("architectures", ["unknown"])[0]), _is_changed(model)] += [
             differences.get(f"{path.stem} on {gpus}", {}) for gpus in GPUS]
     entries = [entry for each in architectures.values() for entry in each]
     text = _INTRODUCTION.format(gpus=", ".join(map(str, GPUS)), right=entries.count({}), records=len(entries))
-    return text + "".join(_row(name, architectures[name]) for name in sorted(architectures))
+    return text + "".join(_row(*key, architectures[key]) for key in sorted(architectures))
 
 
-def _row(name: str, entries: list[Any]) -> str:
+def _is_changed(model: dict[str, Any]) -> bool:
+    """Return whether a model is quantized or served with options of its own."""
+    return bool(model["config"].get("quantization_config") or model.get("options") or model.get("files"))
+
+
+def _row(name: str, is_changed: bool, entries: list[Any]) -> str:
     known = "yes" if name in KNOWN else "not understood"
-    return f"| `{name}` | {known} | {entries.count({})} of {len(entries)} | {'; '.join(_differences(entries))} |\n"
+    variant = ", quantized or with options" * is_changed
+    right = f"{entries.count({})} of {len(entries)}"
+    return f"| `{name}`{variant} | {known} | {right} | {'; '.join(_differences(entries))} |\n"
 
 
 def _differences(entries: list[Any]) -> Iterable[str]:

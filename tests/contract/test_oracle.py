@@ -1,6 +1,7 @@
 """The planner differs from the oracle's records exactly where listed, and the installed vLLM reproduces a record.
 
-After an intended change of the planner, run `PYTHONPATH=tests python -m contract.oracle.report --write` and `make docs`.
+After an intended change of the planner, run `PYTHONPATH=tests python -m contract.oracle.report --write`, then
+`make docs`.
 """
 
 from __future__ import annotations

@@ -70,7 +70,7 @@ def test_packed_headers_are_those_of_captured_checkpoints(name: str, base: str, 
 
 
 def _fixed(name: str) -> bool:
-    """Return whether the format fixes the tensor: old GPTQ tools add biases of zero, a quantization state's length varies."""
+    """Return whether the format fixes the tensor: old GPTQ tools add zero biases, the length of bnb's state varies."""
     return "quant_state." not in name and not name.endswith("_proj.bias")
 
 

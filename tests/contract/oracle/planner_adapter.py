@@ -13,7 +13,7 @@ from shoehorn.model import checkpoint
 from shoehorn.model.safetensors import DTYPE_BITS, Tensor
 from shoehorn.model.shape import KvLayers, ModelShape
 from shoehorn.planner.memory.model import MemoryModel
-from shoehorn.planner.serving_config import Limits, Parallelism, ServingConfig
+from shoehorn.planner.serving_config import BITSANDBYTES, Limits, Parallelism, ServingConfig
 
 Figures = dict[str, Any]
 
@@ -25,33 +25,27 @@ def plan(document: Mapping[str, Any], gpus: tuple[int, ...]) -> dict[int, Figure
     """Return the planner's figures under the oracle's names, for each number of GPUs, or `refused` with the error.
 
     Args:
-        document: a stored model with its `tensors`; the planner does not read `files` and `options`.
+        document: a stored model with its `tensors`; of `options`, those that Shoehorn has settings for are passed on.
         gpus: degrees of tensor parallelism.
     """
     try:
         shape = checkpoint.shape_of(document["config"], _tensors(document), 0)
     except ShoehornError as error:
         return {number: {"refused": str(error)} for number in gpus}
-    return {number: _figures(shape, number) for number in gpus}
+    return {number: _figures(shape, number, document.get("options", {})) for number in gpus}
 
 
-def understood(document: Mapping[str, Any]) -> bool | None:
-    """Return whether the planner supports the architecture; None if it rejects the configuration."""
-    try:
-        return checkpoint.shape_of(document["config"], _tensors(document), 0).understood
-    except ShoehornError:
-        return None
-
-
-def _figures(shape: ModelShape, gpus: int) -> Figures:
+def _figures(shape: ModelShape, gpus: int, options: Mapping[str, Any]) -> Figures:
+    kv_entry_bytes = 1 if options.get("kv_cache_dtype") == "fp8" else 2
     config = ServingConfig(_LIMIT_BYTES, Limits(shape.max_position, 1, _BATCH_TOKENS), kv_cache_bytes=0,
-                           parallelism=Parallelism(tensor=gpus))
+                           parallelism=Parallelism(tensor=gpus), kv_dtype_bytes=kv_entry_bytes,
+                           nf4=options.get("quantization") == BITSANDBYTES)
     model = MemoryModel(shape, config)
     memory, first = model.gpus[0], shape.kv_layers[0]
     stored = memory.weights_bytes + memory.embeddings_bytes + memory.quant_state_bytes
     return {
         "weights_bytes": stored - model.weights.rounding_bytes,  # the allocator's rounding is in no parameter
-        "bytes_per_token": sum(_token_bytes(kind, gpus) for kind in shape.kv_layers if not kind.window),
+        "bytes_per_token": sum(_token_bytes(kind, gpus, kv_entry_bytes) for kind in shape.kv_layers if not kind.window),
         "state_bytes": 0,
         "request_bytes": model.kv_bytes(),
         "max_model_len": shape.max_position,
@@ -61,9 +55,9 @@ def _figures(shape: ModelShape, gpus: int) -> Figures:
     }
 
 
-def _token_bytes(kind: KvLayers, gpus: int) -> int:
+def _token_bytes(kind: KvLayers, gpus: int, entry_bytes: int) -> int:
     heads = kind.heads if kind.latent else max(1, ceil_div(kind.heads, gpus))
-    return kind.layers * heads * kind.width * 2
+    return kind.layers * heads * kind.width * entry_bytes
 
 
 def _tensors(document: Mapping[str, Any]) -> Iterator[Tensor]:
