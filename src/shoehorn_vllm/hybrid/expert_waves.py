@@ -47,7 +47,7 @@ def copy(host: Tensors, gpu: Tensors, source: torch.Tensor, target: torch.Tensor
 
 @dataclass
 class _Layer:
-    """What a large pass copies of one layer: the experts without a slot, a buffer full at a time."""
+    """The copies of a large pass for one layer: the experts without a slot, a buffer full at a time."""
 
     cache: ExpertCache
     listed: torch.Tensor
