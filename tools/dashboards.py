@@ -52,13 +52,13 @@ SOURCE = DataSourceRef(type_val="prometheus", uid="${datasource}")
 
 def built(panel: Panel, number: int, place: GridPos) -> Any:
     """The SDK's builder of a panel."""
-    made = _of_the_moment(panel) if panel.kind in ("value", "bars") else _over_time(panel)
-    made = (made.id(number).title(panel.title).description(panel.description).unit(panel.unit).datasource(SOURCE)
+    board = _of_the_moment(panel) if panel.kind in ("value", "bars") else _over_time(panel)
+    board = (board.id(number).title(panel.title).description(panel.description).unit(panel.unit).datasource(SOURCE)
             .grid_pos(place))
     for letter, (query, legend) in zip("ABCDEFGH", panel.queries, strict=False):
         target = prometheus.Dataquery().ref_id(letter).expr(query).legend_format(legend)
-        made = made.with_target(target.instant() if panel.kind in ("value", "bars") else target.range())
-    return made
+        board = board.with_target(target.instant() if panel.kind in ("value", "bars") else target.range())
+    return board
 
 
 def _of_the_moment(panel: Panel) -> Any:
@@ -68,58 +68,58 @@ def _of_the_moment(panel: Panel) -> Any:
         return (bargauge.Panel().reduce_options(last).orientation(VizOrientation.HORIZONTAL).min(0)
                 .display_mode(BarGaugeDisplayMode.BASIC)
                 .color_scheme(FieldColor().mode(FieldColorModeId.PALETTE_CLASSIC_BY_NAME)))
-    made = stat.Panel().reduce_options(last).graph_mode(BigValueGraphMode.NONE)
-    made = made.text_mode(BigValueTextMode.NAME if panel.names else BigValueTextMode.VALUE)
+    board = stat.Panel().reduce_options(last).graph_mode(BigValueGraphMode.NONE)
+    board = board.text_mode(BigValueTextMode.NAME if panel.names else BigValueTextMode.VALUE)
     if panel.words:
-        made = made.mappings([ValueMap(options={value: ValueMappingResult(text=text, color=colour)
+        board = board.mappings([ValueMap(options={value: ValueMappingResult(text=text, color=colour)
                                                 for value, (text, colour) in panel.words.items()})])
     steps = panel.steps or ((0, "text"),)
     levels = [Threshold(value=None if place == 0 else value, color=colour)
               for place, (value, colour) in enumerate(steps)]
-    return (made.color_scheme(FieldColor().mode(FieldColorModeId.THRESHOLDS))
+    return (board.color_scheme(FieldColor().mode(FieldColorModeId.THRESHOLDS))
             .thresholds(ThresholdsConfig().mode(ThresholdsMode.ABSOLUTE).steps(levels)))
 
 
 def _over_time(panel: Panel) -> Any:
-    made = timeseries.Panel().legend(
+    board = timeseries.Panel().legend(
         VizLegendOptions().display_mode(LegendDisplayMode.LIST).placement(LegendPlacement.BOTTOM).show_legend(True)
     ).tooltip(VizTooltipOptions().mode(TooltipDisplayMode.MULTI)).min(0).line_width(1).fill_opacity(8)
     if panel.most is not None:
-        made = made.max(panel.most)
+        board = board.max(panel.most)
     if panel.kind == "stack":
-        made = made.stacking(StackingConfig().mode(StackingMode.NORMAL).group("A")).fill_opacity(60).line_width(0)
+        board = board.stacking(StackingConfig().mode(StackingMode.NORMAL).group("A")).fill_opacity(60).line_width(0)
     if panel.outline:
-        made = made.override_by_name(panel.outline, [
+        board = board.override_by_name(panel.outline, [
             DynamicConfigValue("custom.stacking", {"mode": StackingMode.NONE.value}),
             DynamicConfigValue("custom.fillOpacity", 0), DynamicConfigValue("custom.lineWidth", 2),
             DynamicConfigValue("color", {"mode": FieldColorModeId.FIXED.value, "fixedColor": "text"})])
     legend, unit = panel.right
     if legend:
-        made = made.override_by_name(legend, [
+        board = board.override_by_name(legend, [
             DynamicConfigValue("custom.axisPlacement", AxisPlacement.RIGHT.value), DynamicConfigValue("unit", unit)])
-    return made
+    return board
 
 
 def document(name: str) -> str:
     """A dashboard's JSON."""
     title, panels = DASHBOARDS[name]
-    made = (dashboard.Dashboard(title).uid(f"shoehorn-{name}").tags(["shoehorn"]).refresh("30s").time("now-1h", "now")
+    board = (dashboard.Dashboard(title).uid(f"shoehorn-{name}").tags(["shoehorn"]).refresh("30s").time("now-1h", "now")
             .timezone("browser").readonly().tooltip(DashboardCursorSync.CROSSHAIR)
             .link(dashboard.DashboardLink("Shoehorn").type(DashboardLinkType.DASHBOARDS).tags(["shoehorn"])
                   .keep_time(True).include_vars(True))
             .with_variable(dashboard.DatasourceVariable("datasource").label("Data source").type("prometheus"))
             .with_variable(_query("instance", "Appliance", "label_values(shoehorn_info, instance)")))
     if name == "vram":
-        made = made.with_variable(_query("gpu", "GPU", 'label_values(shoehorn_gpu_info{instance=~"$instance"}, gpu)'))
+        board = board.with_variable(_query("gpu", "GPU", 'label_values(shoehorn_gpu_info{instance=~"$instance"}, gpu)'))
     left = top = row = 0
     for number, panel in enumerate(panels, 1):
         height = 4 if panel.kind == "value" else 8
         if left + panel.width > 24:
             left, top, row = 0, top + row, 0
         row = max(row, height)
-        made = made.with_panel(built(panel, number, GridPos(h=height, w=panel.width, x=left, y=top)))
+        board = board.with_panel(built(panel, number, GridPos(h=height, w=panel.width, x=left, y=top)))
         left += panel.width
-    return json.dumps(json.loads(JSONEncoder(sort_keys=True).encode(made.build())), indent=1, sort_keys=True) + "\n"
+    return json.dumps(json.loads(JSONEncoder(sort_keys=True).encode(board.build())), indent=1, sort_keys=True) + "\n"
 
 
 def _query(name: str, label: str, query: str) -> dashboard.QueryVariable:

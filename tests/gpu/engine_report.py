@@ -58,13 +58,13 @@ def _kernels(engine: Any, tokens: int) -> list[dict[str, Any]]:
         engine.generate([{"prompt_token_ids": list(range(10, 26))}],
                         SamplingParams(max_tokens=tokens, ignore_eos=True, temperature=0), use_tqdm=False)
         torch.cuda.synchronize()
-    found = sorted(profile.key_averages(), key=lambda entry: -entry.self_device_time_total)
+    events = sorted(profile.key_averages(), key=lambda entry: -entry.self_device_time_total)
     return [{"name": entry.key[:100], "calls": round(entry.count / tokens, 2),
-             "microseconds": round(entry.self_device_time_total / tokens, 1)} for entry in found[:20]]
+             "microseconds": round(entry.self_device_time_total / tokens, 1)} for entry in events[:20]]
 
 
 class Stacks:
-    """Where this process' main thread is while it starts: seconds in each function, callees included."""
+    """Samples of this process' main thread while it starts: seconds in each function, callees included."""
 
     def __init__(self) -> None:
         self._main, self._ended = threading.main_thread().ident or 0, threading.Event()
@@ -133,7 +133,7 @@ def main() -> None:
                         use_tqdm=False)
         spent = time.monotonic() - begin
         report["speed"][str(batch)] = round(batch * (min(tokens, length - 20) - 1) / (spent - first), 3)
-    if case.get("profile") and len(report["workers"]) == 1:  # elsewhere this process has no CUDA, and no room for it
+    if case.get("profile") and len(report["workers"]) == 1:  # elsewhere this process has no CUDA, and no memory for it
         report["kernels"] = _kernels(engine, case["profile"])
     if case.get("fill", True):  # the whole batch once, as a long prompt gives it: what the reserve was for
         wide = min(int(case["args"].get("max-num-batched-tokens", 512)), length - 8)

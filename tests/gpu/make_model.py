@@ -32,13 +32,13 @@ def config() -> dict[str, object]:
 def tokenizer() -> Tokenizer:
     """A byte-level tokenizer: 256 bytes, then role and filler tokens up to the vocabulary's size."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    made = Tokenizer(models.BPE(vocab={letter: number for number, letter in enumerate(alphabet)}, merges=[]))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
-    made.add_special_tokens([AddedToken(text, special=True) for text in
+    result = Tokenizer(models.BPE(vocab={letter: number for number, letter in enumerate(alphabet)}, merges=[]))
+    result.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    result.decoder = decoders.ByteLevel()
+    result.add_special_tokens([AddedToken(text, special=True) for text in
                              ("<|begin|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")])
-    made.add_tokens([f" w{number}" for number in range(made.get_vocab_size(), VOCABULARY)])
-    return made
+    result.add_tokens([f" w{number}" for number in range(result.get_vocab_size(), VOCABULARY)])
+    return result
 
 
 def weights(directory: Path) -> None:

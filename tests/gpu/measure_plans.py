@@ -1,13 +1,13 @@
 """Compares plans with what an NVIDIA GPU shows: expected and measured bytes, KV cache and speed of each case.
 
 For each case it writes the checkpoint of a captured model (sparse: true shapes, zeros for weights; NAME@int4 is what
-`shoehorn convert` makes of NAME), plans for the card's budget (or takes the arguments given), holds the rest of the
-card by a ballast process, starts the engine once and records NVML's figures every 20 ms.
+`shoehorn convert` makes of NAME), plans for the GPU's budget (or takes the arguments given), allocates the rest of the
+GPU in a ballast process, starts the engine once and records NVML's figures every 20 ms.
 usage: measure_plans.py CASES.json OUT_DIR [WORK_DIR]      with vLLM, src/ and the plugin's entry point reachable
 CASES.json: [{"name", "model": captured, "settings": {...}, "gpus": 1, "ballast": ...}]; instead of settings, without a
 plan: "args": {...}, "room_bytes": what the ballast leaves. With either: "environment": {...}; "with": other captured
 models, in args and settings as "{WORK}/NAME"; "speculation": what is added to the plan's speculative-config; "profile":
-tokens to generate while kernels are counted. FIRST_GPU in the environment: the number of the first card used.
+tokens to generate while kernels are counted. FIRST_GPU in the environment: the number of the first GPU used.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ import sys, torch
 torch.cuda.init()
 free, total = torch.cuda.mem_get_info()
 room = int(sys.argv[1])
-held = torch.empty(max(0, free - room), dtype=torch.uint8, device="cuda")
-print("held", flush=True)
+processes = torch.empty(max(0, free - room), dtype=torch.uint8, device="cuda")
+print("processes", flush=True)
 sys.stdin.read()
 """
 
@@ -69,11 +69,11 @@ class Card:
 
     def series(self, begin: float, base: int) -> list[tuple[float, int]]:
         """(seconds, MiB) wherever it changed by 64 MiB or more."""
-        found: list[tuple[float, int]] = []
+        changes: list[tuple[float, int]] = []
         for at, used in self.samples:
-            if at >= begin and (not found or abs((used - base) // MIB - found[-1][1]) >= 64):
-                found.append((round(at - begin, 2), (used - base) // MIB))
-        return found
+            if at >= begin and (not changes or abs((used - base) // MIB - changes[-1][1]) >= 64):
+                changes.append((round(at - begin, 2), (used - base) // MIB))
+        return changes
 
     def end(self) -> None:
         self._ended.set()
@@ -147,16 +147,16 @@ class Runner:
         return record
 
     def _ballasts(self, room_bytes: int) -> list[subprocess.Popen[str]]:
-        """Processes that leave only that much of each card free."""
-        held = []
+        """Processes that leave only that much of each GPU free."""
+        processes = []
         for gpu in self.gpus:
             ballast = subprocess.Popen(
                 [sys.executable, "-c", BALLAST, str(room_bytes)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                 text=True, env={**self.ballast_environment, "CUDA_VISIBLE_DEVICES": str(gpu)})
             assert ballast.stdout
             ballast.stdout.readline()
-            held.append(ballast)
-        return held
+            processes.append(ballast)
+        return processes
 
     def _follow(self, limit_seconds: float) -> dict[str, float]:
         """Let it go and wait for its end; the times of its stages."""

@@ -1,4 +1,4 @@
-"""The plan of a measured case: the machine that is really there, its cards taken as free, with the case's settings."""
+"""The plan of a measured case: the machine that is really there, its GPUs taken as free, with the case's settings."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from shoehorn.planner.plan import Plan, Refusal
 
 
 def plan_case(case: dict[str, Any], gpus: list[int], directory: Path) -> Plan | Refusal:
-    """Plan on these cards for the checkpoint in `directory`."""
+    """Plan on these GPUs for the checkpoint in `directory`."""
     machine = bandwidth_probe.with_measured_bandwidths(
         detect.detect(), ModelsDir(directory.parent).bandwidths)
     machine = replace(machine, gpus=tuple(replace(gpu, free_bytes=gpu.total_bytes) for gpu in machine.gpus
                                           if gpu.index in gpus))
-    wanted = {name: value.replace("{WORK}", str(directory.parent)) for name, value in case.get("settings", {}).items()}
-    loaded = settings.load({"MODEL_ID": str(directory), "MODEL_SOURCE": "local", **wanted})
+    values = {name: value.replace("{WORK}", str(directory.parent)) for name, value in case.get("settings", {}).items()}
+    loaded = settings.load({"MODEL_ID": str(directory), "MODEL_SOURCE": "local", **values})
     profile, shape = inputs.select_profile(loaded, machine), checkpoint.read(LocalFiles(directory))
     return plan_deployment(loaded, Deployment(PlanInputs(PlanSettings.of(loaded), machine, profile, shape),
                                               served_model.served_reference(loaded), directory, None, directory))

@@ -41,9 +41,9 @@ def tools(directory: Path, names: tuple[str, ...]) -> str:
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
     for name in names:
-        found = shutil.which(name, path=os.environ["PATH"] + ":/usr/sbin:/sbin")
-        if found:
-            (directory / name).symlink_to(found)
+        program = shutil.which(name, path=os.environ["PATH"] + ":/usr/sbin:/sbin")
+        if program:
+            (directory / name).symlink_to(program)
     return str(directory)
 
 

@@ -1,4 +1,4 @@
-"""Compares answers with and without offload: the same weights, prompts and machine, greedy, in three number formats.
+"""Compares answers with and without offload: the same weights, prompts and machine, greedy, in three dtypes.
 
 Every pair is one model resident and with all layers and the embedding in host memory (prefetch, the engine plugin). The
 weights are trained ones: the demo model, with an output head of its own so that embedding and head can be quantized.
@@ -50,20 +50,20 @@ def main() -> None:
                 **os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}), file)
     for child, _ in children.values():
         child.wait()
-    found = {}
+    results = {}
     for kind in kinds:
         pair = [json.loads(children[kind, place][1].read_text()) if children[kind, place][1].exists() else None
                 for place in ("resident", "offloaded")]
         if None in pair:
-            found[kind] = {"failed": [children[kind, place][0].returncode for place in ("resident", "offloaded")]}
+            results[kind] = {"failed": [children[kind, place][0].returncode for place in ("resident", "offloaded")]}
             continue
         same = [one["tokens"] == other["tokens"] for one, other in zip(*pair, strict=True)]
         differences = [abs(a - b) for one, other in zip(*pair, strict=True)
                        for a, b in zip(one["logprobs"], other["logprobs"], strict=False)]
-        found[kind] = {"prompts": len(same), "same_tokens": sum(same),
+        results[kind] = {"prompts": len(same), "same_tokens": sum(same),
                        "largest_difference_of_logprobs": max(differences)}
-    out.write_text(json.dumps(found, indent=1) + "\n")
-    print(json.dumps(found))
+    out.write_text(json.dumps(results, indent=1) + "\n")
+    print(json.dumps(results))
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ _IMAGE_TOKENS = {"boi_token_index": "<start_of_image>", "eoi_token_index": "<end
 
 def write(directory: Path, config: Mapping[str, Any], tensors: Sequence[Tensor],
           shard_bytes: int = captured.SHARD_BYTES) -> None:
-    """Write the checkpoint of a config and tensors to a folder, which is made."""
+    """Write the checkpoint of a config and tensors to a new folder."""
     directory.mkdir(parents=True, exist_ok=True)
     config = {key: value for key, value in config.items() if key != "auto_map"}
     parts = captured.split(tensors, shard_bytes)
@@ -77,8 +77,8 @@ def converted(name: str) -> tuple[dict[str, Any], list[Tensor]]:
     """(config, tensors) of a captured model as `shoehorn convert` makes it."""
     outline = captured.converted(name)
     sizes = outline.names()
-    found = [tensor for shard in shards(outline, sizes) for tensor in header(outline, shard, sizes[shard])]
-    return read_json(outline, sizes, "config.json"), found
+    tensors = [tensor for shard in shards(outline, sizes) for tensor in header(outline, shard, sizes[shard])]
+    return read_json(outline, sizes, "config.json"), tensors
 
 
 def first_layers(config: Mapping[str, Any], tensors: Sequence[Tensor], count: int,
@@ -95,9 +95,9 @@ def first_layers(config: Mapping[str, Any], tensors: Sequence[Tensor], count: in
     shorter = cut(config)
     if isinstance(shorter.get("text_config"), dict):
         shorter["text_config"] = cut(shorter["text_config"])
-    kept = [tensor for tensor in tensors
+    selected = [tensor for tensor in tensors
             if not (layer := _LAYER.fullmatch(tensor.name)) or int(layer[1]) < count]
-    return shorter, kept
+    return shorter, selected
 
 
 class _Values:
@@ -134,10 +134,10 @@ class _Values:
         return self._by_name[name].dtype if name in self._by_name else ""
 
     def _weights(self) -> Mapping[str, Any]:
-        """How weights are packed: of compressed-tensors its first group, of others the whole."""
+        """Packing of the weights: of compressed-tensors its first group, of others the whole."""
         groups = self._quantization.get("config_groups") or {}
-        found: Mapping[str, Any] = next((group["weights"] for group in groups.values()), self._quantization)
-        return found
+        first: Mapping[str, Any] = next((group["weights"] for group in groups.values()), self._quantization)
+        return first
 
     def _bits(self) -> int:
         return int(self._weights().get("num_bits", self._weights().get("bits", 4)))
@@ -184,11 +184,11 @@ def _tokenizer_files(directory: Path, config: Mapping[str, Any], tensors: Sequen
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     named = dict(enumerate((*alphabet, *SPECIAL))) | images
     words = {named.get(number, f"Ġw{number}"): number for number in range(vocabulary)}  # quicker than adding them
-    made = Tokenizer(models.BPE(vocab=words, merges=[]))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
-    made.add_special_tokens([AddedToken(text, special=True) for text in (*SPECIAL, *images.values())])
-    made.save(str(directory / "tokenizer.json"))
+    tokenizer = Tokenizer(models.BPE(vocab=words, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(text, special=True) for text in (*SPECIAL, *images.values())])
+    tokenizer.save(str(directory / "tokenizer.json"))
     settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|begin|>",
                                 "eos_token": "<|end|>", "chat_template": TEMPLATE, "model_max_length": 131072}
     if images:

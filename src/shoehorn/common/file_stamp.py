@@ -8,7 +8,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class FileStamp:
-    """What changes when a file does: identity, size, and the times of its content and of its entry."""
+    """Properties that change when a file does: identity, size, and the times of its content and of its entry."""
 
     inode: int
     size_bytes: int

@@ -35,7 +35,7 @@ def exclusive(path: Path, *, wait: bool = True, on_wait: Callable[[], None] | No
 
 @contextmanager
 def shared(path: Path) -> Iterator[int]:
-    """Hold the lock beside other shared holders; waits for an exclusive one. Raises as `exclusive`."""
+    """Hold the lock together with other shared holders; waits for an exclusive one. Raises as `exclusive`."""
     descriptor = acquire(path, fcntl.LOCK_SH)
     try:
         yield descriptor
@@ -66,7 +66,7 @@ def acquire(path: Path, operation: int = fcntl.LOCK_EX, *, wait: bool = True,
 
 
 def is_locked(path: Path) -> bool:
-    """Whether any process holds the lock. Needs no permission to write; False where the file cannot be opened."""
+    """Return whether a process holds the lock. Needs no permission to write; False where the file cannot be opened."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:

@@ -85,7 +85,7 @@ class Key:
     def to_json(self) -> dict[str, object]:
         """Convert the key for a JSON file."""
         return {"name": self.name, "salt": self.salt.hex(), "digest": self.digest.hex(), "created": self.created,
-                "expires": self.expires, "limits": self.limits.given()}
+                "expires": self.expires, "limits": self.limits.set_values()}
 
     def matches(self, token: bytes) -> bool:
         """Check whether `token` is this key, in constant time."""
