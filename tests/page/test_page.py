@@ -118,7 +118,7 @@ def test_lost_connection_is_shown_and_recovers(gate: Gateway, visit: Visits) -> 
     seen = visit(gate.url)
     seen.wait_for("#headline", "Detecting hardware")
     seen.page.route("**/status", lambda route: route.fulfill(status=200, body="half a doc"))
-    seen.wait_for("#notice", "No connection")
+    seen.wait_for("#notice", "Connection lost")
     seen.page.unroute("**/status")
     expect(seen.page.locator("#notice")).to_be_empty()
 
