@@ -144,7 +144,7 @@ def test_only_the_token_files_contain_a_secret(container: Container) -> None:
 
 def test_no_layer_of_the_image_contains_a_secret(container: Container, image: str) -> None:
     """Hidden files included; the build had a secret in its folder and its environment."""
-    known = "The container's entry point"  # is in a layer, so that the search is known to work
+    known = "Entry point of the container"  # is in a layer, so that the search is known to work
     assert known in (HOME / "entrypoint.py").read_text(encoding="utf-8")
     save = subprocess.Popen(["docker", "save", image], stdout=subprocess.PIPE)
     patterns = [f"-e{text}" for text in (known, BUILD_CANARY, *SECRETS)]
