@@ -1,4 +1,4 @@
-"""Writes monitoring/grafana/dashboards/*.json: `make dashboards`. A test says when they are stale."""
+"""Writes monitoring/grafana/dashboards/*.json: `make dashboards`. A test fails when they are stale."""
 
 from __future__ import annotations
 
@@ -50,58 +50,58 @@ OUT = HOME / "monitoring" / "grafana" / "dashboards"
 SOURCE = DataSourceRef(type_val="prometheus", uid="${datasource}")
 
 
-def built(panel: Panel, number: int, place: GridPos) -> Any:
-    """The SDK's builder of a panel."""
-    board = _of_the_moment(panel) if panel.kind in ("value", "bars") else _over_time(panel)
-    board = (board.id(number).title(panel.title).description(panel.description).unit(panel.unit).datasource(SOURCE)
-            .grid_pos(place))
+def build_panel(panel: Panel, number: int, place: GridPos) -> Any:
+    """Return the SDK's builder of a panel."""
+    builder = _instant_panel(panel) if panel.kind in ("value", "bars") else _range_panel(panel)
+    builder = (builder.id(number).title(panel.title).description(panel.description).unit(panel.unit).datasource(SOURCE)
+               .grid_pos(place))
     for letter, (query, legend) in zip("ABCDEFGH", panel.queries, strict=False):
         target = prometheus.Dataquery().ref_id(letter).expr(query).legend_format(legend)
-        board = board.with_target(target.instant() if panel.kind in ("value", "bars") else target.range())
-    return board
+        builder = builder.with_target(target.instant() if panel.kind in ("value", "bars") else target.range())
+    return builder
 
 
-def _of_the_moment(panel: Panel) -> Any:
-    """Of an instant query: the last values of a range would show what is over, a phase for example."""
+def _instant_panel(panel: Panel) -> Any:
+    """Use an instant query: the last values of a range would include ended series, such as earlier phases."""
     last = ReduceDataOptions().calcs(["lastNotNull"])
     if panel.kind == "bars":
         return (bargauge.Panel().reduce_options(last).orientation(VizOrientation.HORIZONTAL).min(0)
                 .display_mode(BarGaugeDisplayMode.BASIC)
                 .color_scheme(FieldColor().mode(FieldColorModeId.PALETTE_CLASSIC_BY_NAME)))
-    board = stat.Panel().reduce_options(last).graph_mode(BigValueGraphMode.NONE)
-    board = board.text_mode(BigValueTextMode.NAME if panel.names else BigValueTextMode.VALUE)
-    if panel.words:
-        board = board.mappings([ValueMap(options={value: ValueMappingResult(text=text, color=colour)
-                                                for value, (text, colour) in panel.words.items()})])
+    builder = stat.Panel().reduce_options(last).graph_mode(BigValueGraphMode.NONE)
+    builder = builder.text_mode(BigValueTextMode.NAME if panel.names else BigValueTextMode.VALUE)
+    if panel.texts:
+        builder = builder.mappings([ValueMap(options={value: ValueMappingResult(text=text, color=colour)
+                                                for value, (text, colour) in panel.texts.items()})])
     steps = panel.steps or ((0, "text"),)
     levels = [Threshold(value=None if place == 0 else value, color=colour)
               for place, (value, colour) in enumerate(steps)]
-    return (board.color_scheme(FieldColor().mode(FieldColorModeId.THRESHOLDS))
+    return (builder.color_scheme(FieldColor().mode(FieldColorModeId.THRESHOLDS))
             .thresholds(ThresholdsConfig().mode(ThresholdsMode.ABSOLUTE).steps(levels)))
 
 
-def _over_time(panel: Panel) -> Any:
-    board = timeseries.Panel().legend(
+def _range_panel(panel: Panel) -> Any:
+    builder = timeseries.Panel().legend(
         VizLegendOptions().display_mode(LegendDisplayMode.LIST).placement(LegendPlacement.BOTTOM).show_legend(True)
     ).tooltip(VizTooltipOptions().mode(TooltipDisplayMode.MULTI)).min(0).line_width(1).fill_opacity(8)
-    if panel.most is not None:
-        board = board.max(panel.most)
+    if panel.maximum is not None:
+        builder = builder.max(panel.maximum)
     if panel.kind == "stack":
-        board = board.stacking(StackingConfig().mode(StackingMode.NORMAL).group("A")).fill_opacity(60).line_width(0)
+        builder = builder.stacking(StackingConfig().mode(StackingMode.NORMAL).group("A")).fill_opacity(60).line_width(0)
     if panel.outline:
-        board = board.override_by_name(panel.outline, [
+        builder = builder.override_by_name(panel.outline, [
             DynamicConfigValue("custom.stacking", {"mode": StackingMode.NONE.value}),
             DynamicConfigValue("custom.fillOpacity", 0), DynamicConfigValue("custom.lineWidth", 2),
             DynamicConfigValue("color", {"mode": FieldColorModeId.FIXED.value, "fixedColor": "text"})])
     legend, unit = panel.right
     if legend:
-        board = board.override_by_name(legend, [
+        builder = builder.override_by_name(legend, [
             DynamicConfigValue("custom.axisPlacement", AxisPlacement.RIGHT.value), DynamicConfigValue("unit", unit)])
-    return board
+    return builder
 
 
 def document(name: str) -> str:
-    """A dashboard's JSON."""
+    """Return a dashboard's JSON."""
     title, panels = DASHBOARDS[name]
     board = (dashboard.Dashboard(title).uid(f"shoehorn-{name}").tags(["shoehorn"]).refresh("30s").time("now-1h", "now")
             .timezone("browser").readonly().tooltip(DashboardCursorSync.CROSSHAIR)
@@ -110,14 +110,15 @@ def document(name: str) -> str:
             .with_variable(dashboard.DatasourceVariable("datasource").label("Data source").type("prometheus"))
             .with_variable(_query("instance", "Appliance", "label_values(shoehorn_info, instance)")))
     if name == "vram":
-        board = board.with_variable(_query("gpu", "GPU", 'label_values(shoehorn_gpu_info{instance=~"$instance"}, gpu)'))
+        query = 'label_values(shoehorn_gpu_info{instance=~"$instance"}, gpu)'
+        board = board.with_variable(_query("gpu", "GPU", query))
     left = top = row = 0
     for number, panel in enumerate(panels, 1):
         height = 4 if panel.kind == "value" else 8
         if left + panel.width > 24:
             left, top, row = 0, top + row, 0
         row = max(row, height)
-        board = board.with_panel(built(panel, number, GridPos(h=height, w=panel.width, x=left, y=top)))
+        board = board.with_panel(build_panel(panel, number, GridPos(h=height, w=panel.width, x=left, y=top)))
         left += panel.width
     return json.dumps(json.loads(JSONEncoder(sort_keys=True).encode(board.build())), indent=1, sort_keys=True) + "\n"
 

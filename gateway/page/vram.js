@@ -99,7 +99,7 @@ function legend(vram) {
 }
 
 // `open`: its details are expanded.
-function card(parts, number, rows, open) {
+function chart(parts, number, rows, open) {
   const section = make("section", "gpu");
   section.append(make("h3", "", t("gpu", number)));
   const measured = rows.length ? Object.fromEntries(rows.map((row) => [row.part, row.measured_bytes])) : null;
@@ -133,8 +133,8 @@ export function showPlan(state, language) {
     pair.append(make("dt", "", t(key)), make("dd", "", value));
     return pair;
   }));
-  const cards = plan.vram.map((parts, number) =>
-    card(parts, number, (state.memory ?? []).filter((row) => row.gpu === number), plan.vram.length === 1));
+  const charts = plan.vram.map((parts, number) =>
+    chart(parts, number, (state.memory ?? []).filter((row) => row.gpu === number), plan.vram.length === 1));
   byId("legend").replaceChildren(...legend(plan.vram));
-  byId("vram").replaceChildren(...(cards.length ? cards : [make("p", "note", t("cpu"))]));
+  byId("vram").replaceChildren(...(charts.length ? charts : [make("p", "note", t("cpu"))]));
 }

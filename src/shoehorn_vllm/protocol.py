@@ -42,13 +42,13 @@ class KeyLimits:
     max_tokens: int | None = None
     body_bytes: int | None = None
 
-    def set_values(self) -> dict[str, int]:
+    def as_dict(self) -> dict[str, int]:
         """The limits that are set, by name."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
     def to_header(self) -> str:
         """Format the limits for `LIMITS_HEADER`: `requests_per_minute=60;concurrent=4`."""
-        return ";".join(f"{name}={value}" for name, value in self.set_values().items())
+        return ";".join(f"{name}={value}" for name, value in self.as_dict().items())
 
     @classmethod
     def from_header(cls, text: str) -> KeyLimits:

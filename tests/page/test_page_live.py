@@ -31,7 +31,7 @@ def ask_for_long(seen: Visit) -> None:
         route.continue_(post_data={**route.request.post_data_json, "ignore_eos": True, "n": 64})
 
     seen.page.route(CHAT, lengthen)
-    seen.ask("Tell me about Shoehorn.")
+    seen.ask("Describe Shoehorn.")
     expect(seen.page.locator(".assistant .text")).not_to_be_empty(timeout=30_000)
     seen.page.unroute(CHAT)
 

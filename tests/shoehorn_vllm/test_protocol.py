@@ -63,6 +63,7 @@ def test_nginx_and_middleware_agree_on_type_and_code(nginx: Mapping[str, Mapping
 
 def test_every_status_of_nginx_has_a_form(nginx: Mapping[str, Mapping[int, str]]) -> None:
     assert set(nginx["openai"]) == set(nginx["anthropic"]) == set(protocol.ERROR_FORMS)
+    assert set(nginx_config.CODES) == {404, 503}, "nginx's own codes differ from the table for these only"
     assert {form.anthropic_type for form in protocol.ERROR_FORMS.values()} <= CLOSED_SET
 
 

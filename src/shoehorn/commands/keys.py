@@ -95,7 +95,7 @@ def _list(settings: Settings, as_json: bool) -> int:
     now = time.time()
     rows = [{"name": name, "source": source, "created": None if source == "API_KEY" else key.created,
              "last_used": used.get(name), "expires": key.expires,
-             "expired": key.expires is not None and key.expires <= now, "limits": key.limits.set_values()}
+             "expired": key.expires is not None and key.expires <= now, "limits": key.limits.as_dict()}
             for name, (key, source) in sorted(sources.list_keys(settings).items())]
     if as_json:
         print(json.dumps(rows, indent=1))

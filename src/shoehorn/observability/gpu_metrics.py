@@ -1,7 +1,7 @@
 """GPU metrics from NVML; no failure of NVML stops the exporter.
 
 Rules:
-- a value that a GPU or its driver does not support is None, never 0; a GPU that fails during a reading is omitted;
+- unsupported values are None, never 0; a GPU that fails during a reading is omitted;
 - fewer GPUs than before, or none, is a failure with the code NO_ANSWER;
 - after a failure NVML is initialised again at the next reading, so that a driver that is loaded later is detected;
 - a process is named only if its id belongs to this container: NVML may return ids of the host.
@@ -46,7 +46,7 @@ class GpuSample:
     """Values of one GPU in one reading; None where unavailable.
 
     Attributes:
-        memory_used_bytes: without the driver's reserve, unless `memory_reserved_bytes` is None.
+        memory_used_bytes: without the driver's reserve, unless `memory_reserved_bytes` is unknown.
         utilization_ratio: share of the last sample period in which a kernel ran, 0..1.
         throttled: current reasons of reduced clocks, of THROTTLING.
     """

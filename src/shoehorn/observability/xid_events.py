@@ -77,7 +77,7 @@ class XidEvents:
         try:
             nvml.nvmlDeviceRegisterEvents(handle, nvml.nvmlEventTypeXidCriticalError, events)
         except (nvml.NVMLError, nvml.NVMLLibraryMismatchError):
-            nvml.nvmlEventSetFree(events)  # unsupported; tried again at the next reading
+            nvml.nvmlEventSetFree(events)  # unsupported; the next reading tries it
             return
         self._sets[uuid], self._index[uuid] = events, index
 

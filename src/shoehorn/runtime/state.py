@@ -102,7 +102,7 @@ class StateFile:
         self._lock = threading.RLock()  # re-entrant: a signal handler may publish the stop during an update
 
     def read(self) -> State:
-        """Read the current state; a new `starting` one when there is none or it is unreadable."""
+        """Read the current state; a new `starting` one if it is missing or unreadable."""
         try:
             document = json.loads(self.path.read_text(encoding="utf-8"))
             if document["version"] != STATE_VERSION:

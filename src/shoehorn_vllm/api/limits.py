@@ -88,14 +88,14 @@ def apply_token_cap(path: str, document: Mapping[str, Any], sequences: int, cap:
     fields = _TOKEN_FIELDS.get(path)
     if not fields:
         return None
-    given = {name: document[name] for name in fields if document.get(name) is not None}
-    for name, value in given.items():
+    maxima = {name: document[name] for name in fields if document.get(name) is not None}
+    for name, value in maxima.items():
         tokens = _integer(name, value)
         if tokens * sequences > cap:
             times = f" for each of {sequences} answers" if sequences > 1 else ""
             raise LimitExceededError(f"{name}: {tokens} tokens{times} exceed this key's limit of {cap} tokens per "
                                      "request.", name)
-    if given:
+    if maxima:
         return None
     share = cap // sequences
     if share < 1:

@@ -1,7 +1,7 @@
 """Patches of the engine's offload: weights are in host memory once, quantization state and embedding included.
 
 Four defects of vLLM 0.32.0 (model_executor/offloader/, model_loader/utils.py) and vllm-bnb-plugin 0.0.3:
-- until the load is over, prefetch keeps the memory that each weight was read into beside the memory that it was
+- until the load is over, prefetch keeps the memory that each weight was read into as well as the memory that it was
   repacked into: 79 GB of host memory were pinned for a model of 35 GB. A repacked weight now replaces the original in
   place; with UVA too its memory is no larger than the weight (`pinned_memory`);
 - bitsandbytes' absmax is not a parameter, so it stays on the GPU when its weights are offloaded, and the loader

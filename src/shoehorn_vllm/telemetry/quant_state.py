@@ -18,7 +18,7 @@ _bytes_by_address: dict[int, int] = {}  # of the model, and of a draft model tha
 
 
 def report(model: Any) -> None:
-    """Log the state of all models loaded in this process; nothing where there is none.
+    """Log the state of all models loaded in this process; nothing without quantization state.
 
     Args:
         model: a torch module that was just loaded.

@@ -46,7 +46,7 @@ def parse_limits(words: Mapping[str, str]) -> KeyLimits:
 
 @dataclass(frozen=True)
 class Key:
-    """One stored key. Times are Unix time in seconds; `expires` is None for never."""
+    """One stored key. Times are Unix time in seconds; `expires` None means never."""
 
     name: str
     salt: bytes = field(repr=False)
@@ -85,7 +85,7 @@ class Key:
     def to_json(self) -> dict[str, object]:
         """Convert the key for a JSON file."""
         return {"name": self.name, "salt": self.salt.hex(), "digest": self.digest.hex(), "created": self.created,
-                "expires": self.expires, "limits": self.limits.set_values()}
+                "expires": self.expires, "limits": self.limits.as_dict()}
 
     def matches(self, token: bytes) -> bool:
         """Check whether `token` is this key, in constant time."""

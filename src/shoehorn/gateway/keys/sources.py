@@ -32,7 +32,7 @@ _RECHECK_SECONDS = 0.2
 
 
 def prepare(settings: Settings) -> NewKey | None:
-    """Prepare a start: write the hash of API_KEY to RUN_DIR, and generate the first key where there are no keys.
+    """Prepare a start: write the hash of API_KEY to RUN_DIR, and generate the first key if none exists.
 
     Returns:
         The generated key, to be shown; None when there were keys.
@@ -89,7 +89,7 @@ class KeySources:
         """The currently valid keys.
 
         Raises:
-            SettingsError: there are none, or a source is unreadable or damaged.
+            SettingsError: no key exists, or a source is unreadable or damaged.
         """
         stamps = [stamp(file) for file in self._files]
         changed, due = stamps != self._stamps, self._clock() >= self._recheck_at
@@ -123,7 +123,7 @@ def parse_lines(text: str, file: Path, created: float) -> tuple[Key, ...]:
     """Parse the keys of API_KEYS_FILE. Errors never show a line, since it contains a key.
 
     Raises:
-        SettingsError: a line is invalid or incomplete, a name or key is repeated, or there is no key at all.
+        SettingsError: a line is invalid or incomplete, a name or key is repeated, or the file contains no key.
     """
     keys: dict[str, Key] = {}
     tokens: set[str] = set()

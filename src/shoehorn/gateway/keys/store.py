@@ -69,7 +69,7 @@ class KeyStore:
         self._used = self.file.with_name("keys-used.json")
 
     def read(self) -> tuple[Key, ...]:
-        """Read the keys; none when there is no file. A file that others can read is made private first.
+        """Read the keys; none without a file. A file that others can read is made private first.
 
         Raises:
             SettingsError: the file is unreadable or damaged.
@@ -84,7 +84,7 @@ class KeyStore:
             raise self._unusable(error) from error
 
     def create_first(self, now: float) -> NewKey | None:
-        """Generate the key `default` when there is no key file yet; None when there is one.
+        """Generate the key `default` unless a key file exists; returns None then.
 
         Raises:
             SettingsError: the key file is unreadable, unwritable or damaged.
