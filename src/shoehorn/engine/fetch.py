@@ -103,7 +103,7 @@ class _Fetch:
     def _publish(self, message: Mapping[str, Any]) -> None:
         done, total, rate = message["bytes_done"], message["bytes_total"], message["rate_bytes_per_second"]
         self._states.update_progress(phase=Phase(message["phase"]), progress=done / total if total else None,
-                          bytes_done=done, bytes_total=total, rate_bytes_per_second=float(rate or 0))
+                                     bytes_done=done, bytes_total=total, rate_bytes_per_second=float(rate or 0))
         if time.monotonic() - self._logged_at >= _LOG_SECONDS:
             self._logged_at = time.monotonic()
             remaining = f", {(total - done) / rate:.0f} s left" if rate else ""

@@ -20,7 +20,7 @@ from typing import Any
 from shoehorn.common.atomic_file import write_atomic
 from shoehorn.common.units import MIB, format_size
 from shoehorn.hardware import detect
-from shoehorn.hardware.types import Hardware
+from shoehorn.hardware.types import Hardware, largest_first
 from shoehorn.planner.memory.device import DeviceMemory
 from shoehorn.planner.plan import Plan
 from shoehorn.runtime.run_dir import RunDir
@@ -159,8 +159,7 @@ def offloaded_bytes(figures: Mapping[int, Mapping[str, Any]]) -> int:
 def used_bytes(before: Hardware, now: Hardware, gpus: int) -> list[int]:
     """Return the bytes that the appliance uses of each GPU by NVML, in the order in which the plan uses them."""
     free = {gpu.uuid: gpu.free_bytes for gpu in now.gpus}
-    planned = sorted(before.gpus, key=lambda gpu: (-gpu.total_bytes, gpu.index))[:gpus]
-    return [max(0, gpu.free_bytes - free[gpu.uuid]) for gpu in planned if gpu.uuid in free]
+    return [max(0, gpu.free_bytes - free[gpu.uuid]) for gpu in largest_first(before.gpus)[:gpus] if gpu.uuid in free]
 
 
 def record(plan: Plan, before: Hardware, states: StateFile) -> None:

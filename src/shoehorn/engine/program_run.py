@@ -58,8 +58,8 @@ class ProgramRun:
         """
         killed = self._paths.engine_alive.exists()
         self._states.update_progress(phase=Phase.STARTING, progress=None, detail="planning",
-                          model=self._settings.served_model_name, cause="", remedy="", engine_down=False,
-                          restarts=self._states.read().restarts + killed)
+                                     model=self._settings.served_model_name, cause="", remedy="", engine_down=False,
+                                     restarts=self._states.read().restarts + killed)
         processes = [process for record in self._paths.groups for process in kill_recorded_group(record)]
         if killed:
             failures = self.budget.record()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -32,6 +32,11 @@ class Gpu:
     mig: bool
     link_bytes_per_second: float = 0.0
     device_bytes_per_second: float = 0.0
+
+
+def largest_first(gpus: Iterable[Gpu]) -> list[Gpu]:
+    """Sort GPUs in the order in which plans use them."""
+    return sorted(gpus, key=lambda gpu: (-gpu.total_bytes, gpu.index))
 
 
 @dataclass(frozen=True)

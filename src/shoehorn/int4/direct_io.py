@@ -23,6 +23,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from shoehorn.common.units import ceil_div
+
 BLOCK = mmap.PAGESIZE
 """Alignment of direct transfers in file and memory; no page of the cache spans two blocks."""
 
@@ -125,7 +127,7 @@ def _buffer(use: str, size: int) -> memoryview:
     """Return this thread's buffer for a use: aligned, at least `size` bytes."""
     view: memoryview | None = getattr(_memory, use, None)
     if view is None or len(view) < size:
-        memory = mmap.mmap(-1, -(-max(size, 1) // _LARGE) * _LARGE)
+        memory = mmap.mmap(-1, ceil_div(max(size, 1), _LARGE) * _LARGE)
         with suppress(OSError):  # a kernel without huge pages
             memory.madvise(mmap.MADV_HUGEPAGE)  # fewer page lookups per transfer
         view = memoryview(memory)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from shoehorn.common.errors import SettingsError
 from shoehorn.common.units import GIB
 from shoehorn.hardware.requirements import require_gpus
-from shoehorn.hardware.types import Gpu
+from shoehorn.hardware.types import Gpu, largest_first
 from shoehorn.model.shape import ModelShape
 from shoehorn.planner.inputs import PlanInputs
 from shoehorn.planner.option_set import OptionSet
@@ -33,7 +33,7 @@ def divide(options: OptionSet, inputs: PlanInputs) -> tuple[OptionSet, tuple[Gpu
         raise SettingsError("tensor-parallel-size and pipeline-parallel-size: less than one is invalid.",
                             "Correct them in VLLM_EXTRA_ARGS or in the profile.", code="invalid_parallelism")
     available = require_gpus(inputs.hardware, name, tensor * pipeline)
-    gpus = tuple(sorted(available, key=lambda gpu: (-gpu.total_bytes, gpu.index))[:tensor * pipeline])
+    gpus = tuple(largest_first(available)[:tensor * pipeline])
     if any(gpu.mig for gpu in gpus):
         raise SettingsError("The GPU is divided by MIG, which is unsupported.",
                             "Pass a whole GPU in, or switch MIG off on the host: nvidia-smi -mig 0",

@@ -140,19 +140,19 @@ def expert_cache(space: SearchSpace) -> Iterator[Candidate]:
     if Field.OFFLOAD not in space.open_fields or not space.may_cache_experts or not experts or \
             space.shape.tensor_bytes.experts.bytes > space.offload_bound_bytes:
         return
+    start = replace(space.start, embedding_on_host=not space.shape.tied_embeddings)
     for load in (CONTEXT_4K, *SMALL_TIERS):
+        config = at_load(start, load, space.open_fields)
+        least = MemoryModel(space.shape, _cached(space, config, experts, experts.per_token))
+        slot_bytes = max(1, least.weights.expert_layers * least.weights.expert_bytes)
         for requests in (2, 1):
-            config = at_load(replace(space.start, embedding_on_host=not space.shape.tied_embeddings), load,
-                             space.open_fields)
-            least = _cached(space, config, experts, experts.per_token)
-            spare = -MemoryModel(space.shape, least).missing_bytes(requests)
-            weights = MemoryModel(space.shape, least).weights
-            more = max(0, spare) // max(1, weights.expert_layers * weights.expert_bytes)
+            more = max(0, -least.missing_bytes(requests)) // slot_bytes
             slots = min(experts.count, experts.per_token + more)
-            while slots > experts.per_token and MemoryModel(
-                    space.shape, _cached(space, config, experts, slots)).missing_bytes(requests) > 0:
+            cached = _cached(space, config, experts, slots)
+            while slots > experts.per_token and least.with_config(cached).missing_bytes(requests) > 0:
                 slots -= 1  # more graphs are captured than with the fewest slots
-            yield Candidate(_cached(space, config, experts, slots), PlacementTier.EXPERT_CACHE, requests)
+                cached = _cached(space, config, experts, slots)
+            yield Candidate(cached, PlacementTier.EXPERT_CACHE, requests)
 
 
 def _cached(space: SearchSpace, config: ServingConfig, experts: Experts, slots: int) -> ServingConfig:
