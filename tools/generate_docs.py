@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from itertools import groupby
 from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
 
 from shoehorn.common.paths import HOME
+from shoehorn.config.other_variables import COMPOSE, INSIDE_ONLY, PASSED, Variable
 from shoehorn.config.settings import TABLE
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -39,6 +41,28 @@ two requests of full length, and nothing if all weights fit on the GPU.
 """
 
 
+_COMPOSE = """
+## Variables of docker-compose.yml
+
+Compose reads these on the host, from `.env` or its own environment. Inside the container `PORT` is always 6333,
+`METRICS_PORT` 6334 and `MODELS_DIR` `/models`. All of `.env` reaches the container; of the host's environment, the
+settings above and the variables of the next section do, and override `.env`.
+
+| variable | default | meaning |
+|---|---|---|
+"""
+
+_PASSED = """
+## Other variables
+
+Libraries, CUDA and the engine read these. Variables of vLLM and NCCL that are not listed here also take effect from
+`.env`, except those that open routes or load code.
+
+| variable | meaning |
+|---|---|
+"""
+
+
 def configuration() -> str:
     """Generate docs/configuration.md."""
     rows = []
@@ -46,14 +70,28 @@ def configuration() -> str:
         default = f"`{setting.default}`" if setting.default else ""
         secret = " *Secret.*" if setting.secret else ""
         rows.append(f"| `{setting.name}` | {default} | {setting.help}{secret} |\n")
-    return _INTRODUCTION + "".join(rows)
+    compose = [f"| `{each.name}` | {f'`{each.default}`' if each.default else ''} | {each.help} |\n" for each in COMPOSE]
+    passed = [f"| `{name}` | {meaning} |\n" for name, meaning in _by_meaning(PASSED)]
+    return "".join((_INTRODUCTION, *rows, _COMPOSE, *compose, _PASSED, *passed))
+
+
+def _by_meaning(variables: Iterable[Variable]) -> Iterator[tuple[str, str]]:
+    """Group the names of variables with the same text."""
+    for meaning, group in groupby(variables, lambda each: each.help):
+        yield "`, `".join(each.name for each in group), meaning
 
 
 def example() -> str:
-    """Generate .env.example: every setting, commented out, with its default."""
+    """Generate .env.example: settings and variables, commented out, with their defaults."""
     lines = ["# Copy to .env and uncomment the settings to change. Reference: docs/configuration.md.\n"]
     for setting in TABLE:
-        lines.append(f"\n# {setting.help}\n#{setting.name}={setting.default}\n")
+        if setting.name not in INSIDE_ONLY:
+            lines.append(f"\n# {setting.help}\n#{setting.name}={setting.default}\n")
+    lines.append("\n\n# Variables of docker-compose.yml.\n")
+    lines += [f"\n# {each.help}\n#{each.name}={each.default}\n" for each in COMPOSE]
+    lines.append("\n\n# Variables of libraries, CUDA and the engine.\n")
+    for meaning, group in groupby(PASSED, lambda each: each.help):
+        lines.append(f"\n# {meaning}\n" + "".join(f"#{each.name}=\n" for each in group))
     return "".join(lines)
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from shoehorn.commands.serve import _require_volume, disable_core_dumps, first_key_line, welcome
 from shoehorn.common import mounts
+from shoehorn.common.disk import volume_error
 from shoehorn.common.errors import SettingsError
 from shoehorn.config.settings import load
 from shoehorn.gateway.keys.store import KeyStore, NewKey
@@ -47,6 +48,29 @@ def test_existing_key_has_a_placeholder_and_a_remedy() -> None:
 def test_address_with_a_certificate_is_https() -> None:
     text = welcome(load({**BASE, "API_KEY": "sk-canary-key", "TLS_CERT_FILE": "/c", "TLS_KEY_FILE": "/k"}), None)
     assert "curl -k -N https://127.0.0.1:7001/" in text
+
+
+@pytest.mark.parametrize(("published", "shown"), [
+    ("127.0.0.1:8000", "127.0.0.1:8000"), ("0.0.0.0:8000", "127.0.0.1:8000"), ("[::]:8000", "127.0.0.1:8000"),
+    (":8000", "127.0.0.1:8000"), ("192.0.2.7:80", "192.0.2.7:80"), ("[::1]:80", "[::1]:80"),
+    ("127.0.0.1:0", "127.0.0.1:7001"), ("127.0.0.1:8000-8010", "127.0.0.1:7001")])
+def test_published_address_is_shown(published: str, shown: str) -> None:
+    text = welcome(load({**BASE, "PUBLISHED_ADDRESS": published}), None)
+    assert f"http://{shown}/v1/" in text
+    assert f"on http://{shown}. Try" in text
+
+
+def test_folder_of_the_host_is_refused_inside_the_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def mkdir(*_arguments: object, **_options: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    with pytest.raises(SettingsError) as refusal:
+        _require_volume(tmp_path / "disk")
+    assert refusal.value.code == "volume_not_mounted"
+    assert f"MODELS_VOLUME={tmp_path}/disk" in refusal.value.remedy
+    assert volume_error(tmp_path / "disk", OSError(errno.EROFS, "")).code == "volume_not_mounted"
+    assert volume_error(tmp_path, OSError(errno.EROFS, "")).code == "volume_read_only"
 
 
 @pytest.mark.parametrize(("number", "code", "remedy"), [

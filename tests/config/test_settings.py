@@ -50,6 +50,7 @@ def test_all_mistakes_are_reported_together_by_name() -> None:
 
 
 @pytest.mark.parametrize(("name", "value"), [
+    ("PUBLISHED_ADDRESS", "8000"), ("PUBLISHED_ADDRESS", "example.com:80"), ("PUBLISHED_ADDRESS", "::1:80"),
     ("PORT", "0"), ("PORT", "65536"), ("PORT", "-1"), ("PORT", "6333.0"), ("PORT", "٦"),
     ("MAX_MODEL_LEN", "8"), ("MAX_NUM_SEQS", "0"), ("VRAM_LIMIT", "0"), ("VRAM_LIMIT", "7 gallons"),
     ("QUANTIZATION", "int3"), ("MODEL_ID", "llama"), ("MODEL_ID", "../../etc/passwd/x y"), ("MODEL_REVISION", "a/../b"),

@@ -18,6 +18,7 @@ import httpx
 import pytest
 
 from shoehorn.common.paths import HOME
+from shoehorn.config.other_variables import PASSED
 from shoehorn.config.settings import TABLE
 from support.waiting import SLACK, wait_until
 
@@ -48,9 +49,10 @@ INTERRUPTED = (r"Traceback", r"\[shutdown\]", r"resource_tracker: There appear t
 
 
 def clean_environment(**settings: str) -> dict[str, str]:
-    """Return this process's environment for compose without any of Shoehorn's settings."""
-    ours = {name for row in TABLE for name in (row.name, f"{row.name}_FILE")}
-    return {**{name: value for name, value in os.environ.items() if name not in ours}, **settings}
+    """Return this process's environment for compose without variables for the container and without .env."""
+    ours = {name for row in TABLE for name in (row.name, f"{row.name}_FILE")} | {each.name for each in PASSED}
+    rest = {name: value for name, value in os.environ.items() if name not in ours}
+    return {**rest, "SHOEHORN_ENV_FILE": os.devnull, **settings}
 
 
 def docker(*arguments: str, timeout: float = 60, environment: Mapping[str, str] | None = None,

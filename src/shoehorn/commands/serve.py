@@ -65,12 +65,17 @@ def run(arguments: argparse.Namespace, environment: Mapping[str, str]) -> int:
         print(first_key_line(first_key), flush=True)
     write_atomic(paths.welcome, welcome(settings, first_key), 0o600)
     StateFile(settings.run_dir).update(phase=Phase.STARTING, detail="starting", model=settings.served_model_name)
-    print(f"shoehorn {__version__}: profile {profile.name}, gateway on port {settings.port}, "
+    print(f"shoehorn {__version__}: profile {profile.name}, gateway on {_address(settings)}, "
           f"metrics on port {settings.metrics_port}", flush=True)
     disable_core_dumps()
     os.set_inheritable(lock, True)  # held until supervisord ends
     os.execve(sys.executable, [sys.executable, "-m", programs.SUPERVISORD, str(settings.run_dir)],
               _without_secrets(settings, environment))
+
+
+def _address(settings: Settings) -> str:
+    """Return the address at which a client on this host reaches the gateway."""
+    return settings.published_address or f"127.0.0.1:{settings.port}"
 
 
 def disable_core_dumps() -> None:
@@ -93,8 +98,8 @@ def welcome(settings: Settings, first_key: NewKey | None) -> str:
     if settings.tls_cert_file:  # -k: the certificate has the public name of this machine
         command, scheme = "curl -k -N", "https"
     return "\n".join([
-        "", f"Ready: {settings.served_model_name} on port {settings.port}. Try:", "",
-        f"{command} {scheme}://127.0.0.1:{settings.port}/v1/chat/completions "
+        "", f"Ready: {settings.served_model_name} on {scheme}://{_address(settings)}. Try:", "",
+        f"{command} {scheme}://{_address(settings)}/v1/chat/completions "
         f'-H "Authorization: Bearer {bearer}" -H "Content-Type: application/json" -d {body}', "",
         *(["YOUR_KEY is shown only when it is created. For a new one, type: shoehorn keys add NAME", ""]
           if bearer == "YOUR_KEY" else [])])
@@ -142,6 +147,11 @@ def _require_volume(models_dir: Path) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
+        if error.errno == errno.EROFS and not models_dir.exists():
+            raise SettingsError(
+                f"MODELS_DIR={models_dir}: not found in this container, whose file system is read-only.",
+                f"Unset MODELS_DIR; with docker-compose.yml set MODELS_VOLUME={models_dir} to mount that folder of the "
+                "host at /models.", code="volume_not_mounted") from error
         if error.errno == errno.EROFS:
             raise SettingsError(f"MODELS_DIR={models_dir}: mounted read-only, but keys are stored there.",
                                 "Mount it writable (without :ro). Mount a read-only model elsewhere, and set "

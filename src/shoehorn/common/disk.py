@@ -72,6 +72,11 @@ def volume_error(models_dir: Path, error: OSError) -> ModelUnavailableError:
         return ModelUnavailableError(f"Volume {models_dir}: disk full.",
                                      "Free space there or mount a larger volume at MODELS_DIR, then retry; downloaded "
                                      "data is kept.", code="disk_full")
+    if error.errno == errno.EROFS and not models_dir.exists():
+        return ModelUnavailableError(f"MODELS_DIR={models_dir}: not found in this container.",
+                                     f"Mount a volume there, or unset MODELS_DIR; with docker-compose.yml set "
+                                     f"MODELS_VOLUME={models_dir} to mount that folder of the host at /models.",
+                                     code="volume_not_mounted")
     if error.errno == errno.EROFS:
         return ModelUnavailableError(f"Volume {models_dir}: mounted read-only; the model must be written.",
                                      "Mount it writable (without :ro), or use a complete folder with "

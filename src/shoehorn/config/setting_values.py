@@ -42,6 +42,20 @@ def integer(minimum: int, maximum: int) -> Callable[[str], int]:
     return parse
 
 
+def published_address(text: str) -> str:
+    """Parse ADDRESS:PORT as Docker publishes it -> the same for a client on the host; "" if Docker chooses the port.
+
+    Every address (0.0.0.0, [::]) becomes that of the loopback.
+    """
+    address, _, port = text.rpartition(":")
+    if not re.fullmatch(r"(?:[0-9.]+|\[[0-9a-fA-F:.]+\])?:[0-9]{1,5}(?:-[0-9]{1,5})?", text):
+        raise ValueError(f"{text!r} is not ADDRESS:PORT, for example 127.0.0.1:6333")
+    if not port.isdecimal() or not 0 < int(port) <= 65535:
+        return ""
+    everywhere = ("", "0.0.0.0", "[::]")  # noqa: S104  # recognized, not bound
+    return f"{'127.0.0.1' if address in everywhere else address}:{port}"
+
+
 def switch(text: str) -> bool:
     """Parse yes or no."""
     if text.lower() not in _SWITCH_WORDS:

@@ -28,6 +28,7 @@ from shoehorn.config.setting_values import (
     one_of,
     origins,
     parse_key,
+    published_address,
     rate,
     revision,
     served_name,
@@ -142,6 +143,9 @@ class GatewaySettings(_Group):
     port: Annotated[int, Setting("6333", "Public port: API, status page, /livez, /readyz, /status.",
                                  integer(1, 65535))]
     metrics_port: Annotated[int, Setting("6334", "Port of /metrics.", integer(1, 65535))]
+    published_address: Annotated[str, Setting(
+        "", "ADDRESS:PORT under which the host publishes PORT, for the texts that show it; docker-compose.yml sets it.",
+        published_address, unset="")]
 
 
 @dataclass(frozen=True, repr=False)
