@@ -94,7 +94,9 @@ def test_packed_formats_keep_their_exact_bytes() -> None:
 
 @pytest.mark.parametrize(("change", "note"), [
     ({"architectures": ["OddForCausalLM"]}, "unknown architecture OddForCausalLM"),
-    ({"layer_types": ["linear_attention"]}, "linear_attention"),
+    ({"layer_types": ["odd_attention"]}, "odd_attention"),
+    ({"layer_types": ["linear_attention"]}, "the states of this model's layers are unknown"),
+    ({"sliding_window": 4096, "model_type": "odd"}, "does not say in which layers"),
     ({"text_config": CONFIG, "architectures": ["LlamaForCausalLM"]}, "multimodal"),
     ({"num_hidden_layers": 2}, "2 layers, the weights contain 1"),
     ({"intermediate_size": None}, "intermediate_size missing"),
@@ -109,7 +111,8 @@ ONE = {"model.layers.0.mlp.up_proj.weight": ("BF16", [128, 64])}
 
 
 @pytest.mark.parametrize(("change", "expected"), [
-    ({"sliding_window": 4096}, [(1, 0, 4096)]),
+    ({"sliding_window": 4096, "model_type": "mistral"}, [(1, 0, 4096)]),
+    ({"sliding_window": 4096, "model_type": "odd"}, [(1, 0, 0)]),
     ({"sliding_window": 4096, "use_sliding_window": False}, [(1, 0, 0)]),
     ({"sliding_window": None}, [(1, 0, 0)]),
     ({"sliding_window": 128, "layer_types": ["full_attention"]}, [(1, 0, 0)]),
@@ -117,7 +120,7 @@ ONE = {"model.layers.0.mlp.up_proj.weight": ("BF16", [128, 64])}
     ({"sliding_window": 128, "num_hidden_layers": 4, "model_type": "gemma2"}, [(2, 0, 0), (2, 0, 128)]),
     ({"sliding_window": 128, "num_hidden_layers": 4,
       "layer_types": ["sliding_attention", "full_attention"] * 2}, [(2, 0, 0), (2, 0, 128)]),
-    ({"kv_lora_rank": 512, "qk_rope_head_dim": 64}, [(1, 576, 0)]),
+    ({"kv_lora_rank": 512, "qk_rope_head_dim": 64, "model_type": "deepseek_v2"}, [(1, 576, 0)]),
 ])
 def test_kv_cache_of_each_layer_kind(change: dict[str, object], expected: list[tuple[int, int, int]]) -> None:
     kinds = read(checkpoint({**CONFIG, **change}, ONE)).kv_layers

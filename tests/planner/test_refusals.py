@@ -116,8 +116,8 @@ def test_full_disk_is_refused_before_anything_is_pulled() -> None:
 
 def test_too_small_cache_on_the_cpu_names_the_context_that_fits() -> None:
     refusal = refused(machine(ram=64), llama_8b(), VRAM_PROFILE="cpu", MAX_MODEL_LEN="9000")
-    assert settings_remedies(refusal) == [{"MAX_MODEL_LEN": "8192"}]
-    assert isinstance(plan_for(machine(ram=64), llama_8b(), VRAM_PROFILE="cpu", MAX_MODEL_LEN="8192"), Plan)
+    assert settings_remedies(refusal) == [{"MAX_MODEL_LEN": "7936"}]
+    assert isinstance(plan_for(machine(ram=64), llama_8b(), VRAM_PROFILE="cpu", MAX_MODEL_LEN="7936"), Plan)
 
 
 def test_model_larger_than_host_memory_names_quantization() -> None:

@@ -10,13 +10,14 @@ Sources: config classes of transformers, and the models and kv_cache_interface.p
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from shoehorn.model.cache_reader import is_latent, read_caches
+from shoehorn.model.context import context_limits, rotary_positions
 from shoehorn.model.files import WEIGHTS_SUFFIXES, Files, invalid_file, read_json
 from shoehorn.model.safetensors import Tensor, header, shards
-from shoehorn.model.shape import KNOWN, Experts, KvLayers, ModelShape, TensorBytes, TensorGroup
+from shoehorn.model.shape import KNOWN, Experts, ModelShape, TensorBytes, TensorGroup
 from shoehorn.model.tensor_names import (
     BNB_STATE,
     COLUMN_SCALES,
@@ -71,19 +72,21 @@ def shape_of(config: Mapping[str, Any], tensors: Iterable[Tensor], disk_bytes: i
     if quantized.get("load_in_8bit"):
         notes.append("8-bit bitsandbytes is unsupported: its state is counted as stored")
     kv_heads = _count(text, "num_key_value_heads", heads)
-    head_dim = _count(text, "head_dim", _head_dim(tensors, kv_heads) or hidden // heads)
-    latent = _count(text, "kv_lora_rank", 0)
+    head_dim = _count(text, "head_dim", _count(text, "attention_head_dim", 0) or _head_dim(tensors, kv_heads)
+                      or hidden // heads)
+    latent = _count(text, "kv_lora_rank", 0) if is_latent(text) else 0
+    caches, limits = read_caches(text, layers, kv_heads, head_dim, notes), context_limits(text, notes)
     return ModelShape(
         architecture=architecture, layers=layers, hidden=hidden, heads=heads,
         intermediate=_count(text, "intermediate_size", 4 * hidden, notes), kv_heads=kv_heads,
         head_dim=_count(text, "qk_rope_head_dim", 64) if latent else head_dim,
         vocab=_count(text, "vocab_size", embedding.shape[0] if embedding and embedding.shape else None),
-        max_position=_max_position(text, notes), rotary_positions=_rotary_positions(text),
+        max_position=limits.default, longest_position=limits.longest, rotary_positions=rotary_positions(text),
         dtype=_dtype(config, text, embedding),
         tied_embeddings=not groups.lm_head.bytes or bool(
             text.get("tie_word_embeddings", config.get("tie_word_embeddings"))),
         quantization=str(quantization) if quantization else None,
-        kv_layers=_kv_layers(text, layers, kv_heads, head_dim, latent, notes), tensor_bytes=groups,
+        kv_layers=caches.kv, state_layers=caches.states, block_size=caches.block_size, tensor_bytes=groups,
         weights_bytes=sum(tensor.bytes for tensor in tensors), disk_bytes=disk_bytes,
         experts=_experts(text, groups, quantized, hidden),
         absorbed_parameters=layers * latent * heads * (_count(text, "qk_nope_head_dim", 128)
@@ -152,37 +155,6 @@ def _group(tensors: Iterable[Tensor], layers: int, notes: list[str]) -> TensorBy
                           for kind, sizes in groups.items()})
 
 
-def _kv_layers(text: Mapping[str, Any], layers: int, kv_heads: int, head_dim: int, latent: int,
-               notes: list[str]) -> tuple[KvLayers, ...]:
-    """Return the kinds of KV cache, full attention first."""
-    if latent:
-        return (KvLayers(layers, 1, latent + _count(text, "qk_rope_head_dim", 64), latent=True),)
-    width = 2 * head_dim
-    window = text.get("sliding_window")
-    if type(window) is not int or window <= 0 or not text.get("use_sliding_window", True):
-        window = 0
-    kinds = Counter(_windowed(text, layers, bool(window), notes))
-    full = (KvLayers(kinds[False], kv_heads, width),) if kinds[False] else ()
-    return (*full, KvLayers(kinds[True], kv_heads, width, window)) if kinds[True] else full
-
-
-def _windowed(text: Mapping[str, Any], layers: int, has_window: bool, notes: list[str]) -> list[bool]:
-    """Return for each layer whether its cache is limited to the window, as in vLLM's models."""
-    types = text.get("layer_types")
-    if isinstance(types, list) and len(types) == layers:
-        unknown = set(map(str, types)) - {"full_attention", "sliding_attention"}
-        if unknown:
-            notes.append(f"unknown layer types {', '.join(sorted(unknown))}: cache counted as full attention")
-        return [has_window and kind == "sliding_attention" for kind in types]
-    if not has_window:
-        return [False] * layers
-    kind = str(text.get("model_type", ""))
-    pattern = text.get("sliding_window_pattern", 6 if kind.startswith("gemma3") else 2 if kind == "gemma2" else None)
-    if type(pattern) is int and pattern > 0:
-        return [(layer + 1) % pattern != 0 for layer in range(layers)]
-    return [True] * layers
-
-
 def _experts(text: Mapping[str, Any], groups: TensorBytes, quantized: Mapping[str, Any], hidden: int
              ) -> Experts | None:
     """Return the mixture of experts; None for a dense model."""
@@ -204,10 +176,11 @@ def _is_symmetric_int4(quantized: Mapping[str, Any]) -> bool:
 
 
 def _head_dim(tensors: Iterable[Tensor], kv_heads: int) -> int:
-    """Derive the head size from the key projection, for configs without it; 0 if impossible."""
-    projection = next((tensor for tensor in tensors if tensor.name.endswith(".self_attn.k_proj.weight")
-                       and len(tensor.shape) == 2 and tensor.dtype in ("BF16", "F16", "F32")), None)
-    return projection.shape[0] // kv_heads if projection else 0
+    """Derive the head size from the key projection of the text model, for configs without it; 0 if impossible."""
+    rows = next((tensor.shape[0] for tensor in tensors if len(tensor.shape) == 2 and tensor.shape[1] > 1
+                 and (layer := IN_LAYER.fullmatch(tensor.name))
+                 and layer[2] in ("self_attn.k_proj.weight", "self_attn.k_proj.weight_packed")), 0)
+    return rows // kv_heads
 
 
 def _dtype(config: Mapping[str, Any], text: Mapping[str, Any], embedding: Tensor | None) -> str:
@@ -215,34 +188,6 @@ def _dtype(config: Mapping[str, Any], text: Mapping[str, Any], embedding: Tensor
         if isinstance(name, str):
             return name.removeprefix("torch.")
     return {"F16": "float16", "F32": "float32"}.get(embedding.dtype if embedding else "", "bfloat16")
-
-
-def _rotary_positions(text: Mapping[str, Any]) -> int:
-    """Count the rows of vLLM's rotary tables (model_executor/layers/rotary_embedding/); scaling adds rows."""
-    longest = _count(text, "max_position_embeddings", 131072 if _is_gemma3(text) else 2048)
-    rope = _section(text, "rope_scaling") or _section(text, "rope_parameters")
-    kind, factor = rope.get("rope_type", rope.get("type", "default")), rope.get("factor") or 1.0
-    rows = longest
-    if kind in ("linear", "dynamic", "yarn", "deepseek_yarn") and isinstance(factor, int | float) and factor >= 1:
-        original = rope.get("original_max_position_embeddings")
-        rows = round((original if type(original) is int and kind.endswith("yarn") else longest) * factor)
-    return rows + (longest if text.get("rope_local_base_freq") or _is_gemma3(text) else 0)
-
-
-def _is_gemma3(text: Mapping[str, Any]) -> bool:
-    return str(text.get("model_type", "")).startswith("gemma3")
-
-
-def _max_position(text: Mapping[str, Any], notes: list[str]) -> int:
-    """Derive the maximum context like vLLM 0.32.0 (vllm/config/model.py, _get_and_verify_max_len)."""
-    longest = _count(text, "max_position_embeddings", *((131072,) if _is_gemma3(text) else (2048, notes)))
-    rope = _section(text, "rope_scaling") or _section(text, "rope_parameters")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if _is_gemma3(text) or kind in (
-            "su", "longrope", "llama3", "yarn", "deepseek_yarn", "deepseek_llama_scaling"):
-        return longest
-    factor = rope.get("factor") or 1.0
-    return int(longest * factor) if isinstance(factor, int | float) and factor >= 1 else longest
 
 
 def _section(document: Mapping[str, Any], key: str) -> Mapping[str, Any]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from shoehorn.model.layer_caches import KvLayers, StateLayers
+
 KNOWN = frozenset({
     "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Phi3ForCausalLM",
     "Gemma2ForCausalLM", "Gemma3ForCausalLM", "Gemma3ForConditionalGeneration", "MixtralForCausalLM",
@@ -42,24 +44,6 @@ class TensorBytes:
 
 
 @dataclass(frozen=True)
-class KvLayers:
-    """Layers with the same kind of KV cache.
-
-    Attributes:
-        heads: KV heads; 1 for a compressed cache (MLA), which every GPU stores completely.
-        width: entries of one head and token, key and value together.
-        window: cached tokens; 0 for all.
-        latent: compressed cache (MLA).
-    """
-
-    layers: int
-    heads: int
-    width: int
-    window: int = 0
-    latent: bool = False
-
-
-@dataclass(frozen=True)
 class Experts:
     """A mixture of experts: number per layer, number per token, and inner width of each.
 
@@ -82,9 +66,13 @@ class ModelShape:
         intermediate: inner width of the widest dense MLP.
         head_dim: width of the rotary embedding.
         rotary_positions: rows of all rotary tables together.
-        kv_layers: one entry per kind; their layers add up to `layers`.
+        kv_layers: caches of keys and values, one entry per kind; none for encoders.
+        state_layers: states of fixed size, one entry per kind.
+        block_size: tokens of a block of the KV cache, at least.
+        kv_cache_dtype: `kv-cache-dtype` that the checkpoint asks for; "auto" is the model's own.
         absorbed_parameters: parameters of bf16 copies of projections that the engine creates (MLA).
-        max_position: maximum context length, with the engine's rotary scaling.
+        max_position: context length unless one is set, with the engine's rotary scaling.
+        longest_position: largest context length that can be set; 0 where that is `max_position`.
         dtype: dtype of the checkpoint, as `bfloat16`.
         tied_embeddings: the output head shares the weights of the embedding.
         quantization: `quantization_config.quant_method` of the checkpoint; None if unquantized.
@@ -119,6 +107,10 @@ class ModelShape:
     unreadable: str = ""
     packed_embedding: bool = False
     column_groups: int = 0
+    state_layers: tuple[StateLayers, ...] = ()
+    block_size: int = 16
+    kv_cache_dtype: str = "auto"
+    longest_position: int = 0
 
     @property
     def understood(self) -> bool:

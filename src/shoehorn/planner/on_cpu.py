@@ -11,7 +11,7 @@ from shoehorn.planner.assembly import Assembly
 from shoehorn.planner.base_options import BaseOptions
 from shoehorn.planner.derive import derive
 from shoehorn.planner.inputs import PlanInputs
-from shoehorn.planner.load_tiers import CONTEXT_8K
+from shoehorn.planner.load_tiers import CONTEXT_8K, SMALL_TIERS
 from shoehorn.planner.memory.model import MemoryModel
 from shoehorn.planner.option_set import OptionSet
 from shoehorn.planner.placement import place_on_cpu
@@ -56,7 +56,9 @@ def _configured(inputs: PlanInputs, options: OptionSet) -> tuple[OptionSet, Memo
     """Fill in the open limits; everything else is given or has one value on a CPU."""
     fields = open_fields(options, inputs.shape) & _OPEN_FIELDS
     start = replace(start_config(inputs, options, inputs.hardware.host_memory_bytes), offload=NoOffload())
-    model = MemoryModel(inputs.shape, at_load(start, CONTEXT_8K, fields))
+    tried = (MemoryModel(inputs.shape, at_load(start, load, fields)) for load in (CONTEXT_8K, *SMALL_TIERS))
+    model = next((each for each in tried if each.missing_on_host() <= 0),
+                 MemoryModel(inputs.shape, at_load(start, CONTEXT_8K, fields)))
     raised = with_least_batch(model)
     options = derive(options, fields, raised, None, "default")
     if raised is not model:

@@ -67,11 +67,10 @@ def place_on_gpus(model: MemoryModel) -> Placement:
         everywhere, gpu = tuple(range(model.shape.layers)), (gpu_name(0),)
         mixtures = everywhere[len(everywhere) - model.weights.expert_layers:]
         return Placement((LayerGroup(everywhere, gpu, gpu, "rest"), LayerGroup(mixtures, (CPU, *gpu), gpu, "experts")))
-    tensor, groups, first = model.config.parallelism.tensor, [], 0
+    tensor, groups = model.config.parallelism.tensor, []
     for stage in range(model.config.parallelism.pipeline):
         gpus = tuple(gpu_name(stage * tensor + rank) for rank in range(tensor))
-        layers = range(first, first + model.weights.stage_layers(stage))
-        first = layers.stop
+        layers = model.weights.stage_range(stage)
         offloaded = _offloaded(model, stage, layers)
         resident = tuple(layer for layer in layers if layer not in offloaded)
         groups += [LayerGroup(numbers, stored, gpus) for numbers, stored in

@@ -94,6 +94,26 @@ Offload = NoOffload | UvaOffload | PrefetchOffload | ExpertCacheOffload
 
 
 @dataclass(frozen=True)
+class CacheOptions:
+    """Form of the KV cache and of states.
+
+    Attributes:
+        block_size: tokens of a block; a model with states may need more.
+        kv_dtype_bytes: of one entry of a key or value.
+        head_bytes: of the scales of one head and token.
+        caches_prefixes: prefix caching; a sequence keeps a second state for it.
+        convolution_bytes, recurrent_bytes: of one entry of a state; 0 leaves it to the model.
+    """
+
+    block_size: int = 16
+    kv_dtype_bytes: float = 2
+    head_bytes: int = 0
+    caches_prefixes: bool = True
+    convolution_bytes: int = 0
+    recurrent_bytes: int = 0
+
+
+@dataclass(frozen=True)
 class Speculation:
     """Speculative decoding: draft tokens per forward pass, and the draft model where one makes them."""
 
@@ -109,7 +129,7 @@ class ServingConfig:
         limit_bytes: of one device, everything counted: a GPU as NVML shows it, or the host.
         nf4: layers are in NF4, quantized while loading or in the checkpoint.
         embedding_on_host: the embedding is in host memory, and the GPU reads the rows it needs.
-        dtype_bytes: of one unquantized weight or activation; kv_dtype_bytes: of one entry of the KV cache.
+        dtype_bytes: of one unquantized weight or activation.
         eager: without CUDA graphs and torch.compile.
         capture_limit: tokens of the largest batch that has a CUDA graph; None leaves it to the engine.
         kv_cache_bytes: fixed size of the KV cache on each device; None gives it what the other parts leave.
@@ -123,8 +143,7 @@ class ServingConfig:
     embedding_on_host: bool = False
     speculation: Speculation = Speculation()
     dtype_bytes: int = 2
-    kv_dtype_bytes: float = 2
-    block_size: int = 16
+    cache: CacheOptions = CacheOptions()
     eager: bool = False
     capture_limit: int | None = None
     kv_cache_bytes: int | None = None

@@ -13,7 +13,7 @@ from shoehorn.planner.memory.model import MemoryModel
 from shoehorn.planner.option_set import OptionSet
 from shoehorn.planner.reasons import PROFILE
 from shoehorn.planner.search import Candidate, SearchSpace, search, smallest
-from shoehorn.planner.serving_config import BITSANDBYTES, Limits, NoOffload, ServingConfig, Speculation
+from shoehorn.planner.serving_config import BITSANDBYTES, CacheOptions, Limits, NoOffload, ServingConfig, Speculation
 from shoehorn.planner.vllm_args import KNOBS, Field, with_options
 
 _UNBOUNDED = 1 << 40
@@ -60,8 +60,9 @@ def start_config(inputs: PlanInputs, options: OptionSet, limit_bytes: int) -> Se
     shape, draft = inputs.shape, inputs.draft
     limits = Limits(min(shape.max_position, LARGEST.context), LARGEST.sequences, LARGEST.tokens)
     config = ServingConfig(limit_bytes, limits, nf4=shape.quantization == BITSANDBYTES,
+                           cache=CacheOptions(block_size=shape.block_size),
                            speculation=Speculation(draft=draft.shape if draft else None))
-    return with_options(config, options.values)
+    return with_options(config, options.values, shape.kv_cache_dtype)
 
 
 def configure(inputs: PlanInputs, options: OptionSet, limit_bytes: int) -> Configured:

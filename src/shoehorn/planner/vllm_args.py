@@ -27,9 +27,14 @@ NGRAM = {"method": "ngram", "num_speculative_tokens": 8, "prompt_lookup_max": 4,
 DECODE_GRAPHS = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
 """CUDA graphs of whole forward passes without torch.compile, as vLLM's `compilation-config`."""
 
-_ENTRY_BYTES = {"fp8": 1, "fp8_e4m3": 1, "fp8_e5m2": 1, "int8_per_token_head": 1, "fp8_per_token_head": 1,
-                "int4_per_token_head": 0.5, "nvfp4": 0.5}
-"""Bytes of one entry of the KV cache, by `kv-cache-dtype`; other formats are those of the model."""
+CACHE_FORMATS: Mapping[str, tuple[float, int]] = {
+    **dict.fromkeys(("fp8", "fp8_e4m3", "fp8_e5m2"), (1, 0)), "nvfp4": (9 / 16, 0), "float16": (2, 0),
+    "bfloat16": (2, 0), **dict.fromkeys(("int8_per_token_head", "fp8_per_token_head"), (1, 8)),
+    "int4_per_token_head": (0.5, 8)}
+"""By `kv-cache-dtype`: bytes of one entry, scales of its block included, and of the scales of one head and token.
+
+Others are counted as the model's own dtype. Source: customize_spec of vLLM's attention backends.
+"""
 
 
 class Field(Enum):
@@ -108,6 +113,16 @@ def _offload_part(name: str) -> Callable[[ServingConfig], object]:
     return lambda config: getattr(config.offload, name) if isinstance(config.offload, PrefetchOffload) else None
 
 
+def _cache(name: str, read: Callable[[Any], Any]) -> Callable[[ServingConfig, Any, Mapping[str, object]],
+                                                             ServingConfig]:
+    return lambda config, value, options: replace(config, cache=replace(config.cache, **{name: read(value)}))
+
+
+def _state_bytes(dtype: Any) -> int:
+    """Return the bytes of one entry of a state; 0 for the model's own."""
+    return {"float32": 4, "float16": 2, "bfloat16": 2}.get(str(dtype), 0)
+
+
 def _unread(config: ServingConfig, value: Any, options: Mapping[str, object]) -> ServingConfig:
     return config
 
@@ -140,8 +155,10 @@ KNOBS = (
     Knob("compilation-config", Field.OFFLOAD,
          lambda config: dict(DECODE_GRAPHS) if isinstance(config.offload, ExpertCacheOffload) and not config.eager
          else None, _unread, opens=False),
-    Knob("block-size", None, lambda config: config.block_size,
-         lambda config, value, options: replace(config, block_size=int(value)), keeps=False),
+    Knob("block-size", None, lambda config: config.cache.block_size, _cache("block_size", int), keeps=False),
+    Knob("enable-prefix-caching", None, lambda config: None, _cache("caches_prefixes", bool), keeps=False),
+    Knob("mamba-cache-dtype", None, lambda config: None, _cache("convolution_bytes", _state_bytes), keeps=False),
+    Knob("mamba-ssm-cache-dtype", None, lambda config: None, _cache("recurrent_bytes", _state_bytes), keeps=False),
     Knob("tensor-parallel-size", None, lambda config: None,
          lambda config, value, options: replace(config, parallelism=replace(config.parallelism, tensor=int(value))),
          keeps=False),
@@ -157,13 +174,18 @@ KNOBS = (
 """In the order in which options are derived."""
 
 
-def with_options(config: ServingConfig, options: Mapping[str, object]) -> ServingConfig:
-    """Read vLLM's options into a configuration."""
+def with_options(config: ServingConfig, options: Mapping[str, object], kv_cache_dtype: str = "auto") -> ServingConfig:
+    """Read vLLM's options into a configuration.
+
+    Args:
+        kv_cache_dtype: of the checkpoint, where no option sets another.
+    """
     for knob in KNOBS:
         if options.get(knob.option) is not None:
             config = knob.from_option(config, options[knob.option], options)
-    entry = _ENTRY_BYTES.get(str(options.get("kv-cache-dtype", "auto")), config.dtype_bytes)
-    return replace(config, kv_dtype_bytes=entry)
+    chosen = str(options.get("kv-cache-dtype") or "auto")
+    entry, scales = CACHE_FORMATS.get(kv_cache_dtype if chosen == "auto" else chosen, (config.dtype_bytes, 0))
+    return replace(config, cache=replace(config.cache, kv_dtype_bytes=entry, head_bytes=scales))
 
 
 def offload_options(config: ServingConfig) -> dict[str, object]:

@@ -8,12 +8,11 @@ from typing import Any
 
 from contract.oracle.patterns import expand_all
 from shoehorn.common.errors import ShoehornError
-from shoehorn.common.units import ceil_div
 from shoehorn.model import checkpoint
 from shoehorn.model.safetensors import DTYPE_BITS, Tensor
-from shoehorn.model.shape import KvLayers, ModelShape
+from shoehorn.model.shape import ModelShape
 from shoehorn.planner.memory.model import MemoryModel
-from shoehorn.planner.serving_config import BITSANDBYTES, Limits, Parallelism, ServingConfig
+from shoehorn.planner.serving_config import BITSANDBYTES, CacheOptions, Limits, Parallelism, ServingConfig
 
 Figures = dict[str, Any]
 
@@ -37,27 +36,25 @@ def plan(document: Mapping[str, Any], gpus: tuple[int, ...]) -> dict[int, Figure
 
 def _figures(shape: ModelShape, gpus: int, options: Mapping[str, Any]) -> Figures:
     kv_entry_bytes = 1 if options.get("kv_cache_dtype") == "fp8" else 2
+    cache = CacheOptions(shape.block_size, kv_entry_bytes, caches_prefixes=options.get("enable_prefix_caching", True))
     config = ServingConfig(_LIMIT_BYTES, Limits(shape.max_position, 1, _BATCH_TOKENS), kv_cache_bytes=0,
-                           parallelism=Parallelism(tensor=gpus), kv_dtype_bytes=kv_entry_bytes,
+                           parallelism=Parallelism(tensor=gpus), cache=cache,
                            nf4=options.get("quantization") == BITSANDBYTES)
     model = MemoryModel(shape, config)
-    memory, first = model.gpus[0], shape.kv_layers[0]
+    memory, layout = model.gpus[0], model.cache_layouts[0]
     stored = memory.weights_bytes + memory.embeddings_bytes + memory.quant_state_bytes
     return {
         "weights_bytes": stored - model.weights.rounding_bytes,  # the allocator's rounding is in no parameter
-        "bytes_per_token": sum(_token_bytes(kind, gpus, kv_entry_bytes) for kind in shape.kv_layers if not kind.window),
-        "state_bytes": 0,
-        "request_bytes": model.kv_bytes(),
+        "bytes_per_token": sum(kind.layers * kind.token_bytes(gpus, kv_entry_bytes) for kind in shape.kv_layers
+                               if not kind.window),
+        "state_bytes": sum(kind.layers * kind.bytes(gpus, 0, 2) for kind in shape.state_layers),
+        "request_bytes": layout.blocks_per_request * layout.block_bytes,
         "max_model_len": shape.max_position,
         "heads": shape.heads, "kv_heads": shape.kv_heads, "layers": shape.layers,
-        "head_size": first.width if first.latent else shape.head_dim,
+        "head_size": next((kind.width for kind in shape.kv_layers if kind.latent and not kind.entry_bytes),
+                          shape.head_dim),
         "windows": sorted({kind.window for kind in shape.kv_layers if kind.window}),
     }
-
-
-def _token_bytes(kind: KvLayers, gpus: int, entry_bytes: int) -> int:
-    heads = kind.heads if kind.latent else max(1, ceil_div(kind.heads, gpus))
-    return kind.layers * heads * kind.width * entry_bytes
 
 
 def _tensors(document: Mapping[str, Any]) -> Iterator[Tensor]:

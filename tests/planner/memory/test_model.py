@@ -15,7 +15,7 @@ from shoehorn.model.shape import ModelShape
 from shoehorn.planner import throughput
 from shoehorn.planner.memory.device import DeviceMemory
 from shoehorn.planner.memory.model import CONTEXT_BYTES, MARGIN_BYTES, MemoryModel
-from shoehorn.planner.serving_config import PrefetchOffload, UvaOffload
+from shoehorn.planner.serving_config import CacheOptions, PrefetchOffload, UvaOffload
 from shoehorn.planner.throughput import moved_bytes
 from support.plans import GIB, configured
 
@@ -137,12 +137,13 @@ def test_cache_is_empty_when_nothing_is_left(shape_8b: ModelShape) -> None:
 
 
 def test_cache_of_a_token_has_the_published_size(shape_70b: ModelShape) -> None:
-    for changes, per_token in (({}, 327_680), ({"kv_dtype_bytes": 1}, 163_840), ({"tensor": 2}, 163_840),
+    fp8 = CacheOptions(kv_dtype_bytes=1)
+    for changes, per_token in (({}, 327_680), ({"cache": fp8}, 163_840), ({"tensor": 2}, 163_840),
                                ({"tensor": 16}, 40_960)):  # at 16 one head each, copied
         short = model(shape_70b, max_model_len=16, **changes)
-        assert short.kv_bytes() == 16 * per_token
+        assert short.kv_bytes() == 2 * 16 * per_token, "one block that the engine never uses"
         assert short.kv_tokens(1000 * 16 * per_token) == 16_000
-    assert model(shape_70b, max_model_len=17).kv_bytes() == 32 * 327_680
+    assert model(shape_70b, max_model_len=17).kv_bytes() == 3 * 16 * 327_680
 
 
 def test_two_gpus_halve_what_is_divided_and_copy_the_rest(shape_70b: ModelShape) -> None:
@@ -239,7 +240,7 @@ def test_mixture_reads_only_the_experts_that_some_token_passes() -> None:
 
 def test_compressed_cache_is_small_and_its_projections_are_held_twice() -> None:
     shape = checkpoints.read(captured_models.files("deepseek-v2-lite-chat"))
-    assert model(shape, max_model_len=16).kv_bytes() == 16 * 27 * 576 * 2
+    assert model(shape, max_model_len=16).kv_bytes() == 2 * 16 * 27 * 576 * 2
     assert shape.absorbed_parameters == 27 * 512 * 16 * 256
     assert model_gib(shape) == pytest.approx(29.32, rel=0.01)  # measured
 

@@ -1,22 +1,22 @@
-"""The KV cache: bytes and tokens for layers of every kind, in whole blocks, as vLLM 0.32.0 lays them out.
+"""The KV cache: bytes, blocks and tokens for layers of every kind, as vLLM 0.32.0 lays them out.
 
-Rules: one pool of blocks serves all layers. Layers of one kind form groups of equal size; a block holds one group's
-layers, so a model with windowed layers needs several blocks where one of plain attention needs one, but far fewer of
-them for a long request.
+Rules: one pool of blocks serves all groups of layers; the engine never uses one of the blocks. With states, CUDA graphs
+need one block per sequence.
 
-Source: vllm/v1/core/kv_cache_utils.py (_get_kv_cache_groups_uniform_page_size, get_max_concurrency_for_kv_cache_config)
-and vllm/v1/kv_cache_interface.py.
+Source: vllm/v1/core/kv_cache_utils.py (get_kv_cache_configs, get_max_concurrency_for_kv_cache_config) and
+vllm/config/compilation.py (resolve_cudagraph_mode_and_sizes).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from shoehorn.common.units import ceil_div
-from shoehorn.model.shape import KvLayers, ModelShape
+from shoehorn.planner.memory.kv_groups import group
+from shoehorn.planner.memory.kv_pages import PageKind, Pages
 
-_BATCHES_IN_FLIGHT = 2
-"""Batches whose tokens are scheduled but not yet computed: asynchronous scheduling overlaps two."""
+_UNUSED_BLOCKS = 1
+"""The block that stands for tokens without keys and values."""
 
 
 @dataclass(frozen=True)
@@ -24,48 +24,53 @@ class KvLayout:
     """Division of the KV cache on one GPU.
 
     Attributes:
-        block_bytes: of one block of the pool.
+        block_bytes: of one block of the pool; 0 for a model without a cache.
         blocks_per_request: of a request of full length.
-        max_model_len: tokens of such a request.
+        least_blocks: of the shortest request.
+        max_model_len: tokens of a request of full length.
+        state_bytes: of one sequence, all states together; 0 for a model without states.
+        states: kept of one sequence by each of its layers.
     """
 
     block_bytes: int
     blocks_per_request: int
+    least_blocks: int
     max_model_len: int
+    state_bytes: int = 0
+    states: int = 0
+
+    def blocks(self, cache_bytes: int) -> int:
+        """Blocks of a cache of that size."""
+        return cache_bytes // self.block_bytes if self.block_bytes else 0
 
     def tokens(self, cache_bytes: int) -> int:
         """Tokens of all requests together that a cache of that size holds, as vLLM reports it."""
-        return cache_bytes // self.block_bytes * self.max_model_len // self.blocks_per_request
+        return self.blocks(cache_bytes) * self.max_model_len // max(1, self.blocks_per_request)
 
-    def bytes_for(self, requests: int) -> int:
-        """Size of the KV cache for that many requests of full length."""
-        return requests * self.blocks_per_request * self.block_bytes
+    def bytes_for(self, requests: int, sequences: int = 0) -> int:
+        """Size of the KV cache for that many requests of full length.
+
+        Args:
+            sequences: at a time; each needs a block of its own.
+        """
+        return max(requests * self.blocks_per_request + _UNUSED_BLOCKS, sequences) * self.block_bytes
+
+    def sequences(self, cache_bytes: int) -> int:
+        """Sequences that a cache of that size serves at a time, when all are short; at least one."""
+        return max(1, (self.blocks(cache_bytes) - _UNUSED_BLOCKS) // max(1, self.least_blocks))
 
 
-def layout(shape: ModelShape, max_model_len: int, block_size: int, entry_bytes: float, max_num_batched_tokens: int,
-           tensor_parallel: int = 1, share: float = 1.0) -> KvLayout:
-    """Compute the layout of the KV cache on one GPU.
+def layouts(kinds: Sequence[Pages], max_model_len: int, in_flight: int, stages: Sequence[range]) -> list[KvLayout]:
+    """Compute the layout of the KV cache on one GPU of every pipeline stage.
 
     Args:
-        entry_bytes: of one key or value entry; a half for 4-bit formats.
-        share: of the layers that this GPU holds (pipeline parallelism).
+        in_flight: tokens that are scheduled and not yet computed.
+        stages: layer numbers of each stage.
     """
-    kinds = [(max(1, round(kind.layers * share)), kind) for kind in shape.kv_layers]
-    size = group_size([layers for layers, _ in kinds])
-
-    def page(kind: KvLayers) -> int:
-        heads = kind.heads if kind.latent else max(1, ceil_div(kind.heads, tensor_parallel))
-        return round(block_size * heads * kind.width * entry_bytes)
-
-    blocks = 0
-    for layers, kind in kinds:
-        tokens = max_model_len
-        if kind.window:
-            tokens = min(kind.window - 1 + _BATCHES_IN_FLIGHT * max_num_batched_tokens, max_model_len)
-        blocks += ceil_div(layers, size) * (ceil_div(tokens, block_size) + bool(kind.window))
-    return KvLayout(size * max(page(kind) for _, kind in kinds), blocks, max_model_len)
-
-
-def group_size(layers: list[int]) -> int:
-    """Number of layers in each group: the fewest of a kind, or the most where both are nearly as many."""
-    return max(layers) if max(layers) < min(layers) * 1.5 else min(layers)
+    groups = group(kinds)
+    blocks = [sum(each.blocks(length, in_flight) for each in groups) for length in (max_model_len, 1)]
+    states = [kind for kind in kinds if kind.kind is PageKind.STATE]
+    return [KvLayout(max((each.bytes(stage) for each in groups), default=0), blocks[0], blocks[1], max_model_len,
+                     sum(kind.bytes * kind.window * sum(number in stage for number in kind.numbers)
+                         for kind in states), max((kind.window for kind in states), default=0))
+            for stage in stages]

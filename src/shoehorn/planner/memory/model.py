@@ -14,6 +14,7 @@ from shoehorn.model.shape import ModelShape
 from shoehorn.planner.memory import kv_cache
 from shoehorn.planner.memory.activations import Activations
 from shoehorn.planner.memory.device import CPU, DeviceMemory, gpu_name
+from shoehorn.planner.memory.kv_pages import pages
 from shoehorn.planner.memory.offload import OffloadedWeights
 from shoehorn.planner.memory.weights import Weights
 from shoehorn.planner.serving_config import ExpertCacheOffload, ServingConfig, draft_config
@@ -70,26 +71,33 @@ class MemoryModel:
     # KV cache.
 
     @cached_property
-    def _layouts(self) -> tuple[kv_cache.KvLayout, ...]:
-        """Layout of the KV cache on one GPU of every stage."""
-        return tuple(self._layout(stage) for stage in range(self.config.parallelism.pipeline))
-
-    def _layout(self, stage: int) -> kv_cache.KvLayout:
-        config = self.config
-        own = kv_cache.layout(self.shape, config.limits.max_model_len, config.block_size, config.kv_dtype_bytes,
-                              config.limits.max_num_batched_tokens, config.parallelism.tensor,
-                              self.weights.stage_share(stage))
-        if self.draft is None:
-            return own
-        return replace(own, block_bytes=own.block_bytes + self.draft._layout(0).block_bytes)
+    def cache_layouts(self) -> tuple[kv_cache.KvLayout, ...]:
+        """Layout of the KV cache on one GPU of every stage; a draft model's layers share its blocks."""
+        config, draft = self.config, self.draft.shape if self.draft else None
+        kinds = pages(
+            (*self.shape.kv_layers, *(replace(kind, numbers=(0,) * kind.layers) for kind in draft.kv_layers))
+            if draft else self.shape.kv_layers,
+            self.shape.state_layers, config.cache, config.parallelism.tensor, config.speculation.draft_tokens,
+            config.dtype_bytes)
+        in_flight = (config.parallelism.pipeline + 1) * config.limits.max_num_batched_tokens
+        stages = [self.weights.stage_range(stage) for stage in range(config.parallelism.pipeline)]
+        return tuple(kv_cache.layouts(kinds, config.limits.max_model_len, in_flight, stages))
 
     def kv_tokens(self, cache_bytes: int) -> int:
         """Tokens of all requests together in a cache of that size on the first stage."""
-        return self._layouts[0].tokens(cache_bytes)
+        return self.cache_layouts[0].tokens(cache_bytes)
 
     def kv_bytes(self, requests: int = 1) -> int:
-        """KV cache on one GPU for that many requests of full length, in whole blocks."""
-        return max(layout.bytes_for(requests) for layout in self._layouts)
+        """KV cache on one GPU for that many requests of full length, in whole blocks.
+
+        With states, the engine captures CUDA graphs only where every sequence has a block.
+        """
+        sequences = self.config.limits.max_num_seqs if self.shape.state_layers and not self.config.eager else 0
+        return max(layout.bytes_for(requests, sequences) for layout in self.cache_layouts)
+
+    def served_sequences(self, cache_bytes: int) -> int:
+        """Sequences that a cache of that size serves at a time."""
+        return min(layout.sequences(cache_bytes) for layout in self.cache_layouts)
 
     # Devices.
 
@@ -102,9 +110,9 @@ class MemoryModel:
         """
         bare = [self._without_cache(stage) for stage in range(self.config.parallelism.pipeline)]
         if self.config.kv_cache_bytes is None:
-            blocks = min(max(0, self.config.limit_bytes - MARGIN_BYTES - memory.total_bytes) // layout.block_bytes
-                         for memory, layout in zip(bare, self._layouts, strict=True))
-            caches = [blocks * layout.block_bytes for layout in self._layouts]
+            blocks = min(layout.blocks(max(0, self.config.limit_bytes - MARGIN_BYTES - memory.total_bytes))
+                         for memory, layout in zip(bare, self.cache_layouts, strict=True))
+            caches = [blocks * layout.block_bytes for layout in self.cache_layouts]
         else:
             caches = [self.config.kv_cache_bytes] * len(bare)
         ranks = range(self.config.parallelism.tensor)

@@ -152,6 +152,11 @@ class Weights:
         extra = range(stages - 1 - rest, stages - 1) if rest < stages - 1 or stages == 1 else range(1, stages)
         return each + (stage in extra)
 
+    def stage_range(self, stage: int) -> range:
+        """Numbers of the layers of a pipeline stage."""
+        first = sum(self.stage_layers(before) for before in range(stage))
+        return range(first, first + self.stage_layers(stage))
+
     def stage_share(self, stage: int) -> float:
         """Share of the layers that a pipeline stage holds."""
         return self.stage_layers(stage) / self.shape.layers

@@ -1,0 +1,91 @@
+"""Context length of a model and rows of its rotary tables, from config.json.
+
+Source: vllm/config/model.py (_get_and_verify_max_len), vllm/transformers_utils/model_arch_config_convertor.py and
+vllm/model_executor/layers/rotary_embedding of vLLM 0.32.0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "model_max_length",
+         "max_target_positions", "max_sequence_length", "max_seq_length", "seq_len")
+"""Keys of the longest input; the smallest value counts."""
+
+_DEFAULT, _GEMMA3_DEFAULT = 2048, 131_072
+
+_SCALED_ALREADY = frozenset({"su", "longrope", "llama3", "yarn", "deepseek_yarn", "deepseek_llama_scaling"})
+"""Kinds of rotary scaling whose factor `max_position_embeddings` includes."""
+
+
+@dataclass(frozen=True)
+class ContextLimits:
+    """Tokens of a request.
+
+    Attributes:
+        default: unless the user sets another length; LongRoPE models are better without their long factors.
+        longest: that the user may set.
+    """
+
+    default: int
+    longest: int
+
+
+def context_limits(text: Mapping[str, Any], notes: list[str]) -> ContextLimits:
+    """Derive the limits; a default that config.json does not give is noted."""
+    lengths = [value for value in map(text.get, _KEYS) if type(value) is int and value > 0]
+    longest = _integer(text, "model_max_length") or min(lengths, default=0)
+    if not longest:
+        longest = _GEMMA3_DEFAULT if _is_gemma3(text) else _DEFAULT
+        if not _is_gemma3(text):
+            notes.append(f"max_position_embeddings missing in config.json: {longest} assumed")
+    scalings = list(_scalings(text))
+    if not _is_gemma3(text):
+        factors = [_factor(scaling) for scaling in scalings if _kind(scaling) not in _SCALED_ALREADY]
+        longest = int(longest * (factors[-1] if factors else 1))
+    default = longest
+    if any(_kind(scaling) in ("longrope", "su") for scaling in scalings):
+        default = min(longest, _integer(text, "original_max_position_embeddings") or longest)
+    return ContextLimits(default, longest)
+
+
+def rotary_positions(text: Mapping[str, Any]) -> int:
+    """Count the rows of vLLM's rotary tables; scaling adds rows."""
+    longest = _integer(text, "max_position_embeddings") or (_GEMMA3_DEFAULT if _is_gemma3(text) else _DEFAULT)
+    scaling = next(_scalings(text), {})
+    kind, factor = _kind(scaling), _factor(scaling)
+    rows = longest
+    if kind in ("linear", "dynamic", "yarn", "deepseek_yarn") and factor >= 1:
+        original = _integer(scaling, "original_max_position_embeddings")
+        rows = round((original if original and kind.endswith("yarn") else longest) * factor)
+    return rows + (longest if text.get("rope_local_base_freq") or _is_gemma3(text) else 0)
+
+
+def _scalings(text: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Yield the rotary scaling, or that of each type of layer."""
+    for key in ("rope_scaling", "rope_parameters"):
+        scaling = text.get(key)
+        if isinstance(scaling, Mapping) and scaling:
+            inner = [value for value in scaling.values() if isinstance(value, Mapping)]
+            yield from inner or [scaling]
+            return
+
+
+def _kind(scaling: Mapping[str, Any]) -> str:
+    return str(scaling.get("rope_type", scaling.get("type", "default")))
+
+
+def _factor(scaling: Mapping[str, Any]) -> float:
+    factor = scaling.get("factor")
+    return float(factor) if isinstance(factor, int | float) and factor > 0 else 1.0
+
+
+def _is_gemma3(text: Mapping[str, Any]) -> bool:
+    return str(text.get("model_type", "")).startswith("gemma3")
+
+
+def _integer(values: Mapping[str, Any], key: str) -> int:
+    value = values.get(key)
+    return value if type(value) is int and value > 0 else 0
