@@ -127,7 +127,7 @@ OVERVIEW = (
           [(rate("shoehorn_requests_total", "outcome"), "{{outcome}}")], kind="stack"),
     Panel("Requests by key", "By the name of the key, never the key.", "reqps",
           [(rate("shoehorn_requests_total", "key"), "{{key}}")], kind="stack"),
-    Panel("Tokens by key", "Tokens of answers that report their usage, by the key's name.", "none",
+    Panel("Tokens by key", "Tokens that the engine processed, by the key's name.", "none",
           [(rate("shoehorn_tokens_total", "key"), "{{key}}")], kind="stack"),
     Panel("Finish reasons", "Reasons why answers ended: stop, length, abort, error.", "reqps",
           [(rate("vllm:request_success_total", "finished_reason"), "{{finished_reason}}")], kind="stack"),
@@ -230,6 +230,42 @@ HEALTH = (
            (f"shoehorn_engine_scrape_duration_seconds{{{HERE}}}", "engine")]),
 )
 
+def used(period: str, by: str) -> str:
+    """Query the tokens used in the current day or month; 0 before the first use."""
+    tokens = gauge("shoehorn_usage_tokens", by, f',period="{period}"')
+    return f'{tokens} or on () label_replace(vector(0), "{by.split(",")[0]}", "none", "", "")'
+
+
+def budget_use(period: str) -> str:
+    """Query the used share of each key's budget; 0 without budgets."""
+    tokens = gauge("shoehorn_usage_tokens", "key", f',period="{period}"')
+    budget = f'max by (key) (shoehorn_tokens_limit{{{HERE},period="{period}"}})'
+    return f'({tokens} / {budget}) or on () label_replace(vector(0), "key", "none", "", "")'
+
+
+REFUSALS = ',outcome=~"rate_limit_exceeded|concurrency_limit_exceeded|insufficient_quota"'
+
+USAGE = (
+    Panel("Tokens today", "Of each key since 00:00 UTC, prompts and answers.", "short",
+          [(used("day", "key"), "{{key}}")], 12, "bars"),
+    Panel("Tokens this month", "Of each key since the first day of the month (UTC), prompts and answers.", "short",
+          [(used("month", "key"), "{{key}}")], 12, "bars"),
+    Panel("Budget used today", "Share of tokens_per_day; at 100 % requests get status 429 until 00:00 UTC.",
+          "percentunit", [(budget_use("day"), "{{key}}")], 12, "bars"),
+    Panel("Budget used this month", "Share of tokens_per_month; at 100 % requests get status 429 until the next month.",
+          "percentunit", [(budget_use("month"), "{{key}}")], 12, "bars"),
+    Panel("Tokens by model", "Tokens of this month by model and kind.", "short",
+          [(used("month", "model,kind"), "{{model}} {{kind}}")], 12, "bars"),
+    Panel("Refused by key", "Requests per second that a limit or a budget of the key refused.", "reqps",
+          [(f"({rate('shoehorn_requests_total', 'key,outcome', REFUSALS)})"
+            ' or on () label_replace(vector(0), "key", "none", "", "")', "{{key}} {{outcome}}")], 12, "stack"),
+    Panel("Prompt tokens by key", "Tokens read per second.", "none",
+          [(rate("shoehorn_tokens_total", "key", ',kind="prompt"'), "{{key}}")], 12, "stack"),
+    Panel("Generated tokens by key", "Tokens written per second.", "none",
+          [(rate("shoehorn_tokens_total", "key", ',kind="completion"'), "{{key}}")], 12, "stack"),
+)
+
 DASHBOARDS: Mapping[str, tuple[str, Sequence[Panel]]] = {
     "overview": ("Shoehorn: overview", OVERVIEW), "vram": ("Shoehorn: VRAM", VRAM),
-    "capacity": ("Shoehorn: capacity", CAPACITY), "health": ("Shoehorn: health", HEALTH)}
+    "capacity": ("Shoehorn: capacity", CAPACITY), "health": ("Shoehorn: health", HEALTH),
+    "usage": ("Shoehorn: usage", USAGE)}

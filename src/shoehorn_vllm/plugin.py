@@ -34,11 +34,13 @@ def register() -> None:
         bnb_experts,
         cpu_sleep,
         offload,
+        request_usage,
     )
 
     bnb_experts.apply()
     offload.apply()
     cpu_sleep.apply()
+    request_usage.apply()
     if current_platform.is_cuda():  # Triton is not in the CPU environment
         from shoehorn_vllm.hybrid import cached_experts
 

@@ -16,6 +16,9 @@ PROBE_PATH = "/-/probe"
 # Environment of the engine's processes.
 MAX_REQUESTS_VARIABLE = "SHOEHORN_MOST_REQUESTS"
 MEMORY_DIR_VARIABLE = "SHOEHORN_MEMORY_DIR"
+USAGE_DIR_VARIABLE = "SHOEHORN_USAGE_DIR"
+ADMISSIONS_VARIABLE = "SHOEHORN_ADMISSIONS"
+MODEL_VARIABLE = "SHOEHORN_MODEL"
 
 # Classes that vLLM loads by name.
 MIDDLEWARE_CLASS = "shoehorn_vllm.api.middleware.AdmissionMiddleware"
@@ -35,12 +38,15 @@ class KeyLimits:
         concurrent: requests at the same time.
         max_tokens: tokens of one request's answer.
         body_bytes: size of one request.
+        tokens_per_day, tokens_per_month: tokens of prompts and answers in a day or a calendar month (UTC).
     """
 
     requests_per_minute: int | None = None
     concurrent: int | None = None
     max_tokens: int | None = None
     body_bytes: int | None = None
+    tokens_per_day: int | None = None
+    tokens_per_month: int | None = None
 
     def as_dict(self) -> dict[str, int]:
         """The limits that are set, by name."""

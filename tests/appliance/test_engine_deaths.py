@@ -12,8 +12,11 @@ from pathlib import Path
 import psutil
 import pytest
 
+from shoehorn.gateway.keys.api_key import Key
+from shoehorn.gateway.keys.store import KeyStore
 from shoehorn.runtime import programs
 from shoehorn.runtime.state import Phase
+from shoehorn_vllm.protocol import KeyLimits
 from support.clients import BackgroundRequest, chat
 from support.running import Appliance, DiskFiller, standin
 from support.waiting import wait_until
@@ -61,8 +64,14 @@ def test_engine_restarts_after_a_part_dies_while_it_loads(start: Start, hold: Pa
                    "served", "503 meanwhile, ready again, no orphan.")
 def test_engine_restarts_after_a_part_dies_while_it_serves(start: Start) -> None:
     appliance = start(**standin())
+    template = Key("limited", b"", b"", 0.0, limits=KeyLimits(requests_per_minute=1))
+    limited = KeyStore(appliance.models_dir).add(template).token
+    appliance.wait_for(Phase.READY)
+    assert chat(appliance, key=limited).status_code == 200
     for number, part in enumerate((*PARTS, programs.ENGINE), start=1):
         appliance.wait_for(Phase.READY)
+        if number == 2:
+            assert chat(appliance, key=limited).status_code == 429, "the limit survives a restart of the engine"
         parts = [appliance.find(each) for each in PARTS]
         stream = BackgroundRequest(appliance)
         wait_until(lambda stream=stream: stream.text, 30, "a stream")

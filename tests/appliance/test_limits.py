@@ -11,7 +11,9 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
-from support.clients import HELLO, LONG, admitted, samples
+from shoehorn.config.models_dir import ModelsDir
+from shoehorn.runtime.usage_file import Usage, UsageFiles, by_key_and_model
+from support.clients import BODIES, HELLO, LONG, admitted, samples
 from support.running import Appliance
 from support.waiting import wait_until
 
@@ -75,6 +77,46 @@ def test_limits_apply_at_the_real_engine(engine: httpx.Client, appliance: Applia
         wait_until(lambda name=name: samples(appliance, name) == 1, 20, name)
     name = r'shoehorn_tokens_total\{key="twice",kind="completion"\}'
     wait_until(lambda: samples(appliance, name) == 3, 20, name)
+
+
+def counted(appliance: Appliance, key: str) -> tuple[float, float]:
+    """Return the tokens of prompts and of answers that the engine's API server counted for a key."""
+    return (samples(appliance, rf'shoehorn_tokens_total\{{key="{key}",kind="prompt"\}}'),
+            samples(appliance, rf'shoehorn_tokens_total\{{key="{key}",kind="completion"\}}'))
+
+
+def test_tokens_of_every_request_are_counted_and_kept(engine: httpx.Client, appliance: Appliance) -> None:
+    headers, prompt, completion = headers_of("counted", ""), 0, 0
+    for path, body in BODIES.items():
+        short = {**LONG, **body, **{name: 37 for name in body if name.startswith("max")}, "temperature": 0}
+        usage = engine.post(path, json=short, headers=headers).json()["usage"]
+        assert engine.post(path, json={**short, "stream": True}, headers=headers).status_code == 200
+        prompt += 2 * usage.get("prompt_tokens", usage.get("input_tokens"))
+        completion += 2 * usage.get("completion_tokens", usage.get("output_tokens"))
+    two = engine.post("/v1/completions", json={**LONG, "prompt": ["a", "b"], "n": 2, "max_tokens": 5}, headers=headers)
+    prompt, completion = prompt + two.json()["usage"]["prompt_tokens"], completion + 20
+    assert counted(appliance, "counted") == (prompt, completion)
+    with engine.stream("POST", "/v1/chat/completions", json={**MUCH, "n": 1, "stream": True}, headers=headers) as left:
+        next(left.iter_bytes())
+    wait_until(lambda: admitted(appliance) == 0, 20, "the abort")
+    assert counted(appliance, "counted")[0] > prompt
+    assert completion < counted(appliance, "counted")[1] < completion + 900
+    spent = headers_of("counted", f"tokens_per_day={completion}")
+    for path, body in BODIES.items():
+        refused = engine.post(path, json={**LONG, **body}, headers=spent)
+        assert (refused.status_code, refused.headers["x-should-retry"]) == (429, "false")
+        assert "budget is renewed at" in refused.json()["error"]["message"]
+    folder = UsageFiles(ModelsDir(appliance.models_dir).usage)
+
+    def saved() -> Usage:
+        rows = by_key_and_model(item for month in folder.months() for item in folder.read(month).items())
+        return rows.get(("counted", "shoehorn-demo"), Usage())
+
+    wait_until(lambda: (saved().prompt_tokens, saved().completion_tokens) == counted(appliance, "counted"), 30,
+               "the figures in the volume")
+    assert saved().requests == 2 * len(BODIES) + 2
+    name = r'shoehorn_usage_tokens\{key="counted",.*,period="day"\}'
+    wait_until(lambda: samples(appliance, name) == saved().tokens, 20, name)
 
 
 def test_concurrency_limit_of_one_key_does_not_affect_others(engine: httpx.Client, appliance: Appliance) -> None:

@@ -91,7 +91,7 @@ def test_panels_do_not_overlap(name: str) -> None:
 
 
 def test_dashboards_have_unique_ids() -> None:
-    assert len({document["uid"] for document in DASHBOARDS.values()}) == len(DASHBOARDS) == 4
+    assert len({document["uid"] for document in DASHBOARDS.values()}) == len(DASHBOARDS) == 5
 
 
 def test_compose_mounts_data_source_and_dashboards() -> None:

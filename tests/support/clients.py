@@ -69,10 +69,11 @@ class BackgroundRequest(threading.Thread):
         assert self.last_event.startswith(ERROR_ENDS[self.path]), (self.path, self.text[-500:])
 
 
-def chat(appliance: Appliance, question: str = "你叫啥?", **more: object) -> httpx.Response:
+def chat(appliance: Appliance, question: str = "你叫啥?", key: str = "", **more: object) -> httpx.Response:
     """Send one chat request."""
     body = {"model": "shoehorn-demo", "messages": [{"role": "user", "content": question}], **more}
-    return httpx.post(f"{appliance.url}/v1/chat/completions", json=body, headers=appliance.headers(), timeout=60)
+    headers = {"Authorization": f"Bearer {key}"} if key else appliance.headers()
+    return httpx.post(f"{appliance.url}/v1/chat/completions", json=body, headers=headers, timeout=60)
 
 
 def text_of(answer: httpx.Response) -> str:

@@ -9,6 +9,9 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry
 
+from shoehorn_vllm.api.admissions import AdmissionLog
+from shoehorn_vllm.api.ledger import UsageLedger
+from shoehorn_vllm.api.meter import CURRENT
 from shoehorn_vllm.api.metrics import RequestMetrics
 from shoehorn_vllm.api.middleware import AdmissionMiddleware, Scope
 from shoehorn_vllm.api.request import Message, Receive, Send
@@ -79,7 +82,8 @@ class Engine:
 
     def __init__(self, **settings: Any) -> None:
         self.registry = CollectorRegistry()
-        self.gate = AdmissionMiddleware(self, RequestMetrics(self.registry), **settings)
+        given = {"ledger": UsageLedger(), "admissions": AdmissionLog(None), **settings}
+        self.gate = AdmissionMiddleware(self, RequestMetrics(self.registry), **given)
         self.go, self.fail, self.stubborn, self.half = asyncio.Event(), False, False, False
         self.bodies: list[bytes] = []
         self.running = 0
@@ -95,13 +99,20 @@ class Engine:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         body = (await receive())["body"]
         self.bodies.append(body)
+        meter = CURRENT.get()  # absent for the appliance's own probe
+        if meter:
+            meter.count_prompt("", 3)
         self.running += 1
         try:
+            if meter:
+                meter.count_completion(2)
             if b'"stream"' in body:
                 await send({"type": "http.response.start", "status": 200,
                             "headers": [(b"content-type", b"text/event-stream; charset=utf-8")]})
                 await send({"type": "http.response.body", "body": b"data: 1\n\n", "more_body": True})
             await self._work(receive)
+            if meter:
+                meter.count_completion(3)
             if b'"stream"' in body:
                 await send({"type": "http.response.body", "body": b"data: " + USAGE + b"\n\n", "more_body": True})
                 if not self.half:

@@ -1,4 +1,4 @@
-"""`shoehorn keys add|list|rotate|revoke`: a new key alone on standard output, messages on standard error.
+"""`shoehorn keys add|list|usage|rotate|revoke`: a new key alone on standard output, messages on standard error.
 
 Rules: a key is shown once, when it is created, because only its hash is stored; a running server applies every change
 to the next request, and running answers continue; keys from API_KEY and API_KEYS_FILE are listed here and changed at
@@ -14,6 +14,8 @@ import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
 
+from shoehorn.commands import key_usage
+from shoehorn.commands.output import print_table
 from shoehorn.common.errors import EXIT_DONE, SettingsError
 from shoehorn.config import settings as settings_module
 from shoehorn.config.settings import Settings
@@ -26,6 +28,8 @@ _OPTIONS = {
     "concurrent": ("--concurrent", "N", "maximum of concurrent requests"),
     "max_tokens": ("--max-tokens", "N", "maximum of tokens in one answer"),
     "body_bytes": ("--max-body", "SIZE", "maximum size of a request, for example 1MiB"),
+    "tokens_per_day": ("--tokens-per-day", "N", "budget of tokens, prompts and answers, in a day (UTC)"),
+    "tokens_per_month": ("--tokens-per-month", "N", "budget of tokens in a calendar month (UTC)"),
 }
 
 
@@ -40,6 +44,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     listing = actions.add_parser("list", help="list the keys by name, with limits and last use")
     listing.add_argument("--json", action="store_true",
                          help="print [{name, source, created, last_used, expires, expired, limits}], Unix times")
+    usage = actions.add_parser("usage", help="list used tokens by key and model, and what is left of the budgets")
+    usage.add_argument("--since", metavar="WHEN", default="",
+                       help="first day (UTC): 2026-11-01, or 7d for the last seven; default: this month")
+    usage.add_argument("--json", action="store_true", help="print {since, usage: [{key, model, requests, "
+                       "prompt_tokens, completion_tokens}], budgets: [{key, period, limit, used, renewed}]}")
     rotate = actions.add_parser("rotate", help="replace a key by a new one with the same limits, and print it")
     rotate.add_argument("name", metavar="NAME")
     revoke = actions.add_parser("revoke", help="revoke a key")
@@ -55,6 +64,8 @@ def run(arguments: argparse.Namespace, environment: Mapping[str, str]) -> int:
     settings = settings_module.load(environment)
     if arguments.action == "list":
         return _list(settings, arguments.json)
+    if arguments.action == "usage":
+        return key_usage.show(settings, arguments.since, arguments.json)
     _require_changeable(settings, arguments.name)
     store = KeyStore(settings.models_dir)
     if arguments.action == "add":
@@ -106,9 +117,7 @@ def _list(settings: Settings, as_json: bool) -> int:
     table = [["NAME", "SOURCE", "CREATED", "LAST USED", "EXPIRES", "LIMITS"]]
     table += [[str(row["name"]), str(row["source"]), _day(row["created"], "-"), _day(row["last_used"], "never"),
                "expired" if row["expired"] else _day(row["expires"], "never"), _limits(row["limits"])] for row in rows]
-    widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
-    for line in table:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    print_table(table)
     return EXIT_DONE
 
 

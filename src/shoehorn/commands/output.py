@@ -1,4 +1,4 @@
-"""Output of long commands, as text or as one JSON object a line.
+"""Output of commands: tables, and the progress of long ones, as text or as one JSON object a line.
 
 The JSON lines are one protocol, which the engine program reads (`engine.fetch`), by `phase`: `pulling`, `verifying` and
 `converting` with bytes_done, bytes_total and rate_bytes_per_second; `log` with program, level and message, on standard
@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
@@ -69,6 +69,13 @@ def print_line(text: str) -> None:
         print(text, flush=True)
     except BrokenPipeError:
         _exit(signal.SIGPIPE, None)
+
+
+def print_table(rows: Sequence[Sequence[str]]) -> None:
+    """Print rows, of which the first has the titles, in aligned columns."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 def _exit(number: int, _frame: FrameType | None) -> None:

@@ -8,6 +8,7 @@
     .shoehorn/worked/DIGEST.json           known-good options of a start
     .shoehorn/speed.json                   measured bandwidths
     .shoehorn/keys.json                    hashes of API keys
+    .shoehorn/usage/2026-11.json           tokens by day, key and model in one month (UTC)
 
 Rules: these names are an on-disk format; a volume of an older version stays valid.
 """
@@ -48,6 +49,11 @@ class ModelsDir:
     def keys(self) -> Path:
         """File of the hashes of API keys."""
         return self.state / "keys.json"
+
+    @property
+    def usage(self) -> Path:
+        """Folder of the used tokens, one file for each month."""
+        return self.state / "usage"
 
     def model(self, model: str) -> Path:
         """Return the folder of a model's files."""

@@ -20,6 +20,7 @@ from types import FrameType
 from shoehorn.common import logging_config as logs
 from shoehorn.common.errors import SettingsError
 from shoehorn.config import settings as settings_module
+from shoehorn.config.models_dir import ModelsDir
 from shoehorn.config.settings import Settings
 from shoehorn.deployment import inputs, served_model
 from shoehorn.deployment.inputs import Deployment
@@ -38,7 +39,7 @@ from shoehorn.planner.plan import Plan
 from shoehorn.runtime import parent_watch
 from shoehorn.runtime.run_dir import RunDir
 from shoehorn.runtime.state import Phase, StateFile
-from shoehorn_vllm.protocol import MAX_REQUESTS_VARIABLE
+from shoehorn_vllm.protocol import ADMISSIONS_VARIABLE, MAX_REQUESTS_VARIABLE, MODEL_VARIABLE, USAGE_DIR_VARIABLE
 
 log = logging.getLogger("engine")
 
@@ -106,6 +107,8 @@ def _launch_spec(settings: Settings, environment: Mapping[str, str], plan: Plan,
     launch_config.write_engine_config(settings, plan.engine_args, directory)
     variables = {**_host_address(environment, plan), **plan.engine_environment,
                  **memory_report.prepare(settings.run_dir),
+                 USAGE_DIR_VARIABLE: str(ModelsDir(settings.models_dir).usage),
+                 ADMISSIONS_VARIABLE: str(paths.admissions), MODEL_VARIABLE: settings.served_model_name,
                  MAX_REQUESTS_VARIABLE: str(launch_config.most_requests(settings, plan.engine_args))}
     return LaunchSpec(
         run_dir=paths, environment=engine_environment(environment, variables, settings.run_dir),

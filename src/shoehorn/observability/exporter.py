@@ -25,15 +25,17 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
 from shoehorn import __version__
 from shoehorn.common import logging_config as logs
-from shoehorn.common.errors import ShoehornError
+from shoehorn.common.errors import SettingsError, ShoehornError
 from shoehorn.common.time_limit import TimeLimitedCall
 from shoehorn.config import settings as settings_module
+from shoehorn.config.models_dir import ModelsDir
 from shoehorn.observability import metrics, vram_usage
 from shoehorn.observability.engine_scrape import EngineScrape, EngineSource
 from shoehorn.observability.gpu_metrics import NO_ANSWER, GpuReading, GpuSample, NvmlReader
 from shoehorn.runtime import parent_watch
 from shoehorn.runtime.run_dir import RunDir
 from shoehorn.runtime.state import Phase, State, StateFile
+from shoehorn.runtime.usage_file import Period, UsageFiles, day_of, total
 
 log = logging.getLogger("exporter")
 
@@ -90,6 +92,20 @@ def volume_samples(models_dir: Path) -> _Values:
         return {}
     return {"shoehorn_models_volume_bytes": [((), status.f_blocks * status.f_frsize)],
             "shoehorn_models_volume_free_bytes": [((), status.f_bavail * status.f_frsize)]}
+
+
+def usage_samples(models_dir: Path, now: float) -> _Values:
+    """Samples of the used tokens of this day and month (UTC), as saved in the volume."""
+    try:
+        content = UsageFiles(ModelsDir(models_dir).usage).read(day_of(now)[:7])
+    except SettingsError:
+        return {}
+    periods: Sequence[Period] = ("day", "month")
+    rows: list[tuple[tuple[str, ...], float]] = [
+        ((key, model, kind, period), float(tokens)) for period in periods
+        for (key, model), usage in sorted(total(content, period, now).items())
+        for kind, tokens in (("prompt", usage.prompt_tokens), ("completion", usage.completion_tokens))]
+    return {"shoehorn_usage_tokens": rows} if rows else {}
 
 
 def engine_samples(scrape: EngineScrape) -> _Values:
@@ -256,7 +272,9 @@ def main(environment: Mapping[str, str], nvml: Any) -> int:
     exporter = Exporter(StateFile(settings.run_dir),
                         EngineSource(RunDir(settings.run_dir).engine_socket, ENGINE_LIMIT_SECONDS),
                         TimeLimitedCall(NvmlReader(nvml).read, GPU_LIMIT_SECONDS),
-                        TimeLimitedCall(lambda: volume_samples(settings.models_dir), VOLUME_LIMIT_SECONDS))
+                        TimeLimitedCall(lambda: {**volume_samples(settings.models_dir),
+                                                 **usage_samples(settings.models_dir, time.time())},
+                                        VOLUME_LIMIT_SECONDS))
     port = settings.metrics_port
     try:
         server = MetricsServer(("0.0.0.0", port), exporter)  # noqa: S104  # the container's network; compose publishes on 127.0.0.1

@@ -61,6 +61,9 @@ TABLE: tuple[Metric, ...] = (
     Metric("shoehorn_offloaded_bytes", "Weights offloaded to host memory.", absent="before the first load"),
     Metric("shoehorn_models_volume_bytes", "Size of the volume with the models.", absent="when it does not answer"),
     Metric("shoehorn_models_volume_free_bytes", "Free space of the volume.", absent="when it does not answer"),
+    Metric("shoehorn_usage_tokens", "Tokens that a key used in the current `period`: day or month (UTC); `kind`: "
+           "prompt or completion. Kept in the volume, up to 15 s old.", ("key", "model", "kind", "period"),
+           absent="before the first use in the month, and when the volume does not answer"),
     Metric("shoehorn_engine_scrape_success", "1 when the engine's own metrics are part of this scrape."),
     Metric("shoehorn_engine_scrape_duration_seconds", "Duration of the engine's answer or failure.",
            absent="when no engine listens"),
@@ -115,8 +118,8 @@ PER_KEY: tuple[tuple[str, str], ...] = (
     ("shoehorn_requests_total", "Requests by `outcome`: `ok`, `error`, `left` (by the client), `aborted` (by a stop), "
      "or the code of the refusal, such as `rate_limit_exceeded`."),
     ("shoehorn_requests_running", "Requests admitted and not yet answered."),
-    ("shoehorn_tokens_total", "Tokens by `kind` (`prompt`, `completion`), of answers that report their usage: OpenAI's "
-     "streams do with `stream_options.include_usage`."),
+    ("shoehorn_tokens_total", "Tokens that the engine processed, by `kind` (`prompt`, `completion`), of all requests."),
+    ("shoehorn_tokens_limit", "Token budget of a key in a `period`: day or month."),
 )
 """Metrics of the middleware inside the engine's API server, by `key`: its name, never the key itself."""
 

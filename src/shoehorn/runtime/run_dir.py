@@ -91,6 +91,11 @@ class RunDir:
         return self.path / "restarts.json"
 
     @property
+    def admissions(self) -> Path:
+        """Times of the requests that were admitted in the last minute, of keys with a limit on requests."""
+        return self.path / "admissions"
+
+    @property
     def engine_group(self) -> Path:
         """Process group of the engine."""
         return self.path / "engine.group"

@@ -19,13 +19,20 @@ _STREAM_ENDS = {"openai": (b"[DONE]",), "anthropic": (b"event: message_stop", b"
 
 @dataclass(frozen=True)
 class Failure:
-    """A refused or failed request. `retry_seconds` goes into Retry-After; `param` names the invalid field."""
+    """A refused or failed request.
+
+    Attributes:
+        retry_seconds: goes into Retry-After.
+        param: names the invalid field.
+        is_final: tells the official clients not to repeat the request by themselves, with the header X-Should-Retry.
+    """
 
     status: int
     code: str
     message: str
     retry_seconds: int | None = None
     param: str | None = None
+    is_final: bool = False
 
 
 STOPPING = Failure(503, "server_stopping", "The server is shutting down. Retry in a few seconds.", 5)

@@ -1,18 +1,14 @@
 """Request metrics per API key, in the API server's Prometheus registry: vLLM's /metrics exports them.
-
-Rules: tokens are counted where an answer reports its usage: plain answers always do, OpenAI's streams with
-`stream_options.include_usage`, Anthropic's and Responses' streams always. Only the end of an answer is searched.
 """
 
 from __future__ import annotations
 
-import re
-
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge
 
+from shoehorn.runtime.usage_file import Usage
+from shoehorn_vllm.protocol import KeyLimits
+
 NO_KEY = "none"
-_USAGE = re.compile(rb'"(prompt|input|completion|output)_tokens"\s*:\s*(\d+)')
-_KINDS = {b"prompt": "prompt", b"input": "prompt", b"completion": "completion", b"output": "completion"}
 
 
 class RequestMetrics:
@@ -20,10 +16,13 @@ class RequestMetrics:
 
     def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
         self._requests = Counter("shoehorn_requests", "Requests to the API.", ("key", "outcome"), registry=registry)
-        self._tokens = Counter("shoehorn_tokens", "Tokens of answers that report their usage.", ("key", "kind"),
+        self._tokens = Counter("shoehorn_tokens", "Tokens that the engine processed.", ("key", "kind"),
                                registry=registry)
         self._running = Gauge("shoehorn_requests_running", "Requests that are admitted and not yet answered.", ("key",),
                               registry=registry)
+        self._budgets = Gauge("shoehorn_tokens_limit", "Token budget of a key.", ("key", "period"),
+                              registry=registry)
+        self._with_budget: set[tuple[str, str]] = set()
 
     def count_request(self, key: str, outcome: str) -> None:
         """Count a finished request: `ok`, `error`, `left` (by its client), `aborted`, or the code of its refusal."""
@@ -33,12 +32,17 @@ class RequestMetrics:
         """Set the number of running requests of a key."""
         self._running.labels(key).set(number)
 
-    def count_usage(self, key: str, end: bytes) -> None:
-        """Count the tokens that the end of an answer reports, if it does."""
-        for kind, tokens in usage(end).items():
-            self._tokens.labels(key, kind).inc(tokens)
+    def count_tokens(self, key: str, usage: Usage) -> None:
+        """Count tokens that the engine processed for a key."""
+        self._tokens.labels(key, "prompt").inc(usage.prompt_tokens)
+        self._tokens.labels(key, "completion").inc(usage.completion_tokens)
 
-
-def usage(end: bytes) -> dict[str, int]:
-    """Return `prompt` and `completion` tokens in the end of an answer; the last figure of each counts."""
-    return {_KINDS[name]: int(number) for name, number in _USAGE.findall(end)}
+    def set_budgets(self, key: str, limits: KeyLimits) -> None:
+        """Set the token budgets of a key; the ones it lacks are removed."""
+        for period, tokens in (("day", limits.tokens_per_day), ("month", limits.tokens_per_month)):
+            if tokens is not None:
+                self._budgets.labels(key, period).set(tokens)
+                self._with_budget.add((key, period))
+            elif (key, period) in self._with_budget:
+                self._budgets.remove(key, period)
+                self._with_budget.remove((key, period))

@@ -13,16 +13,22 @@ Rules:
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import os
+import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 from urllib.parse import parse_qs
 
-from shoehorn_vllm.api import errors
+from shoehorn.runtime.usage_file import Usage
+from shoehorn_vllm.api import budgets, errors
+from shoehorn_vllm.api.admissions import AdmissionLog
 from shoehorn_vllm.api.errors import Failure
+from shoehorn_vllm.api.ledger import UsageLedger
 from shoehorn_vllm.api.limits import KeyUsage, LimitExceededError, apply_token_cap, count_sequences, parse_body
+from shoehorn_vllm.api.meter import CURRENT, Meter
 from shoehorn_vllm.api.metrics import NO_KEY, RequestMetrics
 from shoehorn_vllm.api.request import BodyTooLongError, InFlightRequest, Receive, Send, read_body, refuse
 from shoehorn_vllm.protocol import (
@@ -30,6 +36,7 @@ from shoehorn_vllm.protocol import (
     KEY_HEADER,
     LIMITS_HEADER,
     MAX_REQUESTS_VARIABLE,
+    MODEL_VARIABLE,
     PROBE_PATH,
     KeyLimits,
 )
@@ -59,16 +66,22 @@ class AdmissionMiddleware:
         metrics: vLLM's own registry when not given.
         max_requests: the bound on requests running and queued; from `MAX_REQUESTS_VARIABLE` when not given, and no
             bound when that is not set.
+        ledger, admissions: where usage is kept; where the engine program says when not given.
     """
 
-    def __init__(self, app: Application, metrics: RequestMetrics | None = None,
-                 max_requests: int | None = None) -> None:
+    def __init__(self, app: Application, metrics: RequestMetrics | None = None, max_requests: int | None = None,
+                 ledger: UsageLedger | None = None, admissions: AdmissionLog | None = None) -> None:
         self._app = app
         self._metrics = metrics or RequestMetrics()
         text = os.environ.get(MAX_REQUESTS_VARIABLE, "")
         self._max_requests = max_requests if max_requests is not None else int(text) if text else None
         self._max_answers = max(int(os.environ.get(name) or _DEFAULT_MAX_SEQUENCES) for name in SEQUENCE_VARIABLES)
+        self._ledger = ledger or UsageLedger.from_environment()
+        self._model = os.environ.get(MODEL_VARIABLE, "")
+        self._admissions = admissions or AdmissionLog.from_environment()
         self._usage: defaultdict[str, KeyUsage] = defaultdict(KeyUsage)
+        for key, times in self._admissions.read(time.monotonic()).items():
+            self._usage[key].admitted.extend(times)
         self._requests: set[InFlightRequest] = set()
         self._is_stopping = False
 
@@ -101,17 +114,23 @@ class AdmissionMiddleware:
             await self._refuse(send, path, key, Failure(500, "internal_error", "The key's limits are unreadable."))
             return
         usage = self._usage[key]
-        now = asyncio.get_running_loop().time()
-        if failure := self._check(usage, limits, now, headers.get(_LENGTH, b"")):
+        now = time.monotonic()
+        self._metrics.set_budgets(key, limits)
+        if failure := (budgets.check(self._ledger, key, limits, time.time())
+                       or self._check(usage, limits, now, headers.get(_LENGTH, b""))):
             await self._refuse(send, path, key, failure)
             return
         if limits.requests_per_minute is not None:
             usage.admitted.append(now)
+            self._admissions.append(key, now)
         usage.running += 1
         self._metrics.set_running(key, usage.running)
+        meter = Meter(functools.partial(self._count, key, _KEY in headers))
+        CURRENT.set(meter)
         try:
             await self._forward(scope, receive, send, key, limits)
         finally:
+            meter.finish()
             usage.running -= 1
             self._metrics.set_running(key, usage.running)
 
@@ -174,7 +193,12 @@ class AdmissionMiddleware:
                 self._requests.discard(request)
                 request.done.set_result(None)
                 self._metrics.count_request(key, request.outcome)
-                self._metrics.count_usage(key, request.end)
+
+    def _count(self, key: str, is_known: bool, adapter: str, usage: Usage) -> None:
+        """Count usage of a key; that of the appliance's own requests is in the metrics only."""
+        self._metrics.count_tokens(key, usage)
+        if is_known:
+            self._ledger.add(key, adapter or self._model, usage)
 
     async def _refuse(self, send: Send, path: str, key: str, failure: Failure) -> None:
         self._metrics.count_request(key, failure.code)
@@ -207,6 +231,7 @@ class AdmissionMiddleware:
             if not request.done.done() and request.task is not None:
                 request.task.cancel()
         await _wait(late, ABORT_SECONDS)
+        await asyncio.to_thread(self._ledger.save)
         return len(running) - len(late), len(late)
 
 

@@ -23,8 +23,6 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
 KEEP_ALIVE_SECONDS = 15.0
-_USAGE_END_BYTES = 4096
-"""Plain answers report their usage at their end, after the text."""
 
 
 async def refuse(send: Send, failure: Failure, path: str) -> None:
@@ -33,6 +31,8 @@ async def refuse(send: Send, failure: Failure, path: str) -> None:
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
     if failure.retry_seconds is not None:
         headers.append((b"retry-after", str(failure.retry_seconds).encode()))
+    if failure.is_final:
+        headers.append((b"x-should-retry", b"false"))
     await send({"type": "http.response.start", "status": failure.status, "headers": headers})
     await send({"type": "http.response.body", "body": content})
 
@@ -105,13 +105,6 @@ class InFlightRequest:
             return "left"
         return "error" if self._is_broken or not 0 < self._status < 400 else "ok"
 
-    @property
-    def end(self) -> bytes:
-        """The last bytes of a good answer, which report its usage."""
-        if self._is_stream:
-            return self._previous_chunk + self._last_chunk
-        return self._last_chunk[-_USAGE_END_BYTES:]
-
     def abort(self) -> None:
         """Stop the request from the server's side."""
         if not self._abort.done():
@@ -160,7 +153,8 @@ class InFlightRequest:
                 self._previous_chunk, self._last_chunk = self._last_chunk, body
             if not message.get("more_body", False):
                 self._is_complete = True
-                if self._is_stream and not self._has_client_left and not errors.is_complete(self._path, self.end):
+                if self._is_stream and not self._has_client_left and not errors.is_complete(
+                        self._path, self._previous_chunk + self._last_chunk):
                     self._is_broken = True
                     message = {**message, "body": bytes(body) + errors.last_events(errors.BROKEN, self._path)}
         if self._keep_alive_task:

@@ -163,7 +163,7 @@ def parse_day(text: str) -> float:
 
 
 def _count(name: str, text: str) -> int:
-    if not re.fullmatch("[0-9]{1,9}", text) or int(text) < 1:
+    if not re.fullmatch("[0-9]{1,15}", text) or int(text) < 1:
         raise ValueError(f"{name}={text!r}: expected an integer from 1 on")
     return int(text)
 
