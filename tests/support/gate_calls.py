@@ -82,8 +82,8 @@ class Engine:
 
     def __init__(self, **settings: Any) -> None:
         self.registry = CollectorRegistry()
-        given = {"ledger": UsageLedger(), "admissions": AdmissionLog(None), **settings}
-        self.gate = AdmissionMiddleware(self, RequestMetrics(self.registry), **given)
+        options = {"ledger": UsageLedger(), "admissions": AdmissionLog(None), **settings}
+        self.gate = AdmissionMiddleware(self, RequestMetrics(self.registry), **options)
         self.go, self.fail, self.stubborn, self.half = asyncio.Event(), False, False, False
         self.bodies: list[bytes] = []
         self.running = 0

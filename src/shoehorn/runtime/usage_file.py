@@ -47,7 +47,7 @@ class Usage:
 
 
 class Account(NamedTuple):
-    """What is counted apart: a day (2026-11-28), the name of a key, and the name of a model."""
+    """Subject of a count: a day (2026-11-28), the name of a key, and the name of a model."""
 
     day: str
     key: str

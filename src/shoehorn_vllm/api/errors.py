@@ -24,7 +24,7 @@ class Failure:
     Attributes:
         retry_seconds: goes into Retry-After.
         param: names the invalid field.
-        is_final: tells the official clients not to repeat the request by themselves, with the header X-Should-Retry.
+        is_final: the official clients must not retry the request automatically (header X-Should-Retry).
     """
 
     status: int
