@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import fault_table  # the path is set just above
 import metrics_document  # likewise
 import model_table
+import parser_document  # likewise
 import routes_document  # likewise
 
 RESULTS = HOME / "bench" / "results"
@@ -142,7 +143,7 @@ DOCUMENTS = {Path("README.md"): filled("README.md", "measured.md.j2", **_README_
              Path("docs/configuration.md"): configuration, Path(".env.example"): example,
              Path("docs/metrics.md"): metrics_document.document, Path("docs/routes.md"): routes_document.document,
              Path("docs/reliability.md"): fault_table.document,
-             Path("docs/models.md"): model_table.document}
+             Path("docs/models.md"): model_table.document, Path("docs/parsers.md"): parser_document.document}
 
 if __name__ == "__main__":
     for path, text in DOCUMENTS.items():

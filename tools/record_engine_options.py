@@ -1,4 +1,4 @@
-"""Recording of vLLM's options from its real parser into src/shoehorn/config/vllm_options.json; run after an upgrade.
+"""Recording of vLLM's options and of the names of its parsers into src/shoehorn/config; run after an upgrade.
 
 usage: python tools/record_engine_options.py [--print]
 The appliance reads this recording instead of importing the engine. A test records again and compares.
@@ -13,7 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-TARGET = Path(__file__).resolve().parents[1] / "src" / "shoehorn" / "config" / "vllm_options.json"
+CONFIG = Path(__file__).resolve().parents[1] / "src" / "shoehorn" / "config"
+TARGET = CONFIG / "vllm_options.json"
 
 
 def kind_of(convert: Callable[[str], Any] | None) -> str:
@@ -59,6 +60,15 @@ def record(parser: argparse.ArgumentParser) -> dict[str, dict[str, Any]]:
     return dict(sorted(options.items()))
 
 
+def record_parsers() -> dict[str, list[str]]:
+    """Return the names of vLLM's parsers of thoughts and tool calls, by option."""
+    from vllm.reasoning import ReasoningParserManager
+    from vllm.tool_parsers import ToolParserManager
+
+    return {"reasoning-parser": sorted(ReasoningParserManager.list_registered()),
+            "tool-call-parser": sorted(ToolParserManager.list_registered())}
+
+
 def main() -> None:
     """Record the options; write or print them."""
     from vllm import __version__
@@ -72,6 +82,7 @@ def main() -> None:
         sys.stdout.write(text)
     else:
         TARGET.write_text(text, encoding="utf-8")
+        (CONFIG / "vllm_parsers.json").write_text(json.dumps(record_parsers(), indent=1) + "\n", encoding="utf-8")
         print(f"{TARGET}: {document['engine']}, {len(options)} options")
 
 

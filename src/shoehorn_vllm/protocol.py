@@ -5,6 +5,7 @@ Rules: this module imports neither vLLM nor torch, so that `shoehorn` may import
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from types import MappingProxyType
@@ -15,6 +16,7 @@ PROBE_PATH = "/-/probe"
 
 # Environment of the engine's processes.
 MAX_REQUESTS_VARIABLE = "SHOEHORN_MOST_REQUESTS"
+ABILITIES_VARIABLE = "SHOEHORN_ABILITIES"
 MEMORY_DIR_VARIABLE = "SHOEHORN_MEMORY_DIR"
 USAGE_DIR_VARIABLE = "SHOEHORN_USAGE_DIR"
 ADMISSIONS_VARIABLE = "SHOEHORN_ADMISSIONS"
@@ -70,6 +72,35 @@ class KeyLimits:
                 raise ValueError(f"invalid limit {part!r}")
             limits[name] = int(value)
         return cls(**limits)
+
+
+@dataclass(frozen=True)
+class Abilities:
+    """Tools and thoughts of the loaded model.
+
+    Attributes:
+        reasoning_parser: vLLM's parser of thoughts; "" without one.
+        tool_call_parser: vLLM's parser of tool calls; "" without one.
+        thinking_switch: variable of the chat template that switches thoughts; "" without one.
+        without_thoughts: reason for the missing parser of thoughts, a phrase; without_tools: the same for tool calls.
+        runs_tools: the engine has a tool server.
+    """
+
+    reasoning_parser: str = ""
+    tool_call_parser: str = ""
+    thinking_switch: str = ""
+    without_thoughts: str = ""
+    without_tools: str = ""
+    runs_tools: bool = False
+
+    def to_json(self) -> str:
+        """Format the value of `ABILITIES_VARIABLE`."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Abilities:
+        """Parse the value of `ABILITIES_VARIABLE`."""
+        return cls(**json.loads(text))
 
 
 @dataclass(frozen=True)

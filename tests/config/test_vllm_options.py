@@ -37,7 +37,7 @@ spec.loader.exec_module(recorder)
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 parser = make_arg_parser(FlexibleArgumentParser())
-result = {"options": recorder.record(parser), "parsed": {}}
+result = {"options": recorder.record(parser), "parsers": recorder.record_parsers(), "parsed": {}}
 for path in sys.argv[2:]:
     try:
         options = vars(parser.parse_args(["--config", path]))
@@ -51,9 +51,10 @@ print("RESULT" + json.dumps(result, default=str))
 
 @dataclass(frozen=True)
 class Real:
-    """Recorded options and parsed config files of vLLM's parser."""
+    """Recorded options, names of parsers, and parsed config files of vLLM."""
 
     options: Mapping[str, Any]
+    parsers: Mapping[str, list[str]]
     parsed: Mapping[str, Any]
 
 
@@ -92,7 +93,8 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Real:
                                 str(HOME / "tools" / "record_engine_options.py"), *paths],
                                capture_output=True, text=True, check=True, timeout=300)
     result = json.loads(next(line for line in completed.stdout.splitlines() if line.startswith("RESULT"))[6:])
-    return Real(result["options"], {Path(path).stem: options for path, options in result["parsed"].items()})
+    return Real(result["options"], result["parsers"],
+                {Path(path).stem: options for path, options in result["parsed"].items()})
 
 
 @pytest.mark.contract
@@ -100,6 +102,12 @@ def test_recording_equals_the_real_parser(real: Real) -> None:
     document = json.loads((HOME / "src" / "shoehorn" / "config" / "vllm_options.json").read_text())
     assert document["engine"] == "vllm 0.32.0"
     assert document["options"] == real.options, "run tools/record_engine_options.py"
+
+
+@pytest.mark.contract
+def test_recorded_parsers_are_those_of_the_registries(real: Real) -> None:
+    document = json.loads((HOME / "src" / "shoehorn" / "config" / "vllm_parsers.json").read_text())
+    assert document == real.parsers, "run tools/record_engine_options.py"
 
 
 @pytest.mark.contract

@@ -11,6 +11,7 @@ import shlex
 from collections.abc import Callable
 
 from shoehorn.common.units import parse_size
+from shoehorn.config import vllm_parsers
 
 SPECULATIVE_KEYWORDS = ("auto", "off", "ngram")
 """Values of SPECULATIVE besides the name of a draft model."""
@@ -27,6 +28,17 @@ def one_of(*choices: str) -> Callable[[str], str]:
     def parse(text: str) -> str:
         if text not in choices:
             raise ValueError(f"{text!r} is not one of {', '.join(choices)}")
+        return text
+
+    return parse
+
+
+def parser_name(option: vllm_parsers.Option) -> Callable[[str], str]:
+    """Return a parser of the name of one of vLLM's parsers, `auto` or `off`."""
+    def parse(text: str) -> str:
+        if text not in (vllm_parsers.AUTO, vllm_parsers.OFF, *vllm_parsers.names(option)):
+            raise ValueError(f"{vllm_parsers.unknown(option, text)}; use auto, off, or one of "
+                             f"{', '.join(vllm_parsers.names(option))}")
         return text
 
     return parse

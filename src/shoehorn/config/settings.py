@@ -28,6 +28,7 @@ from shoehorn.config.setting_values import (
     one_of,
     origins,
     parse_key,
+    parser_name,
     published_address,
     rate,
     revision,
@@ -115,6 +116,12 @@ class PlanSettings(_Group):
         "example deepseek-ai/DeepSeek-R1-Distill-Llama-8B for the 70B; a path with MODEL_SOURCE=local; used if it fits "
         "and is faster), `auto` (`ngram` if layers are offloaded to host memory), `off`. Requests with min_p or "
         "logit_bias are rejected while speculative decoding is enabled.", speculative)]
+    reasoning_parser: Annotated[str, Setting(
+        "auto", "vLLM's parser of thoughts, which separates them from the answer: `auto` (from architecture and chat "
+        "template), `off`, or a name (docs/parsers.md).", parser_name("reasoning-parser"))]
+    tool_call_parser: Annotated[str, Setting(
+        "auto", "vLLM's parser of tool calls: `auto`, `off`, or a name. Without a parser, requests with tools are "
+        "refused.", parser_name("tool-call-parser"))]
     vllm_extra_args: Annotated[tuple[str, ...], Setting(
         "", "Additional vLLM arguments, which override all other settings, for example `--max-num-batched-tokens "
         "1024`.", arguments, unset=())]

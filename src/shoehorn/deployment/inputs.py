@@ -11,7 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from shoehorn.common import disk
+from shoehorn.common.errors import SettingsError
 from shoehorn.common.paths import PROFILES
+from shoehorn.config import vllm_options
 from shoehorn.config.models_dir import ModelsDir
 from shoehorn.config.profiles import AUTO, Profile, automatic, load
 from shoehorn.config.settings import Settings
@@ -20,6 +22,8 @@ from shoehorn.deployment.served_model import ShapeReader
 from shoehorn.hardware import bandwidth_probe, detect
 from shoehorn.hardware.requirements import require_gpus
 from shoehorn.hardware.types import Hardware
+from shoehorn.model import chat_format
+from shoehorn.model.chat_format import ChatFormat
 from shoehorn.model.reference import ModelRef
 from shoehorn.planner.build import make_plan
 from shoehorn.planner.inputs import PlanInputs, PlanSettings
@@ -84,7 +88,8 @@ def gather(settings: Settings, machine: Hardware, *, here: bool = True, shapes: 
     elif volume:
         draft_disk_bytes = disk.disk_free(settings.models_dir)
     known_good_path = known_good.location(resolved, machine, profile, shape)
-    inputs = PlanInputs(PlanSettings.of(resolved), machine, profile, shape, disk_free_bytes)
+    inputs = PlanInputs(PlanSettings.of(resolved), machine, profile, shape, disk_free_bytes,
+                        chat=_chat_format(resolved, profile, ref))
     if volume and (options := known_good.read(known_good_path)):
         candidate = replace(inputs, known_good=options)
         if isinstance(make_plan(candidate), Refusal):
@@ -92,6 +97,20 @@ def gather(settings: Settings, machine: Hardware, *, here: bool = True, shapes: 
         else:
             inputs = candidate
     return Deployment(inputs, ref, directory, draft_disk_bytes, known_good_path)
+
+
+def _chat_format(settings: Settings, profile: Profile, ref: ModelRef) -> ChatFormat:
+    """Read the format of the model's conversations; a chat template of the user replaces the model's."""
+    options = {**profile.engine, **vllm_options.parse_arguments(settings.vllm_extra_args)}
+    template = str(options.get("chat-template", ""))
+    if template and not set(template) & set("{}\n"):  # vLLM takes a path, or the template itself
+        try:
+            template = Path(template).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise SettingsError(f"VLLM_EXTRA_ARGS: --chat-template {template}: cannot be read: {error}.",
+                                "Mount the file, and write its path inside the container.",
+                                code="unreadable_chat_template") from error
+    return chat_format.read(served_model.model_files(settings, ref), template)
 
 
 def select_profile(settings: Settings, hardware: Hardware, directory: Path = PROFILES) -> Profile:

@@ -13,8 +13,9 @@ import yaml
 
 from shoehorn.common.atomic_file import write_atomic
 from shoehorn.config.settings import Settings
+from shoehorn.planner.plan import Plan
 from shoehorn.runtime.run_dir import RunDir
-from shoehorn_vllm.protocol import MIDDLEWARE_CLASS
+from shoehorn_vllm.protocol import MIDDLEWARE_CLASS, Abilities
 
 ENGINE_DEFAULT_SEQUENCES = 256
 """vLLM's default of concurrent sequences."""
@@ -47,6 +48,16 @@ def most_requests(settings: Settings, plan_arguments: Mapping[str, object]) -> i
     running = running if isinstance(running, int) else ENGINE_DEFAULT_SEQUENCES
     queued = settings.max_queued_requests
     return running + (queued if queued is not None else QUEUE_FACTOR * running)
+
+
+def abilities(plan: Plan) -> Abilities:
+    """Return tools and thoughts of the model, for the middleware."""
+    thoughts, tools = (str(plan.engine_args.get(name) or "") for name in ("reasoning-parser", "tool-call-parser"))
+    reasons = {reason.option: reason.text.removeprefix("off: ") for reason in plan.reasons}
+    return Abilities(thoughts, tools, plan.thinking_switch,
+                     without_thoughts="" if thoughts else reasons.get("reasoning-parser", "no parser is set"),
+                     without_tools="" if tools else reasons.get("tool-call-parser", "no parser is set"),
+                     runs_tools=bool(plan.engine_args.get("tool-server")))
 
 
 def write_engine_config(settings: Settings, plan_arguments: Mapping[str, object], model: Path) -> Path:

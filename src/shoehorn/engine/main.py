@@ -39,7 +39,13 @@ from shoehorn.planner.plan import Plan
 from shoehorn.runtime import parent_watch
 from shoehorn.runtime.run_dir import RunDir
 from shoehorn.runtime.state import Phase, StateFile
-from shoehorn_vllm.protocol import ADMISSIONS_VARIABLE, MAX_REQUESTS_VARIABLE, MODEL_VARIABLE, USAGE_DIR_VARIABLE
+from shoehorn_vllm.protocol import (
+    ABILITIES_VARIABLE,
+    ADMISSIONS_VARIABLE,
+    MAX_REQUESTS_VARIABLE,
+    MODEL_VARIABLE,
+    USAGE_DIR_VARIABLE,
+)
 
 log = logging.getLogger("engine")
 
@@ -109,6 +115,7 @@ def _launch_spec(settings: Settings, environment: Mapping[str, str], plan: Plan,
                  **memory_report.prepare(settings.run_dir),
                  USAGE_DIR_VARIABLE: str(ModelsDir(settings.models_dir).usage),
                  ADMISSIONS_VARIABLE: str(paths.admissions), MODEL_VARIABLE: settings.served_model_name,
+                 ABILITIES_VARIABLE: launch_config.abilities(plan).to_json(),
                  MAX_REQUESTS_VARIABLE: str(launch_config.most_requests(settings, plan.engine_args))}
     return LaunchSpec(
         run_dir=paths, environment=engine_environment(environment, variables, settings.run_dir),

@@ -79,7 +79,7 @@ class Assembly:
             offloaded_bytes=self.model.offloaded.bytes if len(self.devices) > 1 else 0,
             kv_cache_tokens=self.model.kv_tokens(cache_bytes), expected_tokens_per_second=tokens_per_second,
             disk_bytes=inputs.shape.disk_bytes + (draft.shape.disk_bytes if draft else 0), config=self.model.config,
-            fixed=self.by_user, draft=draft)
+            fixed=self.by_user, draft=draft, thinking_switch=inputs.chat.switch if inputs.chat else "")
 
 
 def _common_remarks(inputs: PlanInputs, host: DeviceMemory) -> list[Reason]:

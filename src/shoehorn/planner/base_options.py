@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from shoehorn.common.errors import SettingsError
 from shoehorn.config import vllm_options
 from shoehorn.model.shape import ModelShape
-from shoehorn.planner import speculation
+from shoehorn.planner import parsers, speculation
 from shoehorn.planner.inputs import PlanInputs, PlanSettings
 from shoehorn.planner.option_set import OptionSet
 from shoehorn.planner.reasons import MODEL, PROFILE, SETTING, STEP_DOWN, Reason
@@ -51,6 +51,7 @@ def base_options(inputs: PlanInputs) -> BaseOptions:
     options = _quantization(options, inputs.settings, inputs.shape)
     options = _context(options, inputs.shape)
     options = speculation.apply_draft(options, inputs.draft)
+    options = parsers.choose(options, inputs.shape.architecture, inputs.chat)
     for option in _NOT_ESTIMATED:
         if _is_in_use(option, options.values.get(option)):
             options = options.note(option, "not-estimated")
@@ -68,6 +69,7 @@ def _with_settings(options: OptionSet, settings: PlanSettings) -> OptionSet:
         if value is not None:
             options = options.set_by_user(option, value, setting=name)
     options = speculation.apply_setting(options, settings)
+    options = parsers.apply_settings(options, settings)
     if settings.trust_remote_code:
         options = options.set_by_user("trust-remote-code", True, setting="TRUST_REMOTE_CODE")
     return options

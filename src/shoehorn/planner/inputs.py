@@ -12,6 +12,7 @@ from pathlib import Path
 from shoehorn.config.profiles import Profile
 from shoehorn.config.settings import Settings
 from shoehorn.hardware.types import Hardware
+from shoehorn.model.chat_format import ChatFormat
 from shoehorn.model.reference import ModelRef
 from shoehorn.model.shape import ModelShape
 
@@ -28,6 +29,8 @@ class PlanSettings:
     vram_limit: int | None
     speculative: str
     trust_remote_code: bool
+    reasoning_parser: str
+    tool_call_parser: str
     vllm_extra_args: tuple[str, ...]
 
     @classmethod
@@ -63,6 +66,7 @@ class PlanInputs:
         disk_free_bytes: for the model's files; None when these are complete or the volume is not known.
         known_good: vLLM options of the last configuration that started here; None drops an option.
         draft: the draft model to plan with; None plans without one.
+        chat: format of the model's conversations; None if it has none, or they do not matter.
     """
 
     settings: PlanSettings
@@ -72,3 +76,4 @@ class PlanInputs:
     disk_free_bytes: int | None = None
     known_good: Mapping[str, object] = field(default_factory=dict)
     draft: Draft | None = None
+    chat: ChatFormat | None = None

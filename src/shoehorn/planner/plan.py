@@ -28,6 +28,7 @@ class Plan:
         disk_bytes: files of the model, and of the draft model.
         fixed: options that the user gave.
         draft: the draft model, where one is used.
+        thinking_switch: variable of the chat template that switches thoughts; "" without one.
     """
 
     engine_args: Mapping[str, object]
@@ -43,6 +44,7 @@ class Plan:
     config: ServingConfig = field(repr=False)
     fixed: frozenset[str] = field(repr=False)
     draft: Draft | None = field(repr=False, default=None)
+    thinking_switch: str = ""
 
     @property
     def vram(self) -> tuple[DeviceMemory, ...]:
@@ -82,6 +84,7 @@ class Plan:
                 "max_num_seqs": limits.max_num_seqs, "kv_cache_tokens": self.kv_cache_tokens,
                 "offloaded_bytes": self.offloaded_bytes, "host_bytes": self.host_bytes, "disk_bytes": self.disk_bytes,
                 "expected_tokens_per_second": dict(self.expected_tokens_per_second),
+                "thoughts": "reasoning-parser" in self.engine_args, "tools": "tool-call-parser" in self.engine_args,
                 "vram": [device.to_json() for device in self.vram]}
 
 

@@ -23,7 +23,8 @@ from typing import Any
 from urllib.parse import parse_qs
 
 from shoehorn.runtime.usage_file import Usage
-from shoehorn_vllm.api import budgets, errors
+from shoehorn_vllm.api import abilities, budgets, errors
+from shoehorn_vllm.api.abilities import UnsupportedError
 from shoehorn_vllm.api.admissions import AdmissionLog
 from shoehorn_vllm.api.errors import Failure
 from shoehorn_vllm.api.ledger import UsageLedger
@@ -32,12 +33,14 @@ from shoehorn_vllm.api.meter import CURRENT, Meter
 from shoehorn_vllm.api.metrics import NO_KEY, RequestMetrics
 from shoehorn_vllm.api.request import BodyTooLongError, InFlightRequest, Receive, Send, read_body, refuse
 from shoehorn_vllm.protocol import (
+    ABILITIES_VARIABLE,
     DRAIN_PATH,
     KEY_HEADER,
     LIMITS_HEADER,
     MAX_REQUESTS_VARIABLE,
     MODEL_VARIABLE,
     PROBE_PATH,
+    Abilities,
     KeyLimits,
 )
 
@@ -75,6 +78,8 @@ class AdmissionMiddleware:
         self._metrics = metrics or RequestMetrics()
         text = os.environ.get(MAX_REQUESTS_VARIABLE, "")
         self._max_requests = max_requests if max_requests is not None else int(text) if text else None
+        facts = os.environ.get(ABILITIES_VARIABLE)
+        self._abilities = Abilities.from_json(facts) if facts else None
         self._max_answers = max(int(os.environ.get(name) or _DEFAULT_MAX_SEQUENCES) for name in SEQUENCE_VARIABLES)
         self._ledger = ledger or UsageLedger.from_environment()
         self._model = os.environ.get(MODEL_VARIABLE, "")
@@ -165,14 +170,17 @@ class AdmissionMiddleware:
                 return
             if (document := parse_body(body)) is not None:
                 sequences = count_sequences(path, document, self._max_answers)
-                if limits.max_tokens is not None and (
-                        changed := apply_token_cap(path, document, sequences, limits.max_tokens)) is not None:
+                changed = None if limits.max_tokens is None else \
+                    apply_token_cap(path, document, sequences, limits.max_tokens)
+                if self._abilities:
+                    changed = abilities.adapt(path, changed or document, self._abilities) or changed
+                if changed is not None:
                     body = json.dumps(changed).encode()
                     scope = {**scope, "headers": _with_length(scope["headers"], len(body))}
         except BodyTooLongError:
             await self._refuse(send, path, key, _too_long(limits.body_bytes or 0))
             return
-        except LimitExceededError as error:
+        except (LimitExceededError, UnsupportedError) as error:
             await self._refuse(send, path, key, Failure(400, error.code, str(error), param=error.param))
             return
         if self._is_stopping or self._is_full():  # while the body was being read
