@@ -14,7 +14,7 @@ from shoehorn.config.settings import Settings
 from shoehorn.deployment import inputs
 from shoehorn.deployment.plan import plan_deployment
 from shoehorn.planner.memory.device import PARTS, DeviceMemory
-from shoehorn.planner.plan import Plan, Refusal
+from shoehorn.planner.plan import Plan, Refusal, SequenceStates
 
 _ROWS = {**PARTS, "total_bytes": "total", "limit_bytes": "limit"}
 
@@ -47,8 +47,8 @@ def _text(plan: Plan | Refusal, settings: Settings) -> list[str]:
         rates = [f"{plan.expected_tokens_per_second[key]} tokens/s for {users}"
                  for key, users in (("batch_1", "one request"), ("batch_8", "eight concurrent requests"))
                  if plan.expected_tokens_per_second[key] is not None]
-        lines += [f"fits: {plan.kv_cache_tokens} tokens of KV cache for all requests"
-                  + (f"; about {', '.join(rates)}" if rates else ""),
+        cache = f"{plan.kv_cache_tokens} tokens of KV cache for all requests" if plan.kv_cache_tokens else "no KV cache"
+        lines += [f"fits: {cache}" + (f"; about {', '.join(rates)}" if rates else ""), *_states(plan.states),
                   f"host memory {format_size(plan.host_bytes)}, of which {format_size(plan.host_pinned_bytes)} pinned; "
                   f"disk {format_size(plan.disk_bytes)}"]
     else:
@@ -56,6 +56,14 @@ def _text(plan: Plan | Refusal, settings: Settings) -> list[str]:
     width = max((len(reason.option) for reason in plan.reasons), default=0)
     return [*lines, "", *(f"{reason.option:{width}}  {_format_value(reason.value):>12}  {reason.source}: {reason.text}"
                           for reason in plan.reasons)]
+
+
+def _states(states: SequenceStates | None) -> list[str]:
+    """Format the states of a sequence; nothing for a model without."""
+    if states is None:
+        return []
+    return [f"states: {format_size(states.bytes_per_sequence)} of the KV cache for each sequence ({states.layers} "
+            f"layers, {states.per_layer} each); for {states.sequences} sequences at a time"]
 
 
 def _table(parts: DeviceMemory, gpus: int) -> list[str]:

@@ -11,7 +11,7 @@ from shoehorn.planner.memory.device import DeviceMemory
 from shoehorn.planner.memory.model import MemoryModel
 from shoehorn.planner.option_set import OptionSet
 from shoehorn.planner.placement import Placement
-from shoehorn.planner.plan import Plan, Refusal
+from shoehorn.planner.plan import Plan, Refusal, SequenceStates
 from shoehorn.planner.reasons import MACHINE, MODEL, PROFILE, Reason
 from shoehorn.planner.refusal_texts import Remedy
 
@@ -79,7 +79,16 @@ class Assembly:
             offloaded_bytes=self.model.offloaded.bytes if len(self.devices) > 1 else 0,
             kv_cache_tokens=self.model.kv_tokens(cache_bytes), expected_tokens_per_second=tokens_per_second,
             disk_bytes=inputs.shape.disk_bytes + (draft.shape.disk_bytes if draft else 0), config=self.model.config,
-            fixed=self.by_user, draft=draft, thinking_switch=inputs.chat.switch if inputs.chat else "")
+            fixed=self.by_user, draft=draft, thinking_switch=inputs.chat.switch if inputs.chat else "",
+            states=self._states(cache_bytes))
+
+    def _states(self, cache_bytes: int) -> SequenceStates | None:
+        """Compute the states of a sequence; None for a model without."""
+        kinds, layouts = self.inputs.shape.state_layers, self.model.cache_layouts
+        if not kinds:
+            return None
+        return SequenceStates(sum(kind.layers for kind in kinds), max(layout.states for layout in layouts),
+                              max(layout.state_bytes for layout in layouts), self.model.served_sequences(cache_bytes))
 
 
 def _common_remarks(inputs: PlanInputs, host: DeviceMemory) -> list[Reason]:

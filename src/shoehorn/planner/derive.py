@@ -114,7 +114,7 @@ _EXPERT_CACHE = {"additional-config": "expert-cache", "moe-backend": "expert-ker
 
 _REASONS: Mapping[str, Callable[[MemoryModel, Candidate], _Code]] = {
     "quantization": _quantization, "enforce-eager": _eager, "max-model-len": _context,
-    "max-num-seqs": lambda model, chosen: ("sequences", {}),
+    "max-num-seqs": lambda model, chosen: ("sequences-states" if model.shape.state_layers else "sequences", {}),
     "max-num-batched-tokens": lambda model, chosen: ("batch", {}),
     "cpu-offload-gb": _offload, "offload-group-size": _offload,
     "offload-backend": lambda model, chosen: ("prefetch", {}),

@@ -17,7 +17,7 @@ from shoehorn.planner.option_set import OptionSet
 from shoehorn.planner.placement import place_on_cpu
 from shoehorn.planner.plan import Plan, Refusal
 from shoehorn.planner.reasons import MACHINE, Reason
-from shoehorn.planner.search import at_load
+from shoehorn.planner.search import at_load, within_states
 from shoehorn.planner.serving_config import BITSANDBYTES, NoOffload
 from shoehorn.planner.start import open_fields, start_config, with_least_batch
 from shoehorn.planner.vllm_args import Field
@@ -59,6 +59,7 @@ def _configured(inputs: PlanInputs, options: OptionSet) -> tuple[OptionSet, Memo
     tried = (MemoryModel(inputs.shape, at_load(start, load, fields)) for load in (CONTEXT_8K, *SMALL_TIERS))
     model = next((each for each in tried if each.missing_on_host() <= 0),
                  MemoryModel(inputs.shape, at_load(start, CONTEXT_8K, fields)))
+    model = model.with_config(within_states(model, fields))
     raised = with_least_batch(model)
     options = derive(options, fields, raised, None, "default")
     if raised is not model:

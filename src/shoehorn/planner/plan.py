@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from shoehorn.common.errors import DoesNotFitError
@@ -13,6 +13,23 @@ from shoehorn.planner.placement import Placement
 from shoehorn.planner.reasons import Reason
 from shoehorn.planner.refusal_texts import CAUSES, Remedy
 from shoehorn.planner.serving_config import BITSANDBYTES, ServingConfig
+
+
+@dataclass(frozen=True)
+class SequenceStates:
+    """States of a sequence in the KV cache: Mamba, Gated DeltaNet and other layers without keys and values.
+
+    Attributes:
+        layers: that have states.
+        per_layer: states that each of them keeps of a sequence.
+        bytes_per_sequence: of all of them on one GPU.
+        sequences: whose states fit at a time.
+    """
+
+    layers: int
+    per_layer: int
+    bytes_per_sequence: int
+    sequences: int
 
 
 @dataclass(frozen=True)
@@ -29,6 +46,7 @@ class Plan:
         fixed: options that the user gave.
         draft: the draft model, where one is used.
         thinking_switch: variable of the chat template that switches thoughts; "" without one.
+        states: None for a model without states.
     """
 
     engine_args: Mapping[str, object]
@@ -45,6 +63,7 @@ class Plan:
     fixed: frozenset[str] = field(repr=False)
     draft: Draft | None = field(repr=False, default=None)
     thinking_switch: str = ""
+    states: SequenceStates | None = None
 
     @property
     def vram(self) -> tuple[DeviceMemory, ...]:
@@ -71,7 +90,7 @@ class Plan:
                 "offloaded_bytes": self.offloaded_bytes, "kv_cache_tokens": self.kv_cache_tokens,
                 "expected_tokens_per_second": dict(self.expected_tokens_per_second), "disk_bytes": self.disk_bytes,
                 "devices": [device.to_device_json() for device in self.devices],
-                "placement": self.placement.to_json()}
+                "placement": self.placement.to_json(), "states": asdict(self.states) if self.states else None}
 
     def public_summary(self) -> dict[str, Any]:
         """Figures for the console page and `/status`, which need no key: nothing that a user typed freely.

@@ -49,6 +49,7 @@ TEXTS: Mapping[str, str] = {
     "context-useful": "a useful length; a longer one would need more offload",
     "context-fits": "longest length that fits for {requests}",
     "sequences": "suits the KV cache",
+    "sequences-states": "suits the KV cache, which holds the states of that many sequences",
     "batch": "suits the number of sequences; a larger batch would take memory from the KV cache",
     "capture-speculative": "same as without draft tokens, which would need memory for more graphs",
     "capture-fewer": "CUDA graphs for larger batches would need memory that only offload could free",
@@ -101,6 +102,7 @@ TEXTS: Mapping[str, str] = {
 """Text by code; `str.format` fills in the parameters."""
 
 NOTES: Mapping[str, str] = {"not-estimated": "its memory is not estimated",
+                            "few-states": "the KV cache holds the states of {served} at a time",
                             "exceeds-free-memory": "although only {limit} of the GPU are free",
                             "exceeds-vram-limit": "although VRAM_LIMIT is {limit}"}
 """Text by code of what is added to a reason."""

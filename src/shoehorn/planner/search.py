@@ -103,7 +103,8 @@ class SearchSpace:
 def search(space: SearchSpace) -> Candidate | None:
     """Find the best configuration that fits within the bounds; None when nothing fits."""
     for tier in (resident, resident_nf4, tight, expert_cache, useful_offload, any_offload):
-        for candidate in tier(space):
+        for each in tier(space):
+            candidate = replace(each, config=within_states(MemoryModel(space.shape, each.config), space.open_fields))
             if space.fits(candidate):
                 return candidate
     return None
@@ -221,6 +222,22 @@ def _with_least_offload(space: SearchSpace, start: ServingConfig, requests: int,
         return least(replace(drafting, eager=True)).config
     verifies_for_free = mostly_waits(model) or (not model.config.nf4 and model.offloaded.stage_bytes(0))
     return model.config if verifies_for_free else least(start).config
+
+
+def within_states(model: MemoryModel, open_fields: frozenset[Field]) -> ServingConfig:
+    """Lower the sequences to those that the KV cache has states for at a time, where their number is open."""
+    upper = model.config.limits.max_num_seqs
+
+    def served(sequences: int) -> int:
+        fewer = model.with_config(model.config.with_limits(max_num_seqs=sequences))
+        return fewer.served_sequences(fewer.gpus[0].kv_cache_bytes)
+
+    least = served(upper)
+    if not model.shape.state_layers or Field.SEQUENCES not in open_fields or least >= upper:
+        return model.config
+    most = min(upper, served(least))  # fewer sequences leave the cache more memory
+    return model.config.with_limits(max_num_seqs=next(
+        (sequences for sequences in range(most, least, -1) if served(sequences) >= sequences), least))
 
 
 def with_fewer_graphs(config: ServingConfig) -> Iterator[ServingConfig]:

@@ -41,7 +41,10 @@ class Configured:
 
 
 def open_fields(options: OptionSet, shape: ModelShape) -> frozenset[Field]:
-    """List the fields that the search may choose; a profile's context and offload are upper bounds of theirs."""
+    """List the fields that the search may choose; a profile's context and offload are upper bounds of theirs.
+
+    So are a profile's sequences for a model with states, of which the KV cache may have fewer.
+    """
     fields = {knob.field for knob in KNOBS if knob.field and knob.opens
               and knob.option not in options.values and knob.option not in options.fixed}
     if options.integer("cpu-offload-gb") and "cpu-offload-gb" not in options.fixed:
@@ -50,6 +53,8 @@ def open_fields(options: OptionSet, shape: ModelShape) -> frozenset[Field]:
         fields.discard(Field.OFFLOAD)
     if "max-model-len" in options.values and options.source_of("max-model-len") == PROFILE:
         fields.add(Field.CONTEXT)
+    if shape.state_layers and "max-num-seqs" in options.values and options.source_of("max-num-seqs") == PROFILE:
+        fields.add(Field.SEQUENCES)
     if not speculation.is_possible(options, shape):
         fields.discard(Field.SPECULATION)
     return frozenset(fields)
