@@ -3,6 +3,7 @@
 A model is one file of tests/captures/models: `source` (origin), `total_size` (published bytes of all tensors; null if
 unknown), `files_size` (of all files, including headers), `config` (config.json) and `tensors`: name -> [dtype, shape],
 where `{a-b}` in a name means every number from a to b.
+A name that is not captured is one of tests/captures/oracle, whose tensors were derived (tests/contract/oracle).
 NAME@unordered is the model NAME without activation order, which the engine does not support.
 A machine is one file of tests/captures/machines, in the form of `Hardware.to_json`.
 """
@@ -70,7 +71,9 @@ def names() -> tuple[str, ...]:
 def document(name: str) -> dict[str, Any]:
     """Return the capture of a model or variant."""
     stored, _, variant = name.partition("@")
-    expanded = dict(json.loads((MODELS / f"{stored}.json").read_text(encoding="utf-8")))
+    path = MODELS / f"{stored}.json"
+    path = path if path.exists() else CAPTURES / "oracle" / path.name
+    expanded = dict(json.loads(path.read_text(encoding="utf-8")))
     if variant:
         assert variant == "unordered"
         quantized = expanded["config"]["quantization_config"]
