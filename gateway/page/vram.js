@@ -133,8 +133,8 @@ export function showPlan(state, language) {
     pair.append(make("dt", "", t(key)), make("dd", "", value));
     return pair;
   }));
-  const charts = plan.vram.map((parts, number) =>
-    chart(parts, number, (state.memory ?? []).filter((row) => row.gpu === number), plan.vram.length === 1));
+  const charts = plan.vram.map((parts, number) =>  // numbered as by nvidia-smi
+    chart(parts, plan.gpus?.[number]?.index ?? number, (state.memory ?? []).filter((row) => row.gpu === number), plan.vram.length === 1));
   byId("legend").replaceChildren(...legend(plan.vram));
   byId("vram").replaceChildren(...(charts.length ? charts : [make("p", "note", t("cpu"))]));
 }

@@ -34,7 +34,7 @@ CARD = Gpu(0, "GPU-0", "NVIDIA GeForce RTX 5090", round(31.8 * GIB), round(31.8 
 @pytest.fixture(autouse=True)
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine without a GPU."""
-    monkeypatch.setattr(detect, "detect", lambda: HERE)
+    monkeypatch.setattr(detect, "detect", lambda **_: HERE)
 
 
 @pytest.fixture
@@ -165,7 +165,7 @@ def test_command_line_settings_override_the_environment(folder: Path, capsys: py
 
 def test_disk_counts_for_this_machine_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                              capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(detect, "detect", lambda: Hardware((CARD,), "580", 64 * GIB, 64 * GIB, 8.0))
+    monkeypatch.setattr(detect, "detect", lambda **_: Hardware((CARD,), "580", 64 * GIB, 64 * GIB, 8.0))
     monkeypatch.setattr(disk, "disk_free", lambda path: 10 * GIB)
     serve_from_hub(monkeypatch, captured_models.files("deepseek-r1-distill-llama-70b"))
     assert run(MODELS_DIR=str(tmp_path)) == 3
@@ -190,7 +190,7 @@ def test_invalid_argument_is_named(words: tuple[str, ...], problem: str) -> None
 
 def test_profiles_are_grouped_by_result(monkeypatch: pytest.MonkeyPatch,
                                                          capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(detect, "detect", lambda: Hardware((CARD,), "580", 64 * GIB, 64 * GIB, 8.0))
+    monkeypatch.setattr(detect, "detect", lambda **_: Hardware((CARD,), "580", 64 * GIB, 64 * GIB, 8.0))
     serve_from_hub(monkeypatch, captured_models.files("deepseek-r1-distill-llama-70b"))
     assert run("--json", module=profiles_command) == 0
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
@@ -209,7 +209,7 @@ def test_profiles_are_grouped_by_result(monkeypatch: pytest.MonkeyPatch,
 
 def test_small_model_runs_with_all_profiles_unless_vram_is_limited(
         folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(detect, "detect", lambda: Hardware((CARD,), "580", 64 * GIB, 64 * GIB, 8.0))
+    monkeypatch.setattr(detect, "detect", lambda **_: Hardware((CARD,), "580", 64 * GIB, 64 * GIB, 8.0))
     assert run("--json", "--model", str(folder), module=profiles_command) == 0
     groups = {row["name"]: row["group"] for row in json.loads(capsys.readouterr().out)}
     assert {groups["auto"], groups["7gb"], groups["cpu"]} == {"runs"}

@@ -139,7 +139,7 @@ def here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """One machine with cached bandwidths, a hub with both models, and a volume; returns its MODELS_DIR."""
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if name == "cuda" else find_spec(name))
-    monkeypatch.setattr(detect, "detect", lambda: HERE)
+    monkeypatch.setattr(detect, "detect", lambda **_: HERE)
     monkeypatch.setattr(pull, "hub_files", lambda _, ref: hub_files(ref))
     models_dir = tmp_path / "models"
     cache = ModelsDir(models_dir).bandwidths
@@ -167,7 +167,7 @@ def plan_by_engine(environment: Mapping[str, str]) -> dict[str, Any]:
     settings = settings_module.load(environment)
     states = StateFile(settings.run_dir)
     try:
-        main._plan(settings, inputs.detect_machine(settings, measure=True), states)
+        main._plan(settings, inputs.detect_machine(settings, {}, measure=True), states)
     except DoesNotFitError as error:
         return {"fits": False, "cause": error.cause}
     document: dict[str, Any] = json.loads(RunDir(settings.run_dir).plan.read_text())
@@ -187,7 +187,7 @@ def test_cli_and_engine_make_the_same_plan(
     state(Volume(here))
     if stepped_down:
         settings = settings_module.load(environment)
-        deployment = inputs.gather(settings, inputs.detect_machine(settings, measure=False))
+        deployment = inputs.gather(settings, inputs.detect_machine(settings, {}, measure=False))
         known_good.write(deployment.known_good, {"max-num-seqs": 3}, "no_kv_cache_memory: max-num-seqs 8 -> 3")
     by_cli, by_engine = plan_by_cli(environment, monkeypatch, capsys), plan_by_engine(environment)
     assert by_engine == {key: by_cli[key] for key in by_engine}

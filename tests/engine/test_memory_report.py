@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import logging.config
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,11 @@ import pytest
 import torch
 
 from shoehorn.engine import memory_report
+from shoehorn.hardware.types import Gpu, Hardware
+from shoehorn.observability.exporter import vram_samples
+from shoehorn.observability.gpu_metrics import GpuSample
 from shoehorn.planner.memory.device import DeviceMemory
+from shoehorn.runtime.state import State
 from shoehorn_vllm.protocol import MEMORY_DIR_VARIABLE
 from shoehorn_vllm.telemetry import memory_log, quant_state
 
@@ -181,3 +185,20 @@ def test_offload_that_is_reported_but_undone_is_detected() -> None:
     assert not memory_report.offload_is_undone(14 * GIB, rows(13 * GIB))
     assert not memory_report.offload_is_undone(0, rows(26 * GIB))
     assert not memory_report.offload_is_undone(14 * GIB, memory_report.compare([PARTS], {}, []))
+
+
+def test_report_has_the_numbers_of_nvml_and_measures_the_plans_gpus() -> None:
+    first = Gpu(3, "GPU-3", "RTX 4090", 24 * GIB, 23 * GIB, (8, 9), 4, 16, False)
+    second = replace(first, index=1, uuid="GPU-1", free_bytes=22 * GIB)
+    now = Hardware((replace(second, free_bytes=12 * GIB), replace(first, index=0, uuid="GPU-0", free_bytes=0),
+                    replace(first, free_bytes=3 * GIB)), "580", 0, 0, 1.0)
+    assert memory_report.used_bytes((first, second), now) == [20 * GIB, 10 * GIB]
+    rows = memory_report.compare([PARTS, PARTS], {}, [20 * GIB, 10 * GIB], [3, 1])
+    assert {(row.gpu, row.index) for row in rows} == {(0, 3), (1, 1)}
+    assert [line.split()[0] for line in memory_report.table(rows) if " total " in line] == ["3", "1"]
+    labels = {labels[0] for labels, _ in vram_samples(State(memory=tuple(map(asdict, rows))), tuple(
+        replace(SAMPLE, index=index) for index in range(4)))["shoehorn_vram_expected_bytes"]}
+    assert labels == {"1", "3"}
+
+
+SAMPLE = GpuSample(0, "GPU-0", "RTX 4090", 24 * GIB, GIB, 23 * GIB, 0, 0.0, 1.0, 1.0, ())

@@ -103,7 +103,7 @@ def test_stop_during_the_pause_ends_the_program(run: Run, monkeypatch: pytest.Mo
 def test_program_with_a_defect_ends_with_the_documented_exit_code(tmp_path: Path) -> None:
     """The real program, with a machine that cannot be detected."""
     code = ("import sys; from shoehorn.hardware import detect; from shoehorn.engine import main\n"
-            "def broken(): raise AttributeError('a defect')\n"
+            "def broken(**_): raise AttributeError('a defect')\n"
             "detect.detect = broken; sys.exit(main.main())")
     environment = {**os.environ, "PYTHONPATH": str(HOME / "src"), "RUN_DIR": str(tmp_path),
                    "MODELS_DIR": str(tmp_path), "SHOEHORN_TIMING": '{"backoff": 0.01}'}

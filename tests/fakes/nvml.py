@@ -142,6 +142,12 @@ class FakeNvml:
             raise pynvml.NVMLError(pynvml.NVML_ERROR_INVALID_ARGUMENT)
         return self._replay("nvmlDeviceGetTemperature", handle)
 
+    def nvmlDeviceGetMaxClockInfo(self, handle: int, clock: int) -> Any:
+        """Return the maximum of the SM clock in MHz."""
+        if clock != pynvml.NVML_CLOCK_SM:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_INVALID_ARGUMENT)
+        return self._replay("nvmlDeviceGetMaxClockInfo", handle)
+
     def __getattr__(self, name: str) -> Any:
         """Return constants and error classes of pynvml, and other calls from the recording."""
         real = getattr(pynvml, name)

@@ -28,12 +28,14 @@ class Probe:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, result: str) -> None:
         self.commands: list[list[str]] = []
+        self.visible: list[str] = []
         self._result = result
         monkeypatch.setattr(probe_importlib.util, "find_spec", lambda _: object())
         monkeypatch.setattr(subprocess, "run", self._run)
 
-    def _run(self, command: list[str], **_: object) -> SimpleNamespace:
+    def _run(self, command: list[str], env: dict[str, str], **_: object) -> SimpleNamespace:
         self.commands.append(command)
+        self.visible.append(env["CUDA_VISIBLE_DEVICES"])
         if not self._result:
             raise subprocess.CalledProcessError(1, command)
         return SimpleNamespace(stdout=self._result)
@@ -49,7 +51,8 @@ def test_bandwidths_are_measured_once_for_a_gpu_driver_and_link(cache: Path, mon
     for _ in range(2):
         measured = with_measured_bandwidths(MACHINE, cache)
         assert (measured.gpus[0].link_bytes_per_second, measured.gpus[0].device_bytes_per_second) == (24e9, 350e9)
-    assert probe.commands == [[sys.executable, "-m", "shoehorn.hardware.bandwidth_probe", "0"]]
+    assert probe.commands == [[sys.executable, "-m", "shoehorn.hardware.bandwidth_probe"]]
+    assert probe.visible == ["GPU-0"]
     assert gpu_specs.host_to_device_bandwidth(measured.gpus[0]) == (24e9, True)
     assert json.loads(cache.read_text())
     with_measured_bandwidths(replace(MACHINE, driver_version="590.1"), cache)

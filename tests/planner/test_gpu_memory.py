@@ -144,7 +144,8 @@ def test_fp8_kv_cache_doubles_the_tokens() -> None:
 
 def test_allocator_is_bounded_by_the_limit() -> None:
     limited = planned(machine(HUGE, ram=200), llama_8b(), VRAM_LIMIT="8GiB").engine_environment
-    assert limited == {ALLOCATOR: "expandable_segments:True,per_process_memory_fraction:0.0535"}
+    assert limited == {ALLOCATOR: "expandable_segments:True,per_process_memory_fraction:0.0535",
+                       "CUDA_VISIBLE_DEVICES": "GPU-0", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
     assert float(limited[ALLOCATOR].rpartition(":")[2]) * 139.8 <= 8 - 0.515
     whole = planned(machine(LARGE), llama_8b()).engine_environment[ALLOCATOR]
     assert 0.85 < float(whole.rpartition(":")[2]) <= 0.93

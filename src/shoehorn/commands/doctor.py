@@ -16,7 +16,7 @@ from shoehorn.common.errors import EXIT_BAD_SETTINGS, EXIT_DONE, SettingsError
 from shoehorn.common.units import MIB, format_size
 from shoehorn.config import settings as settings_module
 from shoehorn.config.settings import Settings
-from shoehorn.hardware import detect
+from shoehorn.hardware import detect, requirements
 from shoehorn.hardware.types import Hardware
 
 _SHARED_MEMORY_BYTES = 160 * MIB
@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, environment: Mapping[str, str]) -> int:
     """Print every check; return 0 if all passed, otherwise 2."""
-    checks = examine(environment, detect.detect())
+    checks = examine(environment, requirements.usable(detect.detect(environment=environment)))
     if arguments.json:
         print(json.dumps([asdict(check) for check in checks], indent=1, ensure_ascii=False))
     else:

@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, environment: Mapping[str, str]) -> int:
     """Print a plan (exit code 0) or a refusal (exit code 3)."""
     settings = settings_module.load(read_settings(arguments, environment))
-    machine = read_machine(arguments, settings)
+    machine = read_machine(arguments, settings, environment)
     plan = plan_deployment(settings, inputs.gather(settings, machine, here=is_this_machine(arguments)))
     if arguments.json:
         print(json.dumps(plan.to_json(), indent=1, ensure_ascii=False))

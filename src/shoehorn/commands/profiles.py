@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, environment: Mapping[str, str]) -> int:
     """Print the rows by group; a star marks the profile that VRAM_PROFILE names."""
     settings = settings_module.load(read_settings(arguments, environment))
-    machine = read_machine(arguments, settings)
+    machine = read_machine(arguments, settings, environment)
     rows = list_profiles(settings, machine, here=is_this_machine(arguments))
     if arguments.json:
         print(json.dumps(rows, indent=1, ensure_ascii=False))

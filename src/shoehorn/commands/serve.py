@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, environment: Mapping[str, str]) -> int:
     """Prepare everything and become supervisord; return only by an exception."""
     settings = settings_module.load(environment)
-    machine = detect.detect()
+    machine = requirements.usable(detect.detect(environment=environment))
     profile = inputs.select_profile(settings, machine)
     if profile.match.device == "cuda":
         requirements.check(machine)

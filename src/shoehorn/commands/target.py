@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from shoehorn.common.errors import SettingsError
@@ -55,16 +56,16 @@ def is_this_machine(arguments: argparse.Namespace) -> bool:
     return not arguments.gpu
 
 
-def read_machine(arguments: argparse.Namespace, settings: Settings) -> Hardware:
+def read_machine(arguments: argparse.Namespace, settings: Settings, environment: Mapping[str, str]) -> Hardware:
     """Return this machine or the described one, whose host memory is unknown (0) without `--ram`."""
-    here = inputs.detect_machine(settings, measure=False)
-    gpus, memory, notes = here.gpus, here.host_memory_bytes, here.notes
+    here = inputs.detect_machine(settings, environment, measure=False)
     if arguments.gpu:
-        gpus, memory, notes = tuple(_gpu(index, word) for index, word in enumerate(arguments.gpu)), 0, ()
-    available = here.host_available_bytes
+        gpus = tuple(_gpu(index, word) for index, word in enumerate(arguments.gpu))
+        here = replace(here, gpus=gpus, host_memory_bytes=0, notes=(), gpu_remarks=())
     if arguments.ram:
-        memory = available = _size("--ram", arguments.ram)
-    return Hardware(gpus, here.driver_version, memory, available, here.cpus, notes, here.amx)
+        memory = _size("--ram", arguments.ram)
+        here = replace(here, host_memory_bytes=memory, host_available_bytes=memory)
+    return here
 
 
 def _gpu(index: int, word: str) -> Gpu:
@@ -76,7 +77,7 @@ def _gpu(index: int, word: str) -> Gpu:
         raise SettingsError(f"--gpu {word}: invalid GPU size {format_size(total)}.",
                             "Type the size with its unit, for example --gpu 24GB:RTX4090.", code="invalid_size")
     generation, width = gpu_specs.typical_pcie(name)
-    return Gpu(index, "", name, total, total, (0, 0), generation, width, False)
+    return Gpu(index, "", name, total, total, (0, 0), generation, width, False, ordinal=index)
 
 
 def _size(option: str, text: str) -> int:

@@ -7,6 +7,7 @@ Rules: only headers and configuration of the model are read, never its weights; 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from shoehorn.config.profiles import AUTO, Profile, automatic, load
 from shoehorn.config.settings import Settings
 from shoehorn.deployment import auto_quantization, known_good, served_model
 from shoehorn.deployment.served_model import ShapeReader
-from shoehorn.hardware import bandwidth_probe, detect
+from shoehorn.hardware import bandwidth_probe, detect, requirements
 from shoehorn.hardware.requirements import require_gpus
 from shoehorn.hardware.types import Hardware
 from shoehorn.model import chat_format
@@ -51,14 +52,15 @@ class Deployment:
     known_good: Path
 
 
-def detect_machine(settings: Settings, *, measure: bool) -> Hardware:
-    """Return this machine with measured bandwidths.
+def detect_machine(settings: Settings, environment: Mapping[str, str], *, measure: bool) -> Hardware:
+    """Return this machine with the GPUs that the engine can use, and measured bandwidths.
 
     Args:
+        environment: has the variables with which CUDA hides GPUs.
         measure: measure bandwidths that are not cached; False only reads the cache.
     """
-    return bandwidth_probe.with_measured_bandwidths(detect.detect(), ModelsDir(settings.models_dir).bandwidths,
-                                                    measure=measure)
+    machine = requirements.usable(detect.detect(environment=environment))
+    return bandwidth_probe.with_measured_bandwidths(machine, ModelsDir(settings.models_dir).bandwidths, measure=measure)
 
 
 def gather(settings: Settings, machine: Hardware, *, here: bool = True, shapes: ShapeReader | None = None,

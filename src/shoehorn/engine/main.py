@@ -33,6 +33,7 @@ from shoehorn.engine.replanner import Replanner
 from shoehorn.engine.restart_budget import RestartBudget
 from shoehorn.engine.server import EngineServer, StartFailedError
 from shoehorn.engine.timing import Timing
+from shoehorn.hardware import visible_gpus
 from shoehorn.hardware.types import Hardware
 from shoehorn.planner import step_down
 from shoehorn.planner.plan import Plan
@@ -71,10 +72,11 @@ def main(environment: Mapping[str, str] = os.environ) -> int:
 def _serve(settings: Settings, environment: Mapping[str, str], states: StateFile, budget: RestartBudget,
            waits: Timing) -> None:
     """Plan, fetch and serve; ends by an exception only."""
-    machine = inputs.detect_machine(settings, measure=True)
+    machine = inputs.detect_machine(settings, environment, measure=True)
     deployment, replanner, plan = _plan(settings, machine, states)
     if deployment.directory is None:
-        directory = fetch(settings, deployment.ref, environment, states)
+        on_gpus = {**environment, **visible_gpus.environment_of(plan.gpus)}  # for a conversion
+        directory = fetch(settings, deployment.ref, on_gpus, states)
         if deployment.ref.is_int4:  # the plan so far was made of the expected conversion
             deployment, replanner, plan = _plan(settings, machine, states)
     else:
@@ -88,7 +90,7 @@ def _serve(settings: Settings, environment: Mapping[str, str], states: StateFile
         while True:
             spec = _launch_spec(settings, environment, plan, directory, waits)
             try:
-                _start(spec, settings, states, budget, replanner, plan, machine)
+                _start(spec, settings, states, budget, replanner, plan)
             except StartFailedError as failure:
                 states.update(phase=Phase.STEPPING_DOWN, progress=None, detail=failure.diagnosis.name)
                 smaller = replanner.step_down(plan, failure.diagnosis)
@@ -125,7 +127,7 @@ def _launch_spec(settings: Settings, environment: Mapping[str, str], plan: Plan,
 
 
 def _start(spec: LaunchSpec, settings: Settings, states: StateFile, budget: RestartBudget, replanner: Replanner,
-           plan: Plan, machine: Hardware) -> None:
+           plan: Plan) -> None:
     """Serve by one plan, until an exception ends it."""
     states.update(phase=Phase.LOADING, progress=None, detail="starting the engine", model=settings.served_model_name)
     log.info("loading %s", settings.served_model_name)
@@ -133,7 +135,7 @@ def _start(spec: LaunchSpec, settings: Settings, states: StateFile, budget: Rest
     def on_ready(seconds: float) -> None:
         log.info("ready after %.0f s", seconds)
         replanner.save_known_good()
-        memory_report.record(plan, machine, states)
+        memory_report.record(plan, states)
         _print_welcome(spec.run_dir.welcome)
 
     EngineServer(spec, states, budget, on_ready).serve()

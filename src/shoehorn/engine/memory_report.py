@@ -13,14 +13,14 @@ import logging
 import re
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from shoehorn.common.atomic_file import write_atomic
 from shoehorn.common.units import MIB, format_size
 from shoehorn.hardware import detect
-from shoehorn.hardware.types import Hardware, largest_first
+from shoehorn.hardware.types import Gpu, Hardware
 from shoehorn.planner.memory.device import DeviceMemory
 from shoehorn.planner.plan import Plan
 from shoehorn.runtime.run_dir import RunDir
@@ -38,12 +38,18 @@ _RANK = re.compile(r"Worker(?:_PP(\d+))?(?:_TP(\d+))?")
 
 @dataclass(frozen=True)
 class Row:
-    """One part of one GPU; `measured_bytes`: None if unknown."""
+    """One part of one GPU.
+
+    Attributes:
+        gpu: number in the plan; index: of NVML, as in the metrics.
+        measured_bytes: None if unknown.
+    """
 
     gpu: int
     part: str
     expected_bytes: int
     measured_bytes: int | None
+    index: int = 0
 
     @property
     def differs(self) -> bool:
@@ -94,11 +100,12 @@ def read(run_dir: Path, gpus: int) -> tuple[Mapping[int, Mapping[str, Any]], int
 
 
 def compare(expected: Sequence[DeviceMemory], figures: Mapping[int, Mapping[str, Any]], used: Sequence[int],
-            ) -> list[Row]:
+            indices: Sequence[int] = ()) -> list[Row]:
     """Return the rows of every GPU.
 
     Args:
         used: bytes of each GPU that the appliance uses, by NVML.
+        indices: of NVML; empty for those of the plan.
     """
     rows = []
     for gpu, parts in enumerate(expected):
@@ -120,7 +127,7 @@ def compare(expected: Sequence[DeviceMemory], figures: Mapping[int, Mapping[str,
         rows.append(Row(gpu, "framework", parts.framework_bytes, framework))
         rows.append(Row(gpu, "activations", parts.activations_bytes, None))
         rows.append(Row(gpu, "total", parts.total_bytes - parts.activations_bytes, total))
-    return rows
+    return [replace(row, index=indices[row.gpu] if row.gpu < len(indices) else row.gpu) for row in rows]
 
 
 def table(rows: Sequence[Row]) -> list[str]:
@@ -129,7 +136,7 @@ def table(rows: Sequence[Row]) -> list[str]:
     for row in rows:
         measured = "unknown" if row.measured_bytes is None else format_size(row.measured_bytes)
         mark = "  <- differs by more than 10 %" if row.differs else ""
-        lines.append(f"{row.gpu:>3}  {row.part:12}{format_size(row.expected_bytes):>12}{measured:>12}{mark}")
+        lines.append(f"{row.index:>3}  {row.part:12}{format_size(row.expected_bytes):>12}{measured:>12}{mark}")
     return lines
 
 
@@ -156,28 +163,28 @@ def offloaded_bytes(figures: Mapping[int, Mapping[str, Any]]) -> int:
     return sum(int(report.get("offloaded_bytes", 0)) for report in figures.values())
 
 
-def used_bytes(before: Hardware, now: Hardware, gpus: int) -> list[int]:
-    """Return the bytes that the appliance uses of each GPU by NVML, in the order in which the plan uses them."""
-    free = {gpu.uuid: gpu.free_bytes for gpu in now.gpus}
-    return [max(0, gpu.free_bytes - free[gpu.uuid]) for gpu in largest_first(before.gpus)[:gpus] if gpu.uuid in free]
-
-
-def record(plan: Plan, before: Hardware, states: StateFile) -> None:
-    """Log and publish the memory of a loaded engine next to the plan's.
+def used_bytes(before: Sequence[Gpu], now: Hardware) -> list[int]:
+    """Return the bytes that the appliance uses of each GPU by NVML.
 
     Args:
-        before: the machine before the start.
+        before: the plan's GPUs, as they were before the start.
     """
+    free = {gpu.uuid: gpu.free_bytes for gpu in now.gpus}
+    return [max(0, gpu.free_bytes - free[gpu.uuid]) for gpu in before if gpu.uuid in free]
+
+
+def record(plan: Plan, states: StateFile) -> None:
+    """Log and publish the memory of a loaded engine next to the plan's."""
     figures, tokens = read(states.run_dir, max(1, len(plan.vram)))
     if not plan.vram:
         states.update(kv_cache_tokens=tokens)
         return
-    rows = compare(plan.vram, figures, used_bytes(before, detect.detect(), len(plan.vram)))
+    rows = compare(plan.vram, figures, used_bytes(plan.gpus, detect.detect()), [gpu.index for gpu in plan.gpus])
     for line in table(rows):
         log.info("memory: %s", line)
     for row in rows:
         if row.differs:
-            log.warning("memory: unexpected size gpu=%d part=%s measured=%s expected=%s", row.gpu, row.part,
+            log.warning("memory: unexpected size gpu=%d part=%s measured=%s expected=%s", row.index, row.part,
                         format_size(row.measured_bytes or 0), format_size(row.expected_bytes))
     if tokens:
         log.info("memory: kv_cache_tokens=%d expected=%d", tokens, plan.kv_cache_tokens)

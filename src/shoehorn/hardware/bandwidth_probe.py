@@ -3,7 +3,7 @@
 Rules: a separate process measures, so that no CUDA context remains on the GPU; after any failure the bandwidth is
 unknown and the plan uses the table in `gpu_specs`; a result is valid for one GPU, driver and PCIe link.
 
-`python -m shoehorn.hardware.bandwidth_probe INDEX` prints one JSON object: `link` (host to device) and `device`, in
+`python -m shoehorn.hardware.bandwidth_probe` prints one JSON object: `link` (host to device) and `device`, in
 bytes a second. API: NVIDIA's CUDA driver API through cuda-bindings, a dependency of torch.
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import os
 import subprocess
 import sys
 import time
@@ -21,6 +22,7 @@ from typing import Any
 
 from shoehorn.common.atomic_file import write_atomic
 from shoehorn.common.units import MIB
+from shoehorn.hardware import visible_gpus
 from shoehorn.hardware.types import Gpu, Hardware
 
 log = logging.getLogger("engine")
@@ -72,7 +74,8 @@ def _read(path: Path) -> dict[str, dict[str, float]]:
 def _measure(gpu: Gpu) -> dict[str, float]:
     """Measure one GPU in a child process; empty after a failure."""
     try:
-        child = subprocess.run([sys.executable, "-m", "shoehorn.hardware.bandwidth_probe", str(gpu.index)],
+        visible = visible_gpus.environment_of((gpu,))  # CUDA's numbers are not NVML's
+        child = subprocess.run([sys.executable, "-m", "shoehorn.hardware.bandwidth_probe"], env=os.environ | visible,
                                capture_output=True, text=True, timeout=_TIMEOUT_SECONDS, check=True)
         result = json.loads(child.stdout)
         return {"link": float(result["link"]), "device": float(result["device"])}
@@ -81,8 +84,8 @@ def _measure(gpu: Gpu) -> dict[str, float]:
         return {}
 
 
-def main(index: int) -> None:
-    """Measure one GPU and print the result."""
+def main() -> None:
+    """Measure the first GPU that CUDA shows, and print the result."""
     from cuda.bindings import driver
 
     def call(result: tuple[Any, ...]) -> Any:
@@ -92,7 +95,7 @@ def main(index: int) -> None:
         return result[1] if len(result) > 1 else None
 
     call(driver.cuInit(0))
-    device = call(driver.cuDeviceGet(index))
+    device = call(driver.cuDeviceGet(0))
     context = call(driver.cuDevicePrimaryCtxRetain(device))
     call(driver.cuCtxSetCurrent(context))
     host = call(driver.cuMemAllocHost(_BUFFER_BYTES))
@@ -115,4 +118,4 @@ def main(index: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main()

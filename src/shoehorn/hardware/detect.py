@@ -1,7 +1,8 @@
 """Detection of GPUs (NVML), host memory and CPUs -> `Hardware`.
 
 Rules:
-- both sources are arguments: `nvml` is a module like pynvml, `root` contains /proc and /sys/fs/cgroup;
+- all sources are arguments: `nvml` is a module like pynvml, `root` contains /proc and /sys/fs/cgroup, `environment` has
+  the variables with which CUDA hides and orders GPUs;
 - a value that cannot be read is noted in `notes`; a machine without a GPU is not an error;
 - sizes are usable sizes: GPU memory without the driver's reserve (as CUDA reports it), host memory within the limits
   of all cgroups of this process, v2 or v1.
@@ -10,22 +11,25 @@ Rules:
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from shoehorn.hardware import visible_gpus
 from shoehorn.hardware.host import cpus, memory, text
 from shoehorn.hardware.types import Gpu, Hardware
 
 
-def detect(nvml: ModuleType | None = None, root: Path = Path("/")) -> Hardware:
+def detect(nvml: ModuleType | None = None, root: Path = Path("/"), environment: Mapping[str, str] | None = None,
+           ) -> Hardware:
     """Detect the machine. Never fails: `notes` lists what could not be read."""
     notes: list[str] = []
     gpus, driver = _gpus(nvml or importlib.import_module("pynvml"), notes)
+    gpus, remark = visible_gpus.select(gpus, environment or {}) if gpus else (gpus, "")
     total, available = memory(root, notes)
     return Hardware(gpus, driver, total, available, cpus(root, notes), tuple(notes),
-                    "amx_tile" in text(root / "proc/cpuinfo").split())
+                    "amx_tile" in text(root / "proc/cpuinfo").split(), (remark,) if remark else ())
 
 
 def _gpus(nvml: Any, notes: list[str]) -> tuple[tuple[Gpu, ...], str]:
@@ -74,4 +78,6 @@ def _gpu(nvml: Any, index: int, notes: list[str]) -> Gpu:
         total_bytes=int(memory.total) - reserved, free_bytes=int(memory.free),
         compute_capability=tuple(query(nvml.nvmlDeviceGetCudaComputeCapability, (0, 0), "compute capability")),
         pcie_generation=int(query(nvml.nvmlDeviceGetMaxPcieLinkGeneration, 0, "PCIe generation")),
-        pcie_width=int(query(nvml.nvmlDeviceGetMaxPcieLinkWidth, 0, "PCIe width")), mig=mig)
+        pcie_width=int(query(nvml.nvmlDeviceGetMaxPcieLinkWidth, 0, "PCIe width")), mig=mig,
+        core_hertz=1e6 * int(query(nvml.nvmlDeviceGetNumGpuCores, 0, ""))
+        * int(query(nvml.nvmlDeviceGetMaxClockInfo, 0, "", nvml.NVML_CLOCK_SM)), ordinal=index)

@@ -19,6 +19,8 @@ class Gpu:
         link_bytes_per_second: measured host-to-device bandwidth; 0 if unknown.
         device_bytes_per_second: measured memory bandwidth; 0 if unknown.
         mig: divided by MIG.
+        core_hertz: cores times their maximum clock; 0 if unknown.
+        ordinal: number by which CUDA shows it to a program.
     """
 
     index: int
@@ -32,6 +34,13 @@ class Gpu:
     mig: bool
     link_bytes_per_second: float = 0.0
     device_bytes_per_second: float = 0.0
+    core_hertz: float = 0.0
+    ordinal: int = 0
+
+    @property
+    def label(self) -> str:
+        """Number of NVML and name, for texts."""
+        return f"GPU {self.index} ({self.name})" if self.name else f"GPU {self.index}"
 
 
 def largest_first(gpus: Iterable[Gpu]) -> list[Gpu]:
@@ -44,6 +53,8 @@ class Hardware:
     """A machine within the limits of this container.
 
     Attributes:
+        gpus: that CUDA shows to this process, in its order, without those that the engine cannot use.
+        gpu_remarks: which GPUs are left out, and why.
         host_memory_bytes: minimum of physical memory and cgroup limits.
         host_available_bytes: memory available now, reclaimable file caches included.
         cpus: CPU time in CPUs: minimum of affinity and quota.
@@ -58,6 +69,7 @@ class Hardware:
     cpus: float
     notes: tuple[str, ...] = ()
     amx: bool = False
+    gpu_remarks: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-ready copy, for captures."""
@@ -68,4 +80,5 @@ class Hardware:
         """Invert `to_json`."""
         gpus = tuple(Gpu(**{**gpu, "compute_capability": tuple(gpu["compute_capability"])})
                      for gpu in document["gpus"])
-        return Hardware(**{**document, "gpus": gpus, "notes": tuple(document["notes"])})
+        return Hardware(**{**document, "gpus": gpus, "notes": tuple(document["notes"]),
+                           "gpu_remarks": tuple(document.get("gpu_remarks", ()))})

@@ -73,8 +73,8 @@ def state_samples(state: State) -> _Values:
 def vram_samples(state: State, gpus: Sequence[GpuSample]) -> _Values:
     """Samples of the use of each GPU's memory, and of the plan's estimate."""
     values: _Values = {}
-    for number, gpu in enumerate(vram_usage.plan_order(gpus)):
-        rows = [row for row in state.memory if row["gpu"] == number]
+    for gpu in gpus:
+        rows = [row for row in state.memory if row.get("index", row["gpu"]) == gpu.index]
         for part, size in vram_usage.breakdown(rows, gpu, ready=state.phase in (Phase.READY, Phase.STOPPING)).items():
             values.setdefault("shoehorn_vram_bytes", []).append(((str(gpu.index), part), size))
         for row in rows:

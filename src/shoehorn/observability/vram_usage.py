@@ -24,7 +24,7 @@ def breakdown(rows: Sequence[Mapping[str, Any]], gpu: GpuSample, *, ready: bool)
     """Compute bytes by part, adding up to the GPU's size; empty where NVML does not report the used memory.
 
     Args:
-        rows: of this GPU, as in the state: part, expected_bytes, measured_bytes.
+        rows: of this GPU, as in the state: part, expected_bytes, measured_bytes; none if the plan leaves it out.
         ready: the engine serves, so that its figures are valid.
     """
     if gpu.memory_used_bytes is None or gpu.memory_free_bytes is None:
@@ -33,7 +33,8 @@ def breakdown(rows: Sequence[Mapping[str, Any]], gpu: GpuSample, *, ready: bool)
     named_sizes = [process.memory_bytes for process in gpu.processes
              if process.name != "unknown" and process.memory_bytes is not None]
     used = gpu.memory_used_bytes
-    own = min(used, sum(named_sizes) if named_sizes else measured.get("total", used) if ready else used)
+    own = min(used, sum(named_sizes) if named_sizes else measured.get("total", used if rows else 0) if ready
+              else used)
     parts = {part: measured[part] for part in _ENGINE_PARTS if part in measured} if ready else {}
     if parts.keys() >= _REQUIRED_PARTS and sum(parts.values()) <= own:
         rest = own - sum(parts.values())
@@ -45,6 +46,3 @@ def breakdown(rows: Sequence[Mapping[str, Any]], gpu: GpuSample, *, ready: bool)
             "free": gpu.memory_free_bytes}
 
 
-def plan_order(gpus: Sequence[GpuSample]) -> tuple[GpuSample, ...]:
-    """Sort the GPUs in the order in which a plan uses them."""
-    return tuple(sorted(gpus, key=lambda gpu: (-(gpu.memory_total_bytes or 0), gpu.index)))

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from shoehorn.common.units import format_size
+from shoehorn.hardware.types import Gpu
 from shoehorn.planner.inputs import PlanInputs
 from shoehorn.planner.memory.device import DeviceMemory
 from shoehorn.planner.memory.model import MemoryModel
@@ -22,6 +23,7 @@ class Assembly:
 
     Attributes:
         devices: memory of each GPU in use, then of the CPU.
+        gpus: in use, in the order of `devices`.
         remarks: reasons of the builder that are about no option.
     """
 
@@ -31,6 +33,7 @@ class Assembly:
     model: MemoryModel
     devices: tuple[DeviceMemory, ...]
     remarks: tuple[Reason, ...]
+    gpus: tuple[Gpu, ...] = ()
 
     @property
     def host(self) -> DeviceMemory:
@@ -80,7 +83,7 @@ class Assembly:
             kv_cache_tokens=self.model.kv_tokens(cache_bytes), expected_tokens_per_second=tokens_per_second,
             disk_bytes=inputs.shape.disk_bytes + (draft.shape.disk_bytes if draft else 0), config=self.model.config,
             fixed=self.by_user, draft=draft, thinking_switch=inputs.chat.switch if inputs.chat else "",
-            states=self._states(cache_bytes))
+            states=self._states(cache_bytes), gpus=self.gpus)
 
     def _states(self, cache_bytes: int) -> SequenceStates | None:
         """Compute the states of a sequence; None for a model without."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from shoehorn.common.units import GIB, format_size
-from shoehorn.hardware import gpu_specs
-from shoehorn.hardware.types import Gpu
+from shoehorn.hardware import gpu_specs, visible_gpus
+from shoehorn.hardware.types import Gpu, Hardware
 from shoehorn.planner import dtype, gpu_share, parallelism, remedies, speculation, throughput
 from shoehorn.planner.assembly import Assembly
 from shoehorn.planner.base_options import BaseOptions
@@ -32,7 +32,7 @@ def plan_on_gpus(inputs: PlanInputs, base: BaseOptions) -> Plan | Refusal:
     options = dtype.supported_dtype(options, gpus, inputs.shape)
     options, model = _derived(_best(inputs, options, gpus), inputs, base.by_user)
     devices = (*model.gpus, model.host_beside_gpus(inputs.hardware.host_memory_bytes))
-    assembly = Assembly(inputs, base.by_user, options, model, devices, _remarks(model, gpus))
+    assembly = Assembly(inputs, base.by_user, options, model, devices, _remarks(model, gpus, inputs.hardware), gpus)
     if refusal := assembly.check_disk():
         return refusal
     if (missing := model.missing_bytes()) > 0:
@@ -43,7 +43,8 @@ def plan_on_gpus(inputs: PlanInputs, base: BaseOptions) -> Plan | Refusal:
             largest=_largest_parts(model.gpus), others=_other_processes(gpus))
     if assembly.missing_host_bytes():
         return assembly.refuse_host(remedies.on_gpus_host(model, assembly.missing_host_bytes()))
-    return assembly.plan(gpu_share.allocator(gpus, model.config.limit_bytes), place_on_gpus(model),
+    environment = gpu_share.allocator(gpus, model.config.limit_bytes) | visible_gpus.environment_of(gpus)
+    return assembly.plan(environment, place_on_gpus(model),
                          model.gpus[0].kv_cache_bytes, throughput.expected(model, gpus[0]))
 
 
@@ -71,11 +72,15 @@ def _derived(configured: Configured, inputs: PlanInputs, by_user: frozenset[str]
     return speculation.match_quantization(options, inputs.draft, model.config.nf4), model
 
 
-def _remarks(model: MemoryModel, gpus: tuple[Gpu, ...]) -> tuple[Reason, ...]:
+def _remarks(model: MemoryModel, gpus: tuple[Gpu, ...], hardware: Hardware) -> tuple[Reason, ...]:
     """Remarks about the GPUs and their connection."""
-    remarks, gpu = [], gpus[0]
+    count, gpu = len(gpus), gpus[0]
+    remarks = [Reason("left-out-gpus", None, MACHINE, "gpu-remark", {"remark": text}) for text in hardware.gpu_remarks]
+    idle = [each.label for each in hardware.gpus if each not in gpus]
+    if idle:
+        remarks.append(Reason("idle-gpus", len(idle), MACHINE, "idle-gpus", {"idle": ", ".join(idle)}))
     if len({each.name for each in gpus}) > 1:
-        remarks.append(Reason("gpus", len(gpus), MACHINE, "mixed-gpus"))
+        remarks.append(Reason("gpus", count, MACHINE, "mixed-gpus"))
     if model.offloaded.stage_bytes(0):
         bandwidth, is_known = gpu_specs.host_to_device_bandwidth(gpu)
         remarks.append(Reason("host-to-device", f"{bandwidth / 1e9:.3g} GB/s", MACHINE,

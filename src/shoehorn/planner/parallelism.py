@@ -6,6 +6,8 @@ weights can be divided, since then every GPU works on every token.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from shoehorn.common.errors import SettingsError
 from shoehorn.common.units import GIB
 from shoehorn.hardware.requirements import require_gpus
@@ -16,6 +18,7 @@ from shoehorn.planner.option_set import OptionSet
 from shoehorn.planner.reasons import MACHINE
 from shoehorn.planner.serving_config import BITSANDBYTES
 
+_NAMED = "device-ids"
 _OPTIONS = {"tensor-parallel-size", "pipeline-parallel-size"}
 
 
@@ -26,6 +29,7 @@ def divide(options: OptionSet, inputs: PlanInputs) -> tuple[OptionSet, tuple[Gpu
         SettingsError: too few GPUs, or the model cannot be divided over them.
     """
     name = inputs.profile.name
+    inputs = _with_named_gpus(options, inputs)
     if inputs.profile.is_auto and not _OPTIONS & options.values.keys():
         options = _over_equal_gpus(options, require_gpus(inputs.hardware, name), inputs.shape)
     tensor, pipeline = (options.integer(f"{each}-parallel-size", 1) for each in ("tensor", "pipeline"))
@@ -33,13 +37,31 @@ def divide(options: OptionSet, inputs: PlanInputs) -> tuple[OptionSet, tuple[Gpu
         raise SettingsError("tensor-parallel-size and pipeline-parallel-size: less than one is invalid.",
                             "Correct them in VLLM_EXTRA_ARGS or in the profile.", code="invalid_parallelism")
     available = require_gpus(inputs.hardware, name, tensor * pipeline)
-    gpus = tuple(largest_first(available)[:tensor * pipeline])
+    gpus = tuple(available if _NAMED in options.values else largest_first(available))[:tensor * pipeline]
     if any(gpu.mig for gpu in gpus):
         raise SettingsError("The GPU is divided by MIG, which is unsupported.",
                             "Pass a whole GPU in, or switch MIG off on the host: nvidia-smi -mig 0",
                             code="unsupported_mig")
     _require_divisible(inputs.shape, tensor)
+    if _NAMED in options.values and all(gpu.uuid for gpu in gpus):
+        options = options.set_by_user(_NAMED, ",".join(gpu.uuid for gpu in gpus), setting="VLLM_EXTRA_ARGS")
     return options, gpus
+
+
+def _with_named_gpus(options: OptionSet, inputs: PlanInputs) -> PlanInputs:
+    """Keep the GPUs of `--device-ids`: numbers of CUDA, or UUIDs (vllm/engine/arg_utils.py, _resolve_device_ids)."""
+    words = [word.strip() for word in str(options.values.get(_NAMED) or "").split(",") if word.strip()]
+    if not words:
+        return inputs
+    by_name = {name: gpu for gpu in inputs.hardware.gpus for name in (str(gpu.ordinal), gpu.uuid) if name}
+    unknown = [word for word in words if word not in by_name]
+    if unknown or len(set(words)) < len(words):
+        known = "; ".join(f"{gpu.ordinal}: {gpu.name} {gpu.uuid}".strip() for gpu in inputs.hardware.gpus) or "none"
+        problem = f"{', '.join(unknown)} not found" if unknown else "a GPU is named twice"
+        left_out = "".join(f"; {remark}" for remark in inputs.hardware.gpu_remarks)
+        raise SettingsError(f"--device-ids {','.join(words)}: {problem}. Usable GPUs: {known}{left_out}.",
+                            "Correct --device-ids in VLLM_EXTRA_ARGS, or remove it.", code="unknown_device")
+    return replace(inputs, hardware=replace(inputs.hardware, gpus=tuple(by_name[word] for word in words)))
 
 
 def divides(shape: ModelShape, gpus: int) -> bool:

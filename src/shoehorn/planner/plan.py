@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from shoehorn.common.errors import DoesNotFitError
+from shoehorn.hardware.types import Gpu
 from shoehorn.planner.inputs import Draft
 from shoehorn.planner.memory.device import DeviceMemory
 from shoehorn.planner.placement import Placement
@@ -47,6 +48,7 @@ class Plan:
         draft: the draft model, where one is used.
         thinking_switch: variable of the chat template that switches thoughts; "" without one.
         states: None for a model without states.
+        gpus: in use, in the order of the engine's ranks; none on the CPU.
     """
 
     engine_args: Mapping[str, object]
@@ -64,6 +66,7 @@ class Plan:
     draft: Draft | None = field(repr=False, default=None)
     thinking_switch: str = ""
     states: SequenceStates | None = None
+    gpus: tuple[Gpu, ...] = ()
 
     @property
     def vram(self) -> tuple[DeviceMemory, ...]:
@@ -90,7 +93,8 @@ class Plan:
                 "offloaded_bytes": self.offloaded_bytes, "kv_cache_tokens": self.kv_cache_tokens,
                 "expected_tokens_per_second": dict(self.expected_tokens_per_second), "disk_bytes": self.disk_bytes,
                 "devices": [device.to_device_json() for device in self.devices],
-                "placement": self.placement.to_json(), "states": asdict(self.states) if self.states else None}
+                "placement": self.placement.to_json(), "states": asdict(self.states) if self.states else None,
+                "gpus": [{"index": gpu.index, "uuid": gpu.uuid, "name": gpu.name} for gpu in self.gpus]}
 
     def public_summary(self) -> dict[str, Any]:
         """Figures for the console page and `/status`, which need no key: nothing that a user typed freely.
@@ -104,7 +108,8 @@ class Plan:
                 "offloaded_bytes": self.offloaded_bytes, "host_bytes": self.host_bytes, "disk_bytes": self.disk_bytes,
                 "expected_tokens_per_second": dict(self.expected_tokens_per_second),
                 "thoughts": "reasoning-parser" in self.engine_args, "tools": "tool-call-parser" in self.engine_args,
-                "vram": [device.to_json() for device in self.vram]}
+                "vram": [device.to_json() for device in self.vram],
+                "gpus": [{"index": gpu.index, "name": gpu.name} for gpu in self.gpus]}
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,8 @@ TEXTS: Mapping[str, str] = {
     "expert-capture": "largest number of tokens whose experts fit into the cache together",
     "embedding-on-host": "the embedding is in host memory: a token needs one row of it",
     # Remarks that are not about an option.
+    "gpu-remark": "{remark}",
+    "idle-gpus": "the plan is faster or safer without {idle}",
     "profile-note": "{note}",
     "model-note": "{note}",
     "host-memory-unknown": "not checked: the size of host memory is unknown",
