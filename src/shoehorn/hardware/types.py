@@ -49,6 +49,20 @@ def largest_first(gpus: Iterable[Gpu]) -> list[Gpu]:
 
 
 @dataclass(frozen=True)
+class HostCompute:
+    """The CPU's part in the execution: measured rates of its kernel for INT4 weights, with all of its threads.
+
+    Attributes:
+        read_bytes_per_second: at which the threads only read host memory.
+        bytes_per_second_1, bytes_per_second_8: of weights, in forward passes of one token and of eight.
+    """
+
+    read_bytes_per_second: float
+    bytes_per_second_1: float
+    bytes_per_second_8: float
+
+
+@dataclass(frozen=True)
 class Hardware:
     """A machine within the limits of this container.
 
@@ -59,6 +73,7 @@ class Hardware:
         host_available_bytes: memory available now, reclaimable file caches included.
         cpus: CPU time in CPUs: minimum of affinity and quota.
         amx: the CPU supports Intel AMX.
+        host_compute: None where the CPU kernel was not measured, or cannot run.
         notes: values that could not be read.
     """
 
@@ -70,15 +85,18 @@ class Hardware:
     notes: tuple[str, ...] = ()
     amx: bool = False
     gpu_remarks: tuple[str, ...] = ()
+    host_compute: HostCompute | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Return a JSON-ready copy, for captures."""
-        return asdict(self)
+        """Return a JSON-ready copy, for captures; without `host_compute` where it is unknown."""
+        return {name: value for name, value in asdict(self).items() if name != "host_compute" or value}
 
     @staticmethod
     def from_json(document: Mapping[str, Any]) -> Hardware:
         """Invert `to_json`."""
         gpus = tuple(Gpu(**{**gpu, "compute_capability": tuple(gpu["compute_capability"])})
                      for gpu in document["gpus"])
+        compute = document.get("host_compute")
         return Hardware(**{**document, "gpus": gpus, "notes": tuple(document["notes"]),
-                           "gpu_remarks": tuple(document.get("gpu_remarks", ()))})
+                           "gpu_remarks": tuple(document.get("gpu_remarks", ())),
+                           "host_compute": HostCompute(**compute) if compute else None})

@@ -93,6 +93,7 @@ def shape_of(config: Mapping[str, Any], tensors: Iterable[Tensor], disk_bytes: i
                                                        + _count(text, "v_head_dim", 128)) if latent else 0,
         notes=tuple(notes), unreadable=_unreadable(quantized),
         packed_embedding=any(EMBEDDING_PACKED.fullmatch(tensor.name) for tensor in tensors),
+        symmetric_int4=_is_cpu_kernel_int4(quantized),
         column_groups=_column_groups(tensors))
 
 
@@ -164,6 +165,14 @@ def _experts(text: Mapping[str, Any], groups: TensorBytes, quantized: Mapping[st
     width = _count(text, "moe_intermediate_size", _count(text, "intermediate_size", 1))
     return Experts(count, _count(text, "num_experts_per_tok", _count(text, "experts_per_token", 2)), width,
                    _is_symmetric_int4(quantized) and not width % _EXPERT_WIDTH and not hidden % _EXPERT_WIDTH)
+
+
+def _is_cpu_kernel_int4(quantized: Mapping[str, Any]) -> bool:
+    """Return whether the CPU kernel reads the linear layers: symmetric INT4 in groups of 32, 64 or 128."""
+    return _is_symmetric_int4(quantized) and all(
+        _section(group, "weights").get("group_size") in (32, 64, 128)
+        for group in _section(quantized, "config_groups").values()
+        if isinstance(group, Mapping) and "Linear" in group.get("targets", ()))
 
 
 def _is_symmetric_int4(quantized: Mapping[str, Any]) -> bool:

@@ -81,6 +81,8 @@ class ModelShape:
         notes: unsupported properties.
         unreadable: reason why the engine rejects this checkpoint; "" if it does not.
         packed_embedding: the embedding is quantized, which the engine supports on GPUs only.
+        symmetric_int4: all linear layers are in the format of the CPU kernel: compressed-tensors, symmetric INT4 in
+            groups of 32, 64 or 128.
         column_groups: the number of GPUs must divide this number to divide the quantized matrices; 0: any number.
     """
 
@@ -106,6 +108,7 @@ class ModelShape:
     notes: tuple[str, ...] = ()
     unreadable: str = ""
     packed_embedding: bool = False
+    symmetric_int4: bool = False
     column_groups: int = 0
     state_layers: tuple[StateLayers, ...] = ()
     block_size: int = 16

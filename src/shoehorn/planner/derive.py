@@ -9,7 +9,7 @@ from shoehorn.planner.memory.model import MemoryModel
 from shoehorn.planner.option_set import OptionSet
 from shoehorn.planner.reasons import MACHINE, Reason
 from shoehorn.planner.search import Candidate, PlacementTier
-from shoehorn.planner.serving_config import ExpertCacheOffload
+from shoehorn.planner.serving_config import ExpertCacheOffload, HybridOffload
 from shoehorn.planner.vllm_args import KNOBS, Field
 
 _Code = tuple[str, Mapping[str, object]]
@@ -60,6 +60,10 @@ def _reason(option: str, model: MemoryModel, chosen: Candidate | None, code_with
     """Code and parameters of the reason of one option that was left open."""
     if option in _EXPERT_CACHE and isinstance(model.config.offload, ExpertCacheOffload):
         return _EXPERT_CACHE[option], _cache_params(model)
+    if option in _HYBRID and isinstance(model.config.offload, HybridOffload):
+        return _HYBRID[option], {"offloaded": format_size(model.offloaded.stage_bytes(0)),
+                                 "most": model.config.offload.captured,
+                                 "shared": max(level.tokens for level in model.config.offload.levels)}
     if option == "additional-config":
         return "embedding-on-host", {}
     if option == "speculative-config":
@@ -111,6 +115,10 @@ def _requests(chosen: Candidate) -> str:
 _EXPERT_CACHE = {"additional-config": "expert-cache", "moe-backend": "expert-kernel",
                  "compilation-config": "expert-graphs", "max-cudagraph-capture-size": "expert-capture"}
 """Codes of the reasons of options that the cache of experts needs."""
+
+_HYBRID = {"additional-config": "hybrid", "compilation-config": "expert-graphs",
+           "max-cudagraph-capture-size": "hybrid-capture"}
+"""Codes of the reasons of options that hybrid execution needs."""
 
 _REASONS: Mapping[str, Callable[[MemoryModel, Candidate], _Code]] = {
     "quantization": _quantization, "enforce-eager": _eager, "max-model-len": _context,

@@ -44,8 +44,8 @@ def plan_on_gpus(inputs: PlanInputs, base: BaseOptions) -> Plan | Refusal:
     if assembly.missing_host_bytes():
         return assembly.refuse_host(remedies.on_gpus_host(model, assembly.missing_host_bytes()))
     environment = gpu_share.allocator(gpus, model.config.limit_bytes) | visible_gpus.environment_of(gpus)
-    return assembly.plan(environment, place_on_gpus(model),
-                         model.gpus[0].kv_cache_bytes, throughput.expected(model, gpus[0]))
+    speeds = throughput.expected(model, gpus[0], inputs.hardware.host_compute)
+    return assembly.plan(environment, place_on_gpus(model), model.gpus[0].kv_cache_bytes, speeds)
 
 
 def _best(inputs: PlanInputs, options: OptionSet, gpus: tuple[Gpu, ...]) -> Configured:

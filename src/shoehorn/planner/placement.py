@@ -1,6 +1,7 @@
 """Placement: where each group of layers is stored, and where it is executed.
 
-Today every layer is executed on the GPUs that hold its pipeline stage, or on the CPU; only its storage differs.
+A layer is executed on the GPUs that hold its pipeline stage, on the CPU, or, in hybrid execution, on both: small
+forward passes on the CPU, where its weights are, and large ones on the GPU.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any
 from shoehorn.common.units import ceil_div
 from shoehorn.planner.memory.device import CPU, gpu_name
 from shoehorn.planner.memory.model import MemoryModel
-from shoehorn.planner.serving_config import ExpertCacheOffload, PrefetchOffload, UvaOffload
+from shoehorn.planner.serving_config import ExpertCacheOffload, HybridOffload, PrefetchOffload, UvaOffload
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def place_on_cpu(model: MemoryModel) -> Placement:
 
 
 def place_on_gpus(model: MemoryModel) -> Placement:
-    """Execute all layers on the GPUs; offloaded ones are stored in host memory.
+    """Execute all layers on the GPUs, hybrid ones on the CPU too; offloaded ones are stored in host memory.
 
     UVA offload takes bytes, not layers: the last of its layers may be stored in both places.
     """
@@ -73,15 +74,16 @@ def place_on_gpus(model: MemoryModel) -> Placement:
         layers = model.weights.stage_range(stage)
         offloaded = _offloaded(model, stage, layers)
         resident = tuple(layer for layer in layers if layer not in offloaded)
-        groups += [LayerGroup(numbers, stored, gpus) for numbers, stored in
-                   ((resident, gpus), (tuple(sorted(offloaded)), (CPU,))) if numbers]
+        executed = (CPU, *gpus) if isinstance(model.config.offload, HybridOffload) else gpus
+        groups += [LayerGroup(numbers, stored, devices) for numbers, stored, devices in
+                   ((resident, gpus, gpus), (tuple(sorted(offloaded)), (CPU,), executed)) if numbers]
     return Placement(tuple(groups))
 
 
 def _offloaded(model: MemoryModel, stage: int, layers: range) -> frozenset[int]:
     """Numbers of the layers of a stage that are stored in host memory; vLLM counts them from each stage's first."""
     offload = model.config.offload
-    if isinstance(offload, PrefetchOffload):
+    if isinstance(offload, PrefetchOffload | HybridOffload):
         return frozenset(layer for layer in layers if offload.offloads(layer - layers.start))
     if isinstance(offload, UvaOffload) and model.weights.layers_bytes:
         size = model.offloaded.stage_bytes(stage) * model.shape.layers

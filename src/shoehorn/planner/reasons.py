@@ -67,6 +67,9 @@ TEXTS: Mapping[str, str] = {
     "expert-kernel": "the kernel of the cached experts",
     "expert-graphs": "CUDA graphs of whole forward passes, without torch.compile",
     "expert-capture": "largest number of tokens whose experts fit into the cache together",
+    "hybrid": "{offloaded} of weights in host memory, where the CPU multiplies them for small forward passes; those of "
+              "more than {shared} tokens are streamed to the GPU",
+    "hybrid-capture": "largest number of tokens whose host layers the CPU multiplies alone",
     "embedding-on-host": "the embedding is in host memory: a token needs one row of it",
     # Remarks that are not about an option.
     "gpu-remark": "{remark}",

@@ -25,7 +25,7 @@ from shoehorn.planner.load_tiers import (
 )
 from shoehorn.planner.memory.activations import captured_sizes
 from shoehorn.planner.memory.model import MemoryModel
-from shoehorn.planner.serving_config import ExpertCacheOffload, ServingConfig, Speculation
+from shoehorn.planner.serving_config import ComputeLevel, ExpertCacheOffload, HybridOffload, ServingConfig, Speculation
 from shoehorn.planner.vllm_args import NGRAM, Field
 
 DRAFT_TOKENS = int(str(NGRAM["num_speculative_tokens"]))
@@ -73,6 +73,8 @@ class SearchSpace:
         host_memory_bytes: 0 where unknown; it then bounds nothing.
         may_quantize: the model can be quantized while it is loaded.
         may_cache_experts: options and GPUs permit the cache of experts.
+        levels: of hybrid execution; empty where options and machine do not permit it.
+        draft_tokens: of n-gram lookup per request, at most: what a forward pass of that size costs decides it.
     """
 
     shape: ModelShape
@@ -82,6 +84,8 @@ class SearchSpace:
     host_memory_bytes: int
     may_quantize: bool
     may_cache_experts: bool = False
+    levels: tuple[ComputeLevel, ...] = ()
+    draft_tokens: int = DRAFT_TOKENS
 
     @property
     def quantizes(self) -> bool:
@@ -195,7 +199,7 @@ def smallest(space: SearchSpace) -> ServingConfig:
         config = replace(config, eager=True)
     if Field.OFFLOAD not in space.open_fields:
         return config
-    return least_offload(MemoryModel(space.shape, config), 1, space.offload_bound_bytes)
+    return least_offload(MemoryModel(space.shape, config), 1, space.offload_bound_bytes, levels=space.levels)
 
 
 def _with_least_offload(space: SearchSpace, start: ServingConfig, requests: int, uva: bool = False) -> ServingConfig:
@@ -206,18 +210,21 @@ def _with_least_offload(space: SearchSpace, start: ServingConfig, requests: int,
         model = MemoryModel(space.shape, config)
         if Field.OFFLOAD not in space.open_fields:
             return model
-        return model.with_config(least_offload(model, requests, space.offload_bound_bytes, uva))
+        found = least_offload(model, requests, space.offload_bound_bytes, uva, space.levels)
+        return model.with_config(_with_decode_graphs(space, found))
 
     def mostly_waits(model: MemoryModel) -> bool:
         return 2 * model.offloaded.stage_bytes(0) > whole_bytes
 
     drafting = start
     if Field.SPECULATION in space.open_fields and not uva and not space.shape.experts:
-        tokens = max(0, min(DRAFT_TOKENS, _VERIFIED // start.limits.max_num_seqs - 1))
+        tokens = max(0, min(space.draft_tokens, _VERIFIED // start.limits.max_num_seqs - 1))
         drafting = replace(start, speculation=Speculation(tokens))
         if Field.CAPTURE in space.open_fields:  # graphs as without draft tokens, so that these take no memory
             drafting = replace(drafting, capture_limit=2 * start.limits.max_num_seqs)
     model = least(drafting)
+    if isinstance(model.config.offload, HybridOffload):
+        return model.config
     if Field.EAGER in space.open_fields and mostly_waits(model):
         return least(replace(drafting, eager=True)).config
     verifies_for_free = mostly_waits(model) or (not model.config.nf4 and model.offloaded.stage_bytes(0))
@@ -238,6 +245,16 @@ def within_states(model: MemoryModel, open_fields: frozenset[Field]) -> ServingC
     most = min(upper, served(least))  # fewer sequences leave the cache more memory
     return model.config.with_limits(max_num_seqs=next(
         (sequences for sequences in range(most, least, -1) if served(sequences) >= sequences), least))
+
+
+def _with_decode_graphs(space: SearchSpace, config: ServingConfig) -> ServingConfig:
+    """Capture CUDA graphs of the forward passes that hybrid execution leaves to the CPU alone; of no other one."""
+    offload = config.offload
+    if not isinstance(offload, HybridOffload) or config.eager:
+        return config
+    if not offload.captured and Field.EAGER in space.open_fields:
+        return replace(config, eager=True)
+    return replace(config, capture_limit=offload.captured) if Field.CAPTURE in space.open_fields else config
 
 
 def with_fewer_graphs(config: ServingConfig) -> Iterator[ServingConfig]:

@@ -90,7 +90,43 @@ class ExpertCacheOffload:
     scratch: int
 
 
-Offload = NoOffload | UvaOffload | PrefetchOffload | ExpertCacheOffload
+@dataclass(frozen=True)
+class ComputeLevel:
+    """Forward passes of up to `tokens` tokens stream this share of the bytes (0 to 1); the CPU multiplies the rest."""
+
+    tokens: int
+    streamed: float
+
+
+@dataclass(frozen=True)
+class HybridOffload:
+    """The linear layers of the last `last` of every `group` layers in host memory, where the CPU multiplies them.
+
+    Attributes:
+        levels: by ascending tokens; a forward pass of more tokens streams all of them to the GPU.
+        buffers: matrices that are on the GPU at a time while they are streamed.
+    """
+
+    group: int
+    last: int
+    levels: tuple[ComputeLevel, ...]
+    buffers: int = 2
+
+    def offloads(self, layer: int) -> bool:
+        """Return whether a layer, counted from 0, is offloaded."""
+        return layer % self.group >= self.group - self.last
+
+    def streamed(self, tokens: int) -> float:
+        """Share of the bytes that a forward pass of that many tokens streams."""
+        return next((level.streamed for level in self.levels if tokens <= level.tokens), 1.0)
+
+    @property
+    def captured(self) -> int:
+        """Tokens of the largest forward pass that streams nothing, and so has a CUDA graph; 0 without one."""
+        return max((level.tokens for level in self.levels if not level.streamed), default=0)
+
+
+Offload = NoOffload | UvaOffload | PrefetchOffload | ExpertCacheOffload | HybridOffload
 
 
 @dataclass(frozen=True)

@@ -5,15 +5,23 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from shoehorn.common.units import GIB
+from shoehorn.hardware import gpu_specs
 from shoehorn.model.shape import ModelShape
-from shoehorn.planner import speculation
+from shoehorn.planner import host_compute, speculation
 from shoehorn.planner.inputs import PlanInputs
 from shoehorn.planner.load_tiers import LARGEST
 from shoehorn.planner.memory.model import MemoryModel
 from shoehorn.planner.option_set import OptionSet
 from shoehorn.planner.reasons import PROFILE
 from shoehorn.planner.search import Candidate, SearchSpace, search, smallest
-from shoehorn.planner.serving_config import BITSANDBYTES, CacheOptions, Limits, NoOffload, ServingConfig, Speculation
+from shoehorn.planner.serving_config import (
+    BITSANDBYTES,
+    CacheOptions,
+    Limits,
+    NoOffload,
+    ServingConfig,
+    Speculation,
+)
 from shoehorn.planner.vllm_args import KNOBS, Field, with_options
 
 _UNBOUNDED = 1 << 40
@@ -79,6 +87,7 @@ def configure(inputs: PlanInputs, options: OptionSet, limit_bytes: int) -> Confi
     space = SearchSpace(inputs.shape, start, fields, bound, inputs.hardware.host_memory_bytes,
                         may_quantize=inputs.shape.understood and not inputs.shape.quantization,
                         may_cache_experts=_may_cache_experts(inputs, options))
+    space = _with_hybrid(space, inputs, options)
     chosen = search(space)
     config = chosen.config if chosen else smallest(space)
     return Configured(options, fields, MemoryModel(inputs.shape, config), chosen)
@@ -92,6 +101,19 @@ def _may_cache_experts(inputs: PlanInputs, options: OptionSet) -> bool:
             and options.integer("tensor-parallel-size", 1) * options.integer("pipeline-parallel-size", 1) == 1
             and not own & options.values.keys()
             and all(gpu.compute_capability >= _MARLIN for gpu in inputs.hardware.gpus if any(gpu.compute_capability)))
+
+
+def _with_hybrid(space: SearchSpace, inputs: PlanInputs, options: OptionSet) -> SearchSpace:
+    """Permit hybrid execution where model, options and machine do: one GPU, and no LoRA."""
+    compute, gpus = inputs.hardware.host_compute, inputs.hardware.gpus
+    own = {"compilation-config", "quantization", "enable-lora"}
+    if compute is None or options.integer("tensor-parallel-size", 1) * options.integer(
+            "pipeline-parallel-size", 1) > 1 or own & options.values.keys() or not all(
+            host_compute.is_supported(inputs.shape, inputs.hardware.cpus, gpu) for gpu in gpus):
+        return space
+    pcie = min(gpu_specs.host_to_device_bandwidth(gpu)[0] for gpu in gpus)
+    return replace(space, levels=host_compute.levels(compute, pcie),
+                   draft_tokens=host_compute.draft_tokens(compute, pcie, space.draft_tokens))
 
 
 def with_least_batch(model: MemoryModel) -> MemoryModel:

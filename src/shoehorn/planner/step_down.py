@@ -18,7 +18,7 @@ from shoehorn.planner.least_offload import with_offload
 from shoehorn.planner.memory.activations import captured_sizes
 from shoehorn.planner.memory.model import CONTEXT_BYTES, MemoryModel
 from shoehorn.planner.search import with_fewer_graphs
-from shoehorn.planner.serving_config import ExpertCacheOffload, ServingConfig
+from shoehorn.planner.serving_config import ExpertCacheOffload, HybridOffload, ServingConfig
 from shoehorn.planner.vllm_args import KNOBS, Field, offload_options
 
 MAX_STEPS = 5
@@ -159,8 +159,9 @@ class StepDown:
                 most = min(start.config.capture_limit or slots, slots // experts.per_token)
                 yield replace(start.config, offload=replace(offload, slots=slots), capture_limit=most)
             return
+        levels = offload.levels if isinstance(offload, HybridOffload) else ()
         for layers in range(1, start.shape.layers + 1):
-            rung = start.with_config(with_offload(start.weights, layers))
+            rung = start.with_config(with_offload(start.weights, layers, levels))
             fits_host = not self.host_memory_bytes or rung.host_beside_gpus().total_bytes <= self.host_memory_bytes
             if rung.offloaded.stage_bytes(0) > start.offloaded.stage_bytes(0) and fits_host:
                 yield rung.config

@@ -12,11 +12,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from shoehorn.hardware.gpu_specs import SLOWEST_BYTES_PER_SECOND, host_to_device_bandwidth, memory_bandwidth
-from shoehorn.hardware.types import Gpu
+from shoehorn.hardware.types import Gpu, HostCompute
 from shoehorn.model.shape import Experts
+from shoehorn.planner import host_compute
 from shoehorn.planner.memory.activations import captured_sizes
 from shoehorn.planner.memory.model import MemoryModel
-from shoehorn.planner.serving_config import ExpertCacheOffload, PrefetchOffload, WeightFormat
+from shoehorn.planner.serving_config import ExpertCacheOffload, HybridOffload, PrefetchOffload, WeightFormat
 
 ACCEPTED = 3.0
 """Tokens that a forward pass is assumed to yield with a draft model: it depends on the text; most pairs do better."""
@@ -36,6 +37,13 @@ _PREFETCH_SHARE = 0.985
 _CACHE_SHARE, _CACHE_SECONDS = 0.91, 12e-6
 """Cache of experts: share of the PCIe bandwidth that its copies reach, and time of its two kernels in every layer (an
 H100, bench/results/expert-cache-h100.json)."""
+
+_HOP_SECONDS, _EAGER_HOP_SECONDS = 28e-6, 65e-6
+"""Hybrid execution: time of a matrix on the CPU besides its bytes: copies, request and answer (an H100 host,
+bench/results/hybrid-h100.json)."""
+
+_MATRICES = 4
+"""Matrices of a layer as the engine fuses them."""
 
 _SUMS_SECONDS = 20e-6
 """Time of the two sums over the GPUs of a tensor-parallel layer (two H100s over NVLink)."""
@@ -78,19 +86,21 @@ class Bandwidths:
 
     device: float
     pcie: float
+    host: HostCompute | None = None
 
 
-def expected(model: MemoryModel, gpu: Gpu) -> Mapping[str, float | None]:
+def expected(model: MemoryModel, gpu: Gpu, host: HostCompute | None = None) -> Mapping[str, float | None]:
     """Estimate tokens per second of all requests together, for one and for eight: `batch_1`, `batch_8`.
 
     Args:
         gpu: the slowest GPU.
+        host: the CPU's part; hybrid execution needs it.
     """
     device = gpu.device_bytes_per_second / COPY_SHARE or memory_bandwidth(gpu.name)
     streamed, _ = moved_bytes(model)
     if device is None and not streamed:
         return {"batch_1": None, "batch_8": None}
-    speeds = Bandwidths(device or SLOWEST_BYTES_PER_SECOND, host_to_device_bandwidth(gpu)[0])
+    speeds = Bandwidths(device or SLOWEST_BYTES_PER_SECOND, host_to_device_bandwidth(gpu)[0], host)
     rates = []
     for most in (1, 8):
         requests = min(most, model.config.limits.max_num_seqs)
@@ -124,6 +134,13 @@ def _pass_seconds(model: MemoryModel, speeds: Bandwidths, requests: int) -> floa
         computing = (streamed + resident) / bandwidth
         starting = model.offloaded.layers * _PREFETCH_SECONDS * eager
         return max(streamed / speeds.pcie / _PREFETCH_SHARE, computing + unpacking + layers * per_layer + starting)
+    if isinstance(config.offload, HybridOffload) and speeds.host:
+        share = config.offload.streamed(requests)
+        hop = _MATRICES * (_EAGER_HOP_SECONDS if eager else _HOP_SECONDS) * (1 - share)
+        waiting = streamed / host_compute.rate(speeds.host, speeds.pcie, requests, share)
+        ahead = model.offloaded.layers * (per_layer if eager else 0)  # the host starts kernels while the stream waits
+        return (max(waiting + model.offloaded.layers * hop, ahead) + resident / bandwidth
+                + (layers - model.offloaded.layers * eager) * per_layer)
     if isinstance(config.offload, ExpertCacheOffload):
         return (streamed / speeds.pcie / _CACHE_SHARE + resident / bandwidth + layers * per_layer
                 + model.weights.expert_layers * _CACHE_SECONDS)
@@ -138,8 +155,8 @@ def _pass_seconds(model: MemoryModel, speeds: Bandwidths, requests: int) -> floa
 def moved_bytes(model: MemoryModel, requests: int = 1) -> tuple[int, int]:
     """Count the bytes that one GPU reads for one forward pass: (over PCIe, from its own memory).
 
-    Of a mixture's experts only those that some token passes are read from the GPU's memory; layers that prefetch
-    offloads cross PCIe whole.
+    Of a mixture's experts only those that some token passes are read from the GPU's memory; layers that are offloaded
+    whole are read whole: over PCIe, or by the CPU in hybrid execution.
     """
     shape, weights = model.shape, model.weights
     active = 1.0
@@ -155,7 +172,8 @@ def moved_bytes(model: MemoryModel, requests: int = 1) -> tuple[int, int]:
         each = weights.expert_layers * weights.expert_bytes
         return round(copied * each), (weights.layers_bytes - offloaded + computed * each + weights.head_bytes
                                       + weights.other_bytes)
-    streamed = offloaded if isinstance(model.config.offload, PrefetchOffload) else round(offloaded * active)
+    whole = isinstance(model.config.offload, PrefetchOffload | HybridOffload)
+    streamed = offloaded if whole else round(offloaded * active)
     resident = round((weights.layers_bytes - offloaded + weights.quant_state_bytes) * active)
     return streamed, resident + weights.head_bytes + weights.other_bytes
 

@@ -13,7 +13,9 @@ from typing import Any
 from shoehorn.common.units import GIB
 from shoehorn.planner.serving_config import (
     BITSANDBYTES,
+    ComputeLevel,
     ExpertCacheOffload,
+    HybridOffload,
     NoOffload,
     PrefetchOffload,
     ServingConfig,
@@ -87,6 +89,9 @@ def _own_options(config: ServingConfig) -> object:
     own: dict[str, object] = {"embedding": "host"} if config.embedding_on_host else {}
     if isinstance(config.offload, ExpertCacheOffload):
         own["experts"] = {"slots": config.offload.slots, "scratch": config.offload.scratch}
+    if isinstance(config.offload, HybridOffload):
+        own["hybrid"] = {"group": config.offload.group, "last": config.offload.last, "buffers": config.offload.buffers,
+                         "levels": [[level.tokens, level.streamed] for level in config.offload.levels]}
     return {"shoehorn": own} if own else None
 
 
@@ -94,7 +99,11 @@ def _read_own_options(config: ServingConfig, value: Any, options: Mapping[str, o
     own = value.get("shoehorn") if isinstance(value, dict) else None
     own = own if isinstance(own, dict) else {}
     config = replace(config, embedding_on_host=own.get("embedding") == "host")
-    experts = own.get("experts")
+    experts, hybrid = own.get("experts"), own.get("hybrid")
+    if isinstance(hybrid, dict):
+        levels = tuple(ComputeLevel(int(tokens), float(share)) for tokens, share in hybrid["levels"])
+        return replace(config, offload=HybridOffload(int(hybrid["group"]), int(hybrid["last"]), levels,
+                                                     int(hybrid.get("buffers", 2))))
     if not isinstance(experts, dict):
         return config
     return replace(config, offload=ExpertCacheOffload(int(experts["slots"]), int(experts.get("scratch", 16))))
@@ -153,8 +162,8 @@ KNOBS = (
     Knob("additional-config", Field.OFFLOAD, _own_options, _read_own_options, opens=False),
     Knob("moe-backend", Field.OFFLOAD, _with_expert_cache("marlin"), _unread, opens=False),
     Knob("compilation-config", Field.OFFLOAD,
-         lambda config: dict(DECODE_GRAPHS) if isinstance(config.offload, ExpertCacheOffload) and not config.eager
-         else None, _unread, opens=False),
+         lambda config: dict(DECODE_GRAPHS) if isinstance(config.offload, ExpertCacheOffload | HybridOffload)
+         and not config.eager else None, _unread, opens=False),
     Knob("block-size", None, lambda config: config.cache.block_size, _cache("block_size", int), keeps=False),
     Knob("enable-prefix-caching", None, lambda config: None, _cache("caches_prefixes", bool), keeps=False),
     Knob("mamba-cache-dtype", None, lambda config: None, _cache("convolution_bytes", _state_bytes), keeps=False),

@@ -4,14 +4,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from shoehorn.common.units import ceil_div
+from shoehorn.common.units import MIB, ceil_div
 from shoehorn.planner.memory.weights import Weights
-from shoehorn.planner.serving_config import ExpertCacheOffload, Offload, PrefetchOffload, UvaOffload
+from shoehorn.planner.serving_config import (
+    ExpertCacheOffload,
+    HybridOffload,
+    Offload,
+    PrefetchOffload,
+    UvaOffload,
+)
+
+_UNPACKED_BYTES = 64 * MIB
+"""A slice of unpacked weights (shoehorn_vllm/hybrid/offload/stream.py)."""
+
 
 
 def offloaded_layers(offload: Offload, layers: int) -> int:
-    """Number of layers that a prefetch offload takes; 0 for the other kinds, which count bytes."""
-    return sum(map(offload.offloads, range(layers))) if isinstance(offload, PrefetchOffload) else 0
+    """Number of layers that are offloaded whole; 0 for the kinds that count bytes."""
+    return sum(map(offload.offloads, range(layers))) if isinstance(offload, PrefetchOffload | HybridOffload) else 0
 
 
 @dataclass(frozen=True)
@@ -22,14 +32,14 @@ class OffloadedWeights:
 
     @property
     def layers(self) -> int:
-        """Number of layers that prefetch offloads."""
+        """Number of layers that are offloaded whole."""
         return offloaded_layers(self.weights.config.offload, self.weights.shape.layers)
 
     def stage_bytes(self, stage: int) -> int:
         """Layers' weights that one GPU of a stage has in host memory."""
         offload = self.weights.config.offload
         stored = round(self.weights.layers_bytes * self.weights.stage_share(stage))
-        if isinstance(offload, PrefetchOffload):
+        if isinstance(offload, PrefetchOffload | HybridOffload):
             return stored * self.layers // self.weights.shape.layers
         if isinstance(offload, ExpertCacheOffload):  # never divided over GPUs
             return self.weights.shape.tensor_bytes.experts.bytes
@@ -58,10 +68,13 @@ class OffloadedWeights:
 
     @property
     def buffers_bytes(self) -> int:
-        """Buffers on each GPU for the layers that prefetch copies, or for cached experts."""
+        """Buffers on each GPU for layers that are copied there, or for cached experts."""
         offload = self.weights.config.offload
         if isinstance(offload, ExpertCacheOffload):
             return (offload.slots * self.weights.expert_layers + 2 * offload.scratch) * self.weights.expert_bytes
+        if isinstance(offload, HybridOffload):
+            largest = max((*self.weights.fused_tensors_bytes, 0))
+            return offload.buffers * largest + _UNPACKED_BYTES if self.layers else 0
         if not isinstance(offload, PrefetchOffload):
             return 0
         return ceil_div(self.weights.layers_bytes, self.weights.shape.layers) * min(offload.steps, self.layers)

@@ -1,0 +1,86 @@
+"""The CPU's part in forward passes over weights in host memory: rates, and the share that is streamed to the GPU.
+
+A forward pass of few tokens waits for the bytes of the weights, and host memory is read faster than PCIe copies it. One
+of many tokens waits for the CPU's arithmetic, so its weights are streamed to the GPU. Between them both work at once.
+"""
+
+from __future__ import annotations
+
+from shoehorn.hardware.types import Gpu, HostCompute
+from shoehorn.model.shape import ModelShape
+from shoehorn.planner.serving_config import ComputeLevel
+
+LEAST_CPUS = 4
+"""CPUs below which the API server and the engine's own threads leave too few for the kernel."""
+
+DRAFT_COST = 1.3
+"""Time of a forward pass that verifies draft tokens, at most, relative to one of a single token: n-gram lookup drafts
+only where the text repeats, and about half of its tokens are accepted there."""
+
+_CAPABILITY = (8, 0)
+"""Least compute capability with bfloat16, in which the layers work."""
+
+_STREAM_SHARE = 0.985
+"""Share of the PCIe bandwidth that streaming reaches."""
+
+_BOTH_SHARE = 0.8
+"""Share of the bound that CPU and PCIe reach together, since they divide whole matrices (an H100 host,
+bench/results/hybrid-h100.json)."""
+
+_PASSES = (1, 2, 4, 8, 16, 32)
+"""Tokens of forward passes that a level is computed for; larger ones are streamed."""
+
+_STEPS = 20
+_NEARLY = 0.97
+"""Of shares that are nearly as fast as the best one, the smallest is chosen: it leaves PCIe free, and passes that
+stream nothing have CUDA graphs."""
+
+
+def is_supported(shape: ModelShape, cpus: float, gpu: Gpu) -> bool:
+    """Return whether CPU and GPU can share the layers of a model in host memory: dense ones in INT4."""
+    return (shape.understood and shape.symmetric_int4 and shape.experts is None and shape.dtype == "bfloat16"
+            and cpus >= LEAST_CPUS and gpu.compute_capability >= _CAPABILITY)
+
+
+def levels(compute: HostCompute, pcie: float) -> tuple[ComputeLevel, ...]:
+    """Choose the streamed share for forward passes of up to 1, 2, 4, ... tokens, by expected time.
+
+    Args:
+        pcie: bandwidth in bytes a second.
+    """
+    chosen: list[ComputeLevel] = []
+    for tokens in _PASSES:
+        rates = {step / _STEPS: rate(compute, pcie, tokens, step / _STEPS) for step in range(_STEPS + 1)}
+        best = min(share for share, reached in rates.items() if reached >= _NEARLY * max(rates.values()))
+        if best == 1:
+            break
+        chosen.append(ComputeLevel(tokens, best))
+    return tuple(chosen)
+
+
+def draft_tokens(compute: HostCompute, pcie: float, most: int) -> int:
+    """Choose how many draft tokens a forward pass may verify: as many as cost it no more than `DRAFT_COST`."""
+    def seconds_per_byte(tokens: int) -> float:
+        share = next((level.streamed for level in levels(compute, pcie) if tokens <= level.tokens), 1.0)
+        return 1 / rate(compute, pcie, tokens, share)
+
+    return max((count for count in range(1, most + 1)
+                if seconds_per_byte(1 + count) <= DRAFT_COST * seconds_per_byte(1)), default=0)
+
+
+def rate(compute: HostCompute, pcie: float, tokens: int, streamed: float) -> float:
+    """Estimate at how many bytes of weights a second a forward pass advances.
+
+    Args:
+        pcie: bandwidth in bytes a second.
+        streamed: share of the bytes that cross PCIe.
+    """
+    copying, multiplying = streamed / (pcie * _STREAM_SHARE), (1 - streamed) / cpu_rate(compute, tokens)
+    if not streamed or streamed == 1:
+        return 1 / (copying + multiplying)
+    return _BOTH_SHARE / max(copying, multiplying, 1 / compute.read_bytes_per_second)
+
+
+def cpu_rate(compute: HostCompute, tokens: int) -> float:
+    """Estimate the kernel's bytes of weights a second: limited by host memory, then by arithmetic."""
+    return min(compute.bytes_per_second_1, compute.bytes_per_second_8 * 8 / tokens)
