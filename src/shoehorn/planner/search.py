@@ -210,8 +210,8 @@ def _with_least_offload(space: SearchSpace, start: ServingConfig, requests: int,
         model = MemoryModel(space.shape, config)
         if Field.OFFLOAD not in space.open_fields:
             return model
-        found = least_offload(model, requests, space.offload_bound_bytes, uva, space.levels)
-        return model.with_config(_with_decode_graphs(space, found))
+        changed = least_offload(model, requests, space.offload_bound_bytes, uva, space.levels)
+        return model.with_config(_with_decode_graphs(space, changed))
 
     def mostly_waits(model: MemoryModel) -> bool:
         return 2 * model.offloaded.stage_bytes(0) > whole_bytes
