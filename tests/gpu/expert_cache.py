@@ -44,7 +44,7 @@ def main() -> None:
         views: list[Any] = [tuple(get_accelerator_view_from_cpu_tensor(one) for one in layer) for layer in host]
         whole = [[one.to(device) for one in layer] for layer in host]
         waves = Waves(views[0], size, device)
-        caches = [ExpertCache(view, slots, device, waves) for view in views]
+        caches = [ExpertCache(view, slots, slots // 4, device, waves) for view in views]
         worst = 0.0
         for tokens in PASSES:
             x = torch.randn(tokens, HIDDEN, device=device, dtype=torch.bfloat16)

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from tokenizers import Tokenizer
 
 from fakes import captured
 from shoehorn.common.paths import HOME
+from shoehorn.hardware.types import Hardware
 from shoehorn.model import checkpoint
 from shoehorn.model.files import LocalFiles
 
@@ -128,7 +130,10 @@ def test_command_writes_a_capture(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", captured.machines())
 def test_captured_machine_is_plausible(name: str) -> None:
     machine = captured.machine(name)
-    assert json.loads(json.dumps(machine.to_json())) == json.loads((captured.MACHINES / f"{name}.json").read_text())
+    written, document = json.loads(json.dumps(machine.to_json())), json.loads(
+        (captured.MACHINES / f"{name}.json").read_text())
+    assert Hardware.from_json(written) == machine
+    assert _only(written, document) == document, "captures of earlier versions have fewer fields"
     assert machine.gpus
     assert machine.host_available_bytes < machine.host_memory_bytes
     assert int(machine.driver_version.split(".")[0]) >= 580
@@ -137,6 +142,15 @@ def test_captured_machine_is_plausible(name: str) -> None:
         assert 0 < gpu.free_bytes <= gpu.total_bytes
         assert gpu.compute_capability >= (7, 5)
     assert len({gpu.uuid for gpu in machine.gpus}) == len(machine.gpus)
+
+
+def _only(written: Any, document: Any) -> Any:
+    """What was written, without the fields that a document lacks."""
+    if isinstance(document, dict):
+        return {key: _only(written[key], value) for key, value in document.items()}
+    if isinstance(document, list):
+        return [_only(one, other) for one, other in zip(written, document, strict=True)]
+    return written
 
 
 def test_machines_cover_eleven_gpus_with_much_and_little_host_memory() -> None:

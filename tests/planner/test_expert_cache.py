@@ -83,7 +83,8 @@ def test_experts_are_cached_where_they_do_not_fit() -> None:
     assert plan.vram[0].weights_bytes < 2 * GIB
     assert plan.engine_args["moe-backend"] == "marlin"
     assert plan.engine_args["additional-config"]["shoehorn"]["experts"] == {  # type: ignore[index]
-        "slots": offload.slots, "scratch": offload.scratch}
+        "slots": offload.slots, "scratch": offload.scratch, "divided": offload.divided}
+    assert offload.divided >= offload.slots // 8
     assert with_options(plan.config, plan.engine_args).offload == offload, "options kept after a good start hold it"
     larger = planned(machine(("NVIDIA GeForce RTX 3060", 11.6)), converted())
     assert isinstance(larger.config.offload, ExpertCacheOffload)

@@ -88,8 +88,9 @@ class Hardware:
     host_compute: HostCompute | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Return a JSON-ready copy, for captures; without `host_compute` where it is unknown."""
-        return {name: value for name, value in asdict(self).items() if name != "host_compute" or value}
+        """Return a JSON-ready copy, for captures; without `host_compute` and `gpu_remarks` where they are empty."""
+        return {name: value for name, value in asdict(self).items()
+                if value or name not in ("host_compute", "gpu_remarks")}
 
     @staticmethod
     def from_json(document: Mapping[str, Any]) -> Hardware:

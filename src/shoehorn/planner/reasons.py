@@ -66,7 +66,7 @@ TEXTS: Mapping[str, str] = {
                     "only missing ones that a token needs cross PCIe",
     "expert-kernel": "the kernel of the cached experts",
     "expert-graphs": "CUDA graphs of whole forward passes, without torch.compile",
-    "expert-capture": "largest number of tokens whose experts fit into the cache together",
+    "expert-capture": "largest forward pass that copies only the missing experts that it needs",
     "hybrid": "{offloaded} of weights in host memory, where the CPU multiplies them for small forward passes; those of "
               "more than {shared} tokens are streamed to the GPU",
     "hybrid-capture": "largest number of tokens whose host layers the CPU multiplies alone",

@@ -26,6 +26,7 @@ from shoehorn.planner.load_tiers import (
 from shoehorn.planner.memory.activations import captured_sizes
 from shoehorn.planner.memory.model import MemoryModel
 from shoehorn.planner.serving_config import ComputeLevel, ExpertCacheOffload, HybridOffload, ServingConfig, Speculation
+from shoehorn.planner.throughput import divided_tokens
 from shoehorn.planner.vllm_args import NGRAM, Field
 
 DRAFT_TOKENS = int(str(NGRAM["num_speculative_tokens"]))
@@ -161,11 +162,12 @@ def expert_cache(space: SearchSpace) -> Iterator[Candidate]:
 
 
 def _cached(space: SearchSpace, config: ServingConfig, experts: Experts, slots: int) -> ServingConfig:
-    """Copy with that many slots of every layer; CUDA graphs for passes whose choices fit into them."""
-    cached = replace(config, offload=ExpertCacheOffload(slots, max(1, min(16, experts.count // 8))))
+    """Copy with that many slots of every layer; CUDA graphs for forward passes that do not copy all experts."""
+    divided = divided_tokens(experts, slots)
+    cached = replace(config, offload=ExpertCacheOffload(slots, max(1, min(32, experts.count // 4)), divided))
     if Field.CAPTURE in space.open_fields:
         cached = replace(cached, capture_limit=captured_sizes(replace(
-            cached, capture_limit=min(slots // experts.per_token, 2 * config.limits.max_num_seqs)))[-1])
+            cached, capture_limit=min(divided, 2 * config.limits.max_num_seqs)))[-1])
     return cached
 
 

@@ -84,10 +84,13 @@ class ExpertCacheOffload:
 
     Attributes:
         scratch: experts in each of the two buffers of large forward passes.
+        divided: tokens of the largest forward pass that is divided into parts whose choices fit into the slots; larger
+            ones copy every expert that has no slot.
     """
 
     slots: int
     scratch: int
+    divided: int
 
 
 @dataclass(frozen=True)

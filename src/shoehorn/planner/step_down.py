@@ -19,6 +19,7 @@ from shoehorn.planner.memory.activations import captured_sizes
 from shoehorn.planner.memory.model import CONTEXT_BYTES, MemoryModel
 from shoehorn.planner.search import with_fewer_graphs
 from shoehorn.planner.serving_config import ExpertCacheOffload, HybridOffload, ServingConfig
+from shoehorn.planner.throughput import divided_tokens
 from shoehorn.planner.vllm_args import KNOBS, Field, offload_options
 
 MAX_STEPS = 5
@@ -156,8 +157,10 @@ class StepDown:
         offload, experts = start.config.offload, start.shape.experts
         if isinstance(offload, ExpertCacheOffload) and experts:
             for slots in range(offload.slots - 1, experts.per_token - 1, -1):
-                most = min(start.config.capture_limit or slots, slots // experts.per_token)
-                yield replace(start.config, offload=replace(offload, slots=slots), capture_limit=most)
+                divided = divided_tokens(experts, slots)
+                most = captured_sizes(replace(start.config, capture_limit=min(
+                    start.config.capture_limit or divided, divided)))[-1]
+                yield replace(start.config, offload=replace(offload, slots=slots, divided=divided), capture_limit=most)
             return
         levels = offload.levels if isinstance(offload, HybridOffload) else ()
         for layers in range(1, start.shape.layers + 1):

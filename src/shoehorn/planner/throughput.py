@@ -45,6 +45,9 @@ bench/results/hybrid-h100.json)."""
 _MATRICES = 4
 """Matrices of a layer as the engine fuses them."""
 
+_WORTHWHILE = 0.9
+"""Share of all experts without a slot that the parts of a divided pass copy together, at most."""
+
 _SUMS_SECONDS = 20e-6
 """Time of the two sums over the GPUs of a tensor-parallel layer (two H100s over NVLink)."""
 
@@ -181,11 +184,21 @@ def moved_bytes(model: MemoryModel, requests: int = 1) -> tuple[int, int]:
 def copied_experts(experts: Experts, slots: int, tokens: int) -> float:
     """Estimate how many experts of a layer a forward pass copies to the GPU, if all are chosen equally often.
 
-    A pass of more tokens than the slots hold the choices of is divided, or copies all experts without a slot
+    A pass of more tokens than the slots hold the choices of is divided, or copies every expert without a slot
     (shoehorn_vllm/hybrid/expert_cache.py). Trained models choose some experts more often than others.
     """
-    most = max(1, slots // experts.per_token)
-    parts = math.ceil(tokens / most)
+    most, absent = max(1, slots // experts.per_token), experts.count - slots
+    if tokens > divided_tokens(experts, slots):
+        return absent
     touched = 1 - (1 - experts.per_token / experts.count) ** min(tokens, most)
-    absent = experts.count - slots
-    return min(absent, parts * touched * absent)
+    return min(absent, math.ceil(tokens / most) * touched * absent)
+
+
+def divided_tokens(experts: Experts, slots: int) -> int:
+    """Choose the largest forward pass that is worth dividing into parts whose choices fit into the slots.
+
+    Its parts together copy less than `_WORTHWHILE` of what a pass copies that takes every expert without a slot.
+    """
+    most = max(1, slots // experts.per_token)
+    touched = 1 - (1 - experts.per_token / experts.count) ** most
+    return most * max(1, math.floor(_WORTHWHILE / touched))

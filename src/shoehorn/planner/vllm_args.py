@@ -88,7 +88,8 @@ def _own_options(config: ServingConfig) -> object:
     """Options of the engine plugin, in vLLM's `additional-config`."""
     own: dict[str, object] = {"embedding": "host"} if config.embedding_on_host else {}
     if isinstance(config.offload, ExpertCacheOffload):
-        own["experts"] = {"slots": config.offload.slots, "scratch": config.offload.scratch}
+        own["experts"] = {"slots": config.offload.slots, "scratch": config.offload.scratch,
+                          "divided": config.offload.divided}
     if isinstance(config.offload, HybridOffload):
         own["hybrid"] = {"group": config.offload.group, "last": config.offload.last, "buffers": config.offload.buffers,
                          "levels": [[level.tokens, level.streamed] for level in config.offload.levels]}
@@ -106,7 +107,9 @@ def _read_own_options(config: ServingConfig, value: Any, options: Mapping[str, o
                                                      int(hybrid.get("buffers", 2))))
     if not isinstance(experts, dict):
         return config
-    return replace(config, offload=ExpertCacheOffload(int(experts["slots"]), int(experts.get("scratch", 16))))
+    slots = int(experts["slots"])
+    return replace(config, offload=ExpertCacheOffload(slots, int(experts.get("scratch", 16)),
+                                                      int(experts.get("divided", 0))))
 
 
 def _with_expert_cache(value: object) -> Callable[[ServingConfig], object]:

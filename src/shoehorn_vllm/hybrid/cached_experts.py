@@ -12,6 +12,7 @@ Source: vLLM 0.32.0, compressed_tensors_moe_wna16.py; fused_moe/oracle/int_wna16
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,12 +30,14 @@ from vllm.model_executor.layers.quantization.utils.marlin_utils import (
     marlin_moe_padded_intermediate,
     marlin_moe_permute_scales,
 )
+from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.model_executor.utils import replace_parameter
 from vllm.utils.torch_utils import get_accelerator_view_from_cpu_tensor
 
 from shoehorn_vllm.hybrid.expert_cache import ExpertCache
 from shoehorn_vllm.hybrid.expert_waves import Tensors, Waves
 from shoehorn_vllm.patches import pinned_memory
+from shoehorn_vllm.patches.patch import Patch
 
 log = logging.getLogger("vllm.shoehorn_vllm")
 
@@ -98,13 +101,13 @@ class CompressedTensorsWNA16MoEMethod(engine.CompressedTensorsWNA16MoEMethod):
             waves = Waves(views, self.cache_options.get("scratch", 16), device)
             _waves[key] = waves, [self._kernel(layer, buffer) for buffer in waves.buffers]
         self.waves, self.scratch_kernels = _waves[key]
-        self.cache = ExpertCache(views, self.cache_options["slots"], device, self.waves)
+        slots, divided = self.cache_options["slots"], self.cache_options.get("divided", 0)
+        self.cache = ExpertCache(views, slots, divided, device, self.waves)
         self.host = host  # the views do not keep it
         for name, tensor in zip(_NAMES, self.cache.tensors, strict=True):
             replace_parameter(layer, name, tensor)
         layer.w13_weight, layer.w2_weight = layer.w13_weight_packed, layer.w2_weight_packed
         self._setup_kernel(layer)
-        log.info("Total CPU offloaded parameters: %s", f"{_host_bytes / (1 << 30):.2f}")
 
     def _repacked(self, data: torch.Tensor, scale: bool, device: torch.device) -> torch.Tensor:
         """[E, N, K / 8] or scales [E, N, groups] -> the kernel's layout, in the same memory."""
@@ -153,6 +156,15 @@ class CompressedTensorsWNA16MoEMethod(engine.CompressedTensorsWNA16MoEMethod):
         return self.cache.run(topk_ids, run)
 
 
+def _load_model(original: Callable[..., torch.nn.Module], *arguments: Any, **named: Any) -> torch.nn.Module:
+    """Report the bytes in host memory once after the load, as vLLM does for its own offload."""
+    model = original(*arguments, **named)
+    if _host_bytes:
+        log.info("Total CPU offloaded parameters: %s", f"{_host_bytes / (1 << 30):.2f}")
+    return model
+
+
 def apply() -> None:
     """Patch this process: vLLM looks the method up in its module when it builds a layer."""
+    Patch(BaseModelLoader, "load_model", _load_model).apply()
     setattr(engine, "CompressedTensorsWNA16MoEMethod", CompressedTensorsWNA16MoEMethod)  # noqa: B010  # mypy: a type

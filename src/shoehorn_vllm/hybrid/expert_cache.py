@@ -25,8 +25,6 @@ Run = Callable[[slice, torch.Tensor, torch.Tensor | None, int, int | None], torc
 or None for the slots) -> [tokens, K]."""
 
 _BLOCK = 128
-_WORTHWHILE = 0.9
-"""A pass is divided into small ones up to this share of the bytes that a large one copies."""
 
 
 class ExpertCache:
@@ -35,14 +33,16 @@ class ExpertCache:
     Args:
         host: device views of the pinned host tensors.
         slots: number of experts that the GPU holds; at least the choices of one token.
+        divided: tokens of the largest pass that is divided into small ones.
         waves: the process's buffers for large passes.
     """
 
-    def __init__(self, host: Tensors, slots: int, device: torch.device, waves: Waves) -> None:
+    def __init__(self, host: Tensors, slots: int, divided: int, device: torch.device, waves: Waves) -> None:
         self.experts = host[0].shape[0]
         self.slots = min(slots, self.experts)
         self.host = host
         self.tensors = slot_tensors(host, self.slots, device)
+        self._divided = divided
         self._waves = waves
 
         def integers(size: int) -> torch.Tensor:
@@ -78,8 +78,7 @@ class ExpertCache:
         most = max(1, self.slots // each)
         if tokens <= most:
             return self._small(slice(0, tokens), choices, kernel)
-        parts = -(-tokens // most)
-        if parts * (1 - (1 - each / self.experts) ** most) < _WORTHWHILE:
+        if tokens <= self._divided:
             return torch.cat([self._small(slice(begin, min(begin + most, tokens)), choices, kernel)
                               for begin in range(0, tokens, most)])
         return self._waves.run(self, choices, kernel)
