@@ -145,7 +145,7 @@ def test_captured_machine_is_plausible(name: str) -> None:
 
 
 def _only(written: Any, document: Any) -> Any:
-    """What was written, without the fields that a document lacks."""
+    """Leave out the fields that a document lacks."""
     if isinstance(document, dict):
         return {key: _only(written[key], value) for key, value in document.items()}
     if isinstance(document, list):
