@@ -6,8 +6,8 @@ The stages of a run:
         `-----------`-----------`---------`-----------`---> exited
 
 Rules:
-- ready means that /health answered 200 and the engine then served a full batch (`readiness`); the run ends with the
-  process;
+- ready means that /health answered 200 and the engine then served a full batch (`readiness`) and the first request of
+  each feature (`feature_warm_up`); the run ends with the process;
 - vLLM exits with 0 when its engine core dies, so every exit that was not requested is a failure;
 - before a ready engine is terminated, running requests finish or are aborted (`drain`): SIGTERM with an open stream
   hangs vLLM;
@@ -24,7 +24,7 @@ from enum import StrEnum
 
 import httpx
 
-from shoehorn.engine import drain, readiness
+from shoehorn.engine import drain, feature_warm_up, readiness
 from shoehorn.engine.diagnosis import HUNG, Diagnosis, diagnose
 from shoehorn.engine.launch_spec import LaunchSpec
 from shoehorn.engine.output import EngineOutput
@@ -118,12 +118,14 @@ class EngineRun:
         """Check that the engine serves what the plan promises; stop it if it does not."""
         self.stage = Stage.WARMING_UP
         begin = time.monotonic()
-        if not readiness.warm_up(self._transport(), self._spec.options, self._spec.model):
+        options, model = self._spec.options, self._spec.model
+        is_serving = readiness.warm_up(self._transport(), options, model)
+        batch_seconds = time.monotonic() - begin
+        if not is_serving or not feature_warm_up.warm_up_features(self._transport(), options, model, readiness.TOKEN):
             child.stop(ENGINE_STOP_SECONDS)
             return
         self.stage = Stage.READY
-        self._watchdog = Watchdog(client, self._spec.model, _PATIENCE_FACTOR * (time.monotonic() - begin),
-                                  self._spec.timing)
+        self._watchdog = Watchdog(client, model, _PATIENCE_FACTOR * batch_seconds, self._spec.timing)
         if not drain.is_requested(self._states.run_dir):
             self._on_ready(time.monotonic() - self._started)
             self._states.update(phase=Phase.READY, progress=None, detail="serving")

@@ -29,7 +29,7 @@ from shoehorn.planner.parser_table import (
 )
 from shoehorn.planner.reasons import MODEL, SETTING
 
-AUTO_TOOLS = "enable-auto-tool-choice"
+AUTO_TOOLS, HIDE_TOOLS = "enable-auto-tool-choice", "exclude-tools-when-tool-choice-none"
 _COMBINED = "hf"
 """The parser that vLLM combines with no other."""
 
@@ -144,8 +144,13 @@ def _combined(options: OptionSet) -> OptionSet:
 
 
 def _with_auto_tools(options: OptionSet) -> OptionSet:
-    """Switch tool calls on where there is a parser; vLLM ignores the parser otherwise."""
+    """Switch tool calls on where there is a parser; vLLM ignores the parser otherwise.
+
+    A request with `tool_choice: none` does not show its tools to the model, which would call them.
+    """
     parser, switch = options.values.get(_CALLS.option), options.values.get(AUTO_TOOLS)
+    if parser and switch is not False and HIDE_TOOLS not in options.values:
+        options = options.set(HIDE_TOOLS, True, MODEL, "tools-hidden")
     if parser and switch is None:
         return options.set(AUTO_TOOLS, True, MODEL, "parser-needs-auto")
     if parser and not switch:

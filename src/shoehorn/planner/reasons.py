@@ -93,6 +93,7 @@ TEXTS: Mapping[str, str] = {
     "no-thoughts": "off: the chat template opens no thoughts",
     "tools-not-shown": "off: the chat template does not show tools to the model",
     "no-chat-template": "off: the model has no chat template",
+    "tools-hidden": "requests with tool_choice none get no calls",
     "parser-needs-auto": "required by tool-call-parser",
     "thought-tags": "the tags of the thoughts, so that requests can limit their length",
     # A draft model that is left out.
