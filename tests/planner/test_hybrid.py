@@ -145,7 +145,7 @@ def test_slower_without_the_measured_cpu() -> None:
     plan, hardware = planned(measured(), converted()), measured()
     model = MemoryModel(converted(), plan.config)
     slower = HostCompute(33e9, 31e9, 15e9)
-    rates = [expected(model, hardware.gpus[0], compute)["batch_1"] for compute in (DESKTOP, slower)]
+    rates = [expected(model, hardware.gpus[0], host=compute)["batch_1"] for compute in (DESKTOP, slower)]
     assert rates[0]
     assert rates[1]
     assert rates[0] > 1.7 * rates[1]

@@ -36,11 +36,14 @@ def test_rate_depends_on_pcie_when_offloaded_and_is_unknown_on_the_cpu() -> None
     assert reason(plan, "speed")[1] == "machine"
 
 
-def test_unequal_gpus_are_remarked() -> None:
+def test_unequal_gpus_are_used_together_where_that_is_faster() -> None:
     plan = planned(machine(LARGE, TWENTY), llama_70b())
-    assert reason(plan, "gpus") == (1, "machine", "unequal-gpus")
-    assert len(plan.vram) == 1
-    assert plan.vram[0].limit_bytes > 25 * GIB, "the largest GPU alone"
+    assert reason(plan, "gpus") == (2, "machine", "mixed-gpus")
+    assert [gpu.limit_bytes // GIB for gpu in plan.vram] == [29, 18]
+    alone = planned(machine(LARGE, TWENTY), tiny())
+    assert len(alone.vram) == 1
+    assert reason(alone, "gpus") == (1, "machine", "unequal-gpus")
+    assert reason(alone, "idle-gpus") == (1, "machine", "idle-gpus")
 
 
 def test_notes_about_the_checkpoint_are_among_the_reasons() -> None:

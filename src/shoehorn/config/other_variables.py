@@ -78,7 +78,6 @@ PASSED = (
     Variable("VLLM_MAX_COMPLETION_PROMPTS", "Maximum number of prompts in one request (128)."),
     Variable("VLLM_MAX_N_SEQUENCES", "Maximum number of answers to one request (128)."),
     Variable("VLLM_MEDIA_URL_ALLOW_REDIRECTS", "1: follow redirects of images' URLs."),
-    Variable("VLLM_PP_LAYER_PARTITION", "Layers of each pipeline stage, instead of the plan's."),
     Variable("SHOEHORN_TIMING", "Waits of the engine program in seconds, as a JSON object."),
 )
 """Variables of libraries, CUDA and the engine that pass through to the programs."""

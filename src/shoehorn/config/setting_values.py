@@ -68,6 +68,13 @@ def published_address(text: str) -> str:
     return f"{'127.0.0.1' if address in everywhere else address}:{port}"
 
 
+def partition(text: str) -> tuple[int, ...]:
+    """Parse positive numbers separated by commas."""
+    if not re.fullmatch(r"[1-9][0-9]{0,4}(?: *, *[1-9][0-9]{0,4})*", text):
+        raise ValueError(f"{text!r} is not a list of numbers, for example 30,50")
+    return tuple(int(word) for word in text.split(","))
+
+
 def switch(text: str) -> bool:
     """Parse yes or no."""
     if text.lower() not in _SWITCH_WORDS:

@@ -29,6 +29,7 @@ from shoehorn.config.setting_values import (
     origins,
     parse_key,
     parser_name,
+    partition,
     published_address,
     rate,
     revision,
@@ -125,6 +126,8 @@ class PlanSettings(_Group):
     vllm_extra_args: Annotated[tuple[str, ...], Setting(
         "", "Additional vLLM arguments, which override all other settings, for example `--max-num-batched-tokens "
         "1024`.", arguments, unset=())]
+    vllm_pp_layer_partition: Annotated[tuple[int, ...], Setting(
+        "", "Layers of each pipeline stage instead of the plan's, for example `30,50`.", partition, unset=())]
 
 
 @dataclass(frozen=True, repr=False)

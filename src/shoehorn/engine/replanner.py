@@ -52,7 +52,7 @@ class Replanner:
                               diagnosis.cache_made, diagnosis.missing_bytes)
         model = MemoryModel(self._deployment.inputs.shape, plan.config)
         step = StepDown(model, plan.fixed, plan.engine_args,
-                        min((gpu.total_bytes for gpu in hardware.gpus), default=0),
+                        min((gpu.total_bytes for gpu in plan.gpus), default=0),
                         hardware.host_memory_bytes).next_step(failure, len(self._steps))
         if step is None:
             return None

@@ -44,8 +44,8 @@ class Gpu:
 
 
 def largest_first(gpus: Iterable[Gpu]) -> list[Gpu]:
-    """Sort GPUs in the order in which plans use them."""
-    return sorted(gpus, key=lambda gpu: (-gpu.total_bytes, gpu.index))
+    """Sort GPUs in the order in which plans use them: by free memory in whole GiB, then by number."""
+    return sorted(gpus, key=lambda gpu: (-(min(gpu.total_bytes, gpu.free_bytes) >> 30), gpu.index))
 
 
 @dataclass(frozen=True)

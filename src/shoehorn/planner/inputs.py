@@ -32,6 +32,7 @@ class PlanSettings:
     reasoning_parser: str
     tool_call_parser: str
     vllm_extra_args: tuple[str, ...]
+    vllm_pp_layer_partition: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, settings: Settings) -> PlanSettings:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from shoehorn.common.units import GIB, format_size
 from shoehorn.hardware import gpu_specs, visible_gpus
 from shoehorn.hardware.types import Gpu, Hardware
-from shoehorn.planner import dtype, gpu_share, parallelism, remedies, speculation, throughput
+from shoehorn.planner import dtype, gpu_share, parallelism, remedies, speculation, stages, throughput
 from shoehorn.planner.assembly import Assembly
 from shoehorn.planner.base_options import BaseOptions
 from shoehorn.planner.derive import derive, without_offload_bound
@@ -13,10 +15,14 @@ from shoehorn.planner.inputs import PlanInputs
 from shoehorn.planner.memory.device import PARTS, DeviceMemory
 from shoehorn.planner.memory.model import MemoryModel
 from shoehorn.planner.option_set import OptionSet
+from shoehorn.planner.parallelism import Division
 from shoehorn.planner.placement import place_on_gpus
 from shoehorn.planner.plan import Plan, Refusal
 from shoehorn.planner.reasons import MACHINE, Reason
 from shoehorn.planner.start import Configured, configure, with_least_batch
+
+_PREFERRED_DEFAULT = 1.1
+"""Factor by which another division must be expected to be faster than the default one."""
 
 _MUCH_USED_BYTES = GIB // 2
 """Memory of other processes from which on a refusal names them."""
@@ -28,9 +34,8 @@ def plan_on_gpus(inputs: PlanInputs, base: BaseOptions) -> Plan | Refusal:
     Raises:
         SettingsError: the settings, or the model, do not suit the GPUs.
     """
-    options, gpus = parallelism.divide(base.options, inputs)
-    options = dtype.supported_dtype(options, gpus, inputs.shape)
-    options, model = _derived(_best(inputs, options, gpus), inputs, base.by_user)
+    configured, gpus = _fastest(inputs, parallelism.divisions(base.options, inputs))
+    options, model = _derived(configured, inputs, base.by_user)
     devices = (*model.gpus, model.host_beside_gpus(inputs.hardware.host_memory_bytes))
     assembly = Assembly(inputs, base.by_user, options, model, devices, _remarks(model, gpus, inputs.hardware), gpus)
     if refusal := assembly.check_disk():
@@ -43,18 +48,34 @@ def plan_on_gpus(inputs: PlanInputs, base: BaseOptions) -> Plan | Refusal:
             largest=_largest_parts(model.gpus), others=_other_processes(gpus))
     if assembly.missing_host_bytes():
         return assembly.refuse_host(remedies.on_gpus_host(model, assembly.missing_host_bytes()))
-    environment = gpu_share.allocator(gpus, model.config.limit_bytes) | visible_gpus.environment_of(gpus)
-    speeds = throughput.expected(model, gpus[0], inputs.hardware.host_compute)
+    limits = tuple(gpu.limit_bytes for gpu in model.gpus)
+    environment = {**gpu_share.allocator(gpus, limits), **visible_gpus.environment_of(gpus),
+                   **stages.environment(model.config)}
+    speeds = throughput.expected(model, *gpus, host=inputs.hardware.host_compute)
     return assembly.plan(environment, place_on_gpus(model), model.gpus[0].kv_cache_bytes, speeds)
+
+
+def _fastest(inputs: PlanInputs, divisions: list[Division]) -> tuple[Configured, tuple[Gpu, ...]]:
+    """Search every division; return the fastest of the best tier, or the default if it is nearly as fast."""
+    results: list[tuple[int, float, int, Configured, tuple[Gpu, ...]]] = []
+    for division in divisions:
+        options = dtype.supported_dtype(division.options, division.gpus, inputs.shape)
+        machine = replace(inputs.hardware, gpus=division.gpus)
+        configured = _best(replace(inputs, hardware=machine), options, division.gpus)
+        speed = throughput.tokens_per_second(configured.model, division.gpus, 1, machine.host_compute)
+        speed *= 1 if results else _PREFERRED_DEFAULT
+        results.append((configured.preference, -speed, len(results), configured, division.gpus))
+    *_, best, gpus = min(results, key=lambda result: result[:3])
+    return best, gpus
 
 
 def _best(inputs: PlanInputs, options: OptionSet, gpus: tuple[Gpu, ...]) -> Configured:
     """Search with vLLM's default share of each GPU, and with a larger one where that keeps all weights on the GPUs."""
-    default = configure(inputs, *gpu_share.limit(options, gpus, inputs.settings.vram_limit))
+    default = configure(inputs, *gpu_share.limits(options, gpus, inputs.settings.vram_limit))
     if not default.model.offloaded.stage_bytes(0) or gpu_share.OPTION in options.values:
         return default
     whole = options.set(gpu_share.OPTION, gpu_share.WHOLE_SHARE, MACHINE, "keeps-weights-on-gpu")
-    larger = configure(inputs, *gpu_share.limit(whole, gpus, inputs.settings.vram_limit))
+    larger = configure(inputs, *gpu_share.limits(whole, gpus, inputs.settings.vram_limit))
     return larger if larger.fits_without_offload else default
 
 
@@ -79,6 +100,8 @@ def _remarks(model: MemoryModel, gpus: tuple[Gpu, ...], hardware: Hardware) -> t
     idle = [each.label for each in hardware.gpus if each not in gpus]
     if idle:
         remarks.append(Reason("idle-gpus", len(idle), MACHINE, "idle-gpus", {"idle": ", ".join(idle)}))
+    if layers := model.config.parallelism.layers:
+        remarks.append(Reason(stages.PARTITION, ",".join(map(str, layers)), MACHINE, "layer-partition"))
     if len({each.name for each in gpus}) > 1:
         remarks.append(Reason("gpus", count, MACHINE, "mixed-gpus"))
     if model.offloaded.stage_bytes(0):

@@ -1,12 +1,14 @@
-"""GPUs in use, and the division of the model over them: by matrices (tensor) or by layers (pipeline).
+"""GPUs in use, and the divisions of the model over them: by matrices (tensor) or by layers (pipeline).
 
-Rules: all equal GPUs, unless profile or options say otherwise; by matrices wherever heads and groups of quantized
-weights can be divided, since then every GPU works on every token.
+Rules: profile and options decide where they say so. Otherwise the default is all equal GPUs, by matrices wherever heads
+and groups of quantized weights can be divided, since then every GPU works on every token; other divisions, over more,
+fewer or unequal GPUs, are alternatives that the search compares with it.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from shoehorn.common.errors import SettingsError
 from shoehorn.common.units import GIB
@@ -17,35 +19,61 @@ from shoehorn.planner.inputs import PlanInputs
 from shoehorn.planner.option_set import OptionSet
 from shoehorn.planner.reasons import MACHINE
 from shoehorn.planner.serving_config import BITSANDBYTES
+from shoehorn.planner.stages import users_layers
 
 _NAMED = "device-ids"
-_OPTIONS = {"tensor-parallel-size", "pipeline-parallel-size"}
+_TENSOR, _PIPELINE = "tensor-parallel-size", "pipeline-parallel-size"
 
 
-def divide(options: OptionSet, inputs: PlanInputs) -> tuple[OptionSet, tuple[Gpu, ...]]:
-    """Choose the GPUs, all equal ones where that is left open, and check the options against machine and model.
+@dataclass(frozen=True)
+class Division:
+    """GPUs in the order of the engine's ranks, and options that divide the model over them."""
+
+    options: OptionSet
+    gpus: tuple[Gpu, ...]
+
+
+def divisions(options: OptionSet, inputs: PlanInputs) -> list[Division]:
+    """List the possible divisions, the default first; only one where profile or options decide.
 
     Raises:
         SettingsError: too few GPUs, or the model cannot be divided over them.
     """
     name = inputs.profile.name
     inputs = _with_named_gpus(options, inputs)
-    if inputs.profile.is_auto and not _OPTIONS & options.values.keys():
-        options = _over_equal_gpus(options, require_gpus(inputs.hardware, name), inputs.shape)
-    tensor, pipeline = (options.integer(f"{each}-parallel-size", 1) for each in ("tensor", "pipeline"))
-    if tensor < 1 or pipeline < 1:
-        raise SettingsError("tensor-parallel-size and pipeline-parallel-size: less than one is invalid.",
-                            "Correct them in VLLM_EXTRA_ARGS or in the profile.", code="invalid_parallelism")
-    available = require_gpus(inputs.hardware, name, tensor * pipeline)
-    gpus = tuple(available if _NAMED in options.values else largest_first(available))[:tensor * pipeline]
-    if any(gpu.mig for gpu in gpus):
+    if inputs.profile.is_auto and not {_TENSOR, _PIPELINE} & options.values.keys():
+        available = _ordered(options, require_gpus(inputs.hardware, name))
+        candidates = [_over_equal_gpus(options, available, inputs.shape),
+                      *_alternatives(options, available, inputs.shape)]
+        stages, named = len(users_layers(inputs)), len(available) if _NAMED in options.values else 0
+        candidates = [each for each in candidates if each.options.integer(_PIPELINE, 1) == stages] or candidates
+        candidates = [each for each in candidates if len(each.gpus) == named] or candidates
+    else:
+        count = [options.integer(each, 1) for each in (_TENSOR, _PIPELINE)]
+        if min(count) < 1:
+            raise SettingsError("tensor-parallel-size and pipeline-parallel-size: less than one is invalid.",
+                                "Correct them in VLLM_EXTRA_ARGS or in the profile.", code="invalid_parallelism")
+        available = require_gpus(inputs.hardware, name, count[0] * count[1])
+        candidates = [Division(options, _ordered(options, available)[:count[0] * count[1]])]
+    if any(gpu.mig for gpu in candidates[0].gpus):
         raise SettingsError("The GPU is divided by MIG, which is unsupported.",
                             "Pass a whole GPU in, or switch MIG off on the host: nvidia-smi -mig 0",
                             code="unsupported_mig")
-    _require_divisible(inputs.shape, tensor)
-    if _NAMED in options.values and all(gpu.uuid for gpu in gpus):
-        options = options.set_by_user(_NAMED, ",".join(gpu.uuid for gpu in gpus), setting="VLLM_EXTRA_ARGS")
-    return options, gpus
+    _require_divisible(inputs.shape, candidates[0].options.integer(_TENSOR, 1))
+    return [_by_uuid(each) for each in candidates]
+
+
+def _ordered(options: OptionSet, gpus: Sequence[Gpu]) -> tuple[Gpu, ...]:
+    """Sort GPUs for the engine's ranks: as `--device-ids` names them, else the largest first."""
+    return tuple(gpus if _NAMED in options.values else largest_first(gpus))
+
+
+def _by_uuid(division: Division) -> Division:
+    """Name the GPUs of `--device-ids` by UUID, which is independent of their visibility."""
+    if _NAMED not in division.options.values or not all(gpu.uuid for gpu in division.gpus):
+        return division
+    named = ",".join(gpu.uuid for gpu in division.gpus)
+    return replace(division, options=division.options.set_by_user(_NAMED, named, setting="VLLM_EXTRA_ARGS"))
 
 
 def _with_named_gpus(options: OptionSet, inputs: PlanInputs) -> PlanInputs:
@@ -73,21 +101,54 @@ def _divides_heads(shape: ModelShape, gpus: int) -> bool:
     return not (shape.heads % gpus or (shape.kv_heads % gpus and gpus % shape.kv_heads))
 
 
-def _over_equal_gpus(options: OptionSet, gpus: tuple[Gpu, ...], shape: ModelShape) -> OptionSet:
+def _over_equal_gpus(options: OptionSet, gpus: Sequence[Gpu], shape: ModelShape) -> Division:
     """Divide the model over the largest set of equal GPUs."""
     sizes = [round(gpu.total_bytes / GIB) for gpu in gpus]
-    equal = max((sizes.count(size) * size, sizes.count(size)) for size in sizes)[1]
-    if equal < len(gpus):
-        options = options.remark("gpus", equal, MACHINE, "unequal-gpus", gpus=len(gpus))
-    if equal == 1:
-        return options
+    size = max(sizes, key=lambda each: (sizes.count(each) * each, sizes.count(each)))
+    equal = tuple(gpu for gpu in gpus if round(gpu.total_bytes / GIB) == size)
+    count = len(equal)
+    if count < len(gpus):
+        options = options.remark("gpus", count, MACHINE, "unequal-gpus", gpus=len(gpus))
+    if count == 1:
+        return Division(options, equal)
     if shape.quantization == BITSANDBYTES:
-        return options.set("pipeline-parallel-size", equal, MACHINE, "layers-only-nf4", gpus=equal)
-    tensor = next(count for count in range(equal, 0, -1) if divides(shape, count))
+        return Division(options.set(_PIPELINE, count, MACHINE, "layers-only-nf4", gpus=count), equal)
+    tensor = next(each for each in range(count, 0, -1) if divides(shape, each))
     if tensor == 1:
-        return options.set("pipeline-parallel-size", equal, MACHINE, "layers-only", gpus=equal)
-    options = options.set("tensor-parallel-size", tensor, MACHINE, "equal-gpus", gpus=equal, heads=shape.heads)
-    return options.set("disable-custom-all-reduce", True, MACHINE, "no-peer-access")
+        return Division(options.set(_PIPELINE, count, MACHINE, "layers-only", gpus=count), equal)
+    options = options.set(_TENSOR, tensor, MACHINE, "equal-gpus", gpus=count, heads=shape.heads)
+    return Division(options.set("disable-custom-all-reduce", True, MACHINE, "no-peer-access"), equal[:tensor])
+
+
+def _alternatives(options: OptionSet, gpus: Sequence[Gpu], shape: ModelShape) -> Iterator[Division]:
+    """Yield divisions over the GPUs that have at least as much memory as each of them, in every way.
+
+    Matrices are divided over GPUs of one generation only: the engine chooses its kernels by the first.
+    """
+    for count in range(1, len(gpus) + 1):
+        if 1 < count < len(gpus) and _is_alike(gpus[count - 1], gpus[count]):
+            continue
+        for tensor in range(1, count + 1):
+            stages = count // tensor
+            chosen = tuple(gpus[:tensor * stages])
+            one_generation = len({gpu.compute_capability for gpu in chosen}) == 1
+            if tensor > 1 and (shape.quantization == BITSANDBYTES or not one_generation or not divides(shape, tensor)):
+                continue
+            if stages > shape.layers:
+                continue
+            changed = options
+            if stages > 1:
+                changed = changed.set(_PIPELINE, stages, MACHINE, "fastest-division", gpus=len(chosen))
+            if tensor > 1:
+                changed = changed.set(_TENSOR, tensor, MACHINE, "fastest-division", gpus=len(chosen))
+                changed = changed.set("disable-custom-all-reduce", True, MACHINE, "no-peer-access")
+            yield Division(changed, chosen)
+
+
+def _is_alike(one: Gpu, other: Gpu) -> bool:
+    """Return whether two GPUs have the same name, generation and memory."""
+    sizes = {round(min(gpu.total_bytes, gpu.free_bytes) / GIB) for gpu in (one, other)}
+    return len(sizes) == 1 and (one.name, one.compute_capability) == (other.name, other.compute_capability)
 
 
 def _require_divisible(shape: ModelShape, tensor: int) -> None:

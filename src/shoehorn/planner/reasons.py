@@ -27,6 +27,8 @@ TEXTS: Mapping[str, str] = {
     "unequal-gpus": "the {gpus} GPUs are not equal; only equal GPUs are used together",
     "mixed-gpus": "different GPUs: all run at the speed of the slowest",
     "equal-gpus": "{gpus} equal GPUs, {heads} attention heads",
+    "fastest-division": "the fastest expected division over the available GPUs, {gpus} of them in use",
+    "layer-partition": "layers of each stage, by the memory of its GPUs",
     "layers-only-nf4": "{gpus} equal GPUs; a bitsandbytes checkpoint can only be divided by layers",
     "layers-only": "{gpus} equal GPUs; the model's matrices cannot be divided over them, only its layers",
     "no-peer-access": "works without peer access between GPUs",

@@ -42,10 +42,17 @@ class Limits:
 
 @dataclass(frozen=True)
 class Parallelism:
-    """Division of the model over GPUs: by matrices (tensor) within each of the stages by layers (pipeline)."""
+    """Division of the model over GPUs: by matrices (tensor) within each of the stages by layers (pipeline).
+
+    Attributes:
+        layers: of each stage; empty for vLLM's own division.
+        spare: bytes of each GPU of a stage beyond `limit_bytes`; empty for equal GPUs.
+    """
 
     tensor: int = 1
     pipeline: int = 1
+    layers: tuple[int, ...] = ()
+    spare: tuple[int, ...] = ()
 
     @property
     def gpus(self) -> int:
@@ -165,7 +172,7 @@ class ServingConfig:
     """All decisions about a start.
 
     Attributes:
-        limit_bytes: of one device, everything counted: a GPU as NVML shows it, or the host.
+        limit_bytes: of one device, everything counted: the smallest GPU as NVML shows it, or the host.
         nf4: layers are in NF4, quantized while loading or in the checkpoint.
         embedding_on_host: the embedding is in host memory, and the GPU reads the rows it needs.
         dtype_bytes: of one unquantized weight or activation.
@@ -187,6 +194,10 @@ class ServingConfig:
     capture_limit: int | None = None
     kv_cache_bytes: int | None = None
 
+    def stage_limit(self, stage: int) -> int:
+        """Bytes of each GPU of a stage, everything counted."""
+        return self.limit_bytes + (self.parallelism.spare[stage] if self.parallelism.spare else 0)
+
     def with_limits(self, **changes: int) -> ServingConfig:
         """Copy with other limits."""
         return replace(self, limits=replace(self.limits, **changes))
@@ -207,4 +218,4 @@ def draft_config(config: ServingConfig, draft: ModelShape) -> ServingConfig:
     Source: vllm/v1/worker/gpu/spec_decode/standalone_ar/speculator.py; the loader of NF4 loads both.
     """
     return replace(config, speculation=Speculation(), offload=NoOffload(), eager=True, embedding_on_host=False,
-                   parallelism=replace(config.parallelism, pipeline=1), nf4=config.nf4 and not draft.quantization)
+                   parallelism=Parallelism(config.parallelism.tensor), nf4=config.nf4 and not draft.quantization)

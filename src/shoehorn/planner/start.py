@@ -13,7 +13,7 @@ from shoehorn.planner.load_tiers import LARGEST
 from shoehorn.planner.memory.model import MemoryModel
 from shoehorn.planner.option_set import OptionSet
 from shoehorn.planner.reasons import PROFILE
-from shoehorn.planner.search import Candidate, SearchSpace, search, smallest
+from shoehorn.planner.search import Candidate, PlacementTier, SearchSpace, search, smallest
 from shoehorn.planner.serving_config import (
     BITSANDBYTES,
     CacheOptions,
@@ -22,6 +22,7 @@ from shoehorn.planner.serving_config import (
     ServingConfig,
     Speculation,
 )
+from shoehorn.planner.stages import with_stages
 from shoehorn.planner.vllm_args import KNOBS, Field, with_options
 
 _UNBOUNDED = 1 << 40
@@ -41,6 +42,12 @@ class Configured:
     open_fields: frozenset[Field]
     model: MemoryModel
     chosen: Candidate | None
+
+    @property
+    def preference(self) -> int:
+        """Rank among other divisions: unquantized, quantized, with offload, and one that does not fit."""
+        ranks = {PlacementTier.RESIDENT: 0, PlacementTier.RESIDENT_NF4: 1}
+        return 3 if self.chosen is None else ranks.get(self.chosen.tier, 2)
 
     @property
     def fits_without_offload(self) -> bool:
@@ -78,9 +85,14 @@ def start_config(inputs: PlanInputs, options: OptionSet, limit_bytes: int) -> Se
     return with_options(config, options.values, shape.kv_cache_dtype)
 
 
-def configure(inputs: PlanInputs, options: OptionSet, limit_bytes: int) -> Configured:
-    """Search for the best configuration on GPUs within the base options."""
-    fields, start = open_fields(options, inputs.shape), start_config(inputs, options, limit_bytes)
+def configure(inputs: PlanInputs, options: OptionSet, limits: tuple[int, ...]) -> Configured:
+    """Search for the best configuration on GPUs within the base options.
+
+    Args:
+        limits: bytes of each GPU that may be used.
+    """
+    fields, start = open_fields(options, inputs.shape), start_config(inputs, options, min(limits))
+    start = with_stages(inputs, start, limits)
     bound = round(options.number("cpu-offload-gb") * GIB) if "cpu-offload-gb" in options.values else _UNBOUNDED
     if Field.OFFLOAD in fields:
         start = replace(start, offload=NoOffload())

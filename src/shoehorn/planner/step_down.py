@@ -206,8 +206,9 @@ def uses_unrequested_drafts(options: Mapping[str, object], fixed: frozenset[str]
 
 
 def _needed_bytes(model: MemoryModel) -> int:
-    """Memory of the fullest GPU for one request of full length."""
-    return max(gpu.total_bytes - gpu.kv_cache_bytes for gpu in model.gpus) + model.kv_bytes()
+    """Memory of the fullest GPU for one request of full length, as if all were as small as the smallest."""
+    return max(gpu.total_bytes - gpu.kv_cache_bytes - (gpu.limit_bytes - model.config.limit_bytes)
+               for gpu in model.gpus) + model.kv_bytes()
 
 
 def _least(option: str, start: ServingConfig) -> int:

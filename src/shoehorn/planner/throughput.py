@@ -8,7 +8,7 @@ the sources and the comparisons.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from shoehorn.hardware.gpu_specs import SLOWEST_BYTES_PER_SECOND, host_to_device_bandwidth, memory_bandwidth
@@ -92,23 +92,40 @@ class Bandwidths:
     host: HostCompute | None = None
 
 
-def expected(model: MemoryModel, gpu: Gpu, host: HostCompute | None = None) -> Mapping[str, float | None]:
+def expected(model: MemoryModel, *gpus: Gpu, host: HostCompute | None = None) -> Mapping[str, float | None]:
     """Estimate tokens per second of all requests together, for one and for eight: `batch_1`, `batch_8`.
 
     Args:
-        gpu: the slowest GPU.
+        gpus: in the order of the ranks; one stands for all.
         host: the CPU's part; hybrid execution needs it.
     """
-    device = gpu.device_bytes_per_second / COPY_SHARE or memory_bandwidth(gpu.name)
-    streamed, _ = moved_bytes(model)
-    if device is None and not streamed:
+    known = [gpu.device_bytes_per_second or memory_bandwidth(gpu.name) for gpu in gpus]
+    if None in known and not moved_bytes(model)[0]:
         return {"batch_1": None, "batch_8": None}
-    speeds = Bandwidths(device or SLOWEST_BYTES_PER_SECOND, host_to_device_bandwidth(gpu)[0], host)
-    rates = []
-    for most in (1, 8):
-        requests = min(most, model.config.limits.max_num_seqs)
-        rates.append(round(requests / _token_seconds(model, speeds, requests), 2))
+    rates = [round(tokens_per_second(model, gpus, requests, host), 2) for requests in (1, 8)]
     return {"batch_1": rates[0], "batch_8": max(rates)}  # where eight together are slower, they can be served in turn
+
+
+def tokens_per_second(model: MemoryModel, gpus: Sequence[Gpu], requests: int, host: HostCompute | None = None) -> float:
+    """Estimate tokens per second of that many requests together; an unknown GPU counts as the slowest known one.
+
+    Stages work one after the other, each at the speed of its slowest GPU.
+    """
+    tensor, stages = model.config.parallelism.tensor, model.config.parallelism.pipeline
+    requests = min(requests, model.config.limits.max_num_seqs)
+    ranks = gpus if len(gpus) == tensor * stages else [gpus[0]] * (tensor * stages)
+    seconds = 0.0
+    for stage in range(stages):
+        own = [_bandwidths(gpu) for gpu in ranks[stage * tensor:(stage + 1) * tensor]]
+        speeds = Bandwidths(min(each.device for each in own), min(each.pcie for each in own), host)
+        seconds += _token_seconds(model, speeds, requests) * model.weights.stage_share(stage)
+    return requests / seconds
+
+
+def _bandwidths(gpu: Gpu) -> Bandwidths:
+    """Measured bandwidths of a GPU, else those of its model."""
+    device = gpu.device_bytes_per_second / COPY_SHARE or memory_bandwidth(gpu.name) or SLOWEST_BYTES_PER_SECOND
+    return Bandwidths(device, host_to_device_bandwidth(gpu)[0])
 
 
 def _token_seconds(model: MemoryModel, speeds: Bandwidths, requests: int) -> float:

@@ -110,7 +110,7 @@ class MemoryModel:
         """
         bare = [self._without_cache(stage) for stage in range(self.config.parallelism.pipeline)]
         if self.config.kv_cache_bytes is None:
-            blocks = min(layout.blocks(max(0, self.config.limit_bytes - MARGIN_BYTES - memory.total_bytes))
+            blocks = min(layout.blocks(max(0, memory.limit_bytes - MARGIN_BYTES - memory.total_bytes))
                          for memory, layout in zip(bare, self.cache_layouts, strict=True))
             caches = [blocks * layout.block_bytes for layout in self.cache_layouts]
         else:
@@ -124,7 +124,7 @@ class MemoryModel:
         weights, share, offloaded = self.weights, self.weights.stage_share(stage), self.offloaded.stage_bytes(stage)
         resident = share - offloaded / max(1, weights.layers_bytes)
         return DeviceMemory(
-            gpu_name(stage), self.config.limit_bytes,
+            gpu_name(stage), self.config.stage_limit(stage),
             weights_bytes=round((weights.layers_bytes + weights.absorbed_bytes) * share) - offloaded
             + round(weights.other_bytes * share) + round(weights.rounding_bytes * resident) + weights.rotary_bytes
             + self._draft_bytes,
@@ -172,10 +172,9 @@ class MemoryModel:
 
         vLLM refuses to start when the KV cache holds less than one request of full length.
         """
-        limit, fixed = self.config.limit_bytes - MARGIN_BYTES, self.config.kv_cache_bytes
-        least = self.kv_bytes(requests)
-        missing = []
+        fixed, least, missing = self.config.kv_cache_bytes, self.kv_bytes(requests), []
         for memory in self.gpus:
+            limit = memory.limit_bytes - MARGIN_BYTES
             stored = memory.weights_bytes + memory.quant_state_bytes + memory.embeddings_bytes + memory.framework_bytes
             without_cache = memory.total_bytes - memory.kv_cache_bytes
             compiling = without_cache - memory.activations_bytes - memory.cuda_graphs_bytes

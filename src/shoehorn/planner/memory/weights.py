@@ -147,6 +147,8 @@ class Weights:
 
         Source: vllm/distributed/utils.py, get_pp_indices.
         """
+        if self.config.parallelism.layers:
+            return self.config.parallelism.layers[stage]
         stages = self.config.parallelism.pipeline
         each, rest = divmod(self.shape.layers, stages)
         extra = range(stages - 1 - rest, stages - 1) if rest < stages - 1 or stages == 1 else range(1, stages)
