@@ -11,6 +11,7 @@ WORKERS ?= 2
 PARALLEL := $(PYTEST) -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 DEMO := $(CURDIR)/.demo
+KERNEL := src/shoehorn_vllm/hybrid/kernel
 HERE := not container and not gpu and not browser
 
 help: ## print this list
@@ -21,7 +22,8 @@ setup: ## install the CPU engine and the shoehorn command into .venv, and nginx 
 	  { echo "installing nginx"; $(SUDO) apt-get update -qq; $(SUDO) apt-get install -y -qq --no-install-recommends nginx-light >/dev/null; \
 	    [ ! -d /run/systemd/system ] || $(SUDO) systemctl disable --quiet --now nginx; } # only the program is needed, not the service
 	requirements/install $(VENV) cpu
-	[ $(VENV)/bin/shoehorn -nt pyproject.toml ] || $(VENV)/bin/uv pip install --quiet --python $(VENV)/bin/python --no-deps --no-build-isolation -e .
+	[ $(VENV)/bin/shoehorn -nt pyproject.toml ] && [ -z "$$(find $(KERNEL) setup.py -newer $(VENV)/bin/shoehorn -name '*.[chp]*')" ] || \
+	  $(VENV)/bin/uv pip install --quiet --python $(VENV)/bin/python --no-deps --no-build-isolation -e .
 
 setup-dev: setup ## the same with the tools of tests and linters
 	@command -v shellcheck >/dev/null || \

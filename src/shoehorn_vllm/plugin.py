@@ -30,7 +30,8 @@ def register() -> None:
         if present.split("+")[0] != tested:
             raise EngineVersionError(f"Engine plugin: {package} {present} is unsupported (tested: {tested}). "
                                      f"Install {package}=={tested}.")
-    from shoehorn_vllm.patches import (  # after the check: another version may lack what they import
+    from shoehorn_vllm.hybrid import patch as hybrid  # after the check: another version may lack what they import
+    from shoehorn_vllm.patches import (
         bnb_experts,
         cpu_sleep,
         offload,
@@ -41,6 +42,7 @@ def register() -> None:
     offload.apply()
     cpu_sleep.apply()
     request_usage.apply()
+    hybrid.apply()
     if current_platform.is_cuda():  # Triton is not in the CPU environment
         from shoehorn_vllm.hybrid import cached_experts
 
