@@ -78,6 +78,13 @@ def test_machines_that_do_not_permit_it(change: dict[str, Any]) -> None:
     assert isinstance(plan.config.offload, PrefetchOffload)
 
 
+def test_setting_switches_it_off() -> None:
+    plan = planned(measured(), converted(), CPU_COMPUTE="off")
+    assert isinstance(plan.config.offload, PrefetchOffload)
+    assert plan.engine_environment["SHOEHORN_CPU_COMPUTE"] == "off"
+    assert "SHOEHORN_CPU_COMPUTE" not in planned(measured(), converted()).engine_environment
+
+
 def test_gpus_without_bfloat16_do_not_permit_it() -> None:
     hardware = measured()
     turing = replace(hardware, gpus=tuple(replace(gpu, compute_capability=(7, 5)) for gpu in hardware.gpus))

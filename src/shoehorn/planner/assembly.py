@@ -77,7 +77,8 @@ class Assembly:
         """Make the plan."""
         inputs, draft = self.inputs, self.inputs.draft
         return Plan(
-            engine_args=self.options.values, engine_environment={**environment, **inputs.profile.environment},
+            engine_args=self.options.values,
+            engine_environment={**environment, **_cpu_compute(inputs), **inputs.profile.environment},
             reasons=self.reasons, profile=inputs.profile.name, devices=self.devices, placement=placement,
             offloaded_bytes=self.model.offloaded.bytes if len(self.devices) > 1 else 0,
             kv_cache_tokens=self.model.kv_tokens(cache_bytes), expected_tokens_per_second=tokens_per_second,
@@ -92,6 +93,11 @@ class Assembly:
             return None
         return SequenceStates(sum(kind.layers for kind in kinds), max(layout.states for layout in layouts),
                               max(layout.state_bytes for layout in layouts), self.model.served_sequences(cache_bytes))
+
+
+def _cpu_compute(inputs: PlanInputs) -> dict[str, str]:
+    """Keep the CPU kernel out of the engine where the user does."""
+    return {"SHOEHORN_CPU_COMPUTE": "off"} if inputs.settings.cpu_compute == "off" else {}
 
 
 def _common_remarks(inputs: PlanInputs, host: DeviceMemory) -> list[Reason]:

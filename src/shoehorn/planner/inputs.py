@@ -28,6 +28,7 @@ class PlanSettings:
     max_num_seqs: int | None
     vram_limit: int | None
     speculative: str
+    cpu_compute: str
     trust_remote_code: bool
     reasoning_parser: str
     tool_call_parser: str

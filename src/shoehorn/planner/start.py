@@ -118,6 +118,7 @@ def _may_cache_experts(inputs: PlanInputs, options: OptionSet) -> bool:
 def _with_hybrid(space: SearchSpace, inputs: PlanInputs, options: OptionSet) -> SearchSpace:
     """Permit hybrid execution where model, options and machine do: one GPU, and no LoRA."""
     compute, gpus = inputs.hardware.host_compute, inputs.hardware.gpus
+    compute = compute if inputs.settings.cpu_compute == "auto" else None
     own = {"compilation-config", "quantization", "enable-lora"}
     if compute is None or options.integer("tensor-parallel-size", 1) * options.integer(
             "pipeline-parallel-size", 1) > 1 or own & options.values.keys() or not all(
