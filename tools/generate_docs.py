@@ -33,8 +33,9 @@ Every setting is an environment variable; with compose, put them into `.env` (st
 An empty variable counts as unset. An invalid value stops the start with exit code 2 and one line per error. A setting
 marked *secret* can be read from a file instead: `NAME_FILE` names the file. Setting both is an error.
 
-Precedence, highest first: `VLLM_EXTRA_ARGS`, settings, the profile, values computed from model and machine. One value
-in a profile is an upper bound: `cpu-offload-gb`. The plan offloads the smallest amount that leaves enough KV cache for
+Precedence, highest first: `VLLM_EXTRA_ARGS`, settings, the profile, values computed from model and machine. Three
+values in a profile are upper bounds: `max-model-len` (not in vLLM's own config.yaml), `max-num-seqs` for models with
+states, and `cpu-offload-gb`. The plan offloads the smallest amount that leaves enough KV cache for
 two requests of full length, and nothing if all weights fit on the GPU.
 
 | setting | default | meaning |

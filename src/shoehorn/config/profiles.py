@@ -4,6 +4,7 @@ Rules:
 - a profile contains data only: `name`, `description`, `match` (class of machine), `engine` (vLLM options) and
   `environment` (the engine's variables); any other key and any unknown vLLM option is an error that names it;
 - `cpu-offload-gb` and `max-model-len` are upper bounds: the plan uses less if the model needs or allows less;
+- in vLLM's own config.yaml, `max-model-len` is meant as it stands, as on vLLM's command line;
 - the plan chooses every option that a profile does not set;
 - `auto` never selects a profile for the CPU.
 """
@@ -49,6 +50,7 @@ class Profile:
     Attributes:
         engine: values by vLLM option name, without leading dashes.
         notes: options of an older vLLM that were dropped or translated.
+        is_engine_config: the file is vLLM's own config.yaml.
     """
 
     name: str
@@ -57,6 +59,7 @@ class Profile:
     engine: Mapping[str, object]
     environment: Mapping[str, str]
     notes: tuple[str, ...] = ()
+    is_engine_config: bool = False
 
     @property
     def is_auto(self) -> bool:
@@ -107,7 +110,8 @@ def parse(document: object, where: str, name: str) -> Profile:
     if not isinstance(document, dict):
         mistakes.append(f"not a mapping; expected keys: {', '.join(sorted(_KEYS))}")
     notes: list[str] = []
-    if vllm_yaml.is_engine_config(sections):
+    is_engine_config = vllm_yaml.is_engine_config(sections)
+    if is_engine_config:
         translated, notes, mistakes = vllm_yaml.translate(sections)
         sections = {"description": "vLLM configuration file", "engine": translated}
     mistakes += [f"unknown key {key!r}; known keys: {', '.join(sorted(_KEYS))}"
@@ -135,7 +139,7 @@ def parse(document: object, where: str, name: str) -> Profile:
     if mistakes:
         raise _invalid(where, mistakes)
     return Profile(str(sections.get("name", name)), str(sections.get("description", "")).strip(), match, engine,
-                   environment, tuple(notes))
+                   environment, tuple(notes), is_engine_config)
 
 
 def automatic() -> Profile:

@@ -47,15 +47,16 @@ def resolve_quantization(settings: Settings, machine: Hardware, profile: Profile
     ref = model_reference(settings)
     if volume and artifact.locate(settings.models_dir, ref):
         return int4
-    shape = shapes.read(ref, pull.locate(settings.models_dir, ref))
+    overrides = served_model.config_overrides(settings, profile)
+    shape = shapes.read(ref, pull.locate(settings.models_dir, ref), overrides=overrides)
     published = make_plan(PlanInputs(PlanSettings.of(settings), machine, profile, shape))
     resident = isinstance(published, Plan) and not published.config.nf4 and not published.offloaded_bytes
     if shape.quantization or not shape.understood or resident:
         return settings
     try:
         free_bytes = served_model.available_bytes(settings.models_dir, ref.converted) if volume else None
-        converted = make_plan(PlanInputs(PlanSettings.of(int4), machine, profile, shapes.read(ref.converted, None),
-                                         free_bytes))
+        conversion = shapes.read(ref.converted, None, overrides=overrides)
+        converted = make_plan(PlanInputs(PlanSettings.of(int4), machine, profile, conversion, free_bytes))
     except SettingsError as error:
         log.info("Not converting to INT4 cause=%s", error.cause)
         return settings

@@ -82,7 +82,8 @@ def gather(settings: Settings, machine: Hardware, *, here: bool = True, shapes: 
     resolved = auto_quantization.resolve_quantization(settings, machine, profile, shapes, volume=volume)
     ref = served_model.served_reference(resolved)
     directory = served_model.served_folder(settings.models_dir, ref)
-    shape = shapes.read(ref, directory, on_cpu=settings.vram_profile == "cpu")
+    shape = shapes.read(ref, directory, on_cpu=settings.vram_profile == "cpu",
+                        overrides=served_model.config_overrides(settings, profile))
     disk_free_bytes = draft_disk_bytes = None
     if volume and directory is None and not ref.is_local:
         disk_free_bytes = served_model.available_bytes(settings.models_dir, ref)

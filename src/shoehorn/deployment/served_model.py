@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import json
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from shoehorn.common import disk
 from shoehorn.common.errors import ShoehornError
+from shoehorn.config import vllm_options
+from shoehorn.config.profiles import Profile
 from shoehorn.config.settings import Settings
 from shoehorn.int4 import artifact, layout
 from shoehorn.int4.layout import MAX_BIT_WIDTHS, UNQUANTIZED, PlannedFiles
@@ -57,6 +60,12 @@ def fetch_steps(models_dir: Path, ref: ModelRef) -> tuple[FetchStep, ...]:
     return ("convert",) if artifact.source(models_dir, ref) else ("pull", "convert")
 
 
+def config_overrides(settings: Settings, profile: Profile) -> Mapping[str, Any]:
+    """Return the user's changes of config.json: `hf-overrides` of VLLM_EXTRA_ARGS, else of the profile."""
+    overrides = {**profile.engine, **vllm_options.parse_arguments(settings.vllm_extra_args)}.get("hf-overrides")
+    return overrides if isinstance(overrides, dict) else {}
+
+
 @contextmanager
 def in_use(models_dir: Path, refs: Iterable[ModelRef]) -> Iterator[None]:
     """Mark models as in use, so that `shoehorn models rm` refuses to remove them."""
@@ -76,23 +85,25 @@ class ShapeReader:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._shapes: dict[tuple[ModelRef, Path | None, bool], ModelShape | ShoehornError] = {}
+        self._shapes: dict[tuple[ModelRef, Path | None, bool, str], ModelShape | ShoehornError] = {}
 
-    def read(self, ref: ModelRef, directory: Path | None, *, on_cpu: bool = False) -> ModelShape:
+    def read(self, ref: ModelRef, directory: Path | None, *, on_cpu: bool = False,
+             overrides: Mapping[str, Any] | None = None) -> ModelShape:
         """Return the shape of a model as the engine will load it.
 
         Args:
             directory: its complete folder; None reads the headers at the hub, or derives the conversion's from them.
             on_cpu: a conversion keeps embedding and head for the CPU engine.
+            overrides: the user's changes of config.json (`hf-overrides`).
 
         Raises:
             SettingsError: the model cannot be converted to INT4.
             ModelUnavailableError: the model is unavailable.
         """
-        key = (ref, directory, on_cpu and ref.is_int4)
+        key = (ref, directory, on_cpu and ref.is_int4, json.dumps(overrides or {}, sort_keys=True))
         if key not in self._shapes:
             try:
-                self._shapes[key] = self._read(*key)
+                self._shapes[key] = self._read(ref, directory, on_cpu, overrides or {})
             except ShoehornError as error:
                 self._shapes[key] = error  # an unreachable hub is asked once
         shape = self._shapes[key]
@@ -100,16 +111,18 @@ class ShapeReader:
             raise shape
         return shape
 
-    def _read(self, ref: ModelRef, directory: Path | None, on_cpu: bool) -> ModelShape:
+    def _read(self, ref: ModelRef, directory: Path | None, on_cpu: bool, overrides: Mapping[str, Any]) -> ModelShape:
         if directory:
-            return checkpoint.read(LocalFiles(directory))
-        return self._conversion(ref, on_cpu) if ref.is_int4 else checkpoint.read(pull.hub_files(self._settings, ref))
+            return checkpoint.read(LocalFiles(directory), overrides)
+        if ref.is_int4:
+            return self._conversion(ref, on_cpu, overrides)
+        return checkpoint.read(pull.hub_files(self._settings, ref), overrides)
 
-    def _conversion(self, ref: ModelRef, on_cpu: bool) -> ModelShape:
+    def _conversion(self, ref: ModelRef, on_cpu: bool, overrides: Mapping[str, Any]) -> ModelShape:
         """Derive the shape of a future conversion; `disk_bytes` is the peak while it is written."""
         files = pull.hub_files(self._settings, ref.original)
         conversion = layout.layout(files, UNQUANTIZED if on_cpu else MAX_BIT_WIDTHS)
-        shape = checkpoint.read(PlannedFiles(files, conversion))
+        shape = checkpoint.read(PlannedFiles(files, conversion), overrides)
         sizes = files.names()
         original_bytes = sum(sizes[name] for name in shards(files, sizes))
         if not self._settings.keep_original:  # each original shard is removed once its conversion is written

@@ -11,11 +11,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 from shoehorn.model.cache_reader import is_latent, read_caches
 from shoehorn.model.context import context_limits, rotary_positions
 from shoehorn.model.files import WEIGHTS_SUFFIXES, Files, invalid_file, read_json
+from shoehorn.model.kv_dtype import kv_cache_dtype
+from shoehorn.model.overrides import apply_overrides, complete_overrides
 from shoehorn.model.safetensors import Tensor, header, shards
 from shoehorn.model.shape import KNOWN, Experts, ModelShape, TensorBytes, TensorGroup
 from shoehorn.model.tensor_names import (
@@ -33,8 +37,11 @@ _EXPERT_WIDTH = 128
 """The kernel of packed experts (Marlin) pads matrices whose sides are not multiples of this."""
 
 
-def read(files: Files) -> ModelShape:
+def read(files: Files, overrides: Mapping[str, Any] | None = None) -> ModelShape:
     """Read the shape of a checkpoint.
+
+    Args:
+        overrides: the user's changes of config.json (`hf-overrides`).
 
     Raises:
         ModelUnavailableError: a file is missing or damaged; names the file.
@@ -45,15 +52,19 @@ def read(files: Files) -> ModelShape:
     tensors = [tensor for name in weights for tensor in header(files, name, names[name])]
     disk = sum(size for name, size in names.items()
                if name in weights or (not name.endswith(WEIGHTS_SUFFIXES) and "/" not in name))
-    return shape_of(config, tensors, disk)
+    return shape_of(config, tensors, disk, overrides or {})
 
 
-def shape_of(config: Mapping[str, Any], tensors: Iterable[Tensor], disk_bytes: int) -> ModelShape:
+def shape_of(config: Mapping[str, Any], tensors: Iterable[Tensor], disk_bytes: int,
+             overrides: Mapping[str, Any] = MappingProxyType({})) -> ModelShape:
     """Derive the shape from a config and tensors.
 
     Raises:
         ModelUnavailableError: config.json lacks a required key.
     """
+    if overrides:
+        overrides = complete_overrides(config, overrides)
+        return replace(shape_of(apply_overrides(config, overrides), tensors, disk_bytes), overrides=overrides)
     notes: list[str] = []
     tensors = list(tensors)
     text = _section(config, "text_config") or config
@@ -86,7 +97,8 @@ def shape_of(config: Mapping[str, Any], tensors: Iterable[Tensor], disk_bytes: i
         tied_embeddings=not groups.lm_head.bytes or bool(
             text.get("tie_word_embeddings", config.get("tie_word_embeddings"))),
         quantization=str(quantization) if quantization else None,
-        kv_layers=caches.kv, state_layers=caches.states, block_size=caches.block_size, tensor_bytes=groups,
+        kv_cache_dtype=kv_cache_dtype(quantized), kv_layers=caches.kv, state_layers=caches.states,
+        block_size=caches.block_size, tensor_bytes=groups,
         weights_bytes=sum(tensor.bytes for tensor in tensors), disk_bytes=disk_bytes,
         experts=_experts(text, groups, quantized, hidden),
         absorbed_parameters=layers * latent * heads * (_count(text, "qk_nope_head_dim", 128)

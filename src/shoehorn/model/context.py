@@ -48,6 +48,9 @@ def context_limits(text: Mapping[str, Any], notes: list[str]) -> ContextLimits:
     default = longest
     if any(_kind(scaling) in ("longrope", "su") for scaling in scalings):
         default = min(longest, _integer(text, "original_max_position_embeddings") or longest)
+        if default < longest:
+            notes.append(f"LongRoPE: a context above {default}, up to {longest}, needs MAX_MODEL_LEN, because its "
+                         "factors weaken short requests")
     return ContextLimits(default, longest)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from shoehorn.model.layer_caches import KvLayers, StateLayers
 
@@ -78,6 +80,7 @@ class ModelShape:
         quantization: `quantization_config.quant_method` of the checkpoint; None if unquantized.
         weights_bytes: size of all tensors.
         disk_bytes: size of all stored files.
+        overrides: the user's changes of config.json (`hf-overrides`), completed; the shape includes them.
         notes: unsupported properties.
         unreadable: reason why the engine rejects this checkpoint; "" if it does not.
         packed_embedding: the embedding is quantized, which the engine supports on GPUs only.
@@ -114,6 +117,7 @@ class ModelShape:
     block_size: int = 16
     kv_cache_dtype: str = "auto"
     longest_position: int = 0
+    overrides: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     @property
     def understood(self) -> bool:

@@ -16,10 +16,18 @@ from shoehorn.planner.inputs import PlanInputs, PlanSettings
 from shoehorn.planner.option_set import OptionSet
 from shoehorn.planner.reasons import MODEL, PROFILE, SETTING, STEP_DOWN, Reason
 from shoehorn.planner.serving_config import BITSANDBYTES
+from shoehorn.planner.vllm_args import CACHE_FORMATS
 
-_NOT_ESTIMATED = ("data-parallel-size", "enable-lora", "compilation-config", "spec-model", "kv-offloading-size",
-                  "attention-backend")
+_NOT_ESTIMATED = (
+    "attention-backend", "attention-config", "compilation-config", "data-parallel-size", "decode-context-parallel-size",
+    "disable-sliding-window", "enable-lora", "enable-mamba-shared-prefix-checkpoint", "hf-config-path",
+    "kv-cache-dtype-skip-layers", "kv-offloading-size", "kv-transfer-config", "limit-mm-per-prompt", "mamba-block-size",
+    "mm-ipc-gpu-memory-gb", "mm-processor-kwargs", "model-class-overrides", "num-gpu-blocks-override",
+    "prefill-context-parallel-size", "quantization-config", "spec-method", "spec-model", "spec-tokens")
 """Options that change memory in a way that the estimate does not model."""
+
+_ALLOW_LONGER = "VLLM_ALLOW_LONG_MAX_MODEL_LEN"
+"""Variable of the engine that permits a context beyond the model's limit."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +47,8 @@ def base_options(inputs: PlanInputs) -> BaseOptions:
     options = OptionSet()
     for option, value in inputs.profile.engine.items():
         options = options.set(option, value, PROFILE, "profile", profile=inputs.profile.name)
+    if inputs.profile.is_engine_config:
+        options = options.fix("max-model-len")
     options = _with_settings(options, inputs.settings)
     for option, value in vllm_options.parse_arguments(inputs.settings.vllm_extra_args).items():
         options = options.set_by_user(option, value, setting="VLLM_EXTRA_ARGS")
@@ -49,18 +59,22 @@ def base_options(inputs: PlanInputs) -> BaseOptions:
                 options.set(option, value, STEP_DOWN, "step-down")
             options = options.fix(option)
     options = _quantization(options, inputs.settings, inputs.shape)
-    options = _context(options, inputs.shape)
+    if inputs.shape.overrides and options.values.get("hf-overrides") != inputs.shape.overrides:
+        options = options.set("hf-overrides", inputs.shape.overrides, MODEL, "overrides-completed")
+    options = _context(options, inputs)
     options = speculation.apply_draft(options, inputs.draft)
     options = parsers.choose(options, inputs.shape.architecture, inputs.chat)
     for option in _NOT_ESTIMATED:
         if _is_in_use(option, options.values.get(option)):
             options = options.note(option, "not-estimated")
+    if str(options.values.get("kv-cache-dtype", "auto")) not in ("auto", *CACHE_FORMATS):
+        options = options.note("kv-cache-dtype", "not-estimated")
     return BaseOptions(options, by_user)
 
 
 def _is_in_use(option: str, value: object) -> bool:
     """Return whether a value switches a feature on."""
-    return bool(value) and not (option == "data-parallel-size" and value == 1)
+    return bool(value) and not (option.endswith("-parallel-size") and value == 1)
 
 
 def _with_settings(options: OptionSet, settings: PlanSettings) -> OptionSet:
@@ -98,14 +112,19 @@ def _quantization(options: OptionSet, settings: PlanSettings, shape: ModelShape)
     return options.drop("quantization", MODEL, "already-quantized", method=shape.quantization)
 
 
-def _context(options: OptionSet, shape: ModelShape) -> OptionSet:
+def _context(options: OptionSet, inputs: PlanInputs) -> OptionSet:
     """Lower a profile's context to the model's limit."""
-    requested = options.integer("max-model-len")
-    if requested <= shape.max_position:
+    shape, requested = inputs.shape, options.integer("max-model-len")
+    longest = shape.longest_position or shape.max_position
+    reason = options.reasons.get("max-model-len")
+    if not reason or inputs.profile.environment.get(_ALLOW_LONGER) == "1":
         return options
-    reason = options.reasons["max-model-len"]
     if reason.source == PROFILE:
-        return options.apply(Reason("max-model-len", shape.max_position, MODEL, "model-limit", replaces=reason))
+        limit = longest if inputs.profile.is_engine_config else shape.max_position
+        return options if requested <= limit else options.apply(
+            Reason("max-model-len", limit, MODEL, "model-limit", replaces=reason))
+    if requested <= longest:
+        return options
     name = reason.params.get("setting", "The last known good configuration")
-    raise SettingsError(f"{name}: a context of {requested} tokens exceeds the model's limit of {shape.max_position}.",
-                        f"Set MAX_MODEL_LEN to {shape.max_position} or less.", code="context_too_long")
+    raise SettingsError(f"{name}: a context of {requested} tokens exceeds the model's limit of {longest}.",
+                        f"Set MAX_MODEL_LEN to {longest} or less.", code="context_too_long")

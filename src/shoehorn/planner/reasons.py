@@ -21,6 +21,8 @@ TEXTS: Mapping[str, str] = {
     "converted-to-int4": "the checkpoint is converted to INT4 once, on the volume",
     "already-quantized": "the checkpoint is already quantized: {method}",
     "model-limit": "the model's own limit",
+    "overrides-completed": "completed for this model: vLLM replaces all rotary parameters, and does not lengthen the "
+                           "context",
     "no-bfloat16": "{gpu} does not support bfloat16",
     "one-token-per-sequence": "at least one token per sequence",
     # Parallelism.

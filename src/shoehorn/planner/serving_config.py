@@ -148,6 +148,7 @@ class CacheOptions:
         kv_dtype_bytes: of one entry of a key or value.
         head_bytes: of the scales of one head and token.
         caches_prefixes: prefix caching; a sequence keeps a second state for it.
+        frees_windows: tokens outside a window are freed; False caches all tokens of every attention layer.
         convolution_bytes, recurrent_bytes: of one entry of a state; 0 leaves it to the model.
     """
 
@@ -155,6 +156,7 @@ class CacheOptions:
     kv_dtype_bytes: float = 2
     head_bytes: int = 0
     caches_prefixes: bool = True
+    frees_windows: bool = True
     convolution_bytes: int = 0
     recurrent_bytes: int = 0
 

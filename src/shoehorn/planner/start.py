@@ -66,7 +66,7 @@ def open_fields(options: OptionSet, shape: ModelShape) -> frozenset[Field]:
         fields.add(Field.OFFLOAD)
     if options.integer("offload-group-size"):
         fields.discard(Field.OFFLOAD)
-    if "max-model-len" in options.values and options.source_of("max-model-len") == PROFILE:
+    if "max-model-len" in options.values.keys() - options.fixed and options.source_of("max-model-len") == PROFILE:
         fields.add(Field.CONTEXT)
     if shape.state_layers and "max-num-seqs" in options.values and options.source_of("max-num-seqs") == PROFILE:
         fields.add(Field.SEQUENCES)

@@ -169,6 +169,8 @@ KNOBS = (
          and not config.eager else None, _unread, opens=False),
     Knob("block-size", None, lambda config: config.cache.block_size, _cache("block_size", int), keeps=False),
     Knob("enable-prefix-caching", None, lambda config: None, _cache("caches_prefixes", bool), keeps=False),
+    Knob("disable-hybrid-kv-cache-manager", None, lambda config: None,
+         _cache("frees_windows", lambda disabled: not disabled), keeps=False),
     Knob("mamba-cache-dtype", None, lambda config: None, _cache("convolution_bytes", _state_bytes), keeps=False),
     Knob("mamba-ssm-cache-dtype", None, lambda config: None, _cache("recurrent_bytes", _state_bytes), keeps=False),
     Knob("tensor-parallel-size", None, lambda config: None,

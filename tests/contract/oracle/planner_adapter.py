@@ -13,10 +13,12 @@ from shoehorn.model.safetensors import DTYPE_BITS, Tensor
 from shoehorn.model.shape import ModelShape
 from shoehorn.planner.memory.model import MemoryModel
 from shoehorn.planner.serving_config import BITSANDBYTES, CacheOptions, Limits, Parallelism, ServingConfig
+from shoehorn.planner.vllm_args import with_options
 
 Figures = dict[str, Any]
 
 _LIMIT_BYTES = 1 << 50  # more than any model needs
+_OPTIONS = {"kv-cache-dtype": "kv_cache_dtype", "enable-prefix-caching": "enable_prefix_caching"}
 _BATCH_TOKENS = 2048  # of the recorded engine
 
 
@@ -28,18 +30,20 @@ def plan(document: Mapping[str, Any], gpus: tuple[int, ...]) -> dict[int, Figure
         gpus: degrees of tensor parallelism.
     """
     try:
-        shape = checkpoint.shape_of(document["config"], _tensors(document), 0)
+        shape = checkpoint.shape_of(document["config"], _tensors(document), 0,
+                                    document.get("options", {}).get("hf_overrides", {}))
     except ShoehornError as error:
         return {number: {"refused": str(error)} for number in gpus}
     return {number: _figures(shape, number, document.get("options", {})) for number in gpus}
 
 
 def _figures(shape: ModelShape, gpus: int, options: Mapping[str, Any]) -> Figures:
-    kv_entry_bytes = 1 if options.get("kv_cache_dtype") == "fp8" else 2
-    cache = CacheOptions(shape.block_size, kv_entry_bytes, caches_prefixes=options.get("enable_prefix_caching", True))
-    config = ServingConfig(_LIMIT_BYTES, Limits(shape.max_position, 1, _BATCH_TOKENS), kv_cache_bytes=0,
-                           parallelism=Parallelism(tensor=gpus), cache=cache,
-                           nf4=options.get("quantization") == BITSANDBYTES)
+    start = ServingConfig(_LIMIT_BYTES, Limits(shape.max_position, 1, _BATCH_TOKENS), kv_cache_bytes=0,
+                          parallelism=Parallelism(tensor=gpus), cache=CacheOptions(shape.block_size),
+                          nf4=options.get("quantization") == BITSANDBYTES)
+    config = with_options(start, {option: options[name] for option, name in _OPTIONS.items() if name in options},
+                          shape.kv_cache_dtype)
+    kv_entry_bytes = config.cache.kv_dtype_bytes
     model = MemoryModel(shape, config)
     memory, layout = model.gpus[0], model.cache_layouts[0]
     stored = memory.weights_bytes + memory.embeddings_bytes + memory.quant_state_bytes

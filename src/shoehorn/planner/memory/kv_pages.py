@@ -102,9 +102,10 @@ def _token_pages(layers: KvLayers, block_tokens: int, options: CacheOptions, ten
     token_bytes = layers.token_bytes(tensor_parallel, options.kv_dtype_bytes, options.head_bytes)
     size = ceil_div(round(block * token_bytes), layers.page_multiple) * layers.page_multiple
     kind = PageKind.FULL
-    if layers.window:
+    if layers.window and options.frees_windows:
         kind = PageKind.CHUNK if layers.chunked else PageKind.WINDOW
-    return Pages(layers.numbers, kind, size, block, layers.window, layers.latent, (layers.heads, token_bytes))
+    return Pages(layers.numbers, kind, size, block, layers.window * (kind is not PageKind.FULL), layers.latent,
+                 (layers.heads, token_bytes))
 
 
 def _merged(kinds: list[Pages]) -> list[Pages]:
