@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from shoehorn import __version__
 from shoehorn.common.errors import EXIT_NOT_READ, ShoehornError
+from shoehorn.config import network
 
 COMMANDS = {
     "serve": "plan for this machine, and run everything until stopped",
@@ -50,6 +51,8 @@ def _is_unread(descriptor: int) -> bool:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; return the exit code."""
     arguments = parser().parse_args(argv)
+    for remark in network.prepare(os.environ):
+        print(f"shoehorn: {remark}", file=sys.stderr)
     module = importlib.import_module(f"shoehorn.commands.{arguments.command}")
     try:
         code = int(module.run(arguments, os.environ))

@@ -18,6 +18,7 @@ from typing import Annotated, Any, get_type_hints
 
 from shoehorn.common.errors import SettingsError
 from shoehorn.common.units import parse_size
+from shoehorn.config import network
 from shoehorn.config.setting_values import (
     SPECULATIVE_KEYWORDS,
     arguments,
@@ -241,7 +242,10 @@ def load(environment: Mapping[str, str], read_file: Callable[[str], str] | None 
     if mistakes:
         raise _invalid(mistakes)
     settings = _with_derived_defaults(Settings(**values, given=frozenset(names)))
-    if contradictions := _contradictions(settings):
+    contradictions = _contradictions(settings)
+    if not settings.offline and settings.model_source != "local":
+        contradictions += network.invalid_proxies(environment)
+    if contradictions:
         raise _invalid(contradictions)
     return settings
 

@@ -19,6 +19,7 @@ from types import FrameType
 
 from shoehorn.common import logging_config as logs
 from shoehorn.common.errors import SettingsError
+from shoehorn.config import network
 from shoehorn.config import settings as settings_module
 from shoehorn.config.models_dir import ModelsDir
 from shoehorn.config.settings import Settings
@@ -59,6 +60,8 @@ def main(environment: Mapping[str, str] = os.environ) -> int:
         print(f"shoehorn: {error}", file=sys.stderr)
         return error.exit_code
     logs.configure(settings.log_format)
+    for remark in network.prepare(os.environ):
+        log.warning("%s", remark)
     states = StateFile(settings.run_dir)
     run = ProgramRun(settings, states, waits)
     with run:

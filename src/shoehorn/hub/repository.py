@@ -11,6 +11,7 @@ Rules:
 from __future__ import annotations
 
 import json
+import os
 import re
 import weakref
 from abc import ABC, abstractmethod
@@ -21,7 +22,8 @@ from typing import Any, ClassVar, Self
 
 import httpx
 
-from shoehorn.common.errors import ModelUnavailableError
+from shoehorn.common.errors import ModelUnavailableError, SettingsError
+from shoehorn.config import network
 from shoehorn.hub.files import ModelFile, is_plain
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -58,7 +60,11 @@ class RemoteRepository(ABC):
         self.model, self.revision, self.commit = model, revision, ""
         self.endpoint = with_scheme(endpoint)
         self._secret = dict(secret)
-        self._client = httpx.Client(timeout=httpx.Timeout(30, connect=10))
+        try:
+            self._client = httpx.Client(timeout=httpx.Timeout(30, connect=10))
+        except (httpx.InvalidURL, ValueError, ImportError, OSError) as error:  # of proxies and certificates
+            raise SettingsError(f"HTTPS_PROXY, NO_PROXY or SSL_CERT_FILE: unusable ({type(error).__name__}).",
+                                "Correct or unset these variables.", code="invalid_network") from error
         self._close = weakref.finalize(self, self._client.close)
         self._listing: tuple[ModelFile, ...] | None = None
 
@@ -214,7 +220,13 @@ class RemoteRepository(ABC):
         return HubFailedError(
             f"Hub {self.endpoint}: unavailable: {error or type(error).__name__}.",
             f"Check the network and the clock; set {self.endpoint_setting} for a mirror, or MODEL_SOURCE=local for a "
-            "folder.", code="hub_unavailable")
+            f"folder.{_proxy_hint()}", code="hub_unavailable")
+
+
+def _proxy_hint() -> str:
+    """Name the proxy variables in use, without their values."""
+    names = network.proxies_in_use(os.environ)
+    return f" Check the proxy of {names}; in a container 127.0.0.1 is the container itself." if names else ""
 
 
 def with_scheme(address: str) -> str:
