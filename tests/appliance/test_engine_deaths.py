@@ -24,7 +24,8 @@ from support.waiting import wait_until
 pytestmark = pytest.mark.process
 
 Start = Callable[..., Appliance]
-PARTS = ("api_server.entry", "VLLM::EngineCor", "VLLM::Worker")
+FORK_SERVER = "shoehorn: fork server"
+PARTS = ("VLLM::APIServer", "VLLM::EngineCor", "VLLM::Worker")
 
 
 @pytest.fixture
@@ -78,10 +79,31 @@ def test_engine_restarts_after_a_part_dies_while_it_serves(start: Start) -> None
         appliance.find(part).kill()
         wait_until(lambda number=number: appliance.state.restarts == number, 30, "a counted restart")
         assert psutil.wait_procs(parts, timeout=30)[1] == []
-        if part.startswith("VLLM"):  # without the API server no event can be sent
+        if part in PARTS[1:]:  # without the API server no event can be sent
             stream.assert_ended_with_error()
     appliance.wait_for(Phase.READY)
     assert chat(appliance).status_code == 200
+
+
+@pytest.mark.fault("`kill -9` of the fork server while the engine loads or the model is served",
+                   "The engine continues; after its death the next one is ready.")
+def test_engine_outlives_its_fork_server(start: Start, hold: Path) -> None:
+    appliance = start(**standin(hold))
+    wait_until(lambda: all(map(appliance.runs, PARTS)), 60, "a loading engine")
+    parts = [appliance.find(each) for each in PARTS]
+    appliance.find(FORK_SERVER).kill()
+    hold.unlink()
+    appliance.wait_for(Phase.READY)
+    wait_until(lambda: appliance.runs(FORK_SERVER), 30, "a spare")
+    appliance.find(FORK_SERVER).kill()
+    assert chat(appliance).status_code == 200
+    assert appliance.state.restarts == 0
+    parts[0].kill()
+    wait_until(lambda: appliance.state.restarts == 1, 30, "a counted restart")
+    assert psutil.wait_procs(parts, timeout=30)[1] == []
+    appliance.wait_for(Phase.READY)
+    assert chat(appliance).status_code == 200
+    assert appliance.stop() == 0
 
 
 @pytest.mark.fault("The disk under RUN_DIR fills while the model is served (ENGINE_LOG=file writes there)",

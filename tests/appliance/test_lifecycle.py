@@ -22,7 +22,7 @@ from support.waiting import wait_until
 pytestmark = pytest.mark.engine
 
 Start = Callable[..., Appliance]
-PARTS = ("api_server.entry", "VLLM::EngineCor", "VLLM::Worker")
+PARTS = ("VLLM::APIServer", "VLLM::EngineCor", "VLLM::Worker")
 
 
 def is_refused_in(appliance: Appliance, phase: str) -> bool:

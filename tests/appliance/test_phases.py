@@ -25,7 +25,7 @@ from support.waiting import wait_until
 pytestmark = pytest.mark.process
 
 WORKERS = {Phase.PULLING: "shoehorn.cli pull", Phase.CONVERTING: "shoehorn.cli convert",
-           Phase.LOADING: "api_server.entry"}
+           Phase.LOADING: "VLLM::APIServer"}
 HELPERS = (programs.EXPORTER, "nginx: master", "nginx: worker", programs.EVENT_LISTENER,
            programs.KEYS)
 HUB_TOKEN = "ms-canary-3f9c5b7de1a24680"  # made up

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from shoehorn.runtime.child_process import Child, kill_recorded_group, members
+from shoehorn.runtime.child_process import Child, command, kill_recorded_group, members
 
 _ORPHAN = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']); "
 
 
 def _start(code: str, tmp_path: Path, lines: list[str] | None = None) -> Child:
-    return Child([sys.executable, "-u", "-c", code], os.environ, (lines if lines is not None else []).append,
+    return Child(command([sys.executable, "-u", "-c", code], os.environ), (lines if lines is not None else []).append,
                  tmp_path / "group")
 
 
@@ -77,8 +77,8 @@ def test_descendants_are_killed_with_the_child(tmp_path: Path) -> None:
 
 def test_successor_kills_the_group_of_a_killed_program(tmp_path: Path) -> None:
     owner = subprocess.Popen([sys.executable, "-c", (
-        "import sys, os, pathlib, time; from shoehorn.runtime.child_process import Child; "
-        f"Child([sys.executable, '-c', {_ORPHAN + 'time.sleep(600)'!r}], os.environ, print, "
+        "import sys, os, pathlib, time; from shoehorn.runtime.child_process import Child, command; "
+        f"Child(command([sys.executable, '-c', {_ORPHAN + 'time.sleep(600)'!r}], os.environ), print, "
         f"pathlib.Path({str(tmp_path / 'group')!r})); time.sleep(600)")])
     _wait_for((tmp_path / "group").exists)
     group = json.loads((tmp_path / "group").read_text())["group"]

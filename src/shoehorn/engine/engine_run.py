@@ -21,11 +21,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 
 import httpx
 
 from shoehorn.engine import drain, feature_warm_up, readiness
 from shoehorn.engine.diagnosis import HUNG, Diagnosis, diagnose
+from shoehorn.engine.fork_server import ForkServer
 from shoehorn.engine.launch_spec import LaunchSpec
 from shoehorn.engine.output import EngineOutput
 from shoehorn.engine.watchdog import Watchdog
@@ -66,11 +68,13 @@ class EngineRun:
     """One run of the engine process.
 
     Args:
-        on_ready: called before readiness is published, with the seconds since the start.
+        fork_server: starts the process.
+        on_ready: called before readiness is published.
     """
 
-    def __init__(self, spec: LaunchSpec, states: StateFile, on_ready: Callable[[float], None]) -> None:
-        self._spec, self._states, self._on_ready = spec, states, on_ready
+    def __init__(self, spec: LaunchSpec, fork_server: ForkServer, states: StateFile,
+                 on_ready: Callable[[], None]) -> None:
+        self._spec, self._fork_server, self._states, self._on_ready = spec, fork_server, states, on_ready
         self.output = EngineOutput(states, spec.log_file)
         self.stage = Stage.STARTING
         self._started = time.monotonic()
@@ -80,8 +84,7 @@ class EngineRun:
     def follow(self) -> Exit:
         """Start the engine and return its exit; an exception of the caller stops it."""
         self._spec.run_dir.engine_socket.unlink(missing_ok=True)  # vLLM leaves it behind and does not start over it
-        child = Child(self._spec.command, self._spec.environment, self.output.read_line,
-                      self._spec.run_dir.engine_group)
+        child = self._fork_server.launch(self._spec, self.output.read_line)
         try:
             with httpx.Client(transport=self._transport(), timeout=2.0) as client:
                 while (status := child.wait(self._spec.timing.tick)) is None:
@@ -112,6 +115,7 @@ class EngineRun:
                 self._drain_on_request()
             elif self._watchdog and self._watchdog.is_hung():
                 return self._report_hang()
+            self._fork_server.keep_spare()
         return None
 
     def _warm_up(self, child: Child, client: httpx.Client) -> None:
@@ -127,8 +131,10 @@ class EngineRun:
         self.stage = Stage.READY
         self._watchdog = Watchdog(client, model, _PATIENCE_FACTOR * batch_seconds, self._spec.timing)
         if not drain.is_requested(self._states.run_dir):
-            self._on_ready(time.monotonic() - self._started)
+            self._on_ready()
             self._states.update(phase=Phase.READY, progress=None, detail="serving")
+            log.info("ready after %.0f s", time.monotonic() - self._started)
+            _print_welcome(self._spec.run_dir.welcome)
 
     def _waits_for_failed_worker(self) -> bool:
         failed_at = self.output.worker_failed_at
@@ -150,6 +156,14 @@ class EngineRun:
 
     def _transport(self) -> httpx.HTTPTransport:
         return httpx.HTTPTransport(uds=str(self._spec.run_dir.engine_socket))
+
+
+def _print_welcome(welcome: Path) -> None:
+    """Print the welcome text once: it may contain a generated key."""
+    if welcome.exists():
+        text = welcome.read_text(encoding="utf-8")
+        welcome.unlink()
+        print(text, flush=True)
 
 
 def _is_healthy(client: httpx.Client) -> bool:

@@ -22,7 +22,7 @@ from shoehorn.deployment import served_model
 from shoehorn.deployment.served_model import FetchStep
 from shoehorn.model.reference import ModelRef
 from shoehorn.runtime import programs
-from shoehorn.runtime.child_process import Child
+from shoehorn.runtime.child_process import Child, command
 from shoehorn.runtime.run_dir import RunDir
 from shoehorn.runtime.state import Phase, StateFile
 
@@ -63,7 +63,8 @@ class _Fetch:
         phase = _PHASES[self._step]
         log.info("%s %s", phase.value, self._ref.id)
         self._states.update(phase=phase, progress=0.0, detail=self._ref.id)
-        child = Child([sys.executable, "-m", programs.CLI, self._step, "--json"], environment, self.read_line, record)
+        child = Child(command([sys.executable, "-m", programs.CLI, self._step, "--json"], environment),
+                      self.read_line, record)
         try:
             while (status := child.wait(0.5)) is None:
                 pass

@@ -37,7 +37,11 @@ class LaunchSpec:
     timing: Timing = field(default_factory=Timing)
 
     @property
+    def arguments(self) -> list[str]:
+        """Arguments of vLLM's API server."""
+        return ["--config", str(self.run_dir.engine_config)]
+
+    @property
     def command(self) -> list[str]:
         """Command line of vLLM's API server."""
-        return [sys.executable, "-m", programs.VLLM, "--config",
-                str(self.run_dir.engine_config)]
+        return [sys.executable, "-m", programs.VLLM, *self.arguments]

@@ -28,7 +28,9 @@ from shoehorn.deployment.inputs import Deployment
 from shoehorn.engine import launch_config, memory_report, timing
 from shoehorn.engine.environment import engine_environment
 from shoehorn.engine.fetch import fetch
+from shoehorn.engine.fork_server import ForkServer
 from shoehorn.engine.launch_spec import LaunchSpec
+from shoehorn.engine.output import EngineOutput
 from shoehorn.engine.program_run import ProgramRun, StopRequested
 from shoehorn.engine.replanner import Replanner
 from shoehorn.engine.restart_budget import RestartBudget
@@ -68,12 +70,24 @@ def main(environment: Mapping[str, str] = os.environ) -> int:
         _stop_on_sigterm(states)
         _stop_with_supervisord()
         run.take_over()
-        _serve(settings, environment, states, run.budget, waits)
+        fork_server = _begin_import(settings, environment, states)
+        try:
+            _serve(settings, environment, fork_server, states, run.budget, waits)
+        finally:
+            fork_server.stop()
     return run.exit_code
 
 
-def _serve(settings: Settings, environment: Mapping[str, str], states: StateFile, budget: RestartBudget,
-           waits: Timing) -> None:
+def _begin_import(settings: Settings, environment: Mapping[str, str], states: StateFile) -> ForkServer:
+    """Begin to import vLLM, with the engine's environment as far as it does not depend on the plan."""
+    paths = RunDir(settings.run_dir)
+    fork_server = ForkServer(paths, EngineOutput(states, _engine_log(settings)).read_line)
+    fork_server.begin(engine_environment(environment, memory_report.prepare(settings.run_dir), settings.run_dir))
+    return fork_server
+
+
+def _serve(settings: Settings, environment: Mapping[str, str], fork_server: ForkServer, states: StateFile,
+           budget: RestartBudget, waits: Timing) -> None:
     """Plan, fetch and serve; ends by an exception only."""
     machine = inputs.detect_machine(settings, environment, measure=True)
     deployment, replanner, plan = _plan(settings, machine, states)
@@ -93,7 +107,7 @@ def _serve(settings: Settings, environment: Mapping[str, str], states: StateFile
         while True:
             spec = _launch_spec(settings, environment, plan, directory, waits)
             try:
-                _start(spec, settings, states, budget, replanner, plan)
+                _start(spec, settings, fork_server, states, budget, replanner, plan)
             except StartFailedError as failure:
                 states.update(phase=Phase.STEPPING_DOWN, progress=None, detail=failure.diagnosis.name)
                 smaller = replanner.step_down(plan, failure.diagnosis)
@@ -125,31 +139,25 @@ def _launch_spec(settings: Settings, environment: Mapping[str, str], plan: Plan,
     return LaunchSpec(
         run_dir=paths, environment=engine_environment(environment, variables, settings.run_dir),
         model=settings.served_model_name, options=plan.engine_args,
-        log_file=paths.engine_log if settings.engine_log == "file" else None, drain_seconds=settings.drain_timeout,
+        log_file=_engine_log(settings), drain_seconds=settings.drain_timeout,
         may_drop_speculation=step_down.uses_unrequested_drafts(plan.engine_args, plan.fixed), timing=waits)
 
 
-def _start(spec: LaunchSpec, settings: Settings, states: StateFile, budget: RestartBudget, replanner: Replanner,
-           plan: Plan) -> None:
+def _engine_log(settings: Settings) -> Path | None:
+    return RunDir(settings.run_dir).engine_log if settings.engine_log == "file" else None
+
+
+def _start(spec: LaunchSpec, settings: Settings, fork_server: ForkServer, states: StateFile, budget: RestartBudget,
+           replanner: Replanner, plan: Plan) -> None:
     """Serve by one plan, until an exception ends it."""
     states.update(phase=Phase.LOADING, progress=None, detail="starting the engine", model=settings.served_model_name)
     log.info("loading %s", settings.served_model_name)
 
-    def on_ready(seconds: float) -> None:
-        log.info("ready after %.0f s", seconds)
+    def on_ready() -> None:
         replanner.save_known_good()
         memory_report.record(plan, states)
-        _print_welcome(spec.run_dir.welcome)
 
-    EngineServer(spec, states, budget, on_ready).serve()
-
-
-def _print_welcome(welcome: Path) -> None:
-    """Print the welcome text once: it may contain a generated key."""
-    if welcome.exists():
-        text = welcome.read_text(encoding="utf-8")
-        welcome.unlink()
-        print(text, flush=True)
+    EngineServer(spec, fork_server, states, budget, on_ready).serve()
 
 
 def _host_address(environment: Mapping[str, str], plan: Plan) -> dict[str, str]:

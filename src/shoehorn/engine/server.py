@@ -13,6 +13,7 @@ from collections.abc import Callable
 from shoehorn.common.errors import EngineFailedError
 from shoehorn.engine.diagnosis import Diagnosis
 from shoehorn.engine.engine_run import EngineRun
+from shoehorn.engine.fork_server import ForkServer
 from shoehorn.engine.launch_spec import LaunchSpec
 from shoehorn.engine.restart_budget import RestartBudget
 from shoehorn.runtime.state import Phase, StateFile
@@ -32,12 +33,14 @@ class EngineServer:
     """The vLLM API server of this container.
 
     Args:
-        on_ready: called before each readiness is published, with the seconds that the start took.
+        fork_server: starts the engine.
+        on_ready: called before each readiness is published.
     """
 
-    def __init__(self, spec: LaunchSpec, states: StateFile, budget: RestartBudget,
-                 on_ready: Callable[[float], None]) -> None:
-        self._spec, self._states, self._budget, self._on_ready = spec, states, budget, on_ready
+    def __init__(self, spec: LaunchSpec, fork_server: ForkServer, states: StateFile, budget: RestartBudget,
+                 on_ready: Callable[[], None]) -> None:
+        self._spec, self._fork_server, self._states, self._budget = spec, fork_server, states, budget
+        self._on_ready = on_ready
 
     def serve(self) -> None:
         """Serve until an exception ends it, usually the caller's own on SIGTERM.
@@ -48,7 +51,7 @@ class EngineServer:
         """
         while True:
             self._budget.require()
-            run = EngineRun(self._spec, self._states, self._on_ready)
+            run = EngineRun(self._spec, self._fork_server, self._states, self._on_ready)
             result = run.follow()
             self._count(result.diagnosis)
             if not result.was_ready and self._may_step_down(result.diagnosis):

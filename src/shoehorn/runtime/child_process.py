@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO, Protocol
 
 import psutil
 
@@ -28,23 +29,53 @@ from shoehorn.common.atomic_file import write_atomic
 _REPEAT_SECONDS = 2.0
 
 
+class Process(Protocol):
+    """A started process, as `subprocess.Popen` has it."""
+
+    stdout: IO[str] | None
+
+    @property
+    def pid(self) -> int:
+        """Process id."""
+
+    def poll(self) -> int | None:
+        """Return the exit status, or None while it runs."""
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait for the exit status.
+
+        Raises:
+            subprocess.TimeoutExpired: it still runs after `timeout` seconds.
+        """
+
+    def terminate(self) -> None:
+        """Send SIGTERM."""
+
+
+Start = Callable[[], Process]
+"""Starts a process that leads a process group of its own, with both output streams in `stdout`."""
+
+
+def command(words: Sequence[str], environment: Mapping[str, str], pass_fds: Sequence[int] = ()) -> Start:
+    """Return the start of a program with these arguments and this whole environment."""
+    return lambda: subprocess.Popen(words, env=dict(environment), pass_fds=pass_fds, stdin=subprocess.DEVNULL,
+                                    stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+                                    text=True, encoding="utf-8", errors="replace")
+
+
 class Child:
     """A running child; a thread passes its output, both streams, to `on_line` line by line.
 
     Args:
-        command: the program and its arguments.
-        environment: the child's whole environment.
+        start: starts the process.
         on_line: gets one line without its end; progress bars that redraw by carriage return arrive as lines too.
         record: file that names the group for a successor.
     """
 
-    def __init__(self, command: Sequence[str], environment: Mapping[str, str], on_line: Callable[[str], None],
-                 record: Path) -> None:
+    def __init__(self, start: Start, on_line: Callable[[str], None], record: Path) -> None:
         self._record = record
         with _delay_signal(signal.SIGTERM):
-            self._process = subprocess.Popen(command, env=dict(environment), stdin=subprocess.DEVNULL,
-                                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-                                             text=True, encoding="utf-8", errors="replace")
+            self._process = start()
             write_atomic(record, json.dumps({"group": self._process.pid}))
         self._reader = threading.Thread(target=self._read, args=(on_line,), name="child-output", daemon=True)
         self._reader.start()

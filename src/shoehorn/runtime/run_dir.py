@@ -101,14 +101,19 @@ class RunDir:
         return self.path / "engine.group"
 
     @property
+    def fork_server_group(self) -> Path:
+        """Process group of the fork server."""
+        return self.path / "fork-server.group"
+
+    @property
     def pull_group(self) -> Path:
         """Process group of a running pull or conversion."""
         return self.path / "pull.group"
 
     @property
-    def groups(self) -> tuple[Path, Path]:
+    def groups(self) -> tuple[Path, ...]:
         """Records of all process groups that a successor terminates."""
-        return self.engine_group, self.pull_group
+        return self.fork_server_group, self.engine_group, self.pull_group
 
     @property
     def drain_request(self) -> Path:
