@@ -30,6 +30,9 @@ MEMORY_HANDLER_CLASS = "shoehorn_vllm.telemetry.memory_log.MemoryLogHandler"
 KEY_HEADER = "X-Shoehorn-Key"
 LIMITS_HEADER = "X-Shoehorn-Limits"
 
+# Header of the key service's refusals.
+REFUSAL_HEADER = "X-Shoehorn-Refusal"
+
 
 @dataclass(frozen=True)
 class KeyLimits:

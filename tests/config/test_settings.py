@@ -10,7 +10,8 @@ import pytest
 
 from shoehorn.common.errors import SettingsError
 from shoehorn.common.paths import HOME
-from shoehorn.config.settings import TABLE, GatewaySettings, load
+from shoehorn.config.other_variables import COMPOSE, PASSED
+from shoehorn.config.settings import TABLE, GatewaySettings, load, misspelled
 
 
 def test_unset_settings_have_their_defaults() -> None:
@@ -59,11 +60,66 @@ def test_all_mistakes_are_reported_together_by_name() -> None:
     ("CORS_ALLOWED_ORIGINS", "example.com"), ("CORS_ALLOWED_ORIGINS", "https://a.example/"),
     ("CORS_ALLOWED_ORIGINS", "https://A.example"), ("CORS_ALLOWED_ORIGINS", "https://a.example *"),
     ("CORS_ALLOWED_ORIGINS", "https://*.example"), ("CORS_ALLOWED_ORIGINS", "null"),
-    ("VLLM_EXTRA_ARGS", "'unclosed"), ("LOG_FORMAT", "xml"), ("SERVED_MODEL_NAME", "a b"), ("DRAIN_TIMEOUT", "soon"),
+    ("VLLM_EXTRA_ARGS", "'unclosed"), ("LOG_FORMAT", "xml"), ("SERVED_MODEL_NAME", "a b$"), ("DRAIN_TIMEOUT", "soon"),
 ])
 def test_invalid_value_is_an_error_and_never_a_default(name: str, value: str) -> None:
     with pytest.raises(SettingsError, match=f"^{name}"):
         load({name: value})
+
+
+@pytest.mark.parametrize(("name", "value", "words"), [
+    ("MODEL_ID", "https://huggingface.co/Qwen/Qwen3-8B/tree/main", "write Qwen/Qwen3-8B and set MODEL_SOURCE=huggingface"),
+    ("MODEL_ID", "hf.co/Qwen/Qwen3-8B", "MODEL_SOURCE=huggingface"),
+    ("MODEL_ID", "https://www.modelscope.cn/models/Qwen/Qwen3-8B", "write Qwen/Qwen3-8B and set MODEL_SOURCE=modelscope"),
+    ("MODEL_ID", "https://mirror.example.com/Qwen/Qwen3-8B", "HF_ENDPOINT"),
+    ("MODEL_ID", "Qwen3-8B", "write OWNER/Qwen3-8B"), ("MODEL_ID", "Qwen/Qwen3-8B-GGUF:Q4_K_M", "'Q4_K_M'"),
+    ("VRAM_LIMIT", "7", "write 7GiB"), ("VRAM_LIMIT", "7.5", "write 7.5GiB"), ("MAX_MODEL_LEN", "1.0001k", "32k"),
+    ("MODEL_REVISION", "refs//pr", "refs/pr/3"), ("MODEL_REVISION", "../x", "refs/pr/3"),
+    ("MAX_BODY_SIZE", "2", "1 KiB"), ("MAX_HEADER_SIZE", "1GiB", "64 KiB")])
+def test_common_mistake_is_told_what_to_write(name: str, value: str, words: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        load({name: value})
+    assert caught.value.cause.startswith(f"{name}: ")
+    assert words in caught.value.cause
+
+
+@pytest.mark.parametrize(("name", "value", "parsed"), [
+    ("MAX_MODEL_LEN", "32k", 32_000), ("MAX_MODEL_LEN", "32K", 32_768), ("MAX_MODEL_LEN", "1.5k", 1500),
+    ("MAX_MODEL_LEN", "auto", None), ("MAX_MODEL_LEN", '"4096"', 4096), ("MODEL_ID", "'Qwen/Qwen3-8B'", "Qwen/Qwen3-8B"),
+    ("VLLM_EXTRA_ARGS", '"--max-num-seqs 4"', ("--max-num-seqs", "4")),
+    ("VLLM_EXTRA_ARGS", '"--seed" "4"', ("--seed", "4")), ("MODEL_REVISION", "refs/pr/3", "refs/pr/3"),
+    ("VRAM_LIMIT", "7516192768", 7 << 30), ("SERVED_MODEL_NAME", "gpt-4o", "gpt-4o")])
+def test_common_form_is_understood(name: str, value: str, parsed: object) -> None:
+    assert getattr(load({name: value}), name.lower()) == parsed
+
+
+def test_automatic_value_is_not_one_that_the_user_set() -> None:
+    assert load({"MAX_MODEL_LEN": "auto"}).given == frozenset()
+
+
+def test_further_names_of_the_model_are_aliases() -> None:
+    settings = load({"SERVED_MODEL_NAME": "gpt-4o, mine mine"})
+    assert (settings.served_model_name, settings.served_aliases) == ("gpt-4o", ("mine",))
+    assert load({}).served_aliases == ()
+
+
+@pytest.mark.parametrize(("typed", "meant"), [
+    ("MODELID", "MODEL_ID"), ("model_id", "MODEL_ID"), ("MODEL_IDS", "MODEL_ID"), ("MDOEL_ID", "MODEL_ID"),
+    ("VRAM_LIMITS", "VRAM_LIMIT"), ("MAX_MODEL_LEM", "MAX_MODEL_LEN"), ("HFTOKEN", "HF_TOKEN"),
+    ("APIKEY", "API_KEY"), ("API_KEY_FILES", "API_KEY_FILE"), ("QUANTISATION", "QUANTIZATION"), ("OFLINE", "OFFLINE")])
+def test_name_with_a_typing_error_is_an_error(typed: str, meant: str) -> None:
+    with pytest.raises(SettingsError, match=f"^{typed}: unknown setting; did you mean {meant}"):
+        load({typed: "x"})
+
+
+def test_variables_of_other_programs_are_no_typing_errors() -> None:
+    others = """PATH HOME HOSTNAME TZ LANG LC_ALL TERM PWD SHLVL USER POST PORTS SPORT HOST NVIDIA_VISIBLE_DEVICES
+        NVIDIA_DRIVER_CAPABILITIES NVIDIA_REQUIRE_CUDA CUDA_VERSION LD_LIBRARY_PATH PYTHONPATH HF_HOME HF_HUB_OFFLINE
+        HF_HUB_ENABLE_HF_TRANSFER OPENAI_API_KEY KUBERNETES_PORT SHOEHORN_PORT SHOEHORN_SERVICE_PORT MODEL_NAME
+        MODELSCOPE_CACHE VLLM_LOGGING_LEVEL VLLM_ATTENTION_BACKEND RAY_ADDRESS OMP_NUM_THREADS GPG_KEY PYTHON_VERSION
+        COMPOSE_PROJECT_NAME LOG_LEVEL DEBUG""".split()
+    known = [variable.name for variable in (*COMPOSE, *PASSED) if variable.name not in {row.name for row in TABLE}]
+    assert misspelled(dict.fromkeys([*others, *known], "x")) == []
 
 
 def test_secret_is_read_from_a_file(tmp_path: Path) -> None:

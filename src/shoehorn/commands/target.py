@@ -8,8 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from shoehorn.common.errors import SettingsError
-from shoehorn.common.units import GIB, format_size, parse_size
+from shoehorn.common.units import GIB, format_size, parse_memory
 from shoehorn.config import settings as settings_module
+from shoehorn.config import spelling
 from shoehorn.config.settings import Settings
 from shoehorn.deployment import inputs
 from shoehorn.hardware import gpu_specs
@@ -34,8 +35,10 @@ def read_settings(arguments: argparse.Namespace, environment: Mapping[str, str])
     for word in arguments.set:
         name, equals, value = word.partition("=")
         if not equals or name not in {setting.name for setting in settings_module.TABLE}:
+            similar = spelling.nearest(name, (setting.name for setting in settings_module.TABLE))
             raise SettingsError(f"--set {word}: unknown setting {name}.",
-                                "Type --set KEY=VALUE; docs/configuration.md lists the settings.",
+                                (f"Did you mean {similar}? " if similar else "")
+                                + "Type --set KEY=VALUE; docs/configuration.md lists the settings.",
                                 code="unknown_setting")
         result[name] = value
     if arguments.model:
@@ -82,7 +85,7 @@ def _gpu(index: int, word: str) -> Gpu:
 
 def _size(option: str, text: str) -> int:
     try:
-        return parse_size(text)
+        return parse_memory(text)
     except ValueError as error:
         raise SettingsError(f"{option}: {error}.", f"Type, for example: {option} 24GB",
                             code="invalid_size") from error

@@ -25,6 +25,18 @@ def parse_size(text: str) -> int:
     return size
 
 
+def parse_memory(text: str) -> int:
+    """Parse a size of memory: as `parse_size`, but a small number needs a unit, for it would count bytes.
+
+    Raises:
+        ValueError: invalid size, zero, or less than 1 MiB without a unit.
+    """
+    size = parse_size(text)
+    if size < MIB and text.strip().replace(".", "", 1).isdigit():
+        raise ValueError(f"{text!r} has no unit; write {text.strip()}GiB")
+    return size
+
+
 def format_size(size_bytes: int) -> str:
     """Format a size in binary units: `6.93 GiB`, `512 MiB`, `17 KiB`."""
     for unit, name in ((GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):

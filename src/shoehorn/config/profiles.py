@@ -21,7 +21,7 @@ import yaml
 
 from shoehorn.common.errors import SettingsError
 from shoehorn.common.paths import PROFILES
-from shoehorn.common.units import parse_size
+from shoehorn.common.units import parse_memory
 from shoehorn.config import vllm_options, vllm_yaml
 
 AUTO = "auto"
@@ -165,7 +165,7 @@ def _match(section: Mapping[str, Any]) -> Match:
         raise ValueError(f"gpus {gpus!r} is not a positive integer")
     if vram is None:
         raise ValueError("vram is missing; write the memory of each GPU, like 24GB")
-    return Match("cuda", gpus, parse_size(str(vram)))
+    return Match("cuda", gpus, parse_memory(str(vram)))
 
 
 def _invalid(where: str, mistakes: list[str]) -> SettingsError:

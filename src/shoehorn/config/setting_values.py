@@ -10,15 +10,22 @@ import re
 import shlex
 from collections.abc import Callable
 
-from shoehorn.common.units import parse_size
+from shoehorn.common.units import format_size, parse_size
 from shoehorn.config import vllm_parsers
 
 SPECULATIVE_KEYWORDS = ("auto", "off", "ngram")
 """Values of SPECULATIVE besides the name of a draft model."""
 
+AUTOMATIC = "auto"
+"""Value of a limit that leaves it to the plan, as vLLM has it."""
+
 _MODEL_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _KEY = re.compile(r"[A-Za-z0-9._~+/=-]{8,512}")
 _ORIGIN = re.compile(r"https?://(?:[a-z0-9](?:[a-z0-9.-]*[a-z0-9])?|\[[0-9a-f:.]+\])(?::[0-9]{1,5})?")
+_MODEL_PAGE = re.compile(r"(?:https?://)?(?:www\.)?(?P<hub>huggingface|hf-mirror|hf|modelscope)\.(?:co|com|cn|ai)/"
+                         r"(?:api/)?(?:models/)?(?P<name>[\w.-]+/[\w.-]+)(?:[/?#].*)?", re.ASCII)
+_LENGTH = re.compile(r"([0-9]{1,9}(?:\.[0-9]+)?)([kKmM]?)")
+_LENGTH_UNITS = {"": 1, "k": 1000, "K": 1024, "m": 1000**2, "M": 1024**2}
 _SWITCH_WORDS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False,
                  "off": False}
 
@@ -50,6 +57,32 @@ def integer(minimum: int, maximum: int) -> Callable[[str], int]:
         if not re.fullmatch(r"[0-9]{1,9}", text) or not minimum <= int(text) <= maximum:
             raise ValueError(f"{text!r} is not an integer from {minimum} to {maximum}")
         return int(text)
+
+    return parse
+
+
+def length(minimum: int, maximum: int) -> Callable[[str], int | None]:
+    """Return a parser of token counts within inclusive limits: 8192, 32k (32,000), 32K (32,768); None for `auto`."""
+    def parse(text: str) -> int | None:
+        if text.lower() == AUTOMATIC:
+            return None
+        match = _LENGTH.fullmatch(text)
+        tokens = float(match[1]) * _LENGTH_UNITS[match[2]] if match else 0.0
+        if not tokens.is_integer() or not minimum <= tokens <= maximum:
+            raise ValueError(f"{text!r} is not a number of tokens from {minimum} to {maximum}; write it like 8192, 32k "
+                             "or auto")
+        return int(tokens)
+
+    return parse
+
+
+def byte_size(minimum: int, maximum: int) -> Callable[[str], int]:
+    """Return a parser of sizes within inclusive limits in bytes."""
+    def parse(text: str) -> int:
+        size = parse_size(text)
+        if not minimum <= size <= maximum:
+            raise ValueError(f"{text!r} is not a size from {format_size(minimum)} to {format_size(maximum)}")
+        return size
 
     return parse
 
@@ -88,7 +121,19 @@ def is_repository_name(text: str) -> bool:
 
 
 def model_id(text: str) -> str:
-    """Parse OWNER/NAME or a path."""
+    """Parse OWNER/NAME or a path. The address of a model's page is an error that names its parts."""
+    if page := _MODEL_PAGE.fullmatch(text):
+        hub = "modelscope" if page["hub"] == "modelscope" else "huggingface"
+        raise ValueError(f"{text!r} is an address; write {page['name']} and set MODEL_SOURCE={hub}")
+    if "://" in text:
+        raise ValueError(f"{text!r} is an address; write OWNER/NAME, and set MODELSCOPE_ENDPOINT or HF_ENDPOINT for a "
+                         "mirror")
+    name, colon, tag = text.partition(":")
+    if colon and is_repository_name(name):
+        raise ValueError(f"{text!r} has the tag {tag!r}; write {name}, and set MODEL_REVISION for a branch or tag")
+    if re.fullmatch(r"[A-Za-z0-9][\w.-]*", text, re.ASCII):
+        raise ValueError(f"{text!r} has no owner; write OWNER/{text} as on the model's page on the hub, or ./{text} for "
+                         "a folder")
     if not is_repository_name(text) and not text.startswith(("/", "./", "../")):
         raise ValueError(f"{text!r} is neither OWNER/NAME nor a path; write ./NAME for a relative path")
     return text
@@ -103,16 +148,18 @@ def speculative(text: str) -> str:
 
 def revision(text: str) -> str:
     """Parse the name of a branch, tag or commit."""
-    if not re.fullmatch(r"\w[\w.-]*", text, re.ASCII):
-        raise ValueError(f"{text!r} is not a branch, tag or commit")
+    if not re.fullmatch(r"\w[\w.-]*(?:/\w[\w.-]*)*", text, re.ASCII) or ".." in text:
+        raise ValueError(f"{text!r} is not a branch, tag, commit or reference like refs/pr/3")
     return text
 
 
-def served_name(text: str) -> str:
-    """Parse the model name that clients send."""
-    if not re.fullmatch(r"\w[\w./:-]*", text, re.ASCII):
-        raise ValueError(f"invalid model name {text!r}; use letters, digits and . / : - _")
-    return text
+def served_names(text: str) -> tuple[str, ...]:
+    """Parse the model names that clients send, separated by commas or blanks."""
+    words = tuple(dict.fromkeys(re.split(r"[\s,]+", text.strip(" ,"))))
+    for word in words:
+        if not re.fullmatch(r"\w[\w./:-]*", word, re.ASCII):
+            raise ValueError(f"invalid model name {word!r}; use letters, digits and . / : - _")
+    return words
 
 
 def parse_key(text: str) -> str:

@@ -17,12 +17,15 @@ from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 from shoehorn.common.errors import SettingsError
-from shoehorn.common.units import parse_size
-from shoehorn.config import network
+from shoehorn.common.units import parse_memory
+from shoehorn.config import network, spelling
+from shoehorn.config.other_variables import COMPOSE, PASSED
 from shoehorn.config.setting_values import (
     SPECULATIVE_KEYWORDS,
     arguments,
+    byte_size,
     integer,
+    length,
     is_repository_name,
     model_id,
     networks,
@@ -34,7 +37,7 @@ from shoehorn.config.setting_values import (
     published_address,
     rate,
     revision,
-    served_name,
+    served_names,
     speculative,
     switch,
 )
@@ -80,12 +83,12 @@ class ModelSettings(_Group):
         "modelscope", "Source of the model: `modelscope`, `huggingface`, or `local` for a folder that is used in "
         "place.", one_of("modelscope", "huggingface", "local"))]
     model_revision: Annotated[str, Setting(
-        "", "Branch, tag or commit on the hub. Unset: `master` on ModelScope, `main` on Hugging Face.", revision)]
+        "", "Branch, tag or commit on the hub, or a reference like refs/pr/3. Unset: `master` on ModelScope, `main` on Hugging Face.", revision)]
     model_fallback: Annotated[bool, Setting(
         "no", "Use the other hub when the selected one is unavailable or lacks the model. Requires that the SHA-256 of "
         "every weights file is known from the selected hub or an earlier pull, and matches.", switch)]
     served_model_name: Annotated[str, Setting(
-        "", "Model name that clients send. Unset: MODEL_ID.", served_name)]
+        "", "Model name that clients send; further names after a comma. Unset: MODEL_ID.", served_names)]
     trust_remote_code: Annotated[bool, Setting(
         "no", "Run Python code from the model repository. Enable only if you trust its author.", switch)]
 
@@ -97,7 +100,7 @@ class PlanSettings(_Group):
     vram_profile: Annotated[str, Setting(
         "auto", "`auto`, the name of a profile (`shoehorn profiles`), or the path of a profile file.")]
     vram_limit: Annotated[int | None, Setting(
-        "", "Maximum memory to use of each GPU, for example 7GiB.", parse_size)]
+        "", "Maximum memory to use of each GPU, for example 7GiB.", parse_memory)]
     quantization: Annotated[str, Setting(
         "auto", "`int4` (converted once, stored in the volume), `bitsandbytes` (NF4, quantized while loading), `none` "
         "(the checkpoint unchanged), or `auto`: unchanged if it fits, else `int4`, or `bitsandbytes` if the volume is "
@@ -106,8 +109,8 @@ class PlanSettings(_Group):
         "yes", "`no`: the conversion to INT4 deletes each original file after its converted file is verified, which "
         "needs a smaller volume.", switch)]
     max_model_len: Annotated[int | None, Setting(
-        "", "Maximum tokens of prompt and output together. Unset: from the profile or the plan.",
-        integer(16, 10_000_000))]
+        "", "Maximum tokens of prompt and output together; 32k is 32,000 and 32K is 32,768, as in vLLM. Unset or `auto`: "
+        "from the profile or the plan.", length(16, 10_000_000))]
     max_num_seqs: Annotated[int | None, Setting(
         "", "Maximum number of concurrent requests. Unset: from the profile or the plan.", integer(1, 4096))]
     max_queued_requests: Annotated[int | None, Setting(
@@ -158,6 +161,12 @@ class GatewaySettings(_Group):
     port: Annotated[int, Setting("6333", "Public port: API, status page, /livez, /readyz, /status.",
                                  integer(1, 65535))]
     metrics_port: Annotated[int, Setting("6334", "Port of /metrics.", integer(1, 65535))]
+    max_body_size: Annotated[int, Setting(
+        "10MiB", "Maximum size of one request to the API; more is status 413. The limit `body_bytes` of a key may be "
+        "smaller.", byte_size(1 << 10, 1 << 30))]
+    max_header_size: Annotated[int, Setting(
+        "8KiB", "Maximum size of one request header, for example a cookie, and of the request line; more is status 431 "
+        "or 414.", byte_size(1 << 10, 64 << 10))]
     published_address: Annotated[str, Setting(
         "", "ADDRESS:PORT under which the host publishes PORT, for the texts that show it; docker-compose.yml sets it.",
         published_address, unset="")]
@@ -204,6 +213,9 @@ class Settings(ModelSettings, PlanSettings, GatewaySettings, StorageSettings, Pr
     given: frozenset[str]
     """Names of the settings that the user set, in contrast to defaults."""
 
+    served_aliases: tuple[str, ...]
+    """Further names of the model, after `served_model_name`."""
+
 
 def _table() -> tuple[Setting, ...]:
     rows = []
@@ -229,25 +241,42 @@ def load(environment: Mapping[str, str], read_file: Callable[[str], str] | None 
     read = read_file or (lambda path: Path(path).read_text(encoding="utf-8"))
     values: dict[str, Any] = {}
     names: set[str] = set()
-    mistakes: list[str] = []
+    mistakes = misspelled(environment)
     for setting in TABLE:
         try:
             text = _text(setting, environment, read)
-            if text:
+            given, text = bool(text), text or setting.default
+            value = values[setting.name.lower()] = setting.parse(text) if text else setting.unset
+            if given and value is not None:
                 names.add(setting.name)
-            text = text or setting.default
-            values[setting.name.lower()] = setting.parse(text) if text else setting.unset
         except ValueError as error:
             mistakes.append(f"{setting.name}: {error}")
     if mistakes:
         raise _invalid(mistakes)
-    settings = _with_derived_defaults(Settings(**values, given=frozenset(names)))
+    served, *aliases = values.pop("served_model_name") or ("",)
+    settings = _with_derived_defaults(Settings(**values, given=frozenset(names), served_model_name=served,
+                                               served_aliases=tuple(aliases)))
     contradictions = _contradictions(settings)
     if not settings.offline and settings.model_source != "local":
         contradictions += network.invalid_proxies(environment)
     if contradictions:
         raise _invalid(contradictions)
     return settings
+
+
+def misspelled(environment: Mapping[str, str]) -> list[str]:
+    """Return a mistake for each variable whose name is one typing error away from a setting's."""
+    known = {name for setting in TABLE for name in (setting.name, f"{setting.name}_FILE" if setting.secret else "")}
+    others = {variable.name for variable in (*COMPOSE, *PASSED)}
+    names = [name for name, value in environment.items() if value.strip() and name not in known | others]
+    return [f"{name}: unknown setting; did you mean {setting}?"
+            for name in names if (setting := spelling.nearest(name, sorted(known - {""})))]
+
+
+def run_dir(environment: Mapping[str, str]) -> Path:
+    """Return RUN_DIR whatever the other settings are."""
+    default = next(setting.default for setting in TABLE if setting.name == "RUN_DIR")
+    return Path(_unquoted(environment.get("RUN_DIR", "")) or default)
 
 
 def default_revision(source: str) -> str:
@@ -260,8 +289,8 @@ def _invalid(mistakes: list[str]) -> SettingsError:
 
 
 def _text(setting: Setting, environment: Mapping[str, str], read: Callable[[str], str]) -> str:
-    text = environment.get(setting.name, "").strip()
-    path = environment.get(f"{setting.name}_FILE", "").strip() if setting.secret else ""
+    text = _unquoted(environment.get(setting.name, ""))
+    path = _unquoted(environment.get(f"{setting.name}_FILE", "")) if setting.secret else ""
     if not path:
         return text
     if text:
@@ -273,6 +302,13 @@ def _text(setting: Setting, environment: Mapping[str, str], read: Callable[[str]
     if not content:
         raise ValueError(f"{setting.name}_FILE={path} is empty")
     return content
+
+
+def _unquoted(text: str) -> str:
+    """Remove quotes around a value: `docker run --env-file` keeps those that compose and shells remove."""
+    text = text.strip()
+    is_quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "\"'" and text[0] not in text[1:-1]
+    return text[1:-1].strip() if is_quoted else text
 
 
 def _with_derived_defaults(settings: Settings) -> Settings:

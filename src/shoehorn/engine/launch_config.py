@@ -33,7 +33,7 @@ def engine_arguments(settings: Settings, plan_arguments: Mapping[str, object], m
     return {
         **plan_arguments,
         "model": str(model),
-        "served-model-name": settings.served_model_name,
+        "served-model-name": [settings.served_model_name, *settings.served_aliases],
         "uds": str(RunDir(settings.run_dir).engine_socket),
         "disable-fastapi-docs": True,
         "disable-uvicorn-access-log": True,

@@ -3,7 +3,7 @@
 Rules:
 - `ROUTES` lists all routes to the engine, each with its only method; every other path is 404;
 - `quote` quotes every value in the template, and refuses values that nginx would misread;
-- every error that nginx generates has a message in `_MESSAGES`, for the OpenAI and the Anthropic form.
+- every error that nginx generates has a message in `error_messages`, for the OpenAI and the Anthropic form.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from shoehorn.common.api_errors import error_bodies
 from shoehorn.common.errors import SettingsError
 from shoehorn.common.paths import GATEWAY
 from shoehorn.config.settings import Settings
+from shoehorn.gateway import error_messages
 from shoehorn.runtime.run_dir import RunDir
 
-BODY_LIMIT = "10m"
 RETRY_AFTER_SECONDS = 5
 """Small: OpenAI's client waits that long, and ignores values above two minutes."""
 READ_SECONDS = 6 * 3600
@@ -60,28 +60,6 @@ ROUTES = (
     Route("POST", "/v1/score"),
 )
 
-_MESSAGES = {
-    400: "The request is malformed.",
-    401: "Invalid or missing API key. Send it as `Authorization: Bearer KEY` or `X-Api-Key: KEY`.",
-    403: "Permission denied.",
-    404: "Unknown endpoint.",
-    405: "This endpoint does not support this method.",
-    408: "The request timed out.",
-    411: "The request has no Content-Length.",
-    413: "The request body is too large.",
-    414: "The request line is too long.",
-    415: "Unsupported media type.",
-    422: "The request is invalid.",
-    429: "Too many requests. Retry in a few seconds.",
-    431: "The request headers are too large.",
-    500: "Internal error of the gateway.",
-    501: "Unsupported transfer encoding.",
-    503: "The model is not ready.",
-    505: "Unsupported HTTP version.",
-}
-CODES = {404: "unknown_url", 503: "model_not_ready"}
-"""Codes of nginx's own errors where they differ from the status's: other events than an engine's 404 and 503."""
-
 TLS_CIPHERS = ":".join(f"ECDHE-{key}-{cipher}" for cipher in (
     "AES128-GCM-SHA256", "AES256-GCM-SHA384", "CHACHA20-POLY1305") for key in ("ECDSA", "RSA"))
 """For TLS 1.2: forward secrecy and authenticated encryption only; all ciphers of TLS 1.3 have both."""
@@ -115,25 +93,24 @@ def render(settings: Settings, run_dir: Path, user: str | None) -> str:
     # The output is not HTML: `finalize` quotes every value in the template.
     environment = Environment(loader=FileSystemLoader(GATEWAY), undefined=StrictUndefined, finalize=quote,
                               autoescape=False, trim_blocks=True, keep_trailing_newline=True)  # noqa: S701  # see above
-    model = settings.served_model_name
     files = _open_files()
     return environment.get_template("nginx.conf.j2").render(
         paths=paths, user=user, port=settings.port, page=GATEWAY / "page",
         open_files=files, connections=files - _OTHER_FILES,
         page_files=PAGE_FILES, log_format=settings.log_format, drain_seconds=max(1, settings.drain_timeout),
-        read_seconds=READ_SECONDS, retry_after_seconds=RETRY_AFTER_SECONDS, body_limit=BODY_LIMIT, routes=ROUTES,
-        cors_origins=settings.cors_allowed_origins,
+        read_seconds=READ_SECONDS, retry_after_seconds=RETRY_AFTER_SECONDS, body_limit=settings.max_body_size,
+        header_limit=settings.max_header_size, routes=ROUTES, cors_origins=settings.cors_allowed_origins,
         trusted_proxies=settings.trusted_proxies, tls_ciphers=TLS_CIPHERS,
         tls_pair=paths.tls_pair if settings.tls_cert_file else None,
-        errors={status: error_bodies(status, message, CODES.get(status)) for status, message in _MESSAGES.items()},
-        own_errors=[status for status in _MESSAGES if status not in (431, 500, 503)],
+        errors=error_messages.bodies(settings),
+        own_errors=[status for status in error_messages.STATUSES if status not in (431, 500, 503)],
         no_keys=error_bodies(503, "API keys are temporarily unavailable. Retry in a few seconds.", "keys_unavailable"),
         plain_refused=error_bodies(400, "Plain HTTP is unsupported. Use https://, and rotate a key that was sent "
                                    "unencrypted.", "https_required")["openai"],
         not_served=error_bodies(404, "The loaded model does not support this endpoint.",
                                 "unknown_url")["openai"].rstrip(),
-        model=model, model_body=json.dumps({"id": model, "object": "model", "created": int(time.time()),
-                                            "owned_by": "shoehorn"}) + "\n")
+        models={name: json.dumps({"id": name, "object": "model", "created": int(time.time()), "owned_by": "shoehorn"})
+                + "\n" for name in (settings.served_model_name, *settings.served_aliases)})
 
 
 def _open_files() -> int:

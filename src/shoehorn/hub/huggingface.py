@@ -25,7 +25,7 @@ _MAX_PAGES = 100  # of 1000 entries each
 class HuggingFaceRepository(RemoteRepository):
     """A repository on Hugging Face."""
 
-    source = "huggingface"
+    source, other_source, name = "huggingface", "modelscope", "Hugging Face"
     endpoint_setting = "HF_ENDPOINT"
     token_setting = "HF_TOKEN"  # noqa: S105  # the name of a setting
 
@@ -34,7 +34,7 @@ class HuggingFaceRepository(RemoteRepository):
         super().__init__(model, revision, settings.hf_endpoint or DEFAULT_ENDPOINT, secret)
 
     def _list_files(self) -> Iterator[ModelFile]:
-        document, _ = self._get_json(self._url(f"api/models/{self.model}/revision/{self.revision}"))
+        document, _ = self._get_json(self._url(f"api/models/{self.model}/revision/{quote(self.revision, safe='')}"))
         commit = document["sha"]
         if not COMMIT.fullmatch(commit):
             raise self._invalid_listing_error()
@@ -60,7 +60,8 @@ class HuggingFaceRepository(RemoteRepository):
     def _response_error(self, response: httpx.Response, name: str) -> ModelUnavailableError:
         wrong_token = response.headers.get("x-error-message") == "Invalid credentials in Authorization header"
         if response.status_code == httpx.codes.UNAUTHORIZED and not name and not wrong_token:  # also for missing models
-            return HubFailedError(f"{self.model}: not found on the hub, or permission denied.",
-                                  "Check MODEL_ID; for a private model set HF_TOKEN to a token with access.",
+            return HubFailedError(f"{self.model}: not found on {self.name} ({self.endpoint}), or permission denied.",
+                                  "Check MODEL_ID; for a private model set HF_TOKEN to a token with access. If the "
+                                  f"model is on the other hub, set MODEL_SOURCE={self.other_source}.",
                                   code="hub_not_found")
         return super()._response_error(response, name)

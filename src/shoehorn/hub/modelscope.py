@@ -23,7 +23,7 @@ _MAX_ENTRIES = 3000  # the hub truncates a listing here without notice
 class ModelScopeRepository(RemoteRepository):
     """A repository on ModelScope. Of 3000 entries or more, only the files of the top folder are listed."""
 
-    source = "modelscope"
+    source, other_source, name = "modelscope", "huggingface", "ModelScope"
     endpoint_setting = "MODELSCOPE_ENDPOINT"
     token_setting = "MODELSCOPE_API_TOKEN"  # noqa: S105  # the name of a setting
 

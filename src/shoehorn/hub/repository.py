@@ -48,11 +48,14 @@ class RemoteRepository(ABC):
         secret: headers with the token.
 
     Attributes:
-        source: value of MODEL_SOURCE for this hub.
+        source: value of MODEL_SOURCE for this hub; other_source: for the other one.
+        name: of the hub, for messages.
         commit: commit of `revision`, 40 hexadecimal digits; "" before `listing`, or if the hub does not return it.
     """
 
     source: ClassVar[str]
+    name: ClassVar[str]
+    other_source: ClassVar[str]
     endpoint_setting: ClassVar[str]
     token_setting: ClassVar[str]
 
@@ -151,9 +154,9 @@ class RemoteRepository(ABC):
 
     def _not_found_error(self, name: str = "") -> HubFailedError:
         subject = f"File {name} of {self.model}" if name else f"Model {self.model}"
-        return HubFailedError(f"{subject}: not found on the hub at revision {self.revision}.",
-                              "Check MODEL_ID and MODEL_REVISION, including upper and lower case.",
-                              code="hub_not_found")
+        return HubFailedError(f"{subject}: not found on {self.name} ({self.endpoint}) at revision {self.revision}.",
+                              "Check MODEL_ID and MODEL_REVISION, including upper and lower case. If the model is on "
+                              f"the other hub, set MODEL_SOURCE={self.other_source}.", code="hub_not_found")
 
     def _invalid_listing_error(self) -> ModelUnavailableError:
         return ModelUnavailableError(f"{self.model}: invalid hub listing.", self._retry, code="hub_invalid_listing")

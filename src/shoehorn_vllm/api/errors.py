@@ -7,11 +7,14 @@ that the official clients raise as an error, so that no client mistakes a partia
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 
 from shoehorn_vllm.protocol import anthropic_error, error_form, openai_error
 
 NOT_SERVED = b'{"detail":"Not Found"}'
+_TOO_LONG = re.compile(r"maximum (context|model|encoder)\s+length")
+"""vLLM 0.32.0: vllm/renderers/params.py and vllm/v1/engine/input_processor.py."""
 _STREAM_ENDS = {"openai": (b"[DONE]",), "anthropic": (b"event: message_stop", b"event: error"),
                 "responses": (b"event: response.completed", b"event: response.failed", b"event: response.incomplete",
                               b"event: error")}
@@ -73,8 +76,17 @@ def convert(content: bytes, status: int, path: str) -> bytes:
     param = fields.get("param") if isinstance(fields.get("param"), str) else None
     code = fields.get("code")
     if not isinstance(code, str) or not code:
-        code = "model_not_found" if status == 404 and param == "model" else error_form(status).code
+        code = _code(status, param, text)
     return body(Failure(status, code, text, param=param), path)
+
+
+def _code(status: int, param: str | None, message: str) -> str:
+    """Return the code that OpenAI's clients know for an error of the engine, which has none."""
+    if status == 404 and param == "model":
+        return "model_not_found"
+    if status == 400 and _TOO_LONG.search(message):
+        return "context_length_exceeded"
+    return error_form(status).code
 
 
 def last_events(failure: Failure, path: str) -> bytes:

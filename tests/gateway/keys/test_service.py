@@ -11,8 +11,9 @@ import pytest
 
 from shoehorn.common.errors import SettingsError
 from shoehorn.config.settings import Settings, load
+from shoehorn.gateway.error_messages import REFUSED_KEYS
 from shoehorn.gateway.keys.api_key import Key, Keyring
-from shoehorn.gateway.keys.service import Headers, KeyService, find_token, save_last_used
+from shoehorn.gateway.keys.service import Headers, KeyService, RefusedKeyError, find_token, save_last_used
 from shoehorn.gateway.keys.sources import KeySources, parse_lines, prepare
 from shoehorn.gateway.keys.store import KeyStore
 from shoehorn.gateway.service import listen
@@ -54,7 +55,18 @@ def test_one_key_is_parsed(headers: Headers) -> None:
     [_plain(f"{TOKEN},{TOKEN}")], [_plain(TOKEN), _bearer(f"Bearer {OTHER}")], [_plain(TOKEN), _bearer("Basic x")],
     [_plain(""), _bearer(f"Bearer {TOKEN}")], [_plain(TOKEN), _bearer(f"Bearer {TOKEN}"), _plain(OTHER)]])
 def test_other_headers_contain_no_key(headers: Headers) -> None:
-    assert find_token(headers) is None
+    with pytest.raises(RefusedKeyError):
+        find_token(headers)
+
+
+@pytest.mark.parametrize(("headers", "reason"), [
+    ([], "missing"), ([_bearer(f"Basic {TOKEN}")], "malformed"), ([_plain(TOKEN), _bearer("Basic x")], "malformed"),
+    ([_plain(TOKEN)] * 2, "repeated"), ([_plain(TOKEN), _bearer(f"Bearer {OTHER}")], "conflicting"),
+    ([_plain("sk-nobody-has-this")], "incorrect"), ([_plain(OTHER)], "expired")])
+def test_refusal_has_a_reason_with_a_message(headers: Headers, reason: str) -> None:
+    service = _service(Key.make("alice", TOKEN, NOW), Key.make("bob", OTHER, NOW - 9, expires=NOW - 1))
+    assert service.answer(headers) == (401, [(b"x-shoehorn-refusal", reason.encode())])
+    assert reason in REFUSED_KEYS
 
 
 # --- answers
@@ -79,7 +91,7 @@ def test_expired_key_is_rejected_even_if_cached(expires: float) -> None:
     ring = Keyring([Key.make("alice", TOKEN, 0, expires=expires)])
     service = KeyService(lambda: ring, lambda: next(times))
     assert service.answer([_plain(TOKEN)])[0] == 200
-    assert service.answer([_plain(TOKEN)]) == (401, [])
+    assert service.answer([_plain(TOKEN)])[0] == 401
 
 
 def test_unavailable_keys_return_503_and_are_logged_once(caplog: pytest.LogCaptureFixture) -> None:

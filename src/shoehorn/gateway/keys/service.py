@@ -1,7 +1,7 @@
 """Key check for nginx (`auth_request`): the ASGI application of the key service.
 
 Rules:
-- the answer is 200 with the key's name and limits, 401, or 503 when the keys are unavailable; nginx treats any other
+- the answer is 200 with the key's name and limits, 401 with the reason, or 503 when the keys are unavailable; nginx treats any other
   answer, and none, as 503: no failure admits a request;
 - a request carries one key, in `Authorization: Bearer KEY` (the scheme in any case), in `X-Api-Key: KEY`, or the same
   one in both; a repeated or malformed header is 401;
@@ -21,7 +21,7 @@ from typing import Any
 from shoehorn.common.errors import SettingsError
 from shoehorn.gateway.keys.api_key import Keyring
 from shoehorn.gateway.keys.store import KeyStore
-from shoehorn_vllm.protocol import KEY_HEADER, LIMITS_HEADER
+from shoehorn_vllm.protocol import KEY_HEADER, LIMITS_HEADER, REFUSAL_HEADER
 
 log = logging.getLogger("keys")
 
@@ -36,15 +36,29 @@ _BEARER = re.compile(rb"[Bb][Ee][Aa][Rr][Ee][Rr] +([A-Za-z0-9._~+/=-]{8,512})")
 _TOKEN = re.compile(rb"[A-Za-z0-9._~+/=-]{8,512}")
 
 
-def find_token(headers: Headers) -> bytes | None:
-    """Find the one key of a request; None when it carries none, several, or one in an invalid form."""
+def find_token(headers: Headers) -> bytes:
+    """Find the one key of a request.
+
+    Raises:
+        RefusedKeyError: the request carries none, several, or one in an invalid form.
+    """
     bearers = [value for name, value in headers if name == b"authorization"]
     plain = [value for name, value in headers if name == b"x-api-key"]
+    if not bearers and not plain:
+        raise RefusedKeyError("missing")
     if len(bearers) > 1 or len(plain) > 1:
-        return None
+        raise RefusedKeyError("repeated")
     matches = [_BEARER.fullmatch(value) for value in bearers] + [_TOKEN.fullmatch(value) for value in plain]
-    tokens = {match[match.re.groups] if match else None for match in matches}
-    return tokens.pop() if len(tokens) == 1 else None
+    tokens = {match[match.re.groups] for match in matches if match}
+    if None in matches:
+        raise RefusedKeyError("malformed")
+    if len(tokens) > 1:
+        raise RefusedKeyError("conflicting")
+    return tokens.pop()
+
+
+class RefusedKeyError(Exception):
+    """The request has no valid key; the argument is the reason (`error_messages.REFUSED_KEYS`)."""
 
 
 class KeyService:
@@ -79,11 +93,15 @@ class KeyService:
             self._log_change(str(error))
             return 503, []
         self._log_change("")
-        token = find_token(list(headers))
-        key = ring.find(token) if token is not None else None
         now = self._now()
-        if key is None or (key.expires is not None and key.expires <= now):
-            return 401, []
+        try:
+            key = ring.find(find_token(list(headers)))
+            if key is None:
+                raise RefusedKeyError("incorrect")
+            if key.expires is not None and key.expires <= now:
+                raise RefusedKeyError("expired")
+        except RefusedKeyError as refusal:
+            return 401, [(REFUSAL_HEADER.lower().encode(), str(refusal).encode())]
         self.last_used[key.name] = now
         return 200, [(KEY_HEADER.lower().encode(), key.name.encode()),
                      (LIMITS_HEADER.lower().encode(), key.limits.to_header().encode())]
