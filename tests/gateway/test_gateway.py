@@ -241,7 +241,7 @@ def test_engine_errors_pass_except_for_missing_endpoints(gate: Gateway, engine: 
 @pytest.mark.parametrize(("headers", "words"), [
     ({}, "You didn't provide an API key"), ({"X-Api-Key": "sk-of-nobody"}, "Incorrect API key provided"),
     ({"Authorization": f"Basic {KEY}"}, "invalid form"), ({**BEARER, "X-Api-Key": "sk-of-nobody"}, "different keys")])
-def test_refused_key_is_told_why(gate: Gateway, headers: dict[str, str], words: str) -> None:
+def test_refusal_of_a_key_has_its_reason(gate: Gateway, headers: dict[str, str], words: str) -> None:
     for path in ("/v1/models", "/v1/models/other", "/v1/messages"):
         answer = gate.client.get(path, headers=headers)
         assert answer.status_code == 401
@@ -253,7 +253,7 @@ def test_refused_key_is_told_why(gate: Gateway, headers: dict[str, str], words: 
     ("/v1/v1/models", "unknown_url", "/v1 twice"), ("/v1/models/gpt-4o", "model_not_found", MODEL),
     ("/v1/models/openai/gpt-4o?x", "model_not_found", MODEL), ("/v1/audio", "unknown_url", "Unknown endpoint."),
     ("/chat", "unknown_url", "Unknown endpoint.")])
-def test_unknown_path_is_told_what_is_wrong(gate: Gateway, path: str, code: str, words: str) -> None:
+def test_unknown_path_reports_what_is_wrong(gate: Gateway, path: str, code: str, words: str) -> None:
     answer = gate.client.get(path, headers=BEARER)
     assert answer.status_code == 404
     assert openai_error(answer)["code"] == code
@@ -272,8 +272,8 @@ def test_limit_of_the_gateway_is_named_with_its_setting(gate: Gateway, headers: 
 def test_limits_and_names_follow_their_settings(tmp_path: Path) -> None:
     with Gateway(tmp_path, MAX_BODY_SIZE="12MiB", MAX_HEADER_SIZE="32KiB", SERVED_MODEL_NAME="gpt-4o, mine") as gate, \
             gate.engine():
-        large = gate.client.post("/v1/completions", headers={**BEARER, "Cookie": "x" * 30_000}, content=b"x" * (11 << 20))
-        assert large.status_code == 200
+        headers = {**BEARER, "Cookie": "x" * 30_000}
+        assert gate.client.post("/v1/completions", headers=headers, content=b"x" * (11 << 20)).status_code == 200
         assert [gate.client.get(f"/v1/models/{name}", headers=BEARER).json()["id"] for name in ("gpt-4o", "mine")] == [
             "gpt-4o", "mine"]
 

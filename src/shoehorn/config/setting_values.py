@@ -132,7 +132,7 @@ def model_id(text: str) -> str:
     if colon and is_repository_name(name):
         raise ValueError(f"{text!r} has the tag {tag!r}; write {name}, and set MODEL_REVISION for a branch or tag")
     if re.fullmatch(r"[A-Za-z0-9][\w.-]*", text, re.ASCII):
-        raise ValueError(f"{text!r} has no owner; write OWNER/{text} as on the model's page on the hub, or ./{text} for "
+        raise ValueError(f"{text!r} has no owner; write OWNER/{text} as on the page of the model, or ./{text} for "
                          "a folder")
     if not is_repository_name(text) and not text.startswith(("/", "./", "../")):
         raise ValueError(f"{text!r} is neither OWNER/NAME nor a path; write ./NAME for a relative path")

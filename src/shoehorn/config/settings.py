@@ -25,8 +25,8 @@ from shoehorn.config.setting_values import (
     arguments,
     byte_size,
     integer,
-    length,
     is_repository_name,
+    length,
     model_id,
     networks,
     one_of,
@@ -83,7 +83,8 @@ class ModelSettings(_Group):
         "modelscope", "Source of the model: `modelscope`, `huggingface`, or `local` for a folder that is used in "
         "place.", one_of("modelscope", "huggingface", "local"))]
     model_revision: Annotated[str, Setting(
-        "", "Branch, tag or commit on the hub, or a reference like refs/pr/3. Unset: `master` on ModelScope, `main` on Hugging Face.", revision)]
+        "", "Branch, tag or commit on the hub, or a reference like refs/pr/3. Unset: `master` on ModelScope, `main` on "
+        "Hugging Face.", revision)]
     model_fallback: Annotated[bool, Setting(
         "no", "Use the other hub when the selected one is unavailable or lacks the model. Requires that the SHA-256 of "
         "every weights file is known from the selected hub or an earlier pull, and matches.", switch)]
@@ -109,8 +110,8 @@ class PlanSettings(_Group):
         "yes", "`no`: the conversion to INT4 deletes each original file after its converted file is verified, which "
         "needs a smaller volume.", switch)]
     max_model_len: Annotated[int | None, Setting(
-        "", "Maximum tokens of prompt and output together; 32k is 32,000 and 32K is 32,768, as in vLLM. Unset or `auto`: "
-        "from the profile or the plan.", length(16, 10_000_000))]
+        "", "Maximum tokens of prompt and output together; 32k is 32,000 and 32K is 32,768, as in vLLM. Unset or "
+        "`auto`: from the profile or the plan.", length(16, 10_000_000))]
     max_num_seqs: Annotated[int | None, Setting(
         "", "Maximum number of concurrent requests. Unset: from the profile or the plan.", integer(1, 4096))]
     max_queued_requests: Annotated[int | None, Setting(
@@ -245,9 +246,9 @@ def load(environment: Mapping[str, str], read_file: Callable[[str], str] | None 
     for setting in TABLE:
         try:
             text = _text(setting, environment, read)
-            given, text = bool(text), text or setting.default
+            is_default, text = not text, text or setting.default
             value = values[setting.name.lower()] = setting.parse(text) if text else setting.unset
-            if given and value is not None:
+            if not is_default and value is not None:
                 names.add(setting.name)
         except ValueError as error:
             mistakes.append(f"{setting.name}: {error}")

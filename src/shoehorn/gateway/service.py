@@ -61,7 +61,8 @@ async def serve(settings: Settings) -> None:
 
     server = _GracefulServer(uvicorn.Config(
         service, lifespan="off", log_config=None, access_log=False, server_header=False, date_header=False,
-        h11_max_incomplete_event_size=5 * settings.max_header_size + (64 << 10), timeout_keep_alive=KEEP_ALIVE_SECONDS, timeout_graceful_shutdown=1))
+        h11_max_incomplete_event_size=5 * settings.max_header_size + (64 << 10),
+        timeout_keep_alive=KEEP_ALIVE_SECONDS, timeout_graceful_shutdown=1))
     async with asyncio.TaskGroup() as group:  # a failed task stops the service, and supervisord restarts it
         tasks = [group.create_task(save_last_used(service, KeyStore(settings.models_dir), names)),
                  group.create_task(stop_with_parent(parent_watch.supervisor(), server))]

@@ -255,5 +255,5 @@ def _with_length(headers: list[tuple[bytes, bytes]], length: int) -> list[tuple[
 
 
 def _too_long(max_bytes: int) -> Failure:
-    return Failure(413, "request_too_large", f"The request body exceeds this key's limit of {max_bytes} bytes. Send a smaller request, "
-                   "or raise the limit body_bytes of the key.")
+    return Failure(413, "request_too_large", f"The request body exceeds this key's limit of {max_bytes} bytes. Send a "
+                   "smaller request, or raise the limit body_bytes of the key.")

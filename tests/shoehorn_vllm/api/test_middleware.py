@@ -259,9 +259,9 @@ def test_idle_streams_get_keep_alive_events(monkeypatch: pytest.MonkeyPatch) -> 
     (b'{"detail":"error parsing the body"}', 400, "invalid_request", "error parsing the body"),
     (b'{"error":{"message":"no","type":"Bad Request","param":"body.n","code":400}}', 400, "invalid_request", "no"),
     (b'{"error":{"message":"gone","type":"NotFoundError","param":"model","code":404}}', 404, "model_not_found", "gone"),
-    (b'{"error":{"message":"This model\'s maximum context length is 9 tokens. However, your prompt contains 10 input '
-     b'tokens","code":400}}', 400, "context_length_exceeded", "This model's maximum context length is 9 tokens. However, "
-     "your prompt contains 10 input tokens"),
+    (b'{"error":{"message":"The maximum context length is 9 tokens. However, your prompt contains 10 '
+     b'tokens","code":400}}', 400, "context_length_exceeded",
+     "The maximum context length is 9 tokens. However, your prompt contains 10 tokens"),
     (b'{"error":{"message":"m","type":"t","param":null,"code":"own_code"}}', 400, "own_code", "m"),
     (b'{"error":"Unauthorized"}', 401, "invalid_api_key", "Unauthorized"),
     (b'{"detail":[{"loc":["body"]}]}', 422, "invalid_request", '[{"loc": ["body"]}]'),

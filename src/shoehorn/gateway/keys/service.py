@@ -1,8 +1,8 @@
 """Key check for nginx (`auth_request`): the ASGI application of the key service.
 
 Rules:
-- the answer is 200 with the key's name and limits, 401 with the reason, or 503 when the keys are unavailable; nginx treats any other
-  answer, and none, as 503: no failure admits a request;
+- the answer is 200 with the key's name and limits, 401 with the reason, or 503 when the keys are unavailable; nginx
+  treats any other answer, and none, as 503: no failure admits a request;
 - a request carries one key, in `Authorization: Bearer KEY` (the scheme in any case), in `X-Api-Key: KEY`, or the same
   one in both; a repeated or malformed header is 401;
 - a change of keys holds from the next request on; running requests are not checked again;
