@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+from pathlib import Path
+
 import pytest
 
 from shoehorn.engine.diagnosis import diagnose
@@ -90,3 +93,50 @@ def test_missing_memory_is_read_from_the_log(lines: list[str], name: str, missin
     diagnosis = diagnose(lines, 1)
     assert (diagnosis.name, diagnosis.memory, diagnosis.cache_made) == (name, True, cache_made)
     assert diagnosis.missing_bytes == pytest.approx(missing * GIB, abs=MIB)
+
+
+MAMBA = ("ValueError: max_num_seqs (256) exceeds available Mamba cache blocks (80). Each decode sequence requires one "
+         "Mamba cache block, so CUDA graph capture cannot proceed. Please lower max_num_seqs to at most 80 or increase "
+         "gpu_memory_utilization.")
+TOO_LONG = ("1 validation error for ModelConfig",
+            "  Value error, User-specified max_model_len (131072) is greater than the derived max_model_len "
+            "(max_position_embeddings=40960.0 or model_max_length=None in model's config.json)")
+SMALL_BATCH = ("ValueError: Chunked MM input disabled but max_tokens_per_mm_item (16384) is larger than "
+               "max_num_batched_tokens (2048). Please increase max_num_batched_tokens.")
+
+
+@pytest.mark.parametrize(("lines", "name", "limits", "remedy"), [
+    ([MAMBA], "sequences_exceed_kv_cache", {"max-num-seqs": 80}, "MAX_NUM_SEQS to 80 or less"),
+    (list(TOO_LONG), "context_exceeds_model", {"max-model-len": 40960}, "MAX_MODEL_LEN to 40960 or less"),
+    ([SMALL_BATCH], "batch_too_small", {"max-num-batched-tokens": 16384}, "--max-num-batched-tokens 16384"),
+    (["  Value error, max_num_batched_tokens (128) must be greater than or equal to max_num_seqs (256)."],
+     "batch_too_small", {"max-num-batched-tokens": 256}, "--max-num-batched-tokens 256"),
+    (["ValueError: To serve at least one request with the model's max seq len (32768), (4.00 GiB KV cache is needed, "
+      "which is larger than the available KV cache memory (3.25 GiB). Based on the available memory, the estimated "
+      "maximum model length is 26624."], "context_exceeds_kv_cache", {"max-model-len": 26624}, "to 26624 or less"),
+    (["ValueError: To serve at least one request with the model's max seq len (32768), (4.00 GiB KV cache is needed, "
+      "which is larger than the available KV cache memory (0.01 GiB). Try increasing"], "context_exceeds_kv_cache", {},
+     "the number in the message above"),
+    (["ValueError: No available memory for the cache blocks."], "no_kv_cache_memory", {}, "--cpu-offload-gb"),
+])
+def test_values_that_the_engine_names_are_read(lines: list[str], name: str, limits: dict[str, int], remedy: str
+                                               ) -> None:
+    diagnosis = diagnose(["INFO starting", *lines, "RuntimeError: Engine core initialization failed."], 1)
+    assert (diagnosis.name, diagnosis.limits) == (name, limits)
+    assert remedy in diagnosis.remedy
+
+
+@pytest.mark.contract
+def test_messages_with_values_are_those_of_the_engine() -> None:
+    root = Path(str(importlib.util.find_spec("vllm").origin)).parent  # type: ignore[union-attr]
+    for file, words in {
+            "config/compilation.py": ("exceeds available Mamba cache ", "Please lower max_num_seqs to at most "),
+            "v1/core/kv_cache_utils.py": ("the estimated maximum model length is {",
+                                          "To serve at least one request with"),
+            "config/model.py": ("User-specified max_model_len ({max_model_len}) is greater ",
+                                "than the derived max_model_len ("),
+            "config/scheduler.py": ("be greater than or equal to max_num_seqs ",),
+            "v1/core/encoder_cache_manager.py": ("is larger than max_num_batched_tokens",)}.items():
+        text = (root / file).read_text(encoding="utf-8")
+        for word in words:
+            assert word in text, (file, word)

@@ -162,3 +162,26 @@ def test_unsupported_dtype_becomes_float16_once() -> None:
     assert step(failure) == Step({"dtype": "float16"}, (Change("dtype", "of the checkpoint", "float16"),))
     assert step(failure, fixed=frozenset({"dtype"})) is None
     assert planned_step(failure, 1, options={"dtype": "float16"}) is None
+
+
+@pytest.mark.parametrize(("limits", "fixed", "options"), [
+    ({"max-num-seqs": 40}, (), {"max-num-seqs": 40}), ({"max-model-len": 8000}, (), {"max-model-len": 8000}),
+    ({"max-num-batched-tokens": 16384}, (), {"max-num-batched-tokens": 16384}),
+    ({"max-num-seqs": 40}, ("max-num-seqs",), None), ({"max-num-seqs": 64}, (), None), ({"max-num-seqs": 0}, (), None),
+    ({"max-num-batched-tokens": 128}, (), None)])
+def test_value_that_the_engine_names_is_taken(limits: dict[str, int], fixed: tuple[str, ...],
+                                              options: dict[str, object] | None) -> None:
+    result = planned_step(FailedStart(is_memory=False, limits=limits), fixed=frozenset(fixed))
+    assert (result.options if result else None) == options
+    if result:
+        (change,) = result.changes
+        assert change.after == str(limits[change.subject])
+
+
+def test_context_that_the_engine_names_comes_before_the_ladder_unless_the_user_gave_another() -> None:
+    failure = FailedStart(is_memory=True, missing_bytes=GIB, limits={"max-model-len": 12000})
+    taken, ladder = planned_step(failure), planned_step(failure, fixed=frozenset({"max-model-len"}))
+    assert taken
+    assert taken.options == {"max-model-len": 12000}
+    assert ladder
+    assert "max-model-len" not in ladder.options

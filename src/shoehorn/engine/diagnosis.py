@@ -10,8 +10,8 @@ and torch 2.13.0.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 from shoehorn.common.units import GIB, MIB
 
@@ -26,6 +26,7 @@ class Diagnosis:
         memory: a start that needs less GPU memory could succeed.
         missing_bytes: GPU memory that was missing, as the engine reports it; 0 if unknown.
         cache_made: the KV cache was allocated already.
+        limits: values of vLLM options, as the engine's message gives them, with which the start can succeed.
     """
 
     name: str
@@ -35,22 +36,41 @@ class Diagnosis:
     memory: bool = False
     missing_bytes: int = 0
     cache_made: bool = False
+    limits: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class _Row:
+    """A failure by its message.
+
+    Attributes:
+        limited: option whose value the message gives, which replaces `{limit}` in the remedy; such rows are tried
+            first, since the engine wraps their messages in more general ones.
+    """
+
     name: str
     pattern: re.Pattern[str]
     cause: str
     remedy: str
     final: bool = True
     memory: bool = False
+    limited: str = ""
 
 
 _ROWS = (
     _Row("context_exceeds_kv_cache", re.compile(r"To serve at least one request with the model's max seq len"),
          "KV cache: too small for one request of MAX_MODEL_LEN tokens.",
-         "Set MAX_MODEL_LEN to the estimated maximum in the engine's message above or less.", memory=True),
+         "Set MAX_MODEL_LEN to {limit} or less.", memory=True, limited="max-model-len"),
+    _Row("sequences_exceed_kv_cache", re.compile(r"max_num_seqs \(\d+\) exceeds available Mamba cache blocks"),
+         "KV cache: fewer blocks than sequences, each of which needs a block for its states.",
+         "Set MAX_NUM_SEQS to {limit} or less, or raise VRAM_LIMIT.", limited="max-num-seqs"),
+    _Row("context_exceeds_model", re.compile(r"User-specified max_model_len \(\d+\) is greater than the derived"),
+         "MAX_MODEL_LEN: exceeds the model's limit.", "Set MAX_MODEL_LEN to {limit} or less.",
+         limited="max-model-len"),
+    _Row("batch_too_small", re.compile(r"max_tokens_per_mm_item \(\d+\) is larger than max_num_batched_tokens|"
+                                       r"max_num_batched_tokens \(\d+\) must be greater than or equal to"),
+         "Batch: fewer tokens than one image or one token per sequence.",
+         "Set VLLM_EXTRA_ARGS='--max-num-batched-tokens {limit}' or more.", limited="max-num-batched-tokens"),
     _Row("no_kv_cache_memory", re.compile(r"No available memory for the cache blocks"),
          "KV cache: no GPU memory left after the weights.",
          "Choose a smaller model, raise VRAM_LIMIT, or offload more: VLLM_EXTRA_ARGS='--cpu-offload-gb N'.",
@@ -102,11 +122,15 @@ def diagnose(lines: Iterable[str], status: int, memory_kill: bool = False) -> Di
         memory_kill: the kernel killed a process out of memory meanwhile; an engine whose core was killed exits with 0.
     """
     tail = list(lines)
-    for line in tail:
-        for row in _ROWS:
-            if row.pattern.search(line):
-                return Diagnosis(row.name, row.cause, row.remedy, row.final, row.memory, _missing_bytes(row.name, tail),
-                                 any("KV cache size:" in each for each in tail))
+    limits = _limits(tail)
+    for rows in ([row for row in _ROWS if row.limited], _ROWS):
+        for line in tail:
+            for row in rows:
+                if row.pattern.search(line):
+                    remedy = row.remedy.format(limit=limits.get(row.limited, "the number in the message above"))
+                    return Diagnosis(row.name, row.cause, remedy, row.final, row.memory,
+                                     _missing_bytes(row.name, tail), any("KV cache size:" in each for each in tail),
+                                     {row.limited: limits[row.limited]} if row.limited in limits else {})
     if status == -9 or memory_kill or any(_KILLED.search(line) for line in tail):
         return Diagnosis("killed", "Engine: killed (SIGKILL), most likely out of memory.",
                          "Look for an out-of-memory kill in `dmesg` on the host; raise the container's memory limit.",
@@ -121,6 +145,23 @@ _NEEDED = re.compile(r"\(([\d.]+) GiB KV cache is needed.*?available KV cache me
 _AVAILABLE = re.compile(r"Available KV cache memory: (-?[\d.]+) GiB")
 _FREE = re.compile(r"Free memory on device \S+ \(([\d.]+)/[\d.]+ GiB\).*utilization \([\d.]+, ([\d.]+) GiB\)")
 _TRIED = re.compile(r"Tried to allocate ([\d.]+) (MiB|GiB)\..*?of which ([\d.]+) (MiB|GiB) is free")
+
+
+_LIMITS = (
+    ("max-num-seqs", re.compile(r"lower max_num_seqs to at most (\d+)")),
+    ("max-model-len", re.compile(r"estimated maximum model length is (\d+)")),
+    ("max-model-len", re.compile(r"greater than the derived max_model_len \(\w+=(\d+)")),
+    ("max-num-batched-tokens", re.compile(r"max_tokens_per_mm_item \((\d+)\) is larger")),
+    ("max-num-batched-tokens", re.compile(r"must be greater than or equal to max_num_seqs \((\d+)\)")))
+"""Option and the message that gives its value. Source: vllm/config/compilation.py, model.py and scheduler.py,
+vllm/v1/core/kv_cache_utils.py and encoder_cache_manager.py."""
+
+
+def _limits(lines: list[str]) -> Mapping[str, int]:
+    """Return values of options that the engine names in its messages; the first of each."""
+    text = " ".join(lines)
+    values = [(option, int(match[1])) for option, pattern in _LIMITS if (match := pattern.search(text))]
+    return dict(reversed(values))
 
 
 def _missing_bytes(name: str, lines: list[str]) -> int:

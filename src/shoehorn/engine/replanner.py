@@ -49,7 +49,7 @@ class Replanner:
         """
         hardware = self._deployment.inputs.hardware
         failure = FailedStart(diagnosis.memory, diagnosis.name == "unsupported_dtype", diagnosis.name == "gpu_in_use",
-                              diagnosis.cache_made, diagnosis.missing_bytes)
+                              diagnosis.cache_made, diagnosis.missing_bytes, diagnosis.limits)
         model = MemoryModel(self._deployment.inputs.shape, plan.config)
         step = StepDown(model, plan.fixed, plan.engine_args,
                         min((gpu.total_bytes for gpu in plan.gpus), default=0),

@@ -63,7 +63,7 @@ class EngineServer:
         self._states.update(failures={**failures, diagnosis.name: failures.get(diagnosis.name, 0) + 1})
 
     def _may_step_down(self, diagnosis: Diagnosis) -> bool:
-        return diagnosis.memory or diagnosis.name == "unsupported_dtype" or (
+        return bool(diagnosis.limits) or diagnosis.memory or diagnosis.name == "unsupported_dtype" or (
             self._spec.may_drop_speculation and diagnosis.name != "killed")
 
     def _restart_after(self, diagnosis: Diagnosis, run: EngineRun) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from shoehorn.common.units import MIB, format_size
 from shoehorn.planner.least_offload import with_offload
@@ -46,6 +46,7 @@ class FailedStart:
         is_gpu_in_use: other processes use the GPU's memory.
         has_kv_cache: it failed after the KV cache was allocated.
         missing_bytes: memory that was missing; 0 where unknown.
+        limits: values of options with which the engine says that it can start.
     """
 
     is_memory: bool
@@ -53,6 +54,7 @@ class FailedStart:
     is_gpu_in_use: bool = False
     has_kv_cache: bool = False
     missing_bytes: int = 0
+    limits: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,8 @@ class StepDown:
         """
         if steps >= MAX_STEPS:
             return None
+        if step := self._within_limits(failure.limits):
+            return step
         if failure.is_dtype and "dtype" not in self.fixed and self.options.get("dtype") != "float16":
             before = str(self.options.get("dtype", "of the checkpoint"))
             return Step({"dtype": "float16"}, (Change("dtype", before, "float16"),))
@@ -108,6 +112,22 @@ class StepDown:
             return Step({"speculative-config": None}, (Change("draft tokens", "some", "none"),)) \
                 if uses_unrequested_drafts(self.options, self.fixed) else None
         return self._free_memory(failure, max(failure.missing_bytes + _LEAST_BYTES // 2, _LEAST_BYTES << steps))
+
+    def _within_limits(self, limits: Mapping[str, int]) -> Step | None:
+        """Take the values that the engine named; None where the user gave these options, or they are kept already."""
+        limited = {option: value for option, value in limits.items()
+                   if option not in self.fixed and value >= 1 and self._differs(option, value)}
+        if not limited:
+            return None
+        return Step(limited, tuple(Change(option, str(self._current(option)), str(value))
+                                   for option, value in limited.items()))
+
+    def _differs(self, option: str, value: int) -> bool:
+        current = self._current(option)
+        return value > current if option == "max-num-batched-tokens" else value < current
+
+    def _current(self, option: str) -> int:
+        return int(getattr(self.model.config.limits, _HALVED[option]))
 
     def _free_memory(self, failure: FailedStart, goal_bytes: int) -> Step | None:
         """Find the smallest change that frees that much of each GPU."""
