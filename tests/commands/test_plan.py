@@ -115,6 +115,13 @@ def test_other_broken_pipe_is_raised(monkeypatch: pytest.MonkeyPatch, folder: Pa
             cli.main(["plan"])
 
 
+def test_described_gpu_is_planned_for_in_the_cpu_image(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--model", str(folder), "--gpu", "8GB:RTX4060", "--json"]
+    for more, profile in (((), "auto"), (("--set", "VRAM_PROFILE=cpu"), "cpu"), (("--profile", "cpu"), "cpu")):
+        assert run(*words, *more, VRAM_PROFILE="cpu") == 0
+        assert json.loads(capsys.readouterr().out)["profile"] == profile
+
+
 def test_two_gpus_share_one_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     serve_from_hub(monkeypatch, captured_models.files("deepseek-r1-distill-llama-70b"))
     assert run("--gpu", "20GiB", "--gpu", "20GiB", "--ram", "64GiB") == 0

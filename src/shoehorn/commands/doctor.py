@@ -9,18 +9,14 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
-from pathlib import Path
 
 from shoehorn.common import disk
 from shoehorn.common.errors import EXIT_BAD_SETTINGS, EXIT_DONE, SettingsError
-from shoehorn.common.units import MIB, format_size
+from shoehorn.common.units import format_size
 from shoehorn.config import settings as settings_module
 from shoehorn.config.settings import Settings
-from shoehorn.hardware import detect, requirements
+from shoehorn.hardware import container_limits, detect, requirements
 from shoehorn.hardware.types import Hardware
-
-_SHARED_MEMORY_BYTES = 160 * MIB
-"""Minimum of vLLM 0.32.0; Docker's default is 64 MiB."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +55,8 @@ def examine(environment: Mapping[str, str], machine: Hardware) -> list[Check]:
         return [Check("settings", False, error.cause, error.remedy)]
     return [Check("settings", True, f"{len(settings.given)} set"), _gpus(settings, machine),
             Check("memory", True, f"{format_size(machine.host_memory_bytes)} usable, {machine.cpus:g} CPUs"),
-            _volume(settings), _shared_memory(), _program("nginx", "install it, or put /usr/sbin on PATH"), _engine()]
+            _volume(settings), _shared_memory(), _locked_memory(machine),
+            _program("nginx", "install it, or put /usr/sbin on PATH"), _engine()]
 
 
 def _gpus(settings: Settings, machine: Hardware) -> Check:
@@ -83,10 +80,17 @@ def _volume(settings: Settings) -> Check:
 
 
 def _shared_memory() -> Check:
-    free = disk.disk_free(Path("/dev/shm"))  # noqa: S108  # the mount itself is checked
-    enough = free >= _SHARED_MEMORY_BYTES
+    free = container_limits.free_shared_memory()
+    enough = free >= container_limits.SHARED_MEMORY_BYTES
     return Check("shared memory", enough, f"{format_size(free)} free in /dev/shm",
-                 "" if enough else "docker run --shm-size 8g, or shm_size: 8gb in compose")
+                 "" if enough else container_limits.SHARED_MEMORY_REMEDY)
+
+
+def _locked_memory(machine: Hardware) -> Check:
+    limit = container_limits.locked_memory_limit()
+    unlimited = limit is None or not machine.gpus
+    return Check("locked memory", unlimited, "unlimited" if limit is None else f"at most {format_size(limit)}",
+                 "" if unlimited else container_limits.MEMLOCK_REMEDY)
 
 
 def _program(name: str, remedy: str) -> Check:

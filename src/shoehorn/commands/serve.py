@@ -23,6 +23,7 @@ from shoehorn import __version__
 from shoehorn.common import disk, locks, mounts
 from shoehorn.common.atomic_file import write_atomic
 from shoehorn.common.errors import SettingsError
+from shoehorn.common.units import format_size
 from shoehorn.config import secrets
 from shoehorn.config import settings as settings_module
 from shoehorn.config.models_dir import ModelsDir
@@ -31,7 +32,7 @@ from shoehorn.deployment import inputs
 from shoehorn.gateway import nginx_config, tls
 from shoehorn.gateway.keys import sources
 from shoehorn.gateway.keys.store import NewKey
-from shoehorn.hardware import detect, requirements
+from shoehorn.hardware import container_limits, detect, requirements
 from shoehorn.runtime import programs, supervisord_config
 from shoehorn.runtime.child_process import kill_recorded_group
 from shoehorn.runtime.run_dir import RunDir
@@ -50,6 +51,10 @@ def run(arguments: argparse.Namespace, environment: Mapping[str, str]) -> int:
     if profile.match.device == "cuda":
         requirements.check(machine)
         requirements.require_gpus(machine, profile.name)
+    container_limits.check_shared_memory()
+    if (limit := container_limits.locked_memory_limit()) is not None and machine.gpus:
+        print(f"shoehorn: at most {format_size(limit)} of memory can be locked, which offload to host memory needs\n"
+              f"  -> {container_limits.MEMLOCK_REMEDY}", flush=True)
     paths = RunDir(settings.run_dir)
     lock = _prepare_run_dir(paths)
     _require_volume(settings.models_dir)

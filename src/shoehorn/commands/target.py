@@ -32,6 +32,8 @@ def add_target(parser: argparse.ArgumentParser) -> None:
 def read_settings(arguments: argparse.Namespace, environment: Mapping[str, str]) -> dict[str, str]:
     """Return the environment with the settings of the command line."""
     result = dict(environment)
+    if arguments.gpu and environment.get("VRAM_PROFILE") == "cpu":
+        del result["VRAM_PROFILE"]  # of the image for the CPU; the described GPU counts
     for word in arguments.set:
         name, equals, value = word.partition("=")
         if not equals or name not in {setting.name for setting in settings_module.TABLE}:
