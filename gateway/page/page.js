@@ -24,7 +24,7 @@ function show() {
   used ||= ready;
   showStatus(state, now, used);
   showPlan(state, locale());
-  snippets.showSnippets(state.model);
+  snippets.showSnippets(state.model, state.plan?.task);
   chat.setReady(ready && connected);
 }
 

@@ -47,8 +47,38 @@ for piece in chat.stream(${json(prompt)}):
 `;
 }
 
-export function showSnippets(model) {
-  for (const [id, make] of Object.entries({ curl, openai, langchain })) say(id, make(model, t("prompt")));
+// Calls of a model that returns a vector or a ranking instead of text.
+const TEXT = "A shoehorn helps a foot into a shoe.";
+const POOLING = {
+  embed: ["embeddings", { input: TEXT }],
+  reward: ["embeddings", { input: TEXT }],
+  classify: ["rerank", { query: "What is a shoehorn?", documents: [TEXT, "Snow falls in winter."] }],
+};
+
+function pooling(model, task) {
+  const [route, fields] = POOLING[task];
+  const body = json({ model, ...fields });
+  const client = `import os
+
+from openai import OpenAI
+
+client = OpenAI(base_url=${json(base())}, api_key=os.environ["SHOEHORN_API_KEY"])
+print(client.post("/${route}", body=${body}, cast_to=object))
+`;
+  return {
+    curl: [`curl ${inShell(`${base()}/${route}`)} \\`, `  -H "Authorization: Bearer $SHOEHORN_API_KEY" \\`,
+      `  -H "Content-Type: application/json" \\`, `  -d ${inShell(body)}`].join("\n"),
+    openai: client,
+  };
+}
+
+export function showSnippets(model, task) {
+  const texts = task in POOLING ? pooling(model, task)
+    : { curl: curl(model, t("prompt")), openai: openai(model, t("prompt")), langchain: langchain(model, t("prompt")) };
+  for (const id of ["curl", "openai", "langchain"]) {
+    say(id, texts[id] ?? "");
+    byId(id).closest("details").hidden = !(id in texts);
+  }
 }
 
 // Copies the text of an element by selecting it: over plain HTTP browsers have no clipboard API, but copy a selection.

@@ -50,7 +50,10 @@ export function showStatus(state, now, used) {
   say("model", state.model);
   byId("start").hidden = ready || failed;
   byId("failure").hidden = !failed;
-  byId("chat").hidden = byId("use").hidden = !used;
+  const task = state.plan?.task ?? "generate"; // a plan of an earlier version names none: it serves text
+  byId("use").hidden = !used;
+  byId("chat").hidden = !used || task !== "generate";
+  say("serves", task === "generate" ? "" : known(`serves.${task}`));
   showSteps(phase);
   showProgress(state, now);
   say("cause", state.cause);

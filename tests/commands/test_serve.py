@@ -27,26 +27,26 @@ def new_key(tmp_path: Path) -> NewKey:
 
 
 def test_new_key_is_shown_in_a_command_to_paste(new_key: NewKey) -> None:
-    text = welcome(load(BASE), new_key)
+    text = welcome(load(BASE), new_key).text()
     assert f'curl -N http://127.0.0.1:7001/v1/chat/completions -H "Authorization: Bearer {new_key.token}"' in text
     assert new_key.token in first_key_line(new_key)
     assert "shoehorn keys rotate default" in first_key_line(new_key)
 
 
 def test_configured_key_is_not_shown() -> None:
-    text = welcome(load({**BASE, "API_KEY": "sk-canary-key"}), None)
+    text = welcome(load({**BASE, "API_KEY": "sk-canary-key"}), None).text()
     assert "Bearer $API_KEY" in text
     assert "canary" not in text
 
 
 def test_existing_key_has_a_placeholder_and_a_remedy() -> None:
-    text = welcome(load(BASE), None)
+    text = welcome(load(BASE), None).text()
     assert "Bearer YOUR_KEY" in text
     assert "shoehorn keys add NAME" in text
 
 
 def test_address_with_a_certificate_is_https() -> None:
-    text = welcome(load({**BASE, "API_KEY": "sk-canary-key", "TLS_CERT_FILE": "/c", "TLS_KEY_FILE": "/k"}), None)
+    text = welcome(load({**BASE, "API_KEY": "sk-canary-key", "TLS_CERT_FILE": "/c", "TLS_KEY_FILE": "/k"}), None).text()
     assert "curl -k -N https://127.0.0.1:7001/" in text
 
 
@@ -55,7 +55,7 @@ def test_address_with_a_certificate_is_https() -> None:
     (":8000", "127.0.0.1:8000"), ("192.0.2.7:80", "192.0.2.7:80"), ("[::1]:80", "[::1]:80"),
     ("127.0.0.1:0", "127.0.0.1:7001"), ("127.0.0.1:8000-8010", "127.0.0.1:7001")])
 def test_published_address_is_shown(published: str, shown: str) -> None:
-    text = welcome(load({**BASE, "PUBLISHED_ADDRESS": published}), None)
+    text = welcome(load({**BASE, "PUBLISHED_ADDRESS": published}), None).text()
     assert f"http://{shown}/v1/" in text
     assert f"on http://{shown}. Try" in text
 

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import argparse
 import errno
-import json
 import os
 import pwd
 import resource
-import shlex
 import shutil
 import socket
 import sys
@@ -37,6 +35,7 @@ from shoehorn.runtime import programs, supervisord_config
 from shoehorn.runtime.child_process import kill_recorded_group
 from shoehorn.runtime.run_dir import RunDir
 from shoehorn.runtime.state import Phase, StateFile
+from shoehorn.runtime.welcome import Welcome
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,7 +67,7 @@ def run(arguments: argparse.Namespace, environment: Mapping[str, str]) -> int:
     first_key = sources.prepare(settings)
     if first_key:
         print(first_key_line(first_key), flush=True)
-    write_atomic(paths.welcome, welcome(settings, first_key), 0o600)
+    write_atomic(paths.welcome, welcome(settings, first_key).to_json(), 0o600)
     StateFile(settings.run_dir).update(phase=Phase.STARTING, detail="starting", model=settings.served_model_name)
     print(f"shoehorn {__version__}: profile {profile.name}, gateway on {_address(settings)}, "
           f"metrics on port {settings.metrics_port}", flush=True)
@@ -93,21 +92,14 @@ def disable_core_dumps() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (limit, limit))
 
 
-def welcome(settings: Settings, first_key: NewKey | None) -> str:
-    """Return the text that is printed when the server is ready: an example call, with a key only if it is new."""
+def welcome(settings: Settings, first_key: NewKey | None) -> Welcome:
+    """Return the facts of the text that is printed when the server is ready, with a key only if it is new."""
     bearer = first_key.token if first_key else "$API_KEY" if settings.api_key else "YOUR_KEY"
-    body = shlex.quote(json.dumps({"model": settings.served_model_name, "stream": True,
-                                   "messages": [{"role": "user", "content": "你叫啥?"}]}, ensure_ascii=False))
-    command = "curl -N"
-    scheme = "http"
-    if settings.tls_cert_file:  # -k: the certificate has the public name of this machine
-        command, scheme = "curl -k -N", "https"
-    return "\n".join([
-        "", f"Ready: {settings.served_model_name} on {scheme}://{_address(settings)}. Try:", "",
-        f"{command} {scheme}://{_address(settings)}/v1/chat/completions "
-        f'-H "Authorization: Bearer {bearer}" -H "Content-Type: application/json" -d {body}', "",
-        *(["YOUR_KEY is shown only when it is created. For a new one, type: shoehorn keys add NAME", ""]
-          if bearer == "YOUR_KEY" else [])])
+    # -k: the certificate has the public name of this machine
+    command, scheme = ("curl -k -N", "https") if settings.tls_cert_file else ("curl -N", "http")
+    notice = "YOUR_KEY is shown only when it is created. For a new one, type: shoehorn keys add NAME"
+    return Welcome(settings.served_model_name, f"{scheme}://{_address(settings)}", command, bearer,
+                   notice if bearer == "YOUR_KEY" else "")
 
 
 def first_key_line(key: NewKey) -> str:

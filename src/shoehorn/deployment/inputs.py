@@ -23,7 +23,7 @@ from shoehorn.deployment.served_model import ShapeReader
 from shoehorn.hardware import bandwidth_probe, detect, requirements
 from shoehorn.hardware.requirements import require_gpus
 from shoehorn.hardware.types import Hardware
-from shoehorn.model import chat_format
+from shoehorn.model import chat_format, task
 from shoehorn.model.chat_format import ChatFormat
 from shoehorn.model.reference import ModelRef
 from shoehorn.planner.build import make_plan
@@ -92,7 +92,8 @@ def gather(settings: Settings, machine: Hardware, *, here: bool = True, shapes: 
         draft_disk_bytes = disk.disk_free(settings.models_dir)
     known_good_path = known_good.location(resolved, machine, profile, shape)
     inputs = PlanInputs(PlanSettings.of(resolved), machine, profile, shape, disk_free_bytes,
-                        chat=_chat_format(resolved, profile, ref))
+                        chat=_chat_format(resolved, profile, ref),
+                        task=task.read(served_model.model_files(resolved, ref), shape.architecture))
     if volume and (options := known_good.read(known_good_path)):
         candidate = replace(inputs, known_good=options)
         if isinstance(make_plan(candidate), Refusal):

@@ -25,16 +25,18 @@ from pathlib import Path
 
 import httpx
 
-from shoehorn.engine import drain, feature_warm_up, readiness
+from shoehorn.engine import drain, feature_warm_up, pooling_proof, readiness
 from shoehorn.engine.diagnosis import HUNG, Diagnosis, diagnose
 from shoehorn.engine.fork_server import ForkServer
 from shoehorn.engine.launch_spec import LaunchSpec
 from shoehorn.engine.output import EngineOutput
 from shoehorn.engine.watchdog import Watchdog
 from shoehorn.hardware import host
+from shoehorn.model.task import Task
 from shoehorn.runtime.child_process import Child
 from shoehorn.runtime.shutdown import ENGINE_STOP_SECONDS
 from shoehorn.runtime.state import Phase, StateFile
+from shoehorn.runtime.welcome import Welcome
 
 log = logging.getLogger("engine")
 
@@ -123,9 +125,12 @@ class EngineRun:
         self.stage = Stage.WARMING_UP
         begin = time.monotonic()
         options, model = self._spec.options, self._spec.model
-        is_serving = readiness.warm_up(self._transport(), options, model)
+        is_pooling = self._spec.task.is_pooling
+        is_serving = pooling_proof.prove(self._transport(), self._spec.task, options, model) if is_pooling else \
+            readiness.warm_up(self._transport(), options, model)
         batch_seconds = time.monotonic() - begin
-        if not is_serving or not feature_warm_up.warm_up_features(self._transport(), options, model, readiness.TOKEN):
+        if not is_serving or not (is_pooling or feature_warm_up.warm_up_features(
+                self._transport(), options, model, readiness.TOKEN)):
             child.stop(ENGINE_STOP_SECONDS)
             return
         self.stage = Stage.READY
@@ -134,7 +139,7 @@ class EngineRun:
             self._on_ready()
             self._states.update(phase=Phase.READY, progress=None, detail="serving")
             log.info("ready after %.0f s", time.monotonic() - self._started)
-            _print_welcome(self._spec.run_dir.welcome)
+            _print_welcome(self._spec.run_dir.welcome, self._spec.task)
 
     def _waits_for_failed_worker(self) -> bool:
         failed_at = self.output.worker_failed_at
@@ -158,10 +163,10 @@ class EngineRun:
         return httpx.HTTPTransport(uds=str(self._spec.run_dir.engine_socket))
 
 
-def _print_welcome(welcome: Path) -> None:
+def _print_welcome(welcome: Path, task: Task) -> None:
     """Print the welcome text once: it may contain a generated key."""
     if welcome.exists():
-        text = welcome.read_text(encoding="utf-8")
+        text = Welcome.from_json(welcome.read_text(encoding="utf-8")).text(task.value)
         welcome.unlink()
         print(text, flush=True)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from shoehorn.engine.timing import Timing
+from shoehorn.model.task import Task
 from shoehorn.runtime import programs
 from shoehorn.runtime.run_dir import RunDir
 
@@ -21,6 +22,7 @@ class LaunchSpec:
         environment: the complete environment of the engine.
         model: the name that it serves.
         options: vLLM's options, which the readiness check exercises.
+        task: what the model is for, which the readiness check proves.
         log_file: file for the engine's output; None sends it to standard output.
         drain_seconds: time limit for running requests when serving ends.
         may_drop_speculation: after a failed start, a start without draft tokens may succeed.
@@ -31,6 +33,7 @@ class LaunchSpec:
     environment: Mapping[str, str] = field(repr=False)
     model: str
     options: Mapping[str, object]
+    task: Task = Task.GENERATE
     log_file: Path | None = None
     drain_seconds: int = 60
     may_drop_speculation: bool = False

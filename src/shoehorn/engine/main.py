@@ -138,7 +138,7 @@ def _launch_spec(settings: Settings, environment: Mapping[str, str], plan: Plan,
                  MAX_REQUESTS_VARIABLE: str(launch_config.most_requests(settings, plan.engine_args))}
     return LaunchSpec(
         run_dir=paths, environment=engine_environment(environment, variables, settings.run_dir),
-        model=settings.served_model_name, options=plan.engine_args,
+        model=settings.served_model_name, options=plan.engine_args, task=plan.task,
         log_file=_engine_log(settings), drain_seconds=settings.drain_timeout,
         may_drop_speculation=step_down.uses_unrequested_drafts(plan.engine_args, plan.fixed), timing=waits)
 

@@ -15,6 +15,7 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
+from shoehorn.model import task
 from shoehorn.model.cache_reader import is_latent, read_caches
 from shoehorn.model.context import context_limits, rotary_positions
 from shoehorn.model.files import WEIGHTS_SUFFIXES, Files, invalid_file, read_json
@@ -52,7 +53,9 @@ def read(files: Files, overrides: Mapping[str, Any] | None = None) -> ModelShape
     tensors = [tensor for name in weights for tensor in header(files, name, names[name])]
     disk = sum(size for name, size in names.items()
                if name in weights or (not name.endswith(WEIGHTS_SUFFIXES) and "/" not in name))
-    return shape_of(config, tensors, disk, overrides or {})
+    shape = shape_of(config, tensors, disk, overrides or {})
+    limit = task.sentence_limit(files, names)
+    return replace(shape, max_position=limit) if limit else shape
 
 
 def shape_of(config: Mapping[str, Any], tensors: Iterable[Tensor], disk_bytes: int,

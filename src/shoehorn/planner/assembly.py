@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from shoehorn.common.units import format_size
 from shoehorn.hardware.types import Gpu
+from shoehorn.planner.base_options import served_task
 from shoehorn.planner.inputs import PlanInputs
 from shoehorn.planner.memory.device import DeviceMemory
 from shoehorn.planner.memory.model import MemoryModel
@@ -84,7 +85,7 @@ class Assembly:
             kv_cache_tokens=self.model.kv_tokens(cache_bytes), expected_tokens_per_second=tokens_per_second,
             disk_bytes=inputs.shape.disk_bytes + (draft.shape.disk_bytes if draft else 0), config=self.model.config,
             fixed=self.by_user, draft=draft, thinking_switch=inputs.chat.switch if inputs.chat else "",
-            states=self._states(cache_bytes), gpus=self.gpus)
+            task=served_task(inputs.task, self.options), states=self._states(cache_bytes), gpus=self.gpus)
 
     def _states(self, cache_bytes: int) -> SequenceStates | None:
         """Compute the states of a sequence; None for a model without."""

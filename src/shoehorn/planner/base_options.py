@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from shoehorn.common.errors import SettingsError
 from shoehorn.config import vllm_options
 from shoehorn.model.shape import ModelShape
+from shoehorn.model.task import Task
 from shoehorn.planner import parsers, speculation
 from shoehorn.planner.inputs import PlanInputs, PlanSettings
 from shoehorn.planner.option_set import OptionSet
@@ -63,13 +64,32 @@ def base_options(inputs: PlanInputs) -> BaseOptions:
         options = options.set("hf-overrides", inputs.shape.overrides, MODEL, "overrides-completed")
     options = _context(options, inputs)
     options = speculation.apply_draft(options, inputs.draft)
-    options = parsers.choose(options, inputs.shape.architecture, inputs.chat)
+    if served_task(inputs.task, options).is_pooling:
+        options = _without_generation(options)
+    else:
+        options = parsers.choose(options, inputs.shape.architecture, inputs.chat)
     for option in _NOT_ESTIMATED:
         if _is_in_use(option, options.values.get(option)):
             options = options.note(option, "not-estimated")
     if str(options.values.get("kv-cache-dtype", "auto")) not in ("auto", *CACHE_FORMATS):
         options = options.note("kv-cache-dtype", "not-estimated")
     return BaseOptions(options, by_user)
+
+
+def served_task(task: Task, options: OptionSet) -> Task:
+    """Return the task that the engine serves: vLLM's option `runner` overrides that of the model."""
+    runner = options.values.get("runner", "auto")
+    if runner == "generate":
+        return Task.GENERATE
+    return Task.EMBED if runner == "pooling" and task is Task.GENERATE else task
+
+
+def _without_generation(options: OptionSet) -> OptionSet:
+    """Leave out a profile's options that only text generation supports; vLLM chooses by the model's kind of pooling."""
+    for option in ("enable-prefix-caching", "quantization"):
+        if option in options.values and options.source_of(option) == PROFILE:
+            options = options.drop(option, MODEL, "pooling")
+    return options
 
 
 def _is_in_use(option: str, value: object) -> bool:

@@ -15,6 +15,7 @@ from shoehorn.hardware.types import Hardware
 from shoehorn.model.chat_format import ChatFormat
 from shoehorn.model.reference import ModelRef
 from shoehorn.model.shape import ModelShape
+from shoehorn.model.task import Task
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ class PlanInputs:
         known_good: vLLM options of the last configuration that started here; None drops an option.
         draft: the draft model to plan with; None plans without one.
         chat: format of the model's conversations; None if it has none, or they do not matter.
+        task: what the model is for, unless the user's option `runner` decides otherwise.
     """
 
     settings: PlanSettings
@@ -79,3 +81,4 @@ class PlanInputs:
     known_good: Mapping[str, object] = field(default_factory=dict)
     draft: Draft | None = None
     chat: ChatFormat | None = None
+    task: Task = Task.GENERATE

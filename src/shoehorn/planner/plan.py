@@ -8,6 +8,7 @@ from typing import Any
 
 from shoehorn.common.errors import DoesNotFitError
 from shoehorn.hardware.types import Gpu
+from shoehorn.model.task import Task
 from shoehorn.planner.inputs import Draft
 from shoehorn.planner.memory.device import DeviceMemory
 from shoehorn.planner.placement import Placement
@@ -47,6 +48,7 @@ class Plan:
         fixed: options that the user gave.
         draft: the draft model, where one is used.
         thinking_switch: variable of the chat template that switches thoughts; "" without one.
+        task: what the engine serves.
         states: None for a model without states.
         gpus: in use, in the order of the engine's ranks; none on the CPU.
     """
@@ -65,6 +67,7 @@ class Plan:
     fixed: frozenset[str] = field(repr=False)
     draft: Draft | None = field(repr=False, default=None)
     thinking_switch: str = ""
+    task: Task = Task.GENERATE
     states: SequenceStates | None = None
     gpus: tuple[Gpu, ...] = ()
 
@@ -107,6 +110,7 @@ class Plan:
                 "max_num_seqs": limits.max_num_seqs, "kv_cache_tokens": self.kv_cache_tokens,
                 "offloaded_bytes": self.offloaded_bytes, "host_bytes": self.host_bytes, "disk_bytes": self.disk_bytes,
                 "expected_tokens_per_second": dict(self.expected_tokens_per_second),
+                "task": self.task.value,
                 "thoughts": "reasoning-parser" in self.engine_args, "tools": "tool-call-parser" in self.engine_args,
                 "vram": [device.to_json() for device in self.vram],
                 "gpus": [{"index": gpu.index, "name": gpu.name} for gpu in self.gpus]}

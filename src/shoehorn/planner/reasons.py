@@ -100,6 +100,7 @@ TEXTS: Mapping[str, str] = {
     "tools-hidden": "requests with tool_choice none get no calls",
     "parser-needs-auto": "required by tool-call-parser",
     "thought-tags": "the tags of the thoughts, so that requests can limit their length",
+    "pooling": "the model returns embeddings or scores: vLLM supports this for some kinds of pooling only",
     # A draft model that is left out.
     "draft-pipeline": "SPECULATIVE={model} is not used: vLLM supports no draft model with pipeline parallelism",
     "draft-not-divisible": "SPECULATIVE={model} is not used: it cannot be divided over {gpus} GPUs",

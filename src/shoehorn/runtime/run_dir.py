@@ -50,7 +50,7 @@ class RunDir:
 
     @property
     def welcome(self) -> Path:
-        """Text that is printed when the model is ready, with the first key."""
+        """Facts of the text that is printed when the model is ready, with the first key."""
         return self.path / "welcome.txt"
 
     # The engine.
