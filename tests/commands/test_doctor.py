@@ -10,7 +10,7 @@ import pytest
 
 from fakes.nvml import FakeNvml, example, example_gpu
 from shoehorn.commands import doctor
-from shoehorn.hardware import detect
+from shoehorn.hardware import detect, requirements
 from shoehorn.hardware.types import Hardware
 
 
@@ -41,6 +41,16 @@ def test_gpu_is_required_except_for_the_cpu_profile(no_gpu: Hardware, tmp_path: 
 def test_gpu_is_described() -> None:
     machine = detect.detect(nvml=FakeNvml(example(example_gpu())))
     assert machine.gpus[0].name in _checks(machine)["gpu"].found
+
+
+def test_unusable_gpus_are_named_and_fail_where_no_other_is_left() -> None:
+    old = {**example_gpu(1, "Tesla P4"), "nvmlDeviceGetCudaComputeCapability": [6, 1]}
+    both = requirements.usable(detect.detect(nvml=FakeNvml(example(example_gpu(), old))))
+    assert _checks(both)["gpu"].passed
+    assert "Tesla P4) is not used" in _checks(both)["gpu"].found
+    alone = _checks(requirements.usable(detect.detect(nvml=FakeNvml(example(old)))))["gpu"]
+    assert not alone.passed
+    assert "Turing" in alone.remedy
 
 
 def test_volume_has_to_exist_and_be_writable(no_gpu: Hardware, tmp_path: Path) -> None:

@@ -130,6 +130,14 @@ def test_two_gpus_share_one_table(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert "2 equal GPUs, 64 attention heads" in text
 
 
+def test_unequal_gpus_have_a_column_each(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--model", str(folder), "--gpu", "24GB:RTX4090", "--gpu", "12GB:RTX3060", "--set",
+               "VLLM_EXTRA_ARGS=--pipeline-parallel-size 2") == 0
+    [limits] = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("  limit ")]
+    assert len(limits) == 5  # two sizes with their units
+    assert float(limits[1]) > 1.5 * float(limits[3])
+
+
 @pytest.mark.parametrize(("size", "total"), [("24GB:L4", 22_502), ("24gb:RTX4090", 24_024), ("24GB", 24_024),
                                              ("24GiB:L4", 24_576), ("24000MB", 22_888)])
 def test_gpu_size_in_gb_is_the_size_as_sold(monkeypatch: pytest.MonkeyPatch, size: str, total: int,

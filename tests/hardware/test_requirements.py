@@ -65,3 +65,10 @@ def test_too_few_gpus_names_those_that_are_left_out() -> None:
     with pytest.raises(ShoehornError, match=r"has 1 .*Tesla P4.*not used") as caught:
         requirements.require_gpus(machine, "2x20gb", 2)
     assert caught.value.code == "too_few_gpus"
+
+
+def test_plan_is_refused_on_the_kind_of_a_gpu_not_on_its_load() -> None:
+    requirements.check_kind(replace(MACHINE, gpus=(FULL,)))
+    with pytest.raises(ShoehornError) as caught:
+        requirements.check_kind(replace(MACHINE, gpus=(OLD,)))
+    assert caught.value.code == "gpu_too_old"

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 
 from shoehorn.common import disk
-from shoehorn.common.errors import EXIT_BAD_SETTINGS, EXIT_DONE, SettingsError
+from shoehorn.common.errors import EXIT_BAD_SETTINGS, EXIT_DONE, SettingsError, ShoehornError
 from shoehorn.common.units import format_size
 from shoehorn.config import settings as settings_module
 from shoehorn.config.settings import Settings
@@ -60,11 +60,15 @@ def examine(environment: Mapping[str, str], machine: Hardware) -> list[Check]:
 
 
 def _gpus(settings: Settings, machine: Hardware) -> Check:
+    try:
+        requirements.check_kind(machine)
+    except ShoehornError as error:
+        return Check("gpu", False, error.cause, error.remedy)
     if machine.gpus:
         gpus = "; ".join(f"{gpu.index}: {gpu.name}, {format_size(gpu.total_bytes)}, {format_size(gpu.free_bytes)} free"
                           for gpu in machine.gpus)
-        return Check("gpu", True, f"{gpus}; driver {machine.driver_version}")
-    return Check("gpu", settings.vram_profile == "cpu", "; ".join(("none", *machine.notes)),
+        return Check("gpu", True, "; ".join((gpus, f"driver {machine.driver_version}", *machine.gpu_remarks)))
+    return Check("gpu", settings.vram_profile == "cpu", "; ".join(("none", *machine.gpu_remarks, *machine.notes)),
                  "" if settings.vram_profile == "cpu" else
                  "start the container with a GPU (docker run --gpus all), or set VRAM_PROFILE=cpu")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from shoehorn.commands.target import add_target, is_this_machine, read_machine, read_settings
 from shoehorn.common.errors import EXIT_DOES_NOT_FIT, EXIT_DONE
@@ -13,6 +13,7 @@ from shoehorn.config import settings as settings_module
 from shoehorn.config.settings import Settings
 from shoehorn.deployment import inputs
 from shoehorn.deployment.plan import plan_deployment
+from shoehorn.hardware import requirements
 from shoehorn.planner.memory.device import PARTS, DeviceMemory
 from shoehorn.planner.plan import Plan, Refusal, SequenceStates
 
@@ -30,7 +31,10 @@ def run(arguments: argparse.Namespace, environment: Mapping[str, str]) -> int:
     """Print a plan (exit code 0) or a refusal (exit code 3)."""
     settings = settings_module.load(read_settings(arguments, environment))
     machine = read_machine(arguments, settings, environment)
-    plan = plan_deployment(settings, inputs.gather(settings, machine, here=is_this_machine(arguments)))
+    deployment = inputs.gather(settings, machine, here=is_this_machine(arguments))
+    if is_this_machine(arguments) and deployment.inputs.profile.match.device == "cuda":
+        requirements.check_kind(machine)
+    plan = plan_deployment(settings, deployment)
     if arguments.json:
         print(json.dumps(plan.to_json(), indent=1, ensure_ascii=False))
     else:
@@ -42,7 +46,7 @@ def _text(plan: Plan | Refusal, settings: Settings) -> list[str]:
     """Format a plan, line by line."""
     lines = [f"{settings.model_id} with profile {plan.profile}", ""]
     if plan.vram:
-        lines += [*_table(plan.vram[0], len(plan.vram)), ""]
+        lines += [*_table(plan.vram), ""]
     if isinstance(plan, Plan):
         rates = [f"{plan.expected_tokens_per_second[key]} tokens/s for {users}"
                  for key, users in (("batch_1", "one request"), ("batch_8", "eight concurrent requests"))
@@ -66,10 +70,15 @@ def _states(states: SequenceStates | None) -> list[str]:
             f"layers, {states.per_layer} each); for {states.sequences} sequences at a time"]
 
 
-def _table(parts: DeviceMemory, gpus: int) -> list[str]:
-    sizes = parts.to_json()
-    rows = [f"  {name:20}{format_size(sizes[key]):>12}" for key, name in _ROWS.items()]
-    return [f"memory of each of {gpus} GPUs" if gpus > 1 else "memory of the GPU", *rows]
+def _table(gpus: Sequence[DeviceMemory]) -> list[str]:
+    """Format one column for all GPUs, or one for each if their limits differ."""
+    columns = gpus if len({gpu.limit_bytes for gpu in gpus}) > 1 else gpus[:1]
+    sizes = [gpu.to_json() for gpu in columns]
+    rows = [f"  {name:20}" + "".join(f"{format_size(column[key]):>12}" for column in sizes)
+            for key, name in _ROWS.items()]
+    if len(gpus) == 1:
+        return ["memory of the GPU", *rows]
+    return [f"memory of each of {len(gpus)} GPUs", *rows]
 
 
 def _format_value(value: object) -> str:

@@ -51,6 +51,15 @@ def check(hardware: Hardware) -> None:
         raise error(f"{gpu.name} (GPU {gpu.index}): {problem.fact}.", problem.remedy, code=problem.code)
 
 
+def check_kind(hardware: Hardware) -> None:
+    """Check as `check`, except for memory that other processes use, which a plan counts.
+
+    Raises:
+        DoesNotFitError, SettingsError: the engine cannot run on this machine.
+    """
+    check(replace(hardware, gpus=tuple(replace(gpu, free_bytes=gpu.total_bytes) for gpu in hardware.gpus)))
+
+
 @dataclass(frozen=True)
 class _Problem:
     """Reason for which the engine cannot use a GPU."""

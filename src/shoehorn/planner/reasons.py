@@ -26,8 +26,8 @@ TEXTS: Mapping[str, str] = {
     "no-bfloat16": "{gpu} does not support bfloat16",
     "one-token-per-sequence": "at least one token per sequence",
     # Parallelism.
-    "unequal-gpus": "the {gpus} GPUs are not equal; only equal GPUs are used together",
-    "mixed-gpus": "different GPUs: all run at the speed of the slowest",
+    "unequal-gpus": "the {gpus} GPUs are not equal; using more of them is not expected to be faster",
+    "mixed-gpus": "different GPUs: those of one stage run at the speed of its slowest",
     "equal-gpus": "{gpus} equal GPUs, {heads} attention heads",
     "fastest-division": "the fastest expected division over the available GPUs, {gpus} of them in use",
     "layer-partition": "layers of each stage, by the memory of its GPUs",
@@ -77,7 +77,7 @@ TEXTS: Mapping[str, str] = {
     "embedding-on-host": "the embedding is in host memory: a token needs one row of it",
     # Remarks that are not about an option.
     "gpu-remark": "{remark}",
-    "idle-gpus": "the plan is faster or safer without {idle}",
+    "idle-gpus": "idle: {idle}",
     "profile-note": "{note}",
     "model-note": "{note}",
     "host-memory-unknown": "not checked: the size of host memory is unknown",
