@@ -45,5 +45,7 @@ def register() -> None:
     hybrid.apply()
     if current_platform.is_cuda():  # Triton is not in the CPU environment
         from shoehorn_vllm.hybrid import cached_experts
+        from shoehorn_vllm.hybrid.offload import method
 
         cached_experts.apply()
+        method.apply()

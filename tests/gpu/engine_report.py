@@ -4,7 +4,7 @@ It imports everything first and then waits for a line on standard input, so that
 this one is measured.
 usage: engine_report.py CASE.json OUT.json      with vLLM on the path
 CASE.json: {"model": DIR, "args": {vLLM's option names: values}, "tokens": of each request, "batches": [1, 8],
-"profile": tokens of one request while kernels are counted}
+"temperature": 0, "prompt": tokens of a prompt whose rate is measured, "profile": tokens of one request while kernels are counted}
 Lines beginning with `STAGE ` on standard output tell the caller where it is.
 """
 
@@ -117,6 +117,7 @@ def main() -> None:
     report["kv_blocks"] = int(cache.num_gpu_blocks or 0)
     report["block_size"] = int(cache.block_size or 0)
     report["speed"] = {}
+    heat = case.get("temperature", 0)
     length = int(case["args"].get("max-model-len", 512))
     for batch in case.get("batches", [1, 8]):
         if batch > int(case["args"].get("max-num-seqs", 256)):
@@ -124,21 +125,29 @@ def main() -> None:
         tokens = case.get("tokens", 64)
         prompts = [{"prompt_token_ids": [(7 * number + place) % 200 + 10 for place in range(16)]}
                    for number in range(batch)]
-        engine.generate(prompts, SamplingParams(max_tokens=3, ignore_eos=True, temperature=0), use_tqdm=False)
+        engine.generate(prompts, SamplingParams(max_tokens=3, ignore_eos=True, temperature=heat), use_tqdm=False)
         begin = time.monotonic()
-        engine.generate(prompts, SamplingParams(max_tokens=1, ignore_eos=True, temperature=0), use_tqdm=False)
+        engine.generate(prompts, SamplingParams(max_tokens=1, ignore_eos=True, temperature=heat), use_tqdm=False)
         first = time.monotonic() - begin
         begin = time.monotonic()
-        engine.generate(prompts, SamplingParams(max_tokens=min(tokens, length - 20), ignore_eos=True, temperature=0),
+        engine.generate(prompts, SamplingParams(max_tokens=min(tokens, length - 20), ignore_eos=True, temperature=heat),
                         use_tqdm=False)
         spent = time.monotonic() - begin
         report["speed"][str(batch)] = round(batch * (min(tokens, length - 20) - 1) / (spent - first), 3)
+    if case.get("prompt"):
+        rates = []
+        for turn in range(3):
+            tokens = [(31 * place + 977 * turn) % 30000 + 10 for place in range(case["prompt"])]
+            begin = time.monotonic()
+            engine.generate([{"prompt_token_ids": tokens}], SamplingParams(max_tokens=1), use_tqdm=False)
+            rates.append(round(case["prompt"] / (time.monotonic() - begin), 1))
+        report["prompt_tokens_per_second"] = sorted(rates)[1]
     if case.get("profile") and len(report["workers"]) == 1:  # elsewhere this process has no CUDA, and no memory for it
         report["kernels"] = _kernels(engine, case["profile"])
     if case.get("fill", True):  # the whole batch once, as a long prompt gives it: what the reserve was for
         wide = min(int(case["args"].get("max-num-batched-tokens", 512)), length - 8)
         long = [{"prompt_token_ids": [place % 200 + 10 for place in range(wide)]}]
-        engine.generate(long, SamplingParams(max_tokens=2, ignore_eos=True, temperature=0), use_tqdm=False)
+        engine.generate(long, SamplingParams(max_tokens=2, ignore_eos=True, temperature=heat), use_tqdm=False)
     report["workers_after"] = engine.collective_rpc("memory_report")
     print("STAGE measured", flush=True)
     time.sleep(0.5)

@@ -126,7 +126,8 @@ class Runner:
         before = [card.used() for card in cards]
         self.task.write_text(json.dumps({"model": str(self.directory), "args": arguments,
                                          "tokens": case.get("tokens", 64), "batches": case.get("batches", [1, 8]),
-                                         "profile": case.get("profile", 0)}))
+                                         "profile": case.get("profile", 0), "prompt": case.get("prompt", 0),
+                                         "temperature": case.get("temperature", 0)}))
         begin, stages = time.monotonic(), self._follow(case.get("limit_seconds", 240))
         end = time.monotonic()
         ready, measured = stages.get("ready", end), stages.get("measured", end)

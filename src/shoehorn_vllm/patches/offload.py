@@ -106,7 +106,7 @@ def _load_model(original: Callable[..., nn.Module], loader: Any, vllm_config: An
     model = original(loader, vllm_config, model_config, prefix)
     config = vllm_config.additional_config.get("shoehorn") if isinstance(vllm_config.additional_config, dict) else None
     if config and config.get("embedding") == "host" and (
-            "experts" in config or not isinstance(get_offloader(), NoopOffloader)):
+            config.keys() & {"experts", "hybrid"} or not isinstance(get_offloader(), NoopOffloader)):
         for module in model.modules():
             if isinstance(module, VocabParallelEmbedding) and not isinstance(module, ParallelLMHead):
                 _offload_embedding(module)

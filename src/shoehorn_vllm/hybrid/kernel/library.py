@@ -63,6 +63,8 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
     "unpack_run": (_POINTER, _POINTER, _INT, _DOUBLE),
     "read_run": (_POINTER, _LONG, _INT, _POINTER, _DOUBLE),
     "experts_run": (_POINTER, _POINTER, _LONG, _LONG, _POINTER, _POINTER, _LONG, _POINTER, _LONG, _INT, _INT, _DOUBLE),
+    "mailbox_start": (_POINTER, _POINTER, _INT, _POINTER, _POINTER, _INT, _INT, _DOUBLE),
+    "mailbox_stop": (),
     "pool_start": (_POINTER, _INT, _INT),
     "pool_stop": (),
     "pool_threads": (),

@@ -1,0 +1,102 @@
+"""Execution of the layers in host memory: per forward pass and matrix, by the CPU in place or streamed to the GPU.
+
+A pass of few tokens is limited by the bytes that are read, so the CPU multiplies where the weights are; a pass of many
+is limited by arithmetic, so the weights are copied to the GPU. Between them both work at once, each on its share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from shoehorn_vllm.hybrid.kernel.products import PackedWeights
+from shoehorn_vllm.hybrid.offload.mailbox import Mailbox
+from shoehorn_vllm.hybrid.offload.stream import WeightStream
+
+
+@dataclass(frozen=True)
+class Level:
+    """Passes of up to `tokens` tokens stream this share of the bytes (0 to 1), and the CPU multiplies the rest."""
+
+    tokens: int
+    streamed: float
+
+
+class Executor:
+    """The matrices in host memory, in the order in which a forward pass needs them.
+
+    Args:
+        levels: by ascending tokens; a larger pass streams everything.
+        buffers: matrices on the GPU at a time.
+    """
+
+    def __init__(self, levels: Sequence[Level], buffers: int) -> None:
+        self._levels = tuple(levels)
+        self._buffers = buffers
+        self.weights: list[PackedWeights] = []
+        self._upcoming: dict[float, list[list[int]]] = {}
+
+    def add(self, weights: PackedWeights) -> int:
+        """Append a matrix; its number."""
+        self.weights.append(weights)
+        return len(self.weights) - 1
+
+    @property
+    def host_bytes(self) -> int:
+        """Weights in host memory."""
+        return sum(each.nbytes for each in self.weights)
+
+    def start(self, device: torch.device) -> None:
+        """Allocate the buffers and start the threads, once all matrices are known."""
+        self._device = device
+        _ = self._stream
+        if self._levels:
+            _ = self._mailbox
+
+    @cached_property
+    def _stream(self) -> WeightStream:
+        return WeightStream(self.weights, self._buffers, self._device)
+
+    @cached_property
+    def _mailbox(self) -> Mailbox:
+        return Mailbox(self.weights, self._levels[-1].tokens, self._device)
+
+    def multiply(self, number: int, x: torch.Tensor) -> torch.Tensor:
+        """Return x @ weights.T, bf16 [tokens, rows]; x is bf16 [tokens, k]."""
+        share = next((level.streamed for level in self._levels if x.shape[0] <= level.tokens), 1.0)
+        if share <= 0:
+            return self._mailbox.multiply(number, x)
+        following = self._following(share)[number]
+        if following[0] != number:
+            self._stream.prefetch(following)
+            return self._mailbox.multiply(number, x)
+        y = self._stream.multiply(number, x)
+        self._stream.prefetch(following[1:])
+        return y
+
+    def _following(self, share: float) -> list[list[int]]:
+        """For each matrix the next ones that are streamed, itself included: `depth` of them and one more."""
+        if share not in self._upcoming:
+            streamed = select([each.nbytes for each in self.weights], share)
+            ahead = min(self._stream.depth, len(streamed) - 1)
+            lists = []
+            for number in range(len(self.weights)):
+                begin = next((place for place, each in enumerate(streamed) if each >= number), 0)
+                lists.append([streamed[(begin + step) % len(streamed)] for step in range(ahead + 1)])
+            self._upcoming[share] = [each if each[0] == number else each[:self._stream.depth]
+                                     for number, each in enumerate(lists)]
+        return self._upcoming[share]
+
+
+def select(sizes: Sequence[int], share: float) -> list[int]:
+    """Choose numbers of matrices evenly, so that their bytes come closest to the share of all; at least one."""
+    chosen, done, wanted = [], 0.0, 0.0
+    for number, size in enumerate(sizes):
+        wanted += size * share
+        if wanted - done >= size / 2:
+            chosen.append(number)
+            done += size
+    return chosen or [max(range(len(sizes)), key=lambda number: sizes[number])]
