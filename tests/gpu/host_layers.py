@@ -16,7 +16,8 @@ import torch
 
 from shoehorn_vllm.hybrid.kernel import library, products, team
 from shoehorn_vllm.hybrid.kernel.products import PackedWeights
-from shoehorn_vllm.hybrid.offload.executor import Executor, Level
+from shoehorn_vllm.hybrid.offload.executor import Executor
+from shoehorn_vllm.hybrid.offload.schedule import Level
 from shoehorn_vllm.patches import pinned_memory
 
 GROUP = 128

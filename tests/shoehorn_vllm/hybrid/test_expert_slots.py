@@ -23,3 +23,12 @@ def test_needed_experts_are_cached_and_least_recently_used_ones_evicted(seed: in
         env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT / 'src'}:{TRITON}"})
     assert done.returncode == 0, done.stderr
     assert done.stdout == "ok\n"
+
+
+@pytest.mark.contract
+def test_streamed_weights_are_unpacked_as_the_checkpoint_means_them() -> None:
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("unpack_check.py"))], text=True, capture_output=True, timeout=240,
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT / 'src'}:{TRITON}"})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "ok\n"

@@ -38,13 +38,15 @@ class Team:
         return tuple(done[:length])
 
 
-def start(reserved: int, allowed: Iterable[int] | None = None, threads: int | None = None) -> Team:
+def start(reserved: int, allowed: Iterable[int] | None = None, threads: int | None = None,
+          spin_us: int = SPIN_US) -> Team:
     """Start the threads, or restart them.
 
     Args:
         reserved: physical cores to leave free (2 with a GPU, 0 where the whole model runs on the CPU).
         allowed: the process's CPUs before the engine pinned its own threads; as they are now without.
         threads: their number, over the environment's and the choice by cores.
+        spin_us: time that a thread spins after a product before it sleeps, unless the environment sets it.
 
     Raises:
         KernelUnavailableError: the library is missing.
@@ -52,7 +54,7 @@ def start(reserved: int, allowed: Iterable[int] | None = None, threads: int | No
     """
     choice = cpus.choose(cpus.present() if allowed is None else allowed, reserved)
     count = threads or int(os.environ.get("SHOEHORN_CPU_THREADS", "0")) or len(choice.cpus)
-    spin_us = int(os.environ.get("SHOEHORN_CPU_SPIN_US", SPIN_US))
+    spin_us = int(os.environ.get("SHOEHORN_CPU_SPIN_US", spin_us))
     own = cpus.present()
     caller = next(iter(own)) if len(own) == 1 else choice.cpus[0]
     others = [cpu for cpu in choice.cpus if cpu != caller]

@@ -7,22 +7,14 @@ is limited by arithmetic, so the weights are copied to the GPU. Between them bot
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 
 from shoehorn_vllm.hybrid.kernel.products import PackedWeights
 from shoehorn_vllm.hybrid.offload.mailbox import Mailbox
+from shoehorn_vllm.hybrid.offload.schedule import Level, following, select, streamed_share
 from shoehorn_vllm.hybrid.offload.stream import WeightStream
-
-
-@dataclass(frozen=True)
-class Level:
-    """Passes of up to `tokens` tokens stream this share of the bytes (0 to 1), and the CPU multiplies the rest."""
-
-    tokens: int
-    streamed: float
 
 
 class Executor:
@@ -66,37 +58,19 @@ class Executor:
 
     def multiply(self, number: int, x: torch.Tensor) -> torch.Tensor:
         """Return x @ weights.T, bf16 [tokens, rows]; x is bf16 [tokens, k]."""
-        share = next((level.streamed for level in self._levels if x.shape[0] <= level.tokens), 1.0)
+        share = streamed_share(self._levels, x.shape[0])
         if share <= 0:
             return self._mailbox.multiply(number, x)
-        following = self._following(share)[number]
-        if following[0] != number:
-            self._stream.prefetch(following)
+        upcoming = self._followers(share)[number]
+        if upcoming[0] != number:
+            self._stream.prefetch(upcoming)
             return self._mailbox.multiply(number, x)
         y = self._stream.multiply(number, x)
-        self._stream.prefetch(following[1:])
+        self._stream.prefetch(upcoming[1:])
         return y
 
-    def _following(self, share: float) -> list[list[int]]:
-        """For each matrix the next ones that are streamed, itself included: `depth` of them and one more."""
+    def _followers(self, share: float) -> list[list[int]]:
         if share not in self._upcoming:
             streamed = select([each.nbytes for each in self.weights], share)
-            ahead = min(self._stream.depth, len(streamed) - 1)
-            lists = []
-            for number in range(len(self.weights)):
-                begin = next((place for place, each in enumerate(streamed) if each >= number), 0)
-                lists.append([streamed[(begin + step) % len(streamed)] for step in range(ahead + 1)])
-            self._upcoming[share] = [each if each[0] == number else each[:self._stream.depth]
-                                     for number, each in enumerate(lists)]
+            self._upcoming[share] = following(len(self.weights), streamed, self._stream.depth)
         return self._upcoming[share]
-
-
-def select(sizes: Sequence[int], share: float) -> list[int]:
-    """Choose numbers of matrices evenly, so that their bytes come closest to the share of all; at least one."""
-    chosen, done, wanted = [], 0.0, 0.0
-    for number, size in enumerate(sizes):
-        wanted += size * share
-        if wanted - done >= size / 2:
-            chosen.append(number)
-            done += size
-    return chosen or [max(range(len(sizes)), key=lambda number: sizes[number])]

@@ -22,6 +22,10 @@ from shoehorn_vllm.patches import pinned_memory
 RESERVED_CORES = 2
 """Physical cores that are left to the API server and to the engine's own threads."""
 
+SPIN_US = 2000
+"""Time that threads spin between two products: as long as the GPU takes for the layers between them. A thread that
+sleeps is woken in 50 us and more, in a virtual machine."""
+
 _BOX_BYTES = 1 << 16
 _DONE = 64  # offset of the answer
 _WAIT_EQUAL = 1  # CU_STREAM_WAIT_VALUE_EQ
@@ -54,11 +58,10 @@ class Mailbox:
         self._write, self._wait = self._driver.cuStreamWriteValue32_v2, self._driver.cuStreamWaitValue32_v2
         for function in (self._write, self._wait):
             function.argtypes = [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint32]
-        started = team.start(reserved=RESERVED_CORES) if team.current() is None else team.current()
-        cpu = started.cpus[0] if started else -1
+        started = team.current() or team.start(reserved=RESERVED_CORES, spin_us=SPIN_US)
         table = (library.Weights * len(weights))(*(each.struct() for each in weights))
         library.check(library.load().mailbox_start(
-            self._box.data_ptr(), table, len(weights), self._x.data_ptr(), self._y.data_ptr(), cpu,
+            self._box.data_ptr(), table, len(weights), self._x.data_ptr(), self._y.data_ptr(), started.cpus[0],
             library.default_isa(), products.TIMEOUT_S), products.TIMEOUT_S)
 
     def multiply(self, number: int, x: torch.Tensor) -> torch.Tensor:

@@ -27,7 +27,8 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 
 from shoehorn_vllm.hybrid.kernel.products import PackedWeights
-from shoehorn_vllm.hybrid.offload.executor import Executor, Level
+from shoehorn_vllm.hybrid.offload.executor import Executor
+from shoehorn_vllm.hybrid.offload.schedule import Level
 from shoehorn_vllm.patches import pinned_memory
 from shoehorn_vllm.patches.patch import Patch
 
