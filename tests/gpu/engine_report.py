@@ -4,8 +4,8 @@ It imports everything first and then waits for a line on standard input, so that
 this one is measured.
 usage: engine_report.py CASE.json OUT.json      with vLLM on the path
 CASE.json: {"model": DIR, "args": {vLLM's option names: values}, "tokens": of each request, "batches": [1, 8],
-"temperature": 0, "prompt": tokens of a prompt whose rate is measured, "profile": tokens of one request during which kernels
-are counted}
+"temperature": 0, "prompt": tokens of a prompt whose rate is measured, "profile": tokens of one request during which
+kernels are counted}
 Lines beginning with `STAGE ` on standard output tell the caller where it is.
 """
 
