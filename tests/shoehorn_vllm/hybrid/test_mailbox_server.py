@@ -39,7 +39,7 @@ class Box:
                                                    self.y.data_ptr(), -1, library.default_isa(), timeout_s), timeout_s)
 
     def multiply(self, number: int, x: torch.Tensor) -> torch.Tensor:
-        """What the stream of a GPU does."""
+        """Request a product and wait, as the stream of a GPU does."""
         weights, tokens = self.weights[number], x.shape[0]
         self.x[:x.numel()] = x.flatten()
         self.request.value = tokens << 16 | number + 1
@@ -100,7 +100,7 @@ from support.kernel_reference import activations
     ("box = Box(); box.request.value = 1 << 16 | 99", "request 65635 failed with error 22"),
     ("team.start(reserved=0, threads=3); box = Box(1.0); library.load().pool_inject(2, 60_000); "
      "[box.multiply(0, activations(8, 512, 0)) for _ in range(100_000)]", "thread 2 timed out after 1 s")])
-def test_failed_product_ends_the_process_in_words(action: str, words: str) -> None:
+def test_failed_product_ends_the_process_with_a_reason(action: str, words: str) -> None:
     script = SCRIPT.replace("shoehorn_vllm.hybrid.test_mailbox_server", "mailbox_box") + action + \
         "\nimport time; time.sleep(30)"
     source = f"import sys; sys.path[:0] = [{str(TESTS)!r}, {str(Path(__file__).parent)!r}]\n" \
