@@ -22,7 +22,7 @@ TOKENS = 8
 
 
 class Box:
-    """A mailbox, and the buffers beside it."""
+    """A mailbox with its buffers."""
 
     def __init__(self, timeout_s: float = 20.0) -> None:
         self.sources = [matrix((rows, k), group, number) for number, (rows, k, group) in enumerate(SHAPES)]

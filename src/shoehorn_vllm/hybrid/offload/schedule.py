@@ -25,10 +25,10 @@ def streamed_share(levels: Sequence[Level], tokens: int) -> float:
 
 def select(sizes: Sequence[int], share: float) -> list[int]:
     """Choose numbers of matrices, evenly over the pass, whose bytes come closest to a share of all; at least one."""
-    chosen, done, wanted = [], 0.0, 0.0
+    chosen, done, target = [], 0.0, 0.0
     for number, size in enumerate(sizes):
-        wanted += size * share
-        if wanted - done >= size / 2:
+        target += size * share
+        if target - done >= size / 2:
             chosen.append(number)
             done += size
     return chosen or [max(range(len(sizes)), key=lambda number: sizes[number])]
