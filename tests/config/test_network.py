@@ -39,6 +39,7 @@ def test_valid_proxy_is_accepted_by_the_library(monkeypatch: pytest.MonkeyPatch,
 
 
 @pytest.mark.parametrize("value", [
+    f"http://u:1234#{PASSWORD}@h:1",
     f"http://u:{PASSWORD}#1@h:1", f"http://u:{PASSWORD}/1@h:1", f"http://u:{PASSWORD}?@h:1", f"http://u:{PASSWORD}@h:port",
     f"socks4://u:{PASSWORD}@h:1", f"ftp://u:{PASSWORD}@h", f"http://u:{PASSWORD}@h:99999", "http://", "http://h:1/path"])
 @pytest.mark.parametrize("name", network.PROXIES)

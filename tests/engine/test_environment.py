@@ -30,6 +30,12 @@ def test_workers_communicate_over_loopback(tmp_path: Path) -> None:
     assert engine_environment({"GLOO_SOCKET_IFNAME": "eth0"}, {}, tmp_path)["GLOO_SOCKET_IFNAME"] == "lo"
 
 
+def test_engine_sees_the_gpus_of_the_plan(tmp_path: Path) -> None:
+    environment = {"CUDA_VISIBLE_DEVICES": "0,1", "CUDA_DEVICE_ORDER": "FASTEST_FIRST"}
+    planned = {"CUDA_VISIBLE_DEVICES": "GPU-b", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+    assert engine_environment(environment, planned, tmp_path).items() >= planned.items()
+
+
 def test_operator_can_set_other_bounds(tmp_path: Path) -> None:
     assert engine_environment({"VLLM_MAX_N_SEQUENCES": "9"}, {}, tmp_path)["VLLM_MAX_N_SEQUENCES"] == "9"
 

@@ -60,6 +60,10 @@ def test_all_unusable_gpus_are_refused_with_the_problem_of_the_first() -> None:
     assert (caught.value.code, caught.value.exit_code) == ("unsupported_mig", 2)
 
 
+def test_first_gpu_may_be_unusable_while_another_is_usable() -> None:
+    requirements.check(replace(MACHINE, gpus=(OLD, GPU)))
+
+
 def test_too_few_gpus_names_those_that_are_left_out() -> None:
     machine = requirements.usable(replace(MACHINE, gpus=(GPU, OLD)))
     with pytest.raises(ShoehornError, match=r"has 1 .*Tesla P4.*not used") as caught:

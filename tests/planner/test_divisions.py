@@ -104,6 +104,14 @@ def test_gpu_in_use_by_others_is_left_idle_or_gets_less(int4: ModelShape) -> Non
     assert reason(plan, "idle-gpus")[0] == 1
 
 
+def test_memory_in_use_on_one_gpu_does_not_limit_the_others(int4: ModelShape) -> None:
+    hardware = machine(LARGE, TWENTY)
+    used = replace(hardware, gpus=(hardware.gpus[0], replace(hardware.gpus[1], free_bytes=14 * GIB)))
+    plan = planned(used, int4, VLLM_EXTRA_ARGS="--pipeline-parallel-size 2")
+    assert [parts.limit_bytes // GIB for parts in plan.vram] == [29, 14]
+    assert plan.engine_args["gpu-memory-utilization"] * hardware.gpus[1].total_bytes < 14 * GIB
+
+
 def test_matrices_are_not_divided_over_gpus_of_two_generations(int4: ModelShape) -> None:
     hardware = machine(MIDDLE, MIDDLE)
     mixed = replace(hardware, gpus=(hardware.gpus[0], replace(hardware.gpus[1], name="NVIDIA GeForce RTX 3090",
@@ -129,7 +137,7 @@ def test_step_down_frees_memory_of_the_fullest_unequal_gpu(int4: ModelShape) -> 
     step = StepDown(_model(plan, int4), plan.fixed, plan.engine_args, min(gpu.total_bytes for gpu in plan.gpus),
                     64 * GIB).next_step(FailedStart(True, False, False, False, 0), 0)
     assert step is not None
-    assert step.options
+    assert set(step.options) == {"gpu-memory-utilization"}, "the KV cache shrinks, nothing else"
 
 
 def _model(plan: Plan, shape: ModelShape) -> throughput.MemoryModel:
