@@ -137,6 +137,20 @@ def test_start_that_waits_for_a_failed_worker_is_aborted(engines) -> None:  # ty
     assert int(str(engine.options["kv-cache-memory-bytes"])) <= 8_200_000_000
 
 
+@pytest.mark.fault("The engine refuses the start and names the value of an option with which it can start",
+                   "It starts with that value; final, with the value in the remedy, if the user set the option.")
+def test_value_that_the_engine_names_is_taken_at_the_first_try(engines) -> None:  # type: ignore[no-untyped-def]
+    engine = engines("named", {"load": 1 << 20, "blocks": 21})
+    state = engine.wait()
+    assert (state.phase, state.step_downs, state.failures) == (Phase.READY, 1, {"sequences_exceed_kv_cache": 1})
+    assert engine.options["max-num-seqs"] == 21
+    engine.stop()
+    fixed = engines("fixed", {"load": 1 << 20, "blocks": 21}, MAX_NUM_SEQS="22")
+    state = fixed.wait()
+    assert (state.phase, state.restarts) == (Phase.FAILED, 0)
+    assert "MAX_NUM_SEQS to 21 or less" in state.remedy
+
+
 def test_unsupported_bf16_becomes_float16(engines) -> None:  # type: ignore[no-untyped-def]
     engine = engines("format", {"load": 1 << 20, "no_bf16": True})
     assert engine.wait().phase is Phase.READY

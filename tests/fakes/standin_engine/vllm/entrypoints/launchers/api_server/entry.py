@@ -4,6 +4,7 @@ The variable STANDIN_ENGINE (JSON) selects failures:
 - `load`: with more batched tokens no memory is left for the KV cache;
 - `worker`: with a KV cache of more bytes one of two workers fails and the other waits for it;
 - `cache`: with a KV cache of more bytes it exits in the first full batch;
+- `blocks`: it refuses CUDA graphs for more sequences;
 - `no_bf16`, `speculative`: it cannot start with bf16, or with a speculative configuration;
 - `alive`: it crashes so many seconds after its first full batch;
 - `hold`: it keeps loading as long as this file exists.
@@ -126,6 +127,11 @@ def load(options: dict[str, Any], limits: dict[str, Any]) -> None:
         sys.exit(1)
     log.info("%s KV cache size: %s tokens, Maximum concurrency for %s tokens per request: %.2fx", "GPU", "8,192",
              "4,096", 2.0)
+    if options["max-num-seqs"] > (blocks := limits.get("blocks", UNBOUNDED)):
+        log.error("ValueError: max_num_seqs (%d) exceeds available Mamba cache blocks (%d). Each decode sequence "
+                  "requires one Mamba cache block, so CUDA graph capture cannot proceed. Please lower max_num_seqs to "
+                  "at most %d or increase gpu_memory_utilization.", options["max-num-seqs"], blocks, blocks)
+        sys.exit(1)
     if options.get("kv-cache-memory-bytes", 0) > limits.get("worker", UNBOUNDED):
         log.error("WorkerProc hit an exception.")
         log.error('RuntimeError: torch_call_dispatcher( "aten::empty", "memory_format", stack.data(), ( ((0ULL + 2) << '
