@@ -212,6 +212,9 @@ HEALTH = (
     Panel("Failures", "Of the engine since the container started, by diagnosis.", "short",
           [(f"{gauge('shoehorn_engine_failures_total', 'diagnosis')}"
             ' or on () label_replace(vector(0), "diagnosis", "none", "", "")', "{{diagnosis}}")]),
+    Panel("Start", "Seconds of each part of the last start.", "s",
+          [(f"{gauge('shoehorn_start_seconds', 'part')}"
+            ' or on () label_replace(vector(0), "part", "none", "", "")', "{{part}}")]),
     Panel("Temperature", "Of each chip.", "celsius",
           [(f"shoehorn_gpu_temperature_celsius{{{HERE}}}", "GPU {{gpu}}")]),
     Panel("Power", "Of each GPU.", "watt", [(f"shoehorn_gpu_power_watts{{{HERE}}}", "GPU {{gpu}}")]),

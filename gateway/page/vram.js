@@ -7,7 +7,14 @@ const REST = ["kv_cache", "cuda_graphs", "framework"];
 const RESERVE = "activations";
 const QUANTIZATION = { "": "as-is", bitsandbytes: "nf4", int4: "int4" };
 
-function facts(plan) {
+// "12.3 s: import 4.9 s, read 3.1 s, ..." of the last start, the longest parts first; empty before it.
+function start(seconds) {
+  const parts = Object.entries(seconds).filter(([part, value]) => part !== "total" && value >= 0.1)
+    .sort(([, one], [, other]) => other - one).map(([part, value]) => t(`start.${part}`, value.toFixed(1)));
+  return "total" in seconds ? t("start.total", seconds.total.toFixed(1), parts.join(", ")) : "";
+}
+
+function facts(plan, seconds) {
   const expected = plan.expected_tokens_per_second ?? {};
   const speeds = [["batch_1", "speed.one"], ["batch_8", "speed.eight"]]
     .filter(([batch]) => expected[batch]).map(([batch, words]) => t(words, speed(expected[batch])));
@@ -20,6 +27,7 @@ function facts(plan) {
     ["plan.host", size(plan.host_bytes)],
     ["plan.offloaded", plan.offloaded_bytes ? size(plan.offloaded_bytes) : ""],
     ["plan.speed", speeds.join(", ")],
+    ["plan.start", start(seconds)],
   ].filter(([, value]) => value);
 }
 
@@ -123,12 +131,12 @@ let shown = "";
 // Redrawn only after a change, so that selections and screen readers are not disturbed.
 export function showPlan(state, language) {
   const plan = state.plan ?? {};
-  const present = JSON.stringify([plan, state.memory, language]);
+  const present = JSON.stringify([plan, state.memory, state.start_seconds, language]);
   if (present === shown) return;
   shown = present;
   byId("plan").hidden = !("vram" in plan);
   if (byId("plan").hidden) return;
-  byId("plan-facts").replaceChildren(...facts(plan).map(([key, value]) => {
+  byId("plan-facts").replaceChildren(...facts(plan, state.start_seconds ?? {}).map(([key, value]) => {
     const pair = make("div");
     pair.append(make("dt", "", t(key)), make("dd", "", value));
     return pair;

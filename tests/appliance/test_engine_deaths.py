@@ -161,5 +161,6 @@ def test_next_start_serves_after_everything_was_killed(start: Start, hold: Path)
     last = start(API_KEY="", **standin())
     last.key = key
     wait_until(lambda: "ready after" in last.output, 60, "readiness, not by a mark of the killed one")
+    last.wait_for(Phase.READY)
     assert chat(last).status_code == 200, "the key of the first start is still valid"
     assert last.stop() == 0

@@ -100,3 +100,15 @@ def test_missing_or_unready_appliance_is_reported(states: StateFile, tmp_path: P
     states.update(phase=Phase.LOADING)
     with pytest.raises(ShoehornError, match="not ready \\(phase loading"):
         bench.run(parser.parse_args([]), {"RUN_DIR": str(tmp_path)})
+
+
+def test_times_of_the_last_start_are_printed(states: StateFile, monkeypatch: pytest.MonkeyPatch,
+                                             capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(bench, "require_appliance", lambda *_: None)
+    states.update(start_seconds={"plan": 0.4, "read": 3.26, "total": 12.0})
+    assert main(["bench", "--start"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "m, last start", "", "plan          0.4 s", "read          3.3 s", "total        12.0 s"]
+    assert main(["bench", "--start", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"model": "m", "start_seconds": {"plan": 0.4, "read": 3.26,
+                                                                                  "total": 12.0}}

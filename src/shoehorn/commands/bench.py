@@ -19,9 +19,10 @@ import httpx
 from shoehorn.commands.appliance import require_appliance
 from shoehorn.common.errors import EXIT_DONE, EngineFailedError, SettingsError, ShoehornError
 from shoehorn.config import settings as settings_module
+from shoehorn.engine import start_times
 from shoehorn.engine.readiness import TOKEN
 from shoehorn.runtime.run_dir import RunDir
-from shoehorn.runtime.state import Phase, StateFile
+from shoehorn.runtime.state import Phase, State, StateFile
 
 _PROMPT_TOKENS = 16
 _REMEDY = "Read the log of the appliance."
@@ -53,7 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--requests", metavar="N[,N...]", default="1,8",
                         help="concurrent requests, one round for each number (1,8)")
     parser.add_argument("--tokens", metavar="N", default="64", help="tokens of each answer (64)")
-    parser.add_argument("--json", action="store_true", help="print {model, rounds} instead of a table")
+    parser.add_argument("--start", action="store_true", help="print the seconds of each part of the last start instead")
+    parser.add_argument("--json", action="store_true", help="print {model, rounds}, or with --start {model, "
+                        "start_seconds}, instead of a table")
 
 
 def run(arguments: argparse.Namespace, environment: Mapping[str, str]) -> int:
@@ -72,6 +75,9 @@ def run(arguments: argparse.Namespace, environment: Mapping[str, str]) -> int:
     if state.phase is not Phase.READY:
         raise ShoehornError(f"Appliance: not ready (phase {state.phase}).", "Retry when /readyz answers 200.",
                             code="not_ready")
+    if arguments.start:
+        _print_start(state, arguments.json)
+        return EXIT_DONE
     plan = state.plan or {}
     limit = int(plan.get("max_model_len", 0)) - _PROMPT_TOKENS
     if 0 < limit < tokens:
@@ -88,6 +94,13 @@ def run(arguments: argparse.Namespace, environment: Mapping[str, str]) -> int:
     else:
         print("\n".join(_table(state.model, rounds[1:])))
     return EXIT_DONE
+
+
+def _print_start(state: State, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({"model": state.model, "start_seconds": dict(state.start_seconds)}, indent=1))
+    else:
+        print("\n".join([f"{state.model}, last start", "", *start_times.table(state.start_seconds)]))
 
 
 def measure(transport: Callable[[], httpx.BaseTransport], model: str, requests: int, tokens: int) -> Round:

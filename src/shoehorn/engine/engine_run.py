@@ -25,11 +25,12 @@ from pathlib import Path
 
 import httpx
 
-from shoehorn.engine import drain, feature_warm_up, pooling_proof, readiness
+from shoehorn.engine import drain, feature_warm_up, pooling_proof, readiness, start_times
 from shoehorn.engine.diagnosis import HUNG, Diagnosis, diagnose
 from shoehorn.engine.fork_server import ForkServer
 from shoehorn.engine.launch_spec import LaunchSpec
 from shoehorn.engine.output import EngineOutput
+from shoehorn.engine.start_times import StartTimes, measured
 from shoehorn.engine.watchdog import Watchdog
 from shoehorn.hardware import host
 from shoehorn.model.task import Task
@@ -79,14 +80,15 @@ class EngineRun:
         self._spec, self._fork_server, self._states, self._on_ready = spec, fork_server, states, on_ready
         self.output = EngineOutput(states, spec.log_file)
         self.stage = Stage.STARTING
-        self._started = time.monotonic()
+        self._times = StartTimes(spec.earlier_seconds)
         self._memory_kills = host.memory_kills()
         self._watchdog: Watchdog | None = None
 
     def follow(self) -> Exit:
         """Start the engine and return its exit; an exception of the caller stops it."""
         self._spec.run_dir.engine_socket.unlink(missing_ok=True)  # vLLM leaves it behind and does not start over it
-        child = self._fork_server.launch(self._spec, self.output.read_line)
+        with measured(self._times.seconds, "import"):
+            child = self._fork_server.launch(self._spec, self._read_line)
         try:
             with httpx.Client(transport=self._transport(), timeout=2.0) as client:
                 while (status := child.wait(self._spec.timing.tick)) is None:
@@ -99,6 +101,10 @@ class EngineRun:
             child.stop(ENGINE_STOP_SECONDS)
         killed = host.memory_kills() > self._memory_kills
         return Exit(diagnose(self.output.tail, status, killed), self._is_ready)
+
+    def _read_line(self, line: str) -> None:
+        self._times.read_line(line)
+        self.output.read_line(line)
 
     @property
     def _is_ready(self) -> bool:
@@ -125,20 +131,25 @@ class EngineRun:
         self.stage = Stage.WARMING_UP
         begin = time.monotonic()
         options, model = self._spec.options, self._spec.model
-        is_pooling = self._spec.task.is_pooling
-        is_serving = pooling_proof.prove(self._transport(), self._spec.task, options, model) if is_pooling else \
-            readiness.warm_up(self._transport(), options, model)
-        batch_seconds = time.monotonic() - begin
-        if not is_serving or not (is_pooling or feature_warm_up.warm_up_features(
-                self._transport(), options, model, readiness.TOKEN)):
+        with measured(self._times.seconds, "warm_up"):
+            is_pooling = self._spec.task.is_pooling
+            is_serving = pooling_proof.prove(self._transport(), self._spec.task, options, model) if is_pooling else \
+                readiness.warm_up(self._transport(), options, model)
+            batch_seconds = time.monotonic() - begin
+            is_serving = is_serving and (is_pooling or feature_warm_up.warm_up_features(
+                self._transport(), options, model, readiness.TOKEN))
+        if not is_serving:
             child.stop(ENGINE_STOP_SECONDS)
             return
         self.stage = Stage.READY
         self._watchdog = Watchdog(client, model, _PATIENCE_FACTOR * batch_seconds, self._spec.timing)
         if not drain.is_requested(self._states.run_dir):
             self._on_ready()
-            self._states.update(phase=Phase.READY, progress=None, detail="serving")
-            log.info("ready after %.0f s", time.monotonic() - self._started)
+            seconds = self._times.finish()
+            for line in start_times.table(seconds):
+                log.info("start: %s", line)
+            log.info("ready after %.0f s", seconds[start_times.TOTAL])
+            self._states.update(phase=Phase.READY, progress=None, detail="serving", start_seconds=seconds)
             _print_welcome(self._spec.run_dir.welcome, self._spec.task)
 
     def _waits_for_failed_worker(self) -> bool:

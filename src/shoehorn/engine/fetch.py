@@ -11,7 +11,7 @@ import logging
 import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from shoehorn.common.units import format_size
 from shoehorn.config.settings import Settings
 from shoehorn.deployment import served_model
 from shoehorn.deployment.served_model import FetchStep
+from shoehorn.engine.start_times import measured
 from shoehorn.model.reference import ModelRef
 from shoehorn.runtime import programs
 from shoehorn.runtime.child_process import Child, command
@@ -33,15 +34,21 @@ _ERRORS = {kind.exit_code: kind for kind in (SettingsError, DoesNotFitError, Mod
 _LOG_SECONDS = 5.0
 
 
-def fetch(settings: Settings, ref: ModelRef, environment: Mapping[str, str], states: StateFile) -> Path:
+def fetch(settings: Settings, ref: ModelRef, environment: Mapping[str, str], states: StateFile,
+          seconds: MutableMapping[str, float]) -> Path:
     """Pull the model, and convert it for an INT4 reference. Return its complete folder.
+
+    Args:
+        seconds: gets the duration of each step.
 
     Raises:
         ShoehornError: as the child reported it.
     """
     folder = Path()
     for step in served_model.fetch_steps(settings.models_dir, ref):
-        folder = _Fetch(step, ref, states).run(model_environment(environment, ref), RunDir(settings.run_dir).pull_group)
+        with measured(seconds, step):
+            folder = _Fetch(step, ref, states).run(model_environment(environment, ref),
+                                                   RunDir(settings.run_dir).pull_group)
     return folder
 
 

@@ -27,6 +27,7 @@ class LaunchSpec:
         drain_seconds: time limit for running requests when serving ends.
         may_drop_speculation: after a failed start, a start without draft tokens may succeed.
         timing: waits of the engine program.
+        earlier_seconds: of the parts of this start before the engine, by name (`start_times`).
     """
 
     run_dir: RunDir
@@ -38,6 +39,7 @@ class LaunchSpec:
     drain_seconds: int = 60
     may_drop_speculation: bool = False
     timing: Timing = field(default_factory=Timing)
+    earlier_seconds: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def arguments(self) -> list[str]:

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
@@ -35,6 +36,7 @@ from shoehorn.engine.program_run import ProgramRun, StopRequested
 from shoehorn.engine.replanner import Replanner
 from shoehorn.engine.restart_budget import RestartBudget
 from shoehorn.engine.server import EngineServer, StartFailedError
+from shoehorn.engine.start_times import measured
 from shoehorn.engine.timing import Timing
 from shoehorn.hardware import visible_gpus
 from shoehorn.hardware.types import Hardware
@@ -89,23 +91,27 @@ def _begin_import(settings: Settings, environment: Mapping[str, str], states: St
 def _serve(settings: Settings, environment: Mapping[str, str], fork_server: ForkServer, states: StateFile,
            budget: RestartBudget, waits: Timing) -> None:
     """Plan, fetch and serve; ends by an exception only."""
-    machine = inputs.detect_machine(settings, environment, measure=True)
-    deployment, replanner, plan = _plan(settings, machine, states)
+    seconds: dict[str, float] = {}
+    with measured(seconds, "plan"):
+        machine = inputs.detect_machine(settings, environment, measure=True)
+        deployment, replanner, plan = _plan(settings, machine, states)
     if deployment.directory is None:
         on_gpus = {**environment, **visible_gpus.environment_of(plan.gpus)}  # for a conversion
-        directory = fetch(settings, deployment.ref, on_gpus, states)
+        directory = fetch(settings, deployment.ref, on_gpus, states, seconds)
         if deployment.ref.is_int4:  # the plan so far was made of the expected conversion
-            deployment, replanner, plan = _plan(settings, machine, states)
+            with measured(seconds, "plan"):
+                deployment, replanner, plan = _plan(settings, machine, states)
     else:
         directory = deployment.directory
     refs = [deployment.ref]
     if plan.draft:
         refs.append(plan.draft.ref)
         if served_model.served_folder(settings.models_dir, plan.draft.ref) is None:
-            fetch(settings, plan.draft.ref, environment, states)
+            fetch(settings, plan.draft.ref, environment, states, seconds)
     with served_model.in_use(settings.models_dir, refs):
         while True:
-            spec = _launch_spec(settings, environment, plan, directory, waits)
+            spec = replace(_launch_spec(settings, environment, plan, directory, waits), earlier_seconds=seconds)
+            seconds = {}
             try:
                 _start(spec, settings, fork_server, states, budget, replanner, plan)
             except StartFailedError as failure:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 from shoehorn.common.errors import EngineFailedError
 from shoehorn.engine.diagnosis import Diagnosis
@@ -57,6 +58,7 @@ class EngineServer:
             if not result.was_ready and self._may_step_down(result.diagnosis):
                 raise StartFailedError(result.diagnosis)
             self._restart_after(result.diagnosis, run)
+            self._spec = replace(self._spec, earlier_seconds={})
 
     def _count(self, diagnosis: Diagnosis) -> None:
         failures = self._states.read().failures

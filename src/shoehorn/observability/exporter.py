@@ -58,6 +58,8 @@ def state_samples(state: State) -> _Values:
         values["shoehorn_phase_progress_ratio"] = [((), state.progress)]
     if state.failures:
         values["shoehorn_engine_failures_total"] = [((name,), count) for name, count in state.failures.items()]
+    if state.start_seconds:
+        values["shoehorn_start_seconds"] = [((part,), seconds) for part, seconds in state.start_seconds.items()]
     if state.kv_cache_tokens:
         values["shoehorn_kv_cache_tokens"] = [((), state.kv_cache_tokens)]
     if state.memory:

@@ -44,6 +44,10 @@ TABLE: tuple[Metric, ...] = (
     Metric("shoehorn_download_bytes", "Bytes of the model on disk.", absent="when nothing is pulled"),
     Metric("shoehorn_download_expected_bytes", "Size of the whole model.", absent="when nothing is pulled"),
     Metric("shoehorn_download_bytes_per_second", "Download rate.", absent="when nothing is pulled"),
+    Metric("shoehorn_start_seconds", "Seconds of each part of the last start: plan, pull, convert, import (the wait "
+           "for vLLM's import, most of which runs during plan and pull), read (with the copy to the GPU), repack, "
+           "compile, graphs, cache (profiling and KV cache), warm_up, other, and their total.", ("part",),
+           absent="before the first start; a part that did not occur"),
     Metric("shoehorn_engine_restarts_total", "Engine restarts since the container started.", kind="counter"),
     Metric("shoehorn_engine_step_downs_total", "Starts with a smaller configuration after a failed one, since the "
            "container started.", kind="counter"),

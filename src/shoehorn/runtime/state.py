@@ -56,6 +56,7 @@ class State:
         kv_cache_tokens, offloaded_bytes: after the load, as the engine reported.
         failures: of the engine since the container started, by diagnosis.
         plan: public summary of the current plan; empty before the first plan.
+        start_seconds: of each part of the last start, by name, with their `total`; empty before the first.
         engine_down: the engine hung or died, and the next one has not started yet.
     """
 
@@ -76,6 +77,7 @@ class State:
     failures: Mapping[str, int] = field(default_factory=dict)
     rate_bytes_per_second: float = 0.0
     plan: Mapping[str, Any] = field(default_factory=dict)
+    start_seconds: Mapping[str, float] = field(default_factory=dict)
     engine_down: bool = False
     version: int = STATE_VERSION
 
