@@ -1,8 +1,8 @@
 """Benchmark of the start and of restarts with the demo model on this machine; adds a run to bench/results/start.json.
 
 Measures the seconds from the start of the appliance until it serves, and until it serves again after `kill -9` of the
-engine core, after `kill -9` of the API server, and with --hang after the report of a hang. With an earlier checkout, its figures
-are measured in the same run; both use the packages of this environment.
+engine core, after `kill -9` of the API server, and with --hang after the report of a hang. With an earlier checkout,
+its figures are measured in the same run; both use the packages of this environment.
 usage: bench/start.py [--before CHECKOUT] [--hang]
 """
 
