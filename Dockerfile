@@ -63,11 +63,12 @@ RUN useradd --uid 10001 --gid 0 --no-log-init --home-dir /home/shoehorn --shell 
 
 WORKDIR /opt/shoehorn
 COPY --chown=root:root . .
-# Installs only metadata, command and byte code; the sources stay in place.
+# Installs metadata, command and byte code, and compiles the library of the CPU kernel; the sources stay in place.
 RUN --mount=type=bind,from=builder,source=/opt/uv,target=/opt/uv \
     find . \( ! -perm -0444 -o -perm /0022 \) -exec chmod go=u,go-w {} + \
     && /opt/uv/bin/uv pip install --quiet --no-cache --python /opt/venv/bin/python --offline \
         --no-deps --no-build-isolation --editable . \
+    && test -r src/shoehorn_vllm/hybrid/kernel/w4a16.so \
     && /opt/venv/bin/python -m compileall -q -f src healthcheck \
     && rm -f /opt/venv/.lock /tmp/uv-*.lock
 # The bill of materials.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -10,7 +11,8 @@ from fakes import captured as captured_models
 from shoehorn.common.errors import SettingsError
 from shoehorn.int4.layout import BitWidths
 from shoehorn.model import checkpoint as checkpoints
-from shoehorn.planner.plan import Plan
+from shoehorn.model.shape import ModelShape
+from shoehorn.planner.plan import Plan, Refusal
 from support.plans import (
     LARGE,
     MIDDLE,
@@ -56,13 +58,47 @@ def test_another_kernel_for_the_same_checkpoint_is_accepted() -> None:
     assert plan.engine_args["quantization"] == "awq_marlin"
 
 
-def test_quantized_experts_on_a_cpu_need_amx() -> None:
-    lite = checkpoints.read(captured_models.converted("deepseek-v2-lite-chat", BitWidths(16, 16)))
+def _mixture(bits: int = 16) -> ModelShape:
+    return checkpoints.read(captured_models.converted("deepseek-v2-lite-chat", BitWidths(bits, 16)))
+
+
+def _kernel_code(plan: Plan | Refusal) -> list[str]:
+    assert isinstance(plan, Plan)
+    return [reason.code for reason in plan.reasons if reason.option == "cpu-kernel"]
+
+
+def test_cpu_kernel_multiplies_quantized_experts_without_amx() -> None:
     without = machine(ram=64)
+    assert _kernel_code(plan_for(without, _mixture(), VRAM_PROFILE="cpu")) == ["cpu-kernel"]
+    plain = checkpoints.read(captured_models.files("deepseek-v2-lite-chat"))
+    assert _kernel_code(plan_for(without, plain, VRAM_PROFILE="cpu")) == []
+
+
+@pytest.mark.parametrize(("hardware", "shape", "setting"), [
+    ({"cpu_kernel": False}, {}, "auto"), ({}, {}, "off"), ({}, {"symmetric_int4": False}, "auto"),
+    ({}, {"dtype": "float16"}, "auto")])
+def test_quantized_experts_need_amx_without_the_cpu_kernel(hardware: dict[str, Any], shape: dict[str, Any],
+                                                           setting: str) -> None:
+    without, mixture = replace(machine(ram=64), **hardware), replace(_mixture(), **shape)
     with pytest.raises(SettingsError) as caught:
-        plan_for(without, lite, VRAM_PROFILE="cpu")
+        plan_for(without, mixture, VRAM_PROFILE="cpu", CPU_COMPUTE=setting)
     assert caught.value.code == "unsupported_processor"
     assert "QUANTIZATION=none" in caught.value.remedy
-    plain = checkpoints.read(captured_models.files("deepseek-v2-lite-chat"))
-    for hardware, shape in ((without, plain), (replace(without, amx=True), lite)):
-        assert isinstance(plan_for(hardware, shape, VRAM_PROFILE="cpu"), Plan)
+    assert isinstance(plan_for(replace(without, amx=True), mixture, VRAM_PROFILE="cpu", CPU_COMPUTE=setting), Plan)
+
+
+def test_plan_reports_the_kernel_of_int4_weights() -> None:
+    dense = checkpoints.read(captured_models.converted("qwen3-8b", BitWidths(16, 16)))
+    for hardware, setting, code in ((machine(ram=64), "auto", "cpu-kernel"),
+                                    (machine(ram=64), "off", "cpu-kernel-engine"),
+                                    (replace(machine(ram=64), cpu_kernel=False), "auto", "cpu-kernel-torch")):
+        assert _kernel_code(plan_for(hardware, dense, VRAM_PROFILE="cpu", CPU_COMPUTE=setting)) == [code]
+
+
+def test_quantized_embedding_on_a_cpu_needs_the_patch() -> None:
+    shape = _mixture(4)
+    assert shape.packed_embedding
+    assert isinstance(plan_for(machine(ram=64), shape, VRAM_PROFILE="cpu"), Plan)
+    with pytest.raises(SettingsError) as caught:
+        plan_for(replace(machine(ram=64), amx=True), shape, VRAM_PROFILE="cpu", CPU_COMPUTE="off")
+    assert caught.value.code == "unsupported_checkpoint"

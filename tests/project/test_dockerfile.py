@@ -8,6 +8,7 @@ import shlex
 from pathlib import Path
 
 from shoehorn.config.settings import TABLE
+from shoehorn.hardware.detect import KERNEL_LIBRARY
 
 ROOT = Path(__file__).resolve().parents[2]
 DEFAULTS = {setting.name: setting.default for setting in TABLE}
@@ -37,6 +38,13 @@ def test_every_python_package_is_verified_by_its_hash() -> None:
     assert len(commands) == 4
     unverified = [command for command in commands if "--require-hashes" not in command]
     assert ["--offline" in command and "--editable ." in command for command in unverified] == [True]
+
+
+def test_build_fails_without_the_library_of_the_cpu_kernel() -> None:
+    [install] = [rest for rest in arguments("RUN") if "--editable ." in rest]
+    assert f"&& test -r {KERNEL_LIBRARY.relative_to(ROOT)} " in install
+    assert "gcc" in next(rest for rest in arguments("RUN") if "apt-get install" in rest)
+    assert {"!setup.py", "**/*.so"} <= set((ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines())
 
 
 def test_entry_point_health_check_and_ports_match_the_code() -> None:

@@ -6,7 +6,7 @@
     .shoehorn/locks/OWNER--NAME.lock       lock of the process that writes a model
     .shoehorn/locks/OWNER--NAME.use        lock of the processes that serve a model
     .shoehorn/worked/DIGEST.json           known-good options of a start
-    .shoehorn/speed.json                   measured bandwidths
+    .shoehorn/speed.json                   measured bandwidths, and rates of the CPU kernel
     .shoehorn/keys.json                    hashes of API keys
     .shoehorn/usage/2026-11.json           tokens by day, key and model in one month (UTC)
 

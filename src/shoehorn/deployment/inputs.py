@@ -20,7 +20,7 @@ from shoehorn.config.profiles import AUTO, Profile, automatic, load
 from shoehorn.config.settings import Settings
 from shoehorn.deployment import auto_quantization, known_good, served_model
 from shoehorn.deployment.served_model import ShapeReader
-from shoehorn.hardware import bandwidth_probe, detect, requirements
+from shoehorn.hardware import bandwidth_probe, detect, kernel_probe, requirements
 from shoehorn.hardware.requirements import require_gpus
 from shoehorn.hardware.types import Hardware
 from shoehorn.model import chat_format, task
@@ -60,7 +60,9 @@ def detect_machine(settings: Settings, environment: Mapping[str, str], *, measur
         measure: measure bandwidths that are not cached; False only reads the cache.
     """
     machine = requirements.usable(detect.detect(environment=environment))
-    return bandwidth_probe.with_measured_bandwidths(machine, ModelsDir(settings.models_dir).bandwidths, measure=measure)
+    cache = ModelsDir(settings.models_dir).bandwidths
+    machine = bandwidth_probe.with_measured_bandwidths(machine, cache, measure=measure)
+    return kernel_probe.with_measured_kernel(machine, cache, measure=measure and settings.cpu_compute == "auto")
 
 
 def gather(settings: Settings, machine: Hardware, *, here: bool = True, shapes: ShapeReader | None = None,

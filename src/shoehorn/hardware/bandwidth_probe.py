@@ -20,9 +20,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from shoehorn.common.atomic_file import write_atomic
 from shoehorn.common.units import MIB
-from shoehorn.hardware import visible_gpus
+from shoehorn.hardware import probe_cache, visible_gpus
 from shoehorn.hardware.types import Gpu, Hardware
 
 log = logging.getLogger("engine")
@@ -43,7 +42,7 @@ def with_measured_bandwidths(hardware: Hardware, cache: Path, *, measure: bool =
     """
     if not hardware.gpus or importlib.util.find_spec("cuda") is None:
         return hardware
-    bandwidths = _read(cache)
+    bandwidths = probe_cache.read(cache)
     gpus, changed = [], False
     for gpu in hardware.gpus:
         key = f"{gpu.uuid} {hardware.driver_version} {gpu.pcie_generation}x{gpu.pcie_width}"
@@ -55,20 +54,8 @@ def with_measured_bandwidths(hardware: Hardware, cache: Path, *, measure: bool =
         gpus.append(replace(gpu, link_bytes_per_second=float(values.get("link", 0)),
                             device_bytes_per_second=float(values.get("device", 0))))
     if changed:
-        try:
-            cache.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(cache, json.dumps(bandwidths, indent=1) + "\n")
-        except OSError as error:
-            log.warning("Cannot save measured bandwidths path=%s error=%s", cache, error)
+        probe_cache.save(cache, bandwidths)
     return replace(hardware, gpus=tuple(gpus))
-
-
-def _read(path: Path) -> dict[str, dict[str, float]]:
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-        return {str(key): {name: float(value) for name, value in values.items()} for key, values in document.items()}
-    except (OSError, ValueError, TypeError, AttributeError):
-        return {}
 
 
 def _measure(gpu: Gpu) -> dict[str, float]:

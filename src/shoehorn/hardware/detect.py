@@ -20,6 +20,9 @@ from shoehorn.hardware import visible_gpus
 from shoehorn.hardware.host import cpus, memory, text
 from shoehorn.hardware.types import Gpu, Hardware
 
+KERNEL_LIBRARY = Path(__file__).resolve().parents[2] / "shoehorn_vllm/hybrid/kernel/w4a16.so"
+"""Library of the CPU kernel, next to its sources; the installation compiles it if it finds a C compiler."""
+
 
 def detect(nvml: ModuleType | None = None, root: Path = Path("/"), environment: Mapping[str, str] | None = None,
            ) -> Hardware:
@@ -29,7 +32,8 @@ def detect(nvml: ModuleType | None = None, root: Path = Path("/"), environment: 
     gpus, remark = visible_gpus.select(gpus, environment or {}) if gpus else (gpus, "")
     total, available = memory(root, notes)
     return Hardware(gpus, driver, total, available, cpus(root, notes), tuple(notes),
-                    "amx_tile" in text(root / "proc/cpuinfo").split(), (remark,) if remark else ())
+                    "amx_tile" in text(root / "proc/cpuinfo").split(), (remark,) if remark else (),
+                    cpu_kernel=KERNEL_LIBRARY.is_file())
 
 
 def _gpus(nvml: Any, notes: list[str]) -> tuple[tuple[Gpu, ...], str]:

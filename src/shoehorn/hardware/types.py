@@ -73,6 +73,7 @@ class Hardware:
         host_available_bytes: memory available now, reclaimable file caches included.
         cpus: CPU time in CPUs: minimum of affinity and quota.
         amx: the CPU supports Intel AMX.
+        cpu_kernel: the library of the CPU kernel is installed.
         host_compute: None where the CPU kernel was not measured, or cannot run.
         notes: values that could not be read.
     """
@@ -86,11 +87,13 @@ class Hardware:
     amx: bool = False
     gpu_remarks: tuple[str, ...] = ()
     host_compute: HostCompute | None = None
+    cpu_kernel: bool = True
 
     def to_json(self) -> dict[str, Any]:
-        """Return a JSON-ready copy, for captures; without `host_compute` and `gpu_remarks` where they are empty."""
+        """Return a JSON-ready copy, for captures; without the later fields where they have their default."""
+        defaults = {"host_compute": None, "gpu_remarks": (), "cpu_kernel": True}
         return {name: value for name, value in asdict(self).items()
-                if value or name not in ("host_compute", "gpu_remarks")}
+                if name not in defaults or value != defaults[name]}
 
     @staticmethod
     def from_json(document: Mapping[str, Any]) -> Hardware:

@@ -83,7 +83,7 @@ class ModelShape:
         overrides: the user's changes of config.json (`hf-overrides`), completed; the shape includes them.
         notes: unsupported properties.
         unreadable: reason why the engine rejects this checkpoint; "" if it does not.
-        packed_embedding: the embedding is quantized, which the engine supports on GPUs only.
+        packed_embedding: the embedding is quantized, which the engine supports on a CPU only with Shoehorn's patch.
         symmetric_int4: all linear layers are in the format of the CPU kernel: compressed-tensors, symmetric INT4 in
             groups of 32, 64 or 128.
         column_groups: the number of GPUs must divide this number to divide the quantized matrices; 0: any number.

@@ -6,12 +6,10 @@ of many tokens waits for the CPU's arithmetic, so its weights are streamed to th
 
 from __future__ import annotations
 
+from shoehorn.hardware.kernel_probe import LEAST_CPUS
 from shoehorn.hardware.types import Gpu, HostCompute
 from shoehorn.model.shape import ModelShape
 from shoehorn.planner.serving_config import ComputeLevel
-
-LEAST_CPUS = 4
-"""CPUs below which the API server and the engine's own threads leave too few for the kernel."""
 
 DRAFT_COST = 1.3
 """Time of a forward pass that verifies draft tokens, at most, relative to one of a single token: n-gram lookup drafts

@@ -39,7 +39,7 @@ def plan_on_cpu(inputs: PlanInputs, base: BaseOptions) -> Plan | Refusal:
     options, model = _configured(inputs, options)
     devices = (model.host_alone(inputs.hardware.host_memory_bytes),)
     assembly = Assembly(inputs, base.by_user, options, model, devices,
-                        (Reason("speed", None, MACHINE, "speed-unknown-cpu"),))
+                        (*_kernel(inputs), Reason("speed", None, MACHINE, "speed-unknown-cpu")))
     if refusal := assembly.check_disk():
         return refusal
     cache_bytes = model.config.kv_cache_bytes or 0
@@ -74,11 +74,38 @@ def _require_supported(inputs: PlanInputs) -> None:
     if inputs.settings.vram_limit:
         raise SettingsError(f"VRAM_LIMIT: profile {inputs.profile.name} uses no GPU.",
                             "Unset VRAM_LIMIT, or choose another VRAM_PROFILE.", code="vram_limit_without_gpu")
-    if shape.packed_embedding:
-        raise SettingsError("The checkpoint's embedding is quantized, which is unsupported on a CPU: the first request "
-                            "would fail.", "Choose another checkpoint; for one that was converted here, type "
-                            "`shoehorn models rm NAME.int4`, and restart.", code="unsupported_checkpoint")
-    if shape.experts and shape.quantization not in (None, BITSANDBYTES) and not inputs.hardware.amx:
-        raise SettingsError("The model's experts are quantized, and this processor lacks AMX, which the engine needs "
-                            "for those.", "Set QUANTIZATION=none, or choose the model's unquantized checkpoint.",
+    if shape.packed_embedding and inputs.settings.cpu_compute == "off":
+        raise SettingsError("The checkpoint's embedding is quantized, which the engine supports on a CPU only with "
+                            "CPU_COMPUTE=auto.", "Unset CPU_COMPUTE, or choose another checkpoint.",
+                            code="unsupported_checkpoint")
+    if shape.experts and shape.quantization not in (None, BITSANDBYTES) and _obstacle(inputs) \
+            and not inputs.hardware.amx:
+        raise SettingsError(f"The model's experts are quantized, and {_LACKING[_obstacle(inputs)]}. The engine's own "
+                            "kernel for them needs AMX, which this processor lacks.",
+                            "Set QUANTIZATION=none, or choose the model's unquantized checkpoint.",
                             code="unsupported_processor")
+
+
+_LACKING = {
+    "off": "CPU_COMPUTE=off disables the CPU kernel",
+    "library": "the CPU kernel is not installed (install a C compiler, then reinstall Shoehorn)",
+    "format": "the CPU kernel reads only symmetric INT4 in groups of 32, 64 or 128, with bfloat16 activations",
+}
+"""Reasons why the CPU kernel does not multiply the experts."""
+
+
+def _obstacle(inputs: PlanInputs) -> str:
+    """Return why the CPU kernel cannot multiply the model's weights, as a key of `_LACKING`; "" where it does."""
+    if inputs.settings.cpu_compute == "off":
+        return "off"
+    if not inputs.shape.symmetric_int4 or inputs.shape.dtype != "bfloat16":
+        return "format"
+    return "" if inputs.hardware.cpu_kernel else "library"
+
+
+def _kernel(inputs: PlanInputs) -> tuple[Reason, ...]:
+    """Report which kernel multiplies INT4 weights; nothing for other weights."""
+    if not inputs.shape.symmetric_int4:
+        return ()
+    code = {"": "cpu-kernel", "library": "cpu-kernel-torch"}.get(_obstacle(inputs), "cpu-kernel-engine")
+    return (Reason("cpu-kernel", code.removeprefix("cpu-kernel").lstrip("-") or "shoehorn", MACHINE, code),)

@@ -82,6 +82,10 @@ TEXTS: Mapping[str, str] = {
     "model-note": "{note}",
     "host-memory-unknown": "not checked: the size of host memory is unknown",
     "host-memory-used": "only {available} are free at this moment",
+    "cpu-kernel": "Shoehorn's CPU kernel multiplies INT4 weights, in the checkpoint's layout",
+    "cpu-kernel-torch": "the CPU kernel is not installed, so torch's slower kernel multiplies INT4 layers; install "
+                        "a C compiler, then reinstall Shoehorn",
+    "cpu-kernel-engine": "vLLM's own kernel multiplies INT4 weights",
     "speed-unknown-cpu": "no expectation: the speed of this processor is unknown",
     "speed-unknown-gpu": "no expectation: the memory bandwidth of {gpu} is unknown",
     "pcie": "pinned memory over PCIe {generation} with {lanes} lanes",

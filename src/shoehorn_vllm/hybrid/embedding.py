@@ -1,4 +1,4 @@
-"""An embedding in INT4 on a CPU.
+"""A quantized embedding on a CPU.
 
 vLLM 0.32 unpacks the rows of the tokens at hand with a Triton kernel, which a CPU cannot run: the first request fails.
 The same with torch's operators for tensors on the CPU; on a GPU nothing changes.
@@ -23,8 +23,9 @@ def apply() -> None:
 
 def gather(ids: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, hidden: int, bits: int) -> torch.Tensor:
     """Unpacked rows of the tokens `ids`: [ids, hidden], in the scales' dtype."""
-    if packed.device.type != "cpu" or bits != 4:
+    if packed.device.type != "cpu":
         rows: torch.Tensor = _on_gpu(ids, packed, scales, hidden, bits)
         return rows
+    codes = unpack_codes(packed[ids]) if bits == 4 else packed[ids].view(torch.uint8)
     steps = scales[ids].float().repeat_interleave(hidden // scales.shape[1], -1)
-    return ((unpack_codes(packed[ids]).float() - 8) * steps).to(scales.dtype)
+    return ((codes.float() - (1 << (bits - 1))) * steps).to(scales.dtype)

@@ -178,3 +178,17 @@ def test_the_setting_and_the_library_choose_the_kernel() -> None:
     assert "invalid SettingError SHOEHORN_CPU_COMPUTE=on: invalid. Set auto or off." in done.stdout, output
     assert "no library TorchInt4LinearKernel\nerror True" in done.stdout, output
     assert "CPU kernel unavailable" in output
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_rows_of_a_quantized_embedding(bits: int) -> None:
+    from shoehorn_vllm.hybrid.embedding import gather  # imports vLLM
+
+    numbers = torch.randint(0, 1 << bits, (10, 64), generator=torch.Generator().manual_seed(bits))
+    per_word = 32 // bits
+    packed = sum(numbers[:, place::per_word].long() << bits * place for place in range(per_word))
+    scales = torch.rand(10, 2).to(torch.bfloat16)
+    expected = (numbers.float() - (1 << (bits - 1))) * scales.float().repeat_interleave(32, -1)
+    ids = torch.tensor([3, 3, 9])
+    rows = gather(ids, torch.as_tensor(packed).to(torch.int32), scales, 64, bits)
+    assert torch.equal(rows, expected[ids].to(torch.bfloat16))
