@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -121,3 +123,13 @@ def test_core_dumps_to_files_and_pipes_are_disabled(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(resource, "setrlimit", lambda which, limits: new_key.append((which, limits)))
     disable_core_dumps()
     assert new_key == [(resource.RLIMIT_CORE, (limit, limit))]
+
+
+def test_programs_append_to_a_file_of_standard_output(tmp_path: Path) -> None:
+    """Another program opens the file by itself, as supervisord does; neither overwrites the other."""
+    log = tmp_path / "log"
+    code = ("import os; from shoehorn.commands.serve import append_to_files; os.write(1, b'one\\n'); "
+            "append_to_files(); other = open('/dev/stdout', 'ab', 0); other.write(b'two\\n'); os.write(1, b'three\\n')")
+    with log.open("wb") as opened:
+        subprocess.run([sys.executable, "-c", code], stdout=opened, check=True)
+    assert log.read_text().split() == ["one", "two", "three"]

@@ -11,6 +11,7 @@ import pytest
 from fakes.engine import FakeEngine
 from shoehorn.gateway.nginx_config import ROUTES, Route
 from support.gateway_process import BEARER, KEY, MODEL, Gateway, authorization, error_of, openai_error, request
+from support.waiting import wait_until
 
 pytestmark = pytest.mark.process
 
@@ -276,6 +277,17 @@ def test_limits_and_names_follow_their_settings(tmp_path: Path) -> None:
         assert gate.client.post("/v1/completions", headers=headers, content=b"x" * (11 << 20)).status_code == 200
         assert [gate.client.get(f"/v1/models/{name}", headers=BEARER).json()["id"] for name in ("gpt-4o", "mine")] == [
             "gpt-4o", "mine"]
+
+
+def test_log_has_the_method_of_the_request_and_not_the_page(gate: Gateway) -> None:
+    for path in ("/", "/page.css", "/status"):
+        assert gate.client.get(path).status_code == 200
+    gate.client.post("/v1/chat/completions", headers={"X-Api-Key": "sk-of-nobody"}, content=b"{}")
+    marker = gate.client.get("/v1/marker", headers=BEARER).headers["x-request-id"]
+    wait_until(lambda: marker in gate.log.read_text(), 5, "the last request is logged")
+    lines = gate.log.read_text().splitlines()
+    assert any("INFO POST /v1/chat/completions 401" in line for line in lines)
+    assert not any(f"GET {path} 200" in line for line in lines for path in ("/", "/page.css", "/status"))
 
 
 def test_engine_headers_do_not_control_nginx(gate: Gateway) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import fcntl
 import os
 import pwd
 import resource
@@ -15,6 +16,7 @@ import shutil
 import socket
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from shoehorn import __version__
@@ -71,6 +73,7 @@ def run(arguments: argparse.Namespace, environment: Mapping[str, str]) -> int:
     StateFile(settings.run_dir).update(phase=Phase.STARTING, detail="starting", model=settings.served_model_name)
     print(f"shoehorn {__version__}: profile {profile.name}, gateway on {_address(settings)}, "
           f"metrics on port {settings.metrics_port}", flush=True)
+    append_to_files()
     disable_core_dumps()
     os.set_inheritable(lock, True)  # held until supervisord ends
     os.execve(sys.executable, [sys.executable, "-m", programs.SUPERVISORD, str(settings.run_dir)],
@@ -80,6 +83,13 @@ def run(arguments: argparse.Namespace, environment: Mapping[str, str]) -> int:
 def _address(settings: Settings) -> str:
     """Return the address at which a client on this host reaches the gateway."""
     return settings.published_address or f"127.0.0.1:{settings.port}"
+
+
+def append_to_files() -> None:
+    """Make standard output and error append, so that in a file no program overwrites the lines of another one."""
+    for descriptor in (1, 2):
+        with suppress(OSError):  # closed
+            fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) | os.O_APPEND)
 
 
 def disable_core_dumps() -> None:

@@ -1,8 +1,10 @@
 """Diagnosis of an engine exit: its log lines -> cause and remedy.
 
-Rules: the first matching line counts, because the engine repeats and wraps its first failure; an exit without a
-matching row is `unknown` and carries the last lines. A row is `final` if the same start would fail the same way, and
-`memory` if a start that needs less GPU memory could succeed.
+Rules:
+- the first matching line counts, because the engine repeats and wraps its first failure;
+- the cause carries the engine's own message (`root_cause`), never a traceback or the last lines of the log;
+- a start that ended by an exception which only the configuration or the model can have caused is `final`: the same
+  start would fail the same way. A row is `memory` if a start that needs less GPU memory could succeed.
 Source of the texts: vLLM 0.32.0 (vllm/v1/core/kv_cache_utils.py, vllm/v1/worker/utils.py, vllm/v1/engine/core.py)
 and torch 2.13.0.
 """
@@ -14,6 +16,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from shoehorn.common.units import GIB, MIB
+from shoehorn.engine.root_cause import RootCause, find_root_cause
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,12 @@ class _Row:
     limited: str = ""
 
 
+_BAD_ARGUMENT = _Row(
+    "bad_engine_argument", re.compile(r"error: (unrecognized arguments|argument )|validation errors? for \w+Config"),
+    "vLLM option: invalid or unknown.",
+    "Correct the option that the message names: in VLLM_EXTRA_ARGS, a setting or the profile.")
+"""The last row: a more specific one may match the same failure."""
+
 _ROWS = (
     _Row("context_exceeds_kv_cache", re.compile(r"To serve at least one request with the model's max seq len"),
          "KV cache: too small for one request of MAX_MODEL_LEN tokens.",
@@ -89,13 +98,21 @@ _ROWS = (
                                          r"does not recognize this architecture"),
          "Model: unsupported architecture.",
          "Choose another MODEL_ID; the engine's message above names the architecture."),
+    _Row("bad_parser", re.compile(r"invalid (tool call|reasoning) parser|(Reasoning|Tool) parser '.*' not found"),
+         "Parser: unknown to the engine.",
+         "Set REASONING_PARSER or TOOL_CALL_PARSER to auto, off or a name of docs/parsers.md."),
+    _Row("remote_code_required", re.compile(r"trust_remote_code=True|contains custom code which must be executed"),
+         "Model: requires code from its repository.",
+         "Set TRUST_REMOTE_CODE=yes if you trust its author, or choose another MODEL_ID."),
+    _Row("context_exceeds_model", re.compile(r"max_model_len \(\d+\) is greater than the derived max_model_len"),
+         "MAX_MODEL_LEN: more than the model supports.", "Lower MAX_MODEL_LEN, or unset it."),
+    _Row("missing_tokenizer", re.compile(r"Can't load tokenizer|Couldn't instantiate the backend tokenizer|"
+                                         r"Unable to load vocabulary|tokenizer.json.*(not found|No such file)"),
+         "Tokenizer: missing or damaged.",
+         "Add tokenizer.json and tokenizer_config.json to the model's folder, or choose another MODEL_ID."),
     _Row("unsupported_dtype", re.compile(r"Bfloat16 is only supported on GPUs|compute capability of at least"),
          "GPU: unsupported dtype or kernel in the plan.",
          "Set VLLM_EXTRA_ARGS='--dtype float16'; if that fails too, use a newer GPU."),
-    _Row("bad_engine_argument", re.compile(r"error: (unrecognized arguments|argument )|"
-                                           r"validation errors? for \w+Config"),
-         "vLLM option: invalid or unknown.",
-         "Correct the option that the engine's message above names: in VLLM_EXTRA_ARGS, a setting or the profile."),
     _Row("shared_memory_too_small", re.compile(r"Insufficient space in /dev/shm"),
          "Shared memory (/dev/shm): too small for the engine.",
          "Start the container with --shm-size 8g (docker run) or shm_size: 8gb (compose)."),
@@ -103,7 +120,13 @@ _ROWS = (
          "C compiler: not found or not working; the engine compiles parts of itself at start.",
          "Install gcc, binutils and Python's headers on this machine; the image has them."),
     _Row("bad_weights", re.compile(r"SafetensorError|Error while deserializing header"),
-         "Weights: damaged file.", "Run `shoehorn pull --verify`, then `shoehorn pull` to fetch damaged files."),
+         "Weights: damaged file.", "Run `shoehorn pull --verify`, then `shoehorn pull` to fetch damaged files; copy "
+         "a local folder again."),
+    _Row("weights_mismatch", re.compile(r"weights were not initialized from checkpoint|Attempted to load weight|"
+                                        r"There is no module or parameter named|Cannot find any model weights"),
+         "Weights: do not belong to config.json.",
+         "Fetch all files of one revision of the model, or choose another MODEL_ID."),
+    _BAD_ARGUMENT,
 )
 
 
@@ -113,31 +136,67 @@ HUNG = Diagnosis("hung", "The engine hangs: its counters stand still and a probe
 """Diagnosis of the watchdog; the log does not show it."""
 
 
-def diagnose(lines: Iterable[str], status: int, memory_kill: bool = False) -> Diagnosis:
+def diagnose(lines: Iterable[str], status: int, memory_kill: bool = False, *, is_start: bool = True) -> Diagnosis:
     """Return the cause of an exit.
 
     Args:
         lines: the engine's last lines, oldest first.
         status: its exit status; negative for a signal.
         memory_kill: the kernel killed a process out of memory meanwhile; an engine whose core was killed exits with 0.
+        is_start: the engine had not become ready.
     """
     tail = list(lines)
-    limits = _limits(tail)
-    for rows in ([row for row in _ROWS if row.limited], _ROWS):
-        for line in tail:
-            for row in rows:
-                if row.pattern.search(line):
-                    remedy = row.remedy.format(limit=limits.get(row.limited, "the number in the message above"))
-                    return Diagnosis(row.name, row.cause, remedy, row.final, row.memory,
-                                     _missing_bytes(row.name, tail), any("KV cache size:" in each for each in tail),
-                                     {row.limited: limits[row.limited]} if row.limited in limits else {})
+    root = find_root_cause(tail, is_start=is_start)
+    if row := _matching_row(tail, root):
+        limits = _limits(tail)
+        remedy = row.remedy.format(limit=limits.get(row.limited, "the number in the message above"))
+        return Diagnosis(row.name, f"{row.cause} {_sentence(root.message)}" if root else row.cause, remedy, row.final,
+                         row.memory, _missing_bytes(row.name, tail), any("KV cache size:" in each for each in tail),
+                         {row.limited: limits[row.limited]} if row.limited in limits else {})
     if status == -9 or memory_kill or any(_KILLED.search(line) for line in tail):
         return Diagnosis("killed", "Engine: killed (SIGKILL), most likely out of memory.",
                          "Look for an out-of-memory kill in `dmesg` on the host; raise the container's memory limit.",
                          False)
-    last = " | ".join(tail[-3:]) or "no output"
-    return Diagnosis("unknown", f"Engine: exited with status {status}: {last}",
-                     "Search the engine's log above for the first error.", False)
+    return _of_exception(root, is_start) if root else Diagnosis(
+        "unknown", f"Engine: exited with status {status}: {' | '.join(tail[-3:]) or 'no output'}",
+        "Search the engine's log above for the first error.", False)
+
+
+def _matching_row(lines: list[str], root: RootCause | None) -> _Row | None:
+    limited = [row for row in _ROWS if row.limited]
+    row = next((row for rows in (limited, _ROWS) for line in lines for row in rows if row.pattern.search(line)), None)
+    if root and row in (None, _BAD_ARGUMENT):
+        return next((row for row in _ROWS if row.pattern.search(root.text)), row)
+    return row
+
+
+_IMPORTS = ("ImportError", "ModuleNotFoundError", "PackageNotFoundError")
+_DETERMINISTIC = (*_IMPORTS, "AssertionError", "AttributeError", "FileNotFoundError", "IndexError", "JSONDecodeError",
+                  "KeyError", "NameError", "NotADirectoryError", "NotImplementedError", "OSError", "PydanticUserError",
+                  "StrictDataclassClassValidationError", "StrictDataclassFieldValidationError", "SyntaxError",
+                  "TypeError", "UnicodeDecodeError", "VLLMValidationError", "ValidationError", "ValueError", "argument")
+"""Exceptions that a start raises again: of configuration, model files and installation, not of hardware or memory."""
+
+
+def _of_exception(root: RootCause, is_start: bool) -> Diagnosis:
+    """Return the diagnosis of an exception without a row."""
+    is_import = not {root.type, *root.chain}.isdisjoint(_IMPORTS)
+    of_system = root.type == "OSError" and root.message.startswith("[Errno")
+    final = is_start and (is_import or (root.type in _DETERMINISTIC and not of_system))
+    if final and is_import:
+        return Diagnosis("import_error", f"Engine: Python module missing. {_sentence(root.message)}",
+                         "Remove the option that names the module from VLLM_EXTRA_ARGS or the profile, or choose a "
+                         "model that needs no further packages.", True)
+    if final:
+        return Diagnosis("refused_configuration", f"Engine: refused this model or configuration. "
+                         f"{_sentence(root.message)}", "Change the option or the file that the message names: "
+                         "VLLM_EXTRA_ARGS, a setting, the profile or the model.", True)
+    return Diagnosis("unknown", f"Engine: ended by {root.type}. {_sentence(root.message)}",
+                     "If it recurs, search the engine's log for the first error.", False)
+
+
+def _sentence(text: str) -> str:
+    return text if text.endswith((".", "!", "?", "...")) else f"{text}."
 
 
 _KILLED = re.compile(r"Worker proc \S+ died unexpectedly \(exit code: -9\)")

@@ -100,7 +100,7 @@ class EngineRun:
                 drain.drain_engine(self._spec.run_dir.engine_socket, self._spec.drain_seconds)
             child.stop(ENGINE_STOP_SECONDS)
         killed = host.memory_kills() > self._memory_kills
-        return Exit(diagnose(self.output.tail, status, killed), self._is_ready)
+        return Exit(diagnose(self.output.tail, status, killed, is_start=not self._is_ready), self._is_ready)
 
     def _read_line(self, line: str) -> None:
         self._times.read_line(line)
@@ -149,7 +149,8 @@ class EngineRun:
             for line in start_times.table(seconds):
                 log.info("start: %s", line)
             log.info("ready after %.0f s", seconds[start_times.TOTAL])
-            self._states.update(phase=Phase.READY, progress=None, detail="serving", start_seconds=seconds)
+            self._states.update(phase=Phase.READY, progress=None, detail="serving", start_seconds=seconds,
+                                cause="", remedy="")
             _print_welcome(self._spec.run_dir.welcome, self._spec.task)
 
     def _waits_for_failed_worker(self) -> bool:

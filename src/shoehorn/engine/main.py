@@ -19,6 +19,7 @@ from pathlib import Path
 from types import FrameType
 
 from shoehorn.common import logging_config as logs
+from shoehorn.common.atomic_file import write_atomic
 from shoehorn.common.errors import SettingsError
 from shoehorn.config import network
 from shoehorn.config import settings as settings_module
@@ -62,6 +63,11 @@ def main(environment: Mapping[str, str] = os.environ) -> int:
         settings, waits = settings_module.load(environment), timing.load(environment)
     except SettingsError as error:
         print(f"shoehorn: {error}", file=sys.stderr)
+        paths = RunDir(settings_module.run_dir(environment))
+        if paths.path.is_dir():  # the watcher ends the container with the code that is written there
+            write_atomic(paths.exit_code, f"{error.exit_code}\n")
+            StateFile(paths.path).update(phase=Phase.FAILED, progress=None, detail="", cause=error.cause,
+                                         remedy=error.remedy)
         return error.exit_code
     logs.configure(settings.log_format)
     for remark in network.prepare(os.environ):

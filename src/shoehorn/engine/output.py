@@ -25,6 +25,14 @@ _STAGES = (
 )
 """Lines of vLLM 0.32.0, and the `detail` of the state that each begins; the console page translates the details."""
 
+_TAIL_LINES = 2000
+"""Each worker of eight GPUs logs a traceback of some hundred lines before the engine ends."""
+_PRINTED_LINES = 400
+
+_LEVEL = re.compile(r"(?:\([\w-]+ pid=\d+\) )?(DEBUG|INFO|WARNING|ERROR|CRITICAL) \d\d-\d\d ")
+_NOISE = re.compile(r"\] Route: /|\] Available routes are:|Avg prompt throughput: .*Running: 0 reqs, Waiting: 0 reqs")
+"""Routes that the gateway does not serve, and the statistics after each probe of an idle engine."""
+
 _SHARDS = re.compile(r"Loading safetensors checkpoint shards:\s+(\d+)% Completed")
 _WORKER_FAILED = re.compile(r"WorkerProc hit an exception")
 
@@ -42,7 +50,7 @@ class EngineOutput:
     def __init__(self, states: StateFile, log_file: Path | None) -> None:
         self._states = states
         self._file = RotatingFile(log_file) if log_file else None
-        self._tail: deque[str] = deque(maxlen=400)
+        self._tail: deque[str] = deque(maxlen=_TAIL_LINES)
         self.worker_failed_at: float | None = None
 
     @property
@@ -61,7 +69,7 @@ class EngineOutput:
     def print_tail(self) -> None:
         """Print the last lines if they are in a file only."""
         if self._file:
-            print("\n".join(self._tail), flush=True)
+            print("\n".join(list(self._tail)[-_PRINTED_LINES:]), flush=True)
 
     def _log(self, line: str) -> None:
         if self._file:
@@ -71,8 +79,10 @@ class EngineOutput:
                 log.warning("Cannot write engine log, using standard output path=%s error=%s", self._file.path,
                             error.strerror)
                 self._file = None
-        if not self._file:
-            logging.getLogger("vllm").info("%s", line)
+        if not self._file and not _NOISE.search(line):
+            match = _LEVEL.match(line)
+            level = logging.getLevelNamesMapping()[match[1] if match else "INFO"]
+            logging.getLogger("vllm").log(level, "%s", line)
 
     def _publish_progress(self, line: str) -> None:
         state = self._states.read()

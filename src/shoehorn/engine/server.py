@@ -22,6 +22,10 @@ from shoehorn.runtime.state import Phase, StateFile
 log = logging.getLogger("engine")
 
 
+_OF_THE_MODEL = ("killed", "bad_parser", "missing_tokenizer", "bad_weights", "weights_mismatch", "remote_code_required")
+"""Failures that a start without draft tokens repeats."""
+
+
 class StartFailedError(EngineFailedError):
     """Engine start failed; a smaller plan, another dtype or no draft tokens may succeed."""
 
@@ -66,7 +70,7 @@ class EngineServer:
 
     def _may_step_down(self, diagnosis: Diagnosis) -> bool:
         return bool(diagnosis.limits) or diagnosis.memory or diagnosis.name == "unsupported_dtype" or (
-            self._spec.may_drop_speculation and diagnosis.name != "killed")
+            self._spec.may_drop_speculation and diagnosis.name not in _OF_THE_MODEL)
 
     def _restart_after(self, diagnosis: Diagnosis, run: EngineRun) -> None:
         """Record the failure and pause before the next start.
@@ -81,6 +85,7 @@ class EngineServer:
         delay = self._spec.timing.restart_delay(failures)
         log.warning("%s Restarting engine in_seconds=%.0f failures=%d", diagnosis.cause, delay, failures)
         self._states.update(phase=Phase.LOADING, progress=None, detail="starting the engine again",
+                            cause=diagnosis.cause, remedy=diagnosis.remedy,
                             restarts=self._states.read().restarts + 1, engine_down=True)
         time.sleep(delay)
         self._states.update(engine_down=False)

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 import socket
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,10 @@ class _GracefulServer(uvicorn.Server):
 
 def main() -> None:
     """Run the program."""
-    settings = settings_module.load(os.environ)
+    try:
+        settings = settings_module.load(os.environ)
+    except SettingsError as error:
+        sys.exit(f"shoehorn: {error}")
     configure(settings.log_format)
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     with contextlib.suppress(KeyboardInterrupt):

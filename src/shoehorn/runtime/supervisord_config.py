@@ -28,7 +28,7 @@ def supervisord_config(settings: Settings, user: str | None) -> str:
     to_stdout = {"stdout_logfile": "/dev/stdout", "stdout_logfile_maxbytes": "0", "redirect_stderr": "true"}
     config = configparser.RawConfigParser()
     config["supervisord"] = {
-        "nodaemon": "true", "logfile": "/dev/null", "logfile_maxbytes": "0", "loglevel": "warn",
+        "nodaemon": "true", "logfile": "/dev/null", "logfile_maxbytes": "0", "loglevel": "error",
         "pidfile": _escape(paths.supervisord_pid), **({"user": user} if user else {}),
     }
     config["eventlistener:watcher"] = {
