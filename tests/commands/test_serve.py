@@ -126,7 +126,7 @@ def test_core_dumps_to_files_and_pipes_are_disabled(monkeypatch: pytest.MonkeyPa
 
 
 def test_programs_append_to_a_file_of_standard_output(tmp_path: Path) -> None:
-    """Another program opens the file by itself, as supervisord does; neither overwrites the other."""
+    """Another program opens the same file, as supervisord does; neither overwrites the other."""
     log = tmp_path / "log"
     code = ("import os; from shoehorn.commands.serve import append_to_files; os.write(1, b'one\\n'); "
             "append_to_files(); other = open('/dev/stdout', 'ab', 0); other.write(b'two\\n'); os.write(1, b'three\\n')")

@@ -1,4 +1,4 @@
-"""Lines of the engine in the log: their levels, and lines that tell an operator nothing."""
+"""Lines of the engine in the log: their levels, and lines without information for an operator."""
 
 from __future__ import annotations
 

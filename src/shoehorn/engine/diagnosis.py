@@ -104,8 +104,6 @@ _ROWS = (
     _Row("remote_code_required", re.compile(r"trust_remote_code=True|contains custom code which must be executed"),
          "Model: requires code from its repository.",
          "Set TRUST_REMOTE_CODE=yes if you trust its author, or choose another MODEL_ID."),
-    _Row("context_exceeds_model", re.compile(r"max_model_len \(\d+\) is greater than the derived max_model_len"),
-         "MAX_MODEL_LEN: more than the model supports.", "Lower MAX_MODEL_LEN, or unset it."),
     _Row("missing_tokenizer", re.compile(r"Can't load tokenizer|Couldn't instantiate the backend tokenizer|"
                                          r"Unable to load vocabulary|tokenizer.json.*(not found|No such file)"),
          "Tokenizer: missing or damaged.",
@@ -123,7 +121,7 @@ _ROWS = (
          "Weights: damaged file.", "Run `shoehorn pull --verify`, then `shoehorn pull` to fetch damaged files; copy "
          "a local folder again."),
     _Row("weights_mismatch", re.compile(r"weights were not initialized from checkpoint|Attempted to load weight|"
-                                        r"There is no module or parameter named|Cannot find any model weights"),
+                                        r"no module or parameter named|Cannot find any model weights"),
          "Weights: do not belong to config.json.",
          "Fetch all files of one revision of the model, or choose another MODEL_ID."),
     _BAD_ARGUMENT,

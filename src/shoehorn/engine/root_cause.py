@@ -52,7 +52,7 @@ def find_root_cause(lines: Iterable[str], *, is_start: bool) -> RootCause | None
         lines: the engine's last lines, oldest first.
         is_start: the engine had not become ready.
     """
-    numbered = sorted((found for own in _by_process(lines) for found in _exceptions(own)), key=lambda each: each[0])
+    numbered = sorted((each for own in _by_process(lines) for each in _exceptions(own)), key=lambda each: each[0])
     causes = [cause for _, cause in numbered if not _SECONDARY.search(f"{cause.type}: {cause.text}")]
     if not causes:
         return None
@@ -105,13 +105,13 @@ def _is_chained(lines: Sequence[_Line], start: int, end: int) -> bool:
 
 def _continuation(lines: Sequence[_Line], index: int) -> list[str]:
     """Return the further lines of an exception's message."""
-    found = []
+    following = []
     has_prefix = lines[index][2]
     for _, text, is_record in lines[index + 1:index + 1 + _MAX_LINES]:
         if not text.strip() or text.startswith((_TRACEBACK, *_CHAINED)) or is_record != has_prefix:
             break
-        found.append(text.strip())
-    return found
+        following.append(text.strip())
+    return following
 
 
 def _cause(name: str, message: str, continuation: Sequence[str]) -> RootCause:
