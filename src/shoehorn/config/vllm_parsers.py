@@ -28,4 +28,4 @@ def names(option: Option) -> tuple[str, ...]:
 def unknown(option: Option, name: str) -> str:
     """Say that a name is in no registry, with the nearest one."""
     similar = difflib.get_close_matches(name, names(option), 1)
-    return f"unknown parser {name!r}" + (f"; did you mean {similar[0]}?" if similar else "")
+    return f"unknown parser {name!r}" + (f" (did you mean {similar[0]}?)" if similar else "")
