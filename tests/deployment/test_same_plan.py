@@ -24,7 +24,7 @@ from shoehorn.config.models_dir import ModelsDir
 from shoehorn.deployment import inputs, known_good
 from shoehorn.deployment.plan import plan_deployment
 from shoehorn.engine import main
-from shoehorn.hardware import detect
+from shoehorn.hardware import detect, kernel_probe
 from shoehorn.hub.files import ModelFile
 from shoehorn.int4.journal import Journal
 from shoehorn.int4.layout import MAX_BIT_WIDTHS, BitWidths, PlannedFiles, layout
@@ -146,7 +146,8 @@ def here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     cache.parent.mkdir(parents=True)
     [gpu] = HERE.gpus
     cache.write_text(json.dumps({f"{gpu.uuid} {HERE.driver_version} {gpu.pcie_generation}x{gpu.pcie_width}":
-                                 {"link": 12.5e9, "device": 900e9}}))
+                                 {"link": 12.5e9, "device": 900e9},
+                                 kernel_probe.cache_key(HERE): {"read": 60e9, "tokens_1": 57e9, "tokens_8": 40e9}}))
     (tmp_path / "run").mkdir()
     return models_dir
 

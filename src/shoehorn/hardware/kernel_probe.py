@@ -48,7 +48,7 @@ def with_measured_kernel(hardware: Hardware, cache: Path, *, measure: bool = Tru
     if not hardware.gpus or hardware.cpus < LEAST_CPUS or importlib.util.find_spec("cuda") is None:
         return hardware
     figures = probe_cache.read(cache)
-    key = f"CPU kernel {__version__} {_processor(root)} {hardware.cpus:g}"
+    key = cache_key(hardware, root)
     if measure and key not in figures and hardware.host_available_bytes >= _AVAILABLE_BYTES \
             and (measurement := _measure()):
         figures[key] = measurement
@@ -57,9 +57,11 @@ def with_measured_kernel(hardware: Hardware, cache: Path, *, measure: bool = Tru
     return replace(hardware, host_compute=HostCompute(*values)) if all(values) else hardware
 
 
-def _processor(root: Path) -> str:
+def cache_key(hardware: Hardware, root: Path = Path("/")) -> str:
+    """Return the key of the machine's rates in the file of measured bandwidths."""
     lines = text(root / "proc/cpuinfo").splitlines()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+    return f"CPU kernel {__version__} {name} {hardware.cpus:g}"
 
 
 def _measure() -> dict[str, float]:
