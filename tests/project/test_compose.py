@@ -75,7 +75,9 @@ def test_settings_and_variables_are_passed_on(gpu: dict[str, Any]) -> None:
     names = {setting.name for setting in TABLE} - INSIDE_ONLY
     names |= {f"{setting.name}_FILE" for setting in TABLE if setting.secret}
     names |= {variable.name for variable in PASSED}
-    assert {entry for entry in gpu["environment"] if "=" not in entry} == names
+    passed = {re.sub(r"\w+\$\{(\w+):\+_proxy\}", r"\1", entry, flags=re.IGNORECASE)
+              for entry in gpu["environment"] if "=" not in entry}
+    assert passed == names
     fixed = dict(entry.split("=", 1) for entry in gpu["environment"] if "=" in entry)
     assert fixed.pop("PUBLISHED_ADDRESS") == gpu["ports"][0].removesuffix(":6333")
     assert fixed == {name: DEFAULTS[name] for name in ("PORT", "METRICS_PORT")}
@@ -172,6 +174,24 @@ def test_table_has_every_variable_of_the_file() -> None:
 @pytest.mark.parametrize("name", ["MODELS_DIR", "RUN_DIR", "PUBLISHED_ADDRESS"])
 def test_example_lacks_what_compose_fixes(name: str) -> None:
     assert f"#{name}=" not in (ROOT / ".env.example").read_text(encoding="utf-8")
+
+
+@pytest.mark.skipif(shutil.which("docker") is None, reason="needs docker compose")
+@pytest.mark.parametrize(("host", "expected"), [
+    ({"HTTPS_PROXY": "http://h:1", "no_proxy": "x", "CUDA_VISIBLE_DEVICES": "0"},
+     {"HTTPS_PROXY": "http://h:1", "no_proxy": "x", "CUDA_VISIBLE_DEVICES": "0"}), ({}, {})])
+def test_environment_of_the_host_is_passed_on(tmp_path: Path, host: dict[str, str], expected: dict[str, str]) -> None:
+    """A proxy that is unset is not mentioned, so that Docker's client configuration still applies."""
+    command = ["docker", "compose", "--env-file", os.devnull, "-f", str(ROOT / "docker-compose.yml"), "config",
+               "--format", "json"]
+    environment = {"PATH": os.environ["PATH"], "HOME": os.environ["HOME"], "SHOEHORN_ENV_FILE": os.devnull, **host}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60,
+                          check=True)
+    passed = json.loads(done.stdout)["services"]["shoehorn"]["environment"]
+    names = {each.name for each in PASSED}
+    assert {name: value for name, value in passed.items() if value and name in names} == expected
+    assert {name for name in passed if name.lower().endswith("_proxy")} == {
+        name for name in expected if name.lower().endswith("_proxy")}
 
 
 @pytest.mark.skipif(shutil.which("docker") is None, reason="needs docker compose")

@@ -62,7 +62,8 @@ PASSED = (
     Variable("SSL_CERT_DIR", "Folder of such certificates, prepared with `openssl rehash`."),
     Variable("REQUESTS_CA_BUNDLE", "Same as SSL_CERT_FILE."),
     Variable("CURL_CA_BUNDLE", "Same as SSL_CERT_FILE."),
-    Variable("CUDA_VISIBLE_DEVICES", "GPUs to use, by index or UUID, separated by commas."),
+    Variable("CUDA_VISIBLE_DEVICES", "GPUs to use, by index or UUID (its first digits are enough), separated by "
+             "commas; as CUDA reads it, so an empty value hides all."),
     Variable("CUDA_DEVICE_ORDER", "Numbering of the GPUs in CUDA_VISIBLE_DEVICES: `PCI_BUS_ID` as in nvidia-smi, or "
              "`FASTEST_FIRST`, CUDA's default."),
     *(Variable(name, "NCCL, the communication between GPUs.") for name in (
