@@ -127,7 +127,7 @@ def test_kv_cache_of_each_layer_kind(change: dict[str, object], expected: list[t
     assert [(kind.layers, kind.width * kind.latent, kind.window) for kind in kinds] == expected
 
 
-def test_experts_are_counted_apart_and_vision_as_resident() -> None:
+def test_experts_are_counted_apart_and_vision_as_divided() -> None:
     shape = read(checkpoint({**CONFIG, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128}, {
         "model.layers.0.mlp.experts.3.up_proj.weight": ("BF16", [128, 64]),
         "vision_tower.encoder.layers.0.fc1.weight": ("BF16", [64, 64]),
@@ -135,7 +135,8 @@ def test_experts_are_counted_apart_and_vision_as_resident() -> None:
     assert shape.experts == Experts(4, 2, 128)
     assert shape.tensor_bytes.experts.parameters == 128 * 64
     assert shape.tensor_bytes.linears.bytes == 0
-    assert shape.tensor_bytes.other.parameters == 64 * 64 + 64
+    assert shape.tensor_bytes.divided.parameters == 64 * 64
+    assert shape.tensor_bytes.other.parameters == 64
 
 
 def test_layers_beyond_the_configured_number_are_unused() -> None:
@@ -198,11 +199,12 @@ def test_header_of_excessive_length_is_rejected() -> None:
         read(broken((200_000_000).to_bytes(8, "little") + b"{", size=1 << 40))
 
 
-@pytest.mark.parametrize("key", ["num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size"])
-def test_missing_required_key_is_named(key: str) -> None:
+@pytest.mark.parametrize("key", ["num_hidden_layers", "hidden_size", "vocab_size"])
+def test_size_that_neither_config_nor_tensors_show_is_named(key: str) -> None:
     config = {name: value for name, value in CONFIG.items() if name != key}
-    with pytest.raises(ModelUnavailableError, match=rf"config\.json.*{key}"):
+    with pytest.raises(ModelUnavailableError, match=rf"not understood.*{key}") as refusal:
         read(checkpoint(config, {}))
+    assert refusal.value.code == "architecture_not_understood"
 
 
 def test_header_with_more_data_than_the_file_is_rejected() -> None:

@@ -1,8 +1,8 @@
 """Reader of `config.json` and safetensors headers -> `ModelShape`: bytes of real tensors, never the model's name.
 
-Rules: every tensor counts in exactly one group; attention, experts and compressed caches follow from keys of the
-config; an unsupported property is noted in `notes` and counted as resident, unquantized and at full length, which
-overestimates.
+Rules: every tensor counts in exactly one group; attention, experts and compressed caches follow from the config, which
+its class's defaults and the tensors complete; an unsupported property is noted in `notes` and counted as resident,
+unquantized and at full length, which overestimates.
 
 Sources: config classes of transformers, and the models and kv_cache_interface.py of vLLM 0.32.0.
 """
@@ -17,22 +17,17 @@ from typing import Any
 
 from shoehorn.model import task
 from shoehorn.model.cache_reader import is_latent, read_caches
+from shoehorn.model.config_names import read_text, text_section
 from shoehorn.model.context import context_limits, rotary_positions
-from shoehorn.model.files import WEIGHTS_SUFFIXES, Files, invalid_file, read_json
+from shoehorn.model.files import WEIGHTS_SUFFIXES, Files, not_understood, read_json
 from shoehorn.model.kv_dtype import kv_cache_dtype
 from shoehorn.model.overrides import apply_overrides, complete_overrides
+from shoehorn.model.quantization import other_files, read_quantization
 from shoehorn.model.safetensors import Tensor, header, shards
-from shoehorn.model.shape import KNOWN, Experts, ModelShape, TensorBytes, TensorGroup
-from shoehorn.model.tensor_names import (
-    BNB_STATE,
-    COLUMN_SCALES,
-    EMBEDDING,
-    EMBEDDING_PACKED,
-    EXPERTS,
-    IN_LAYER,
-    LM_HEAD,
-    PACKED,
-)
+from shoehorn.model.shape import KNOWN, Experts, ModelShape, TensorBytes
+from shoehorn.model.tensor_groups import TextSizes, group_tensors
+from shoehorn.model.tensor_names import COLUMN_SCALES, EMBEDDING_PACKED
+from shoehorn.model.tensor_sizes import complete_from_tensors
 
 _EXPERT_WIDTH = 128
 """The kernel of packed experts (Marlin) pads matrices whose sides are not multiples of this."""
@@ -53,41 +48,48 @@ def read(files: Files, overrides: Mapping[str, Any] | None = None) -> ModelShape
     tensors = [tensor for name in weights for tensor in header(files, name, names[name])]
     disk = sum(size for name, size in names.items()
                if name in weights or (not name.endswith(WEIGHTS_SUFFIXES) and "/" not in name))
-    shape = shape_of(config, tensors, disk, overrides or {})
+    shape = shape_of(config, tensors, disk, overrides or {}, other_files(files, names))
     limit = task.sentence_limit(files, names)
     return replace(shape, max_position=limit) if limit else shape
 
 
 def shape_of(config: Mapping[str, Any], tensors: Iterable[Tensor], disk_bytes: int,
-             overrides: Mapping[str, Any] = MappingProxyType({})) -> ModelShape:
+             overrides: Mapping[str, Any] = MappingProxyType({}),
+             files: Mapping[str, Mapping[str, Any]] = MappingProxyType({})) -> ModelShape:
     """Derive the shape from a config and tensors.
 
+    Args:
+        files: other JSON files that describe a quantization, by name.
+
     Raises:
-        ModelUnavailableError: config.json lacks a required key.
+        ModelUnavailableError: config.json and the tensors do not show a required size.
     """
     if overrides:
         overrides = complete_overrides(config, overrides)
-        return replace(shape_of(apply_overrides(config, overrides), tensors, disk_bytes), overrides=overrides)
+        return replace(shape_of(apply_overrides(config, overrides), tensors, disk_bytes, files=files),
+                       overrides=overrides)
     notes: list[str] = []
     tensors = list(tensors)
-    text = _section(config, "text_config") or config
-    if text is not config:
+    text = read_text(config)
+    if text_section(config) is not config:
         notes.append("multimodal model: activations of the non-text parts are not estimated")
     architectures = config.get("architectures")
     architecture = str(architectures[0]) if isinstance(architectures, list) and architectures else "unknown"
+    text = complete_from_tensors(text, tensors, notes)
     layers, hidden, heads = (_count(text, key) for key in ("num_hidden_layers", "hidden_size", "num_attention_heads"))
-    embedding = next((tensor for tensor in tensors if EMBEDDING.fullmatch(tensor.name)), None)
-    groups = _group(tensors, layers, notes)
-    quantized = _section(config, "quantization_config") or _section(config, "compression_config")
+    kv_heads = _count(text, "num_key_value_heads", heads)
+    grouped = group_tensors(tensors, TextSizes(layers, text.get("vocab_size") or 0, heads, kv_heads))
+    groups, embedding = grouped.groups, grouped.embedding
+    if grouped.layers < layers:
+        notes.append(f"config.json names {layers} layers, the weights contain {grouped.layers}")
+    quantized = read_quantization(config, files, tensors, notes)
     quantization = quantized.get("quant_method")
     if architecture not in KNOWN:
         notes.append(f"unknown architecture {architecture}: tensors other than linear layers and experts are counted "
                      "as resident and unquantized; activation estimate +50 %")
     if quantized.get("load_in_8bit"):
         notes.append("8-bit bitsandbytes is unsupported: its state is counted as stored")
-    kv_heads = _count(text, "num_key_value_heads", heads)
-    head_dim = _count(text, "head_dim", _count(text, "attention_head_dim", 0) or _head_dim(tensors, kv_heads)
-                      or hidden // heads)
+    head_dim = _count(text, "head_dim", hidden // heads)
     latent = _count(text, "kv_lora_rank", 0) if is_latent(text) else 0
     caches, limits = read_caches(text, layers, kv_heads, head_dim, notes), context_limits(text, notes)
     return ModelShape(
@@ -109,7 +111,8 @@ def shape_of(config: Mapping[str, Any], tensors: Iterable[Tensor], disk_bytes: i
         notes=tuple(notes), unreadable=_unreadable(quantized),
         packed_embedding=any(EMBEDDING_PACKED.fullmatch(tensor.name) for tensor in tensors),
         symmetric_int4=_is_cpu_kernel_int4(quantized),
-        column_groups=_column_groups(tensors))
+        column_groups=_column_groups(tensors), whole_bytes=grouped.whole_bytes,
+        key_value_bytes=grouped.key_value_bytes)
 
 
 def _column_groups(tensors: list[Tensor]) -> int:
@@ -142,43 +145,14 @@ def _unreadable(quantized: Mapping[str, Any]) -> str:
     return ""
 
 
-def _group(tensors: Iterable[Tensor], layers: int, notes: list[str]) -> TensorBytes:
-    groups: dict[str, list[tuple[int, int]]] = {name: [] for name in TensorBytes.__dataclass_fields__}
-    indices: set[int] = set()
-    for tensor in tensors:
-        name, elements = tensor.name, tensor.elements
-        layer = IN_LAYER.fullmatch(name)
-        if layer:
-            indices.add(int(layer[1]))
-        if layer and int(layer[1]) >= layers:
-            kind = "unused"
-        elif BNB_STATE.fullmatch(name):
-            kind, elements = "quant_state", elements if name.endswith(".weight.absmax") else 0
-        elif EMBEDDING.fullmatch(name):
-            kind = "embedding"
-        elif LM_HEAD.fullmatch(name):
-            kind = "lm_head"
-        elif layer and EXPERTS.fullmatch(name):
-            kind = "experts"
-        elif layer and (len(tensor.shape) == 2 or PACKED.fullmatch(name)):
-            kind = "linears"
-        else:
-            kind = "other"
-        groups[kind].append((tensor.bytes, elements))
-    if len(indices) < layers:
-        notes.append(f"config.json names {layers} layers, the weights contain {len(indices)}")
-    return TensorBytes(**{kind: TensorGroup(sum(size for size, _ in sizes), sum(number for _, number in sizes))
-                          for kind, sizes in groups.items()})
-
-
 def _experts(text: Mapping[str, Any], groups: TensorBytes, quantized: Mapping[str, Any], hidden: int
              ) -> Experts | None:
     """Return the mixture of experts; None for a dense model."""
-    count = next((text[key] for key in ("num_local_experts", "num_experts", "n_routed_experts") if text.get(key)), 0)
-    if type(count) is not int or not count or not groups.experts.bytes:
+    count = text.get("num_experts") or 0
+    if not count or not groups.experts.bytes:
         return None
     width = _count(text, "moe_intermediate_size", _count(text, "intermediate_size", 1))
-    return Experts(count, _count(text, "num_experts_per_tok", _count(text, "experts_per_token", 2)), width,
+    return Experts(count, _count(text, "num_experts_per_tok", 2), width,
                    _is_symmetric_int4(quantized) and not width % _EXPERT_WIDTH and not hidden % _EXPERT_WIDTH)
 
 
@@ -197,14 +171,6 @@ def _is_symmetric_int4(quantized: Mapping[str, Any]) -> bool:
     return quantized.get("quant_method") == "compressed-tensors" and bool(groups) and all(
         weights.get("num_bits") == 4 and weights.get("type") == "int" and weights.get("symmetric")
         and weights.get("strategy") == "group" for weights in groups)
-
-
-def _head_dim(tensors: Iterable[Tensor], kv_heads: int) -> int:
-    """Derive the head size from the key projection of the text model, for configs without it; 0 if impossible."""
-    rows = next((tensor.shape[0] for tensor in tensors if len(tensor.shape) == 2 and tensor.shape[1] > 1
-                 and (layer := IN_LAYER.fullmatch(tensor.name))
-                 and layer[2] in ("self_attn.k_proj.weight", "self_attn.k_proj.weight_packed")), 0)
-    return rows // kv_heads
 
 
 def _dtype(config: Mapping[str, Any], text: Mapping[str, Any], embedding: Tensor | None) -> str:
@@ -228,5 +194,5 @@ def _count(text: Mapping[str, Any], key: str, default: int | None = None, notes:
             notes.append(f"{key} missing in config.json: {default} assumed")
         return default
     if type(value) is not int or not 0 < value < 1 << 40:
-        raise invalid_file("config.json", f"{key} is {value!r}, not a positive integer")
+        raise not_understood(f"{key} is {value!r}, not a positive integer")
     return value

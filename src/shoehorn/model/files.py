@@ -88,3 +88,10 @@ def invalid_file(name: str, problem: str) -> ModelUnavailableError:
     return ModelUnavailableError(f"Model file {name}: {problem}.",
                                  "Run `shoehorn pull` again, or choose another MODEL_ID or MODEL_REVISION.",
                                  code="invalid_model_file")
+
+
+def not_understood(problem: str) -> ModelUnavailableError:
+    """Return the error for an intact config.json that does not describe a model in a known way."""
+    return ModelUnavailableError(f"Model file config.json: architecture not understood: {problem}.",
+                                 "Choose another MODEL_ID, or add the key with --hf-overrides in VLLM_EXTRA_ARGS.",
+                                 code="architecture_not_understood")

@@ -32,7 +32,8 @@ class TensorBytes:
         linears: linear layers of the decoder layers, including scales and zeros of packed formats.
         experts: experts of mixtures of experts, including scales and zeros.
         quant_state: state of bitsandbytes; `parameters` counts the absmax entries only.
-        other: norms, biases, vision and all other tensors.
+        divided: matrices outside the layers that tensor parallelism divides: towers for images and sound, more tables.
+        other: norms, biases and all other tensors.
         unused: layers beyond the configured number, for multi-token prediction, which are not loaded.
     """
 
@@ -41,6 +42,7 @@ class TensorBytes:
     linears: TensorGroup = TensorGroup()
     experts: TensorGroup = TensorGroup()
     quant_state: TensorGroup = TensorGroup()
+    divided: TensorGroup = TensorGroup()
     other: TensorGroup = TensorGroup()
     unused: TensorGroup = TensorGroup()
 
@@ -78,6 +80,8 @@ class ModelShape:
         dtype: dtype of the checkpoint, as `bfloat16`.
         tied_embeddings: the output head shares the weights of the embedding.
         quantization: `quantization_config.quant_method` of the checkpoint; None if unquantized.
+        whole_bytes: of `linears`, those that every GPU of a stage holds whole.
+        key_value_bytes: of `linears`, projections of keys and values, divided over at most as many GPUs as KV heads.
         weights_bytes: size of all tensors.
         disk_bytes: size of all stored files.
         overrides: the user's changes of config.json (`hf-overrides`), completed; the shape includes them.
@@ -117,6 +121,8 @@ class ModelShape:
     block_size: int = 16
     kv_cache_dtype: str = "auto"
     longest_position: int = 0
+    whole_bytes: int = 0
+    key_value_bytes: int = 0
     overrides: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     @property

@@ -31,7 +31,7 @@ def plan(document: Mapping[str, Any], gpus: tuple[int, ...]) -> dict[int, Figure
     """
     try:
         shape = checkpoint.shape_of(document["config"], _tensors(document), 0,
-                                    document.get("options", {}).get("hf_overrides", {}))
+                                    document.get("options", {}).get("hf_overrides", {}), document.get("files", {}))
     except ShoehornError as error:
         return {number: {"refused": str(error)} for number in gpus}
     return {number: _figures(shape, number, document.get("options", {})) for number in gpus}

@@ -55,8 +55,15 @@ class Weights:
 
     @property
     def layers_bytes(self) -> int:
-        """Weights of all layers."""
-        return self.divided(self._layers[0])
+        """Weights of all layers: whole, divided by KV heads, or divided over all GPUs of a stage."""
+        size, stored = self._layers[0], self.shape.tensor_bytes
+        whole, key_value = self.shape.whole_bytes, self.shape.key_value_bytes
+        if not whole and not key_value:
+            return self.divided(size)
+        scale = size / max(1, stored.linears.bytes + stored.experts.bytes)
+        undivided = round(whole * scale), round(key_value * scale)
+        heads = min(self.config.parallelism.tensor, max(1, self.shape.kv_heads))
+        return undivided[0] + ceil_div(undivided[1], heads) + self.divided(size - sum(undivided))
 
     @property
     def quant_state_bytes(self) -> int:
@@ -129,8 +136,9 @@ class Weights:
 
     @property
     def other_bytes(self) -> int:
-        """Norms and all other tensors, whole on every GPU."""
-        return self._loaded_bytes(self.shape.tensor_bytes.other)
+        """Everything outside layers and embeddings: norms and small tensors whole, matrices of towers divided."""
+        groups = self.shape.tensor_bytes
+        return self._loaded_bytes(groups.other) + self.divided(self._loaded_bytes(groups.divided))
 
     @property
     def rotary_bytes(self) -> int:
