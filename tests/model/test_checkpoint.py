@@ -161,7 +161,8 @@ def test_rotary_tables_have_the_length_of_the_engines_tables(change: dict[str, o
 
 
 @pytest.mark.parametrize(("rope", "longest"), [
-    ({"rope_type": "linear", "factor": 4.0}, 2048), ({"type": "dynamic", "factor": 2}, 1024),
+    ({"rope_type": "linear", "factor": 4.0}, 2048), ({"type": "su", "factor": 4.0}, 512),
+    ({"type": "dynamic", "factor": 2}, 1024),
     ({"rope_type": "llama3", "factor": 8.0}, 512), ({"rope_type": "yarn", "factor": 4.0}, 512),
     ({"rope_type": "default"}, 512), ({"rope_type": "linear", "factor": None}, 512), ("odd", 512),
 ])

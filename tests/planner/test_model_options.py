@@ -19,7 +19,7 @@ from shoehorn.model.shape import ModelShape
 from shoehorn.planner.build import make_plan
 from shoehorn.planner.inputs import PlanInputs, PlanSettings
 from shoehorn.planner.plan import Plan, Refusal
-from support.plans import GIB, llama_8b, machine, planned, reason_of
+from support.plans import GIB, MIDDLE, llama_8b, machine, planned, reason_of
 
 H100 = ("NVIDIA H100 80GB HBM3", 79.2)
 YARN = """
@@ -29,12 +29,12 @@ max-model-len: LENGTH
 """
 
 
-def plan_with_config(tmp_path: Path, text: str, **environment: str) -> Plan | Refusal:
+def plan_with_config(tmp_path: Path, text: str, gpu: tuple[str, float] = H100, **environment: str) -> Plan | Refusal:
     """Plan Qwen3-8B with vLLM's own configuration file, as a deployment does."""
     path = tmp_path / "own.yaml"
     path.write_text(text)
     loaded = settings.load({"VRAM_PROFILE": str(path), **environment})
-    hardware = machine(H100)
+    hardware = machine(gpu)
     profile = inputs.select_profile(loaded, hardware)
     shape = checkpoint.read(captured.files("qwen3-8b"), config_overrides(loaded, profile))
     return make_plan(PlanInputs(PlanSettings.of(loaded), hardware, profile, shape))
@@ -48,6 +48,12 @@ def test_yarn_of_an_old_configuration_is_planned_and_completed(tmp_path: Path) -
         "rope_theta": 1000000, "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}}
     assert reason_of(plan, "hf-overrides").code == "overrides-completed"
     assert plan.kv_cache_tokens > 131072
+
+
+def test_context_of_an_engine_configuration_is_planned_as_it_stands(tmp_path: Path) -> None:
+    plan = plan_with_config(tmp_path, YARN.replace("LENGTH", "131072"), MIDDLE)
+    assert isinstance(plan, Plan)
+    assert plan.engine_args["max-model-len"] == 131072, "of a profile it would be an upper bound"
 
 
 def test_context_beyond_the_scaled_limit_is_lowered_with_a_reason(tmp_path: Path) -> None:

@@ -149,6 +149,11 @@ def test_blocks_of_a_model_with_states_hold_a_state() -> None:
     assert (computed.states, computed.state_bytes) == (2, 2 * 48 * 3_211_264)
 
 
+def test_blocks_of_compressed_attention_with_states_are_multiples_of_128_tokens() -> None:
+    assert [page.block_tokens for page in kinds_of(KIMI)] == [2816, 2816]
+    assert [page.block_tokens for page in kinds_of(QWEN)] == [784, 784]
+
+
 def test_sequences_are_limited_by_their_states() -> None:
     computed = layout(QWEN, 4096, 2048)
     assert computed.blocks(4 * GIB) == 83
