@@ -34,6 +34,7 @@ def register() -> None:
     from shoehorn_vllm.patches import (
         bnb_experts,
         cpu_sleep,
+        fair_scheduling,
         offload,
         request_usage,
     )
@@ -42,6 +43,7 @@ def register() -> None:
     offload.apply()
     cpu_sleep.apply()
     request_usage.apply()
+    fair_scheduling.apply()
     hybrid.apply()
     if current_platform.is_cuda():  # Triton is not in the CPU environment
         from shoehorn_vllm.hybrid import cached_experts

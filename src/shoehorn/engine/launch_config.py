@@ -28,9 +28,11 @@ def engine_arguments(settings: Settings, plan_arguments: Mapping[str, object], m
     """Return vLLM's options: the plan's and the appliance's.
 
     The engine listens on a Unix socket only, serves no documentation pages, writes no access log (the gateway does),
-    keeps idle streams alive with a comment every 15 s, and runs the appliance's middleware, which applies key limits.
+    keeps idle streams alive with a comment every 15 s, and runs the appliance's middleware, which applies key limits
+    and sets the priority of each request.
     """
     return {
+        "scheduling-policy": "priority",  # by the middleware's order of keys; a user may set fcfs
         **plan_arguments,
         "model": str(model),
         "served-model-name": [settings.served_model_name, *settings.served_aliases],

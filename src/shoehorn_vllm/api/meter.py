@@ -20,9 +20,11 @@ class Meter:
 
     Args:
         report: gets the name of a LoRA adapter or "", and the usage since the last report.
+        priority: for the engine's scheduler; lower is earlier.
     """
 
-    def __init__(self, report: Callable[[str, Usage], None]) -> None:
+    def __init__(self, report: Callable[[str, Usage], None], priority: int = 0) -> None:
+        self.priority = priority
         self._report = report
         self._is_counted = self._is_finished = False
         self._adapter = ""

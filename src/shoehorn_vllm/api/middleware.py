@@ -4,6 +4,8 @@ Rules:
 - the headers with the key's name and limits are trusted: the gateway sets them and no client can, and the engine
   listens on a Unix socket that only the appliance's user can open;
 - every POST below /v1/ counts; without the headers only the bound on the queue applies;
+- the engine serves keys that used fewer tokens first (`fairness`), and a full queue admits a key with less than
+  its share of it: one key cannot keep others waiting;
 - a refused request costs the engine nothing: the application does not see it;
 - the engine never has too many sequences either, however few requests they belong to;
 - `POST /-/drain?seconds=N` refuses new requests, waits up to N s for running ones, ends the rest with an error, and
@@ -27,6 +29,7 @@ from shoehorn_vllm.api import abilities, budgets, errors
 from shoehorn_vllm.api.abilities import UnsupportedError
 from shoehorn_vllm.api.admissions import AdmissionLog
 from shoehorn_vllm.api.errors import Failure
+from shoehorn_vllm.api.fairness import FairShare, Turn, expected_tokens
 from shoehorn_vllm.api.ledger import UsageLedger
 from shoehorn_vllm.api.limits import KeyUsage, LimitExceededError, apply_token_cap, count_sequences, parse_body
 from shoehorn_vllm.api.meter import CURRENT, Meter
@@ -83,6 +86,7 @@ class AdmissionMiddleware:
         self._max_answers = max(int(os.environ.get(name) or _DEFAULT_MAX_SEQUENCES) for name in SEQUENCE_VARIABLES)
         self._ledger = ledger or UsageLedger.from_environment()
         self._model = os.environ.get(MODEL_VARIABLE, "")
+        self._order = FairShare()
         self._admissions = admissions or AdmissionLog.from_environment()
         self._usage: defaultdict[str, KeyUsage] = defaultdict(KeyUsage)
         for key, times in self._admissions.read(time.monotonic()).items():
@@ -122,7 +126,7 @@ class AdmissionMiddleware:
         now = time.monotonic()
         self._metrics.set_budgets(key, limits)
         if failure := (budgets.check(self._ledger, key, limits, time.time())
-                       or self._check(usage, limits, now, headers.get(_LENGTH, b""))):
+                       or self._check(key, usage, limits, now, headers.get(_LENGTH, b""))):
             await self._refuse(send, path, key, failure)
             return
         if limits.requests_per_minute is not None:
@@ -130,16 +134,13 @@ class AdmissionMiddleware:
             self._admissions.append(key, now)
         usage.running += 1
         self._metrics.set_running(key, usage.running)
-        meter = Meter(functools.partial(self._count, key, _KEY in headers))
-        CURRENT.set(meter)
         try:
             await self._forward(scope, receive, send, key, limits)
         finally:
-            meter.finish()
             usage.running -= 1
             self._metrics.set_running(key, usage.running)
 
-    def _check(self, usage: KeyUsage, limits: KeyLimits, now: float, length: bytes) -> Failure | None:
+    def _check(self, key: str, usage: KeyUsage, limits: KeyLimits, now: float, length: bytes) -> Failure | None:
         """Return why a request is refused before its body is read; None when it is admitted."""
         concurrent = limits.concurrent
         if concurrent is not None and usage.running >= concurrent:
@@ -149,20 +150,23 @@ class AdmissionMiddleware:
         if wait is not None:
             return Failure(429, "rate_limit_exceeded", f"This key may send {limits.requests_per_minute} requests per "
                            f"minute. Retry in {wait} s.", wait)
-        if self._is_full():
+        if self._is_full(key):
             return _QUEUE_FULL
         if limits.body_bytes is not None and length.isdigit() and int(length) > limits.body_bytes:
             return _too_long(limits.body_bytes)
         return None
 
-    def _is_full(self) -> bool:
-        """No more requests may wait."""
-        is_queue_full = self._max_requests is not None and len(self._requests) >= self._max_requests
+    def _is_full(self, key: str) -> bool:
+        """No more requests of a key may wait: the queue is full, and the key has its share of it."""
+        own = sum(request.key == key for request in self._requests)
+        keys = len({key, *(request.key for request in self._requests)})
+        is_queue_full = (self._max_requests is not None and len(self._requests) >= self._max_requests
+                         and own >= self._max_requests // keys)
         return is_queue_full or sum(request.sequences for request in self._requests) >= MAX_SEQUENCES
 
     async def _forward(self, scope: Scope, receive: Receive, send: Send, key: str, limits: KeyLimits) -> None:
         path = scope["path"]
-        sequences = 1
+        sequences, document = 1, None
         try:
             body = await read_body(receive, limits.body_bytes)
             if body is None:
@@ -183,11 +187,14 @@ class AdmissionMiddleware:
         except (LimitExceededError, UnsupportedError) as error:
             await self._refuse(send, path, key, Failure(400, error.code, str(error), param=error.param))
             return
-        if self._is_stopping or self._is_full():  # while the body was being read
+        if self._is_stopping or self._is_full(key):  # while the body was being read
             await self._refuse(send, path, key, errors.STOPPING if self._is_stopping else _QUEUE_FULL)
             return
-        request = InFlightRequest(path, receive, send, body, sequences)
+        request = InFlightRequest(path, receive, send, body, sequences, key)
         self._requests.add(request)
+        turn = self._order.begin(key, expected_tokens(body, document, sequences), time.monotonic())
+        meter = Meter(functools.partial(self._count, key, _is_from_gateway(scope), turn), turn.priority)
+        CURRENT.set(meter)
         try:
             await self._app(scope, request.receive, request.send)
         except asyncio.CancelledError:
@@ -199,11 +206,14 @@ class AdmissionMiddleware:
                 await request.finish()
             finally:
                 self._requests.discard(request)
+                meter.finish()
+                self._order.end(key, turn, time.monotonic())
                 request.done.set_result(None)
                 self._metrics.count_request(key, request.outcome)
 
-    def _count(self, key: str, is_known: bool, adapter: str, usage: Usage) -> None:
+    def _count(self, key: str, is_known: bool, turn: Turn, adapter: str, usage: Usage) -> None:
         """Count usage of a key; that of the appliance's own requests is in the metrics only."""
+        turn.add(usage.tokens)
         self._metrics.count_tokens(key, usage)
         if is_known:
             self._ledger.add(key, adapter or self._model, usage)
@@ -246,6 +256,11 @@ class AdmissionMiddleware:
 async def _wait(requests: list[InFlightRequest], seconds: float) -> None:
     if futures := [request.done for request in requests if not request.done.done()]:
         await asyncio.wait(futures, timeout=seconds)
+
+
+def _is_from_gateway(scope: Scope) -> bool:
+    """Check whether the request has a key's name, which the appliance's own requests lack."""
+    return any(name == _KEY for name, _ in scope["headers"])
 
 
 def _with_length(headers: list[tuple[bytes, bytes]], length: int) -> list[tuple[bytes, bytes]]:

@@ -68,10 +68,12 @@ class InFlightRequest:
     Args:
         body: the whole body, already read.
         sequences: number of sequences that the engine makes of it.
+        key: name of its key.
     """
 
-    def __init__(self, path: str, receive: Receive, send: Send, body: bytes, sequences: int) -> None:
+    def __init__(self, path: str, receive: Receive, send: Send, body: bytes, sequences: int, key: str) -> None:
         self.sequences = sequences
+        self.key = key
         self.task = asyncio.current_task()
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._path = path
