@@ -63,8 +63,16 @@ def ask(question: str, port: int, secure: bool) -> tuple[bool, str]:
     finally:
         connection.close()
     if answer.status == 200:
-        return True, question
+        return True, "ready: idle, the next request starts the engine" if is_idle(body) else question
     return False, f"not {question}: {answer.status} {reason(body)}"
+
+
+def is_idle(body: bytes) -> bool:
+    """Check whether the body of /readyz reports an idle appliance."""
+    try:
+        return bool(json.loads(body)["status"] == "idle")
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return False
 
 
 def reason(body: bytes) -> str:

@@ -92,8 +92,8 @@ def by_concurrency(query: str) -> list[tuple[str, str]]:
 
 
 OVERVIEW = (
-    Panel("Phase", "Current phase of the appliance: ready, starting, or failed.", "none",
-          [(f'(shoehorn_phase{{{HERE},phase="ready"}} == 1) or 3 * (shoehorn_phase{{{HERE},phase="failed"}} == 1)'
+    Panel("Phase", "Current phase of the appliance: ready, idle (IDLE_STOP), starting, or failed.", "none",
+          [(f'(shoehorn_phase{{{HERE},phase=~"ready|idle"}} == 1) or 3 * (shoehorn_phase{{{HERE},phase="failed"}} == 1)'
             f' or 2 * (shoehorn_phase{{{HERE}}} == 1)', "{{phase}}")], 4, "value",
           steps=((0, GREEN), (2, YELLOW), (3, RED)), names=True),
     Panel("Alerts", "Firing alerts.", "none",

@@ -5,7 +5,7 @@ export const TEXT = {
     "other": "中文", "other.lang": "zh-CN",
     "phase.starting": "Starting", "phase.pulling": "Downloading", "phase.verifying": "Checking files",
     "phase.converting": "Converting", "phase.loading": "Loading", "phase.ready": "Ready",
-    "phase.stepping_down": "Trying a smaller plan", "phase.failed": "Failed", "phase.stopping": "Stopping",
+    "phase.stepping_down": "Trying a smaller plan", "phase.failed": "Failed", "phase.stopping": "Stopping", "phase.idle": "Idle",
     "headline.starting": "Detecting hardware and planning", "headline.pulling": "Downloading the model",
     "headline.verifying": "Checking every file", "headline.converting": "Converting the weights",
     "headline.loading": "Loading the model", "headline.stepping_down": "Out of memory; trying a smaller plan",
@@ -56,7 +56,7 @@ export const TEXT = {
   zh: {
     "other": "English", "other.lang": "en",
     "phase.starting": "启动中", "phase.pulling": "下载中", "phase.verifying": "校验中", "phase.converting": "转换中",
-    "phase.loading": "加载中", "phase.ready": "就绪", "phase.stepping_down": "缩减方案中", "phase.failed": "失败",
+    "phase.idle": "休眠", "phase.loading": "加载中", "phase.ready": "就绪", "phase.stepping_down": "缩减方案中", "phase.failed": "失败",
     "phase.stopping": "停止中",
     "headline.starting": "正在检测硬件并制定方案", "headline.pulling": "正在下载模型",
     "headline.verifying": "正在校验每个文件", "headline.converting": "正在转换权重", "headline.loading": "正在加载模型",

@@ -13,6 +13,7 @@ from types import MappingProxyType
 # Paths of the engine's API server that the gateway does not route.
 DRAIN_PATH = "/-/drain"
 PROBE_PATH = "/-/probe"
+ACTIVITY_PATH = "/-/activity"
 
 # Environment of the engine's processes.
 MAX_REQUESTS_VARIABLE = "SHOEHORN_MOST_REQUESTS"

@@ -104,6 +104,10 @@ MORE: tuple[tuple[str, dict[str, str], bool], ...] = (
                              f'shoehorn_phase{{{A},phase="stepping_down"}}': "0x25 1x35"}, True),
     ("ShoehornEngineHung", {f"vllm:num_requests_running{{{E}}}": "0x60",  # idle
                             f"vllm:iteration_tokens_total_count{{{E}}}": "100x60"}, False),
+    ("ShoehornNotReady", {f'shoehorn_phase{{{A},phase="ready"}}': "1x30 0x30",  # stopped while idle
+                          f'shoehorn_phase{{{A},phase="idle"}}': "0x30 1x30"}, False),
+    ("ShoehornNotReady", {f'shoehorn_phase{{{A},phase="ready"}}': "1x30 0x30",  # it does not come back
+                          f'shoehorn_phase{{{A},phase="idle"}}': "0x30 1x5 0x25"}, True),
     ("ShoehornNotReady", {f'shoehorn_phase{{{A},phase="ready"}}': "1x44 0x2 1x20"}, False),  # a quick restart
     ("ShoehornDown", {f"up{{{A}}}": "1x48 0x1 1x20"}, False),  # a scrape that was lost
     ("ShoehornErrors", {f'shoehorn_requests_total{{{A},key="k",outcome="aborted"}}': "0+10x60"}, True),

@@ -34,6 +34,7 @@ class BackgroundRequest(threading.Thread):
         self.path = path
         self.has_headers = threading.Event()  # a stream that waits in the queue sends no more than these
         self.text, self.status, self.transport_error = "", 0, ""
+        self._is_left = False
         self._url = f"{appliance.url}{path}"
         self._headers = {"Authorization": f"Bearer {key}"} if key else appliance.headers()
         self._body = {**LONG, **BODIES[path], "stream": True, **more}
@@ -47,8 +48,14 @@ class BackgroundRequest(threading.Thread):
                 self.has_headers.set()
                 for piece in answer.iter_text():
                     self.text += piece
+                    if self._is_left:
+                        return
         except httpx.TransportError as error:
             self.transport_error = repr(error)
+
+    def leave(self) -> None:
+        """Close the connection at the next piece of the answer."""
+        self._is_left = True
 
     def result(self, seconds: float = 60) -> str:
         """Return the whole answer; fail if it does not end properly."""

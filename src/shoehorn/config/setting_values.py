@@ -199,6 +199,16 @@ def arguments(text: str) -> tuple[str, ...]:
         raise ValueError(f"cannot be split into arguments: {error}") from error
 
 
+def idle_time(text: str) -> int | None:
+    """Parse a time such as 30m to seconds; None for `off`."""
+    if text == "off":
+        return None
+    match = re.fullmatch(r"([1-9][0-9]{0,5})([smh])", text)
+    if not match:
+        raise ValueError(f"invalid time {text!r}; write for example 30m, 2h or 90s, or off")
+    return int(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2]]
+
+
 def rate(text: str) -> int:
     """Parse bytes a second, at least 1 MB."""
     bytes_per_second = parse_size(text.removesuffix("/s"))

@@ -24,6 +24,7 @@ from shoehorn.config.setting_values import (
     SPECULATIVE_KEYWORDS,
     arguments,
     byte_size,
+    idle_time,
     integer,
     is_repository_name,
     length,
@@ -200,6 +201,10 @@ class ProcessSettings(_Group):
                                        one_of("text", "json"))]
     engine_log: Annotated[str, Setting(
         "stdout", "Destination of vLLM's log: `stdout`, or `file` for RUN_DIR/engine.log.", one_of("stdout", "file"))]
+    idle_stop: Annotated[int | None, Setting(
+        "off", "Time without requests after which the engine is stopped and its GPU and host memory freed, for example "
+        "`30m`, `2h` or `90s`. The next request starts it again, and gets status 503 until it serves. `off`: never.",
+        idle_time)]
     drain_timeout: Annotated[int, Setting(
         "60", "Seconds that running requests have to finish when the container stops.", integer(0, 3600))]
 

@@ -3,7 +3,8 @@
 The stages of a run:
 
     starting -> warming_up -> ready -> draining -> drained
-        `-----------`-----------`---------`-----------`---> exited
+        `-----------`-----------+---------`-----------`---> exited
+                                `--> idle (IDLE_STOP)
 
 Rules:
 - ready means that /health answered 200 and the engine then served a full batch (`readiness`) and the first request of
@@ -25,9 +26,10 @@ from pathlib import Path
 
 import httpx
 
-from shoehorn.engine import drain, feature_warm_up, pooling_proof, readiness, start_times
+from shoehorn.engine import drain, feature_warm_up, idle, pooling_proof, readiness, start_times
 from shoehorn.engine.diagnosis import HUNG, Diagnosis, diagnose
 from shoehorn.engine.fork_server import ForkServer
+from shoehorn.engine.idle import IdleWatch
 from shoehorn.engine.launch_spec import LaunchSpec
 from shoehorn.engine.output import EngineOutput
 from shoehorn.engine.start_times import StartTimes, measured
@@ -53,6 +55,7 @@ class Stage(StrEnum):
     READY = "ready"
     DRAINING = "draining"
     DRAINED = "drained"
+    IDLE = "idle"
 
 
 @dataclass(frozen=True)
@@ -83,9 +86,10 @@ class EngineRun:
         self._times = StartTimes(spec.earlier_seconds)
         self._memory_kills = host.memory_kills()
         self._watchdog: Watchdog | None = None
+        self._idle_watch: IdleWatch | None = None
 
-    def follow(self) -> Exit:
-        """Start the engine and return its exit; an exception of the caller stops it."""
+    def follow(self) -> Exit | None:
+        """Start the engine and return its exit; None if it was stopped while idle. The caller's exception stops it."""
         self._spec.run_dir.engine_socket.unlink(missing_ok=True)  # vLLM leaves it behind and does not start over it
         with measured(self._times.seconds, "import"):
             child = self._fork_server.launch(self._spec, self._read_line)
@@ -95,6 +99,8 @@ class EngineRun:
                     if failure := self._look(child, client):
                         child.stop(0.0)
                         return Exit(failure, self._is_ready)
+                    if self.stage is Stage.IDLE:
+                        return None
         finally:
             if self.stage in (Stage.READY, Stage.DRAINING) and child.poll() is None:
                 drain.drain_engine(self._spec.run_dir.engine_socket, self._spec.drain_seconds)
@@ -123,6 +129,8 @@ class EngineRun:
                 self._drain_on_request()
             elif self._watchdog and self._watchdog.is_hung():
                 return self._report_hang()
+            elif self._idle_watch and self._idle_watch.is_over():
+                self._stop_while_idle()
             self._fork_server.keep_spare()
         return None
 
@@ -143,6 +151,7 @@ class EngineRun:
             return
         self.stage = Stage.READY
         self._watchdog = Watchdog(client, model, _PATIENCE_FACTOR * batch_seconds, self._spec.timing)
+        self._idle_watch = IdleWatch(client, self._spec.idle_seconds, self._spec.timing.look)
         if not drain.is_requested(self._states.run_dir):
             self._on_ready()
             seconds = self._times.finish()
@@ -164,6 +173,12 @@ class EngineRun:
         self._states.update(detail="drained; can be stopped")
         drain.publish_result(self._states.run_dir, result)
         self.stage = Stage.DRAINED
+
+    def _stop_while_idle(self) -> None:
+        """Publish the phase, then finish requests that arrived in the last moment."""
+        idle.publish(self._states)
+        drain.drain_engine(self._spec.run_dir.engine_socket, self._spec.drain_seconds)
+        self.stage = Stage.IDLE
 
     def _report_hang(self) -> Diagnosis:
         log.error("%s", HUNG.cause)

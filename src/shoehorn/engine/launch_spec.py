@@ -25,6 +25,7 @@ class LaunchSpec:
         task: what the model is for, which the readiness check proves.
         log_file: file for the engine's output; None sends it to standard output.
         drain_seconds: time limit for running requests when serving ends.
+        idle_seconds: time without requests after which the engine is stopped; None: never.
         may_drop_speculation: after a failed start, a start without draft tokens may succeed.
         timing: waits of the engine program.
         earlier_seconds: of the parts of this start before the engine, by name (`start_times`).
@@ -37,6 +38,7 @@ class LaunchSpec:
     task: Task = Task.GENERATE
     log_file: Path | None = None
     drain_seconds: int = 60
+    idle_seconds: int | None = None
     may_drop_speculation: bool = False
     timing: Timing = field(default_factory=Timing)
     earlier_seconds: Mapping[str, float] = field(default_factory=dict)

@@ -152,6 +152,7 @@ def _launch_spec(settings: Settings, environment: Mapping[str, str], plan: Plan,
         run_dir=paths, environment=engine_environment(environment, variables, settings.run_dir),
         model=settings.served_model_name, options=plan.engine_args, task=plan.task,
         log_file=_engine_log(settings), drain_seconds=settings.drain_timeout,
+        idle_seconds=settings.idle_stop,
         may_drop_speculation=step_down.uses_unrequested_drafts(plan.engine_args, plan.fixed), timing=waits)
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from shoehorn.common.errors import EngineFailedError
+from shoehorn.engine import idle
 from shoehorn.engine.diagnosis import Diagnosis
 from shoehorn.engine.engine_run import EngineRun
 from shoehorn.engine.fork_server import ForkServer
@@ -58,6 +59,9 @@ class EngineServer:
             self._budget.require()
             run = EngineRun(self._spec, self._fork_server, self._states, self._on_ready)
             result = run.follow()
+            if result is None:
+                idle.wait_for_request(self._states, self._spec.timing.tick)
+                continue
             self._count(result.diagnosis)
             if not result.was_ready and self._may_step_down(result.diagnosis):
                 raise StartFailedError(result.diagnosis)

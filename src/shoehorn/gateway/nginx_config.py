@@ -94,6 +94,8 @@ def render(settings: Settings, run_dir: Path, user: str | None) -> str:
     environment = Environment(loader=FileSystemLoader(GATEWAY), undefined=StrictUndefined, finalize=quote,
                               autoescape=False, trim_blocks=True, keep_trailing_newline=True)  # noqa: S701  # see above
     files = _open_files()
+    cards = {name: {"id": name, "object": "model", "created": int(time.time()), "owned_by": "shoehorn"}
+             for name in (settings.served_model_name, *settings.served_aliases)}
     return environment.get_template("nginx.conf.j2").render(
         paths=paths, user=user, port=settings.port, page=GATEWAY / "page",
         open_files=files, connections=files - _OTHER_FILES,
@@ -109,8 +111,8 @@ def render(settings: Settings, run_dir: Path, user: str | None) -> str:
                                    "unencrypted.", "https_required")["openai"],
         not_served=error_bodies(404, "The loaded model does not support this endpoint.",
                                 "unknown_url")["openai"].rstrip(),
-        models={name: json.dumps({"id": name, "object": "model", "created": int(time.time()), "owned_by": "shoehorn"})
-                + "\n" for name in (settings.served_model_name, *settings.served_aliases)})
+        models={name: json.dumps(card) + "\n" for name, card in cards.items()},
+        models_body=json.dumps({"object": "list", "data": list(cards.values())}) + "\n")
 
 
 def _open_files() -> int:

@@ -25,6 +25,8 @@ from shoehorn.gateway.tls import CertificateWatch
 from shoehorn.runtime import parent_watch
 from shoehorn.runtime.run_dir import RunDir
 
+log = logging.getLogger("keys")
+
 KEEP_ALIVE_SECONDS = 75
 """For idle connections; nginx closes its own earlier."""
 
@@ -52,7 +54,7 @@ def listen(path: Path) -> socket.socket:
 async def serve(settings: Settings) -> None:
     """Serve until SIGTERM."""
     sources = KeySources(settings)
-    service = KeyService(sources.current)
+    service = KeyService(sources.current, on_request=WakeRequests(RunDir(settings.run_dir)))
 
     def names() -> Iterable[str]:
         try:
@@ -72,6 +74,25 @@ async def serve(settings: Settings) -> None:
         await server.serve(sockets=[listen(RunDir(settings.run_dir).keys_socket)])
         for task in tasks:
             task.cancel()
+
+
+class WakeRequests:
+    """Asks the engine program to start an engine that was stopped while idle (IDLE_STOP)."""
+
+    def __init__(self, paths: RunDir) -> None:
+        self._paths = paths
+        self._is_logged = False
+
+    def __call__(self) -> None:
+        """Leave the mark unless the engine serves."""
+        if self._paths.ready_mark.exists():
+            return
+        try:
+            self._paths.wake_request.touch()
+        except OSError as error:
+            if not self._is_logged:
+                log.error("cannot ask for the engine: path=%s error=%s", self._paths.wake_request, error.strerror)
+            self._is_logged = True
 
 
 class _GracefulServer(uvicorn.Server):

@@ -39,6 +39,16 @@ class RunDir:
         """Empty file that exists while the appliance has failed or its engine is down."""
         return self.path / "not-live"
 
+    @property
+    def idle_mark(self) -> Path:
+        """Empty file that exists exactly in the phase `idle`."""
+        return self.path / "idle"
+
+    @property
+    def wake_request(self) -> Path:
+        """Mark by which the key service asks the engine program to start the engine."""
+        return self.path / "wake"
+
     def unavailable_body(self, dialect: str) -> Path:
         """Body of a 503 in the error form of `openai` or `anthropic`."""
         return self.path / ("unavailable.json" if dialect == "openai" else f"unavailable.{dialect}.json")

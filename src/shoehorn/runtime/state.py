@@ -2,8 +2,8 @@
 
 Rules: the document is replaced atomically and never contains a secret. The gateway also serves, without calling another
 program, `unavailable.json`, the error that `/v1/*` answers while not ready (`unavailable.anthropic.json` for
-Anthropic's routes), and reads two empty files: `ready`, which exists exactly in this phase, and `not-live`, which
-exists when the appliance has failed and while an engine that hung or died has no successor yet.
+Anthropic's routes), and reads three empty files: `ready` and `idle`, which exist exactly in these phases, and
+`not-live`, which exists when the appliance has failed and while an engine that hung or died has no successor yet.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ class Phase(StrEnum):
     LOADING = "loading"
     READY = "ready"
     STEPPING_DOWN = "stepping_down"
+    IDLE = "idle"
     FAILED = "failed"
     STOPPING = "stopping"
 
@@ -89,6 +90,8 @@ def unavailable_bodies(state: State) -> dict[str, str]:
         message = "The engine is temporarily unavailable and is restarting. Retry in a few seconds."
     elif state.phase is Phase.FAILED:
         message = f"The model is unavailable: {state.cause}"
+    elif state.phase is Phase.IDLE:
+        message = "The model was stopped because it was idle. A request starts it again; retry in a few seconds."
     else:
         message = f"The model is not ready: {state.phase}{share}."
     return error_bodies(503, message, "model_not_ready", {"phase": state.phase, "progress": state.progress})
@@ -121,6 +124,7 @@ class StateFile:
         for dialect, body in unavailable_bodies(state).items():
             write_atomic(self._paths.unavailable_body(dialect), body)
         _set_mark(self._paths.not_live_mark, state.phase is Phase.FAILED or state.engine_down)
+        _set_mark(self._paths.idle_mark, state.phase is Phase.IDLE)
         _set_mark(self._paths.ready_mark, state.phase is Phase.READY)
 
     def update(self, **changes: object) -> State:

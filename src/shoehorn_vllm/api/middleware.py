@@ -9,7 +9,8 @@ Rules:
 - a refused request costs the engine nothing: the application does not see it;
 - the engine never has too many sequences either, however few requests they belong to;
 - `POST /-/drain?seconds=N` refuses new requests, waits up to N s for running ones, ends the rest with an error, and
-  answers {"finished": N, "aborted": N}. The gateway has no route to it.
+  answers {"finished": N, "aborted": N}; `GET /-/activity` answers {"running": N, "idle_seconds": S} of clients'
+  requests. The gateway has no route to them.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from shoehorn_vllm.api.metrics import NO_KEY, RequestMetrics
 from shoehorn_vllm.api.request import BodyTooLongError, InFlightRequest, Receive, Send, read_body, refuse
 from shoehorn_vllm.protocol import (
     ABILITIES_VARIABLE,
+    ACTIVITY_PATH,
     DRAIN_PATH,
     KEY_HEADER,
     LIMITS_HEADER,
@@ -93,6 +95,7 @@ class AdmissionMiddleware:
             self._usage[key].admitted.extend(times)
         self._requests: set[InFlightRequest] = set()
         self._is_stopping = False
+        self._used_at = time.monotonic()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection's request, as ASGI defines it."""
@@ -101,6 +104,8 @@ class AdmissionMiddleware:
             await self._app(scope, receive, send)
         elif path == DRAIN_PATH:
             await self._answer_drain(scope, send)
+        elif path == ACTIVITY_PATH:
+            await _answer_json(send, {"running": len(self._requests), "idle_seconds": time.monotonic() - self._used_at})
         elif path == PROBE_PATH:
             # The watchdog's text completion passes a full queue too: an engine may hang behind one.
             await self._app({**scope, "path": _COMPLETIONS, "raw_path": _COMPLETIONS.encode()}, receive, send)
@@ -208,6 +213,8 @@ class AdmissionMiddleware:
                 self._requests.discard(request)
                 meter.finish()
                 self._order.end(key, turn, time.monotonic())
+                if _is_from_gateway(scope):
+                    self._used_at = time.monotonic()
                 request.done.set_result(None)
                 self._metrics.count_request(key, request.outcome)
 
@@ -231,10 +238,7 @@ class AdmissionMiddleware:
             await refuse(send, Failure(400, "invalid_request", "Send POST /-/drain?seconds=N."), DRAIN_PATH)
             return
         finished, aborted = await self.drain(seconds)
-        content = json.dumps({"finished": finished, "aborted": aborted}).encode()
-        await send({"type": "http.response.start", "status": 200, "headers": [
-            (b"content-type", b"application/json"), (_LENGTH, str(len(content)).encode())]})
-        await send({"type": "http.response.body", "body": content})
+        await _answer_json(send, {"finished": finished, "aborted": aborted})
 
     async def drain(self, seconds: float) -> tuple[int, int]:
         """Refuse new requests, wait for running ones, abort the rest; returns how many finished and were aborted."""
@@ -251,6 +255,13 @@ class AdmissionMiddleware:
         await _wait(late, ABORT_SECONDS)
         await asyncio.to_thread(self._ledger.save)
         return len(running) - len(late), len(late)
+
+
+async def _answer_json(send: Send, document: object) -> None:
+    content = json.dumps(document).encode()
+    await send({"type": "http.response.start", "status": 200, "headers": [
+        (b"content-type", b"application/json"), (_LENGTH, str(len(content)).encode())]})
+    await send({"type": "http.response.body", "body": content})
 
 
 async def _wait(requests: list[InFlightRequest], seconds: float) -> None:

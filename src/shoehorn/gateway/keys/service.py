@@ -26,6 +26,8 @@ from shoehorn_vllm.protocol import KEY_HEADER, LIMITS_HEADER, REFUSAL_HEADER
 log = logging.getLogger("keys")
 
 SAVE_SECONDS = 30.0
+METHOD_HEADER = b"x-shoehorn-method"
+"""Header with the method of the client's request; nginx sets it."""
 
 Headers = Iterable[tuple[bytes, bytes]]
 Scope = MutableMapping[str, Any]
@@ -67,13 +69,16 @@ class KeyService:
     Args:
         load: returns the valid keys; raises SettingsError when they are unavailable.
         now: Unix time in seconds.
+        on_request: called for each admitted request that needs the engine (POST).
 
     Attributes:
         last_used: when each key was last used, of this process.
     """
 
-    def __init__(self, load: Callable[[], Keyring], now: Callable[[], float] = time.time) -> None:
+    def __init__(self, load: Callable[[], Keyring], now: Callable[[], float] = time.time,
+                 on_request: Callable[[], None] | None = None) -> None:
         self._load = load
+        self._on_request = on_request
         self._now = now
         self._problem = ""
         self.last_used: dict[str, float] = {}
@@ -87,6 +92,7 @@ class KeyService:
 
     def answer(self, headers: Headers) -> tuple[int, list[tuple[bytes, bytes]]]:
         """Return status and headers for a request with these headers (names in lowercase)."""
+        headers = list(headers)
         try:
             ring = self._load()
         except SettingsError as error:
@@ -95,7 +101,7 @@ class KeyService:
         self._log_change("")
         now = self._now()
         try:
-            key = ring.find(find_token(list(headers)))
+            key = ring.find(find_token(headers))
             if key is None:
                 raise RefusedKeyError("incorrect")
             if key.expires is not None and key.expires <= now:
@@ -103,6 +109,8 @@ class KeyService:
         except RefusedKeyError as refusal:
             return 401, [(REFUSAL_HEADER.lower().encode(), str(refusal).encode())]
         self.last_used[key.name] = now
+        if self._on_request and (METHOD_HEADER, b"POST") in headers:
+            self._on_request()
         return 200, [(KEY_HEADER.lower().encode(), key.name.encode()),
                      (LIMITS_HEADER.lower().encode(), key.limits.to_header().encode())]
 
