@@ -1,6 +1,6 @@
-// Chat: key, conversation, statistics. The conversation is kept in this page only, the key in this tab only.
+// Chat: key, conversation, statistics. Key and conversation are kept in this tab only.
+import { add, removeFrom, request, restore, save, setUpOptions, turns } from "./conversation.js";
 import { count, duration, speed } from "./format.js";
-import { Message } from "./message.js";
 import { ask, chat, ServerError } from "./stream.js";
 import { byId, keep, kept, make, say, t } from "./words.js";
 
@@ -9,7 +9,7 @@ const KEY = "shoehorn.key", MODEL = "shoehorn.model";
 let key = kept("sessionStorage", KEY);
 let models = [], model = "", contextUsed = 0, rate = 0, firstSeconds = 0;
 let ready = false, checking = false, running = null;
-let history = [], last = null; // elements of the last successful exchange
+let editing = null, following = true, lastTop = 0;
 
 const idle = () => ready && key && model && !running;
 
@@ -19,7 +19,8 @@ function showControls() {
   byId("composer").hidden = !model;
   byId("log").hidden = !byId("log").children.length;
   byId("clear").hidden = byId("log").hidden;
-  byId("again").hidden = !last || !idle();
+  byId("again").hidden = !turns.at(-1)?.answered || !idle() || Boolean(editing);
+  byId("editing").hidden = !editing;
   byId("ideas").hidden = !idle() || !byId("log").hidden;
   byId("models").hidden = models.length < 2 || !model;
   byId("send").disabled = !idle();
@@ -54,7 +55,12 @@ function forget() {
   models = [];
   keep("sessionStorage", KEY, "");
   keep("sessionStorage", MODEL, "");
-  byId("key").value = "";
+}
+
+// Shows why the server refused the key; the field keeps a wrong one, which may lack a character only.
+function refuse(error) {
+  say("key-error", error.status === 401 ? `${t("key.wrong")} ${error.message}` : explain(error));
+  if (error.status === 401) forget();
 }
 
 function choose(id) {
@@ -85,8 +91,7 @@ async function check(moveFocus) {
     keep("sessionStorage", KEY, key);
   } catch (error) {
     if (!(error instanceof ServerError)) throw error;
-    say("key-error", explain(error));
-    if (error.status === 401) forget();
+    refuse(error);
   } finally {
     checking = false;
     showControls();
@@ -94,10 +99,16 @@ async function check(moveFocus) {
   if (moveFocus) byId(model ? "message" : "key").focus();
 }
 
-function follow(log, change) {
-  const atEnd = log.scrollHeight - log.scrollTop - log.clientHeight < 40;
-  change();
-  if (atEnd) log.scrollTop = log.scrollHeight;
+// The view follows the answer to its end until the reader scrolls up, and again from the end on.
+function noteScroll() {
+  const log = byId("log");
+  if (log.scrollHeight - log.scrollTop - log.clientHeight < 40) following = true;
+  else if (log.scrollTop < lastTop) following = false;
+  lastTop = log.scrollTop;
+}
+
+function showEnd() {
+  if (following) byId("log").scrollTop = byId("log").scrollHeight;
 }
 
 function measure(usage, clock) {
@@ -111,7 +122,7 @@ function measure(usage, clock) {
 
 async function receive(message, signal) {
   const clock = {}, asked = performance.now();
-  for await (const { reasoning, content, usage, finish } of chat(history, model, key, signal)) {
+  for await (const { reasoning, content, usage, finish } of chat({ model, ...request() }, key, signal)) {
     if (reasoning || content) {
       if (!message.reasoning && !message.content) firstSeconds = (performance.now() - asked) / 1000;
       message.add(reasoning, content);
@@ -123,19 +134,18 @@ async function receive(message, signal) {
 }
 
 async function send(text) {
-  const log = byId("log"), message = new Message("assistant"), question = new Message("user");
-  question.content = text;
-  question.end();
-  message.draw();
-  history.push({ role: "user", content: text });
+  if (editing) removeFrom(editing);
+  editing = null;
+  byId("log").hidden = false;
+  const turn = add(text, edit), message = turn.answer;
   running = new AbortController();
   rate = firstSeconds = 0;
-  log.hidden = false;
-  log.append(question.element, message.element);
-  log.scrollTop = log.scrollHeight;
-  message.onDraw = () => follow(log, () => {});
+  following = true;
+  showEnd();
+  message.onDraw = showEnd;
   say("activity", t("answering"));
   showControls();
+  byId("composer").scrollIntoView({ block: "nearest" });
   let ending = "answered";
   try {
     await receive(message, running.signal);
@@ -146,20 +156,27 @@ async function send(text) {
     } else if (error instanceof ServerError) {
       ending = "";
       message.note("", explain(error), "error");
-      if (error.status === 401) { forget(); say("key-error", explain(error)); }
+      if (error.status === 401) refuse(error);
     } else throw error;
   } finally {
-    follow(log, () => message.end());
+    message.end();
+    showEnd();
     running = null;
-    last = message.content ? [question.element, message.element] : null;
-    if (message.content) history.push({ role: "assistant", content: message.content });
-    else { // without an answer: the question can be resent
-      history.pop();
-      if (!byId("message").value) byId("message").value = text;
-    }
+    turn.answered = Boolean(message.content);
+    if (!turn.answered && !byId("message").value) byId("message").value = text; // to be sent again
+    save();
     say("activity", ending ? t(ending) : "");
     showControls();
   }
+}
+
+// Puts a question into the field; sending replaces it and all that follows.
+function edit(turn) {
+  if (running) return;
+  editing = turn;
+  byId("message").value = turn.question.content;
+  showControls();
+  byId("message").focus();
 }
 
 // Called with each state: readiness of the engine, and the name of its model.
@@ -181,23 +198,31 @@ export function setUp() {
   byId("forget").addEventListener("click", () => {
     running?.abort();
     forget();
+    byId("key").value = "";
     showControls();
     byId("key").focus();
   });
   byId("clear").addEventListener("click", () => {
-    history = [];
-    last = null;
+    editing = null;
     contextUsed = 0;
+    if (turns.length) removeFrom(turns[0]);
     byId("log").replaceChildren();
     showFigures();
     showControls();
     byId("message").focus();
   });
   byId("again").addEventListener("click", () => { // resend the question and replace its answer
-    const text = history.splice(-2)[0].content;
-    for (const element of last) element.remove();
+    const turn = turns.at(-1), text = turn.question.content;
+    removeFrom(turn);
     send(text);
   });
+  byId("edit-cancel").addEventListener("click", () => {
+    editing = null;
+    byId("message").value = "";
+    showControls();
+    byId("message").focus();
+  });
+  byId("log").addEventListener("scroll", noteScroll);
   byId("model-choice").addEventListener("change", (event) => choose(event.target.value));
   for (const button of document.querySelectorAll("#ideas button")) button.addEventListener("click", () => {
     if (idle()) send(button.textContent);
@@ -219,5 +244,9 @@ export function setUp() {
     running?.abort();
     byId("message").focus();
   });
+  addEventListener("pagehide", save); // also of an answer that is not complete
+  setUpOptions();
+  restore(edit);
   showControls();
+  showEnd();
 }

@@ -20,10 +20,20 @@ export class Message {
     this.body = make("div", "text");
     this.copy = copyButton(() => this.content);
     this.copy.hidden = true;
-    const head = make("div", "bar");
-    head.append(name, this.copy);
+    const head = make("div", "bar"), buttons = make("div", "row");
+    buttons.append(this.copy);
+    head.append(name, buttons);
     this.element.append(head, this.thought, this.body);
     this.drawing = 0;
+  }
+
+  // Adds a button that calls `edit`.
+  addEdit(edit) {
+    const button = make("button", "quiet", t("edit"));
+    button.type = "button";
+    button.dataset.text = "edit";
+    button.addEventListener("click", edit);
+    this.copy.before(button);
   }
 
   // Adds a piece; drawn with the browser's next frame, whatever the number of pieces.

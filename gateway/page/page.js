@@ -14,12 +14,12 @@ function showNotice() {
   if (missing) backUntil = Infinity;
   else if (backUntil === Infinity) backUntil = Date.now() + BACK_MS;
   const back = used && !missing && state.phase === "ready" && Date.now() < backUntil;
-  say("notice", !connected ? t("lost") : away ? t("again", phaseName(state.phase)) : back ? t("back") : "");
+  say("notice", !connected ? t("lost") : state?.phase === "idle" ? t("idle") : away ? t("again", phaseName(state.phase)) : back ? t("back") : "");
 }
 
 function show() {
   if (!state) return;
-  const ready = state.phase === "ready";
+  const ready = state.phase === "ready" || state.phase === "idle"; // a message starts an idle engine
   away = used && !ready && state.phase !== "failed";
   used ||= ready;
   showStatus(state, now, used);

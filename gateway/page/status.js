@@ -4,13 +4,16 @@ import { byId, detail, say, t, TEXT } from "./words.js";
 
 const STEP_OF = {
   starting: "prepare", pulling: "fetch", verifying: "fetch", converting: "fetch",
-  loading: "load", stepping_down: "load", ready: "ready",
+  loading: "load", stepping_down: "load", ready: "ready", idle: "ready",
 };
 const ORDER = ["prepare", "fetch", "load", "ready"];
 const PERIOD_MS = 2000;
 const PATIENCE_MS = 5000;
 
-function showSteps(phase) {
+function showSteps({ phase, bytes_total }) {
+  // Without a download there is no such step: the model was complete, or is a local folder.
+  const fetched = bytes_total > 0 || !["load", "ready"].includes(STEP_OF[phase]);
+  document.querySelector('[data-step="fetch"]').hidden = !fetched;
   const current = ORDER.indexOf(STEP_OF[phase]);
   for (const item of document.querySelectorAll("#steps li")) {
     const place = ORDER.indexOf(item.dataset.step);
@@ -43,9 +46,9 @@ function showProgress(state, now) {
 // `now`: the server's clock, in seconds. `used`: it was ready before, so the conversation stays visible.
 export function showStatus(state, now, used) {
   const { phase } = state;
-  const ready = phase === "ready", failed = phase === "failed";
+  const ready = phase === "ready" || phase === "idle", failed = phase === "failed";
   say("badge", phaseName(phase));
-  byId("badge").dataset.kind = ready || failed ? phase : "waiting";
+  byId("badge").dataset.kind = phase === "ready" || failed ? phase : "waiting";
   document.title = `${phaseName(phase)} · Shoehorn`;
   say("model", state.model);
   byId("start").hidden = ready || failed;
@@ -54,7 +57,7 @@ export function showStatus(state, now, used) {
   byId("use").hidden = !used;
   byId("chat").hidden = !used || task !== "generate";
   say("serves", task === "generate" ? "" : known(`serves.${task}`));
-  showSteps(phase);
+  showSteps(state);
   showProgress(state, now);
   say("cause", state.cause);
   say("remedy", state.remedy);

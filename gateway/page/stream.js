@@ -53,9 +53,9 @@ export async function* events(body) {
 
 // Yields the pieces of a chat answer: {reasoning, content, usage, finish}. Throws ServerError when the stream contains
 // an error or is incomplete.
-export async function* chat(messages, model, key, signal) {
+export async function* chat(body, key, signal) {
   const answer = await ask("v1/chat/completions", key, {
-    model, messages, stream: true, stream_options: { include_usage: true, continuous_usage_stats: true },
+    ...body, stream: true, stream_options: { include_usage: true, continuous_usage_stats: true },
   }, signal);
   try {
     for await (const data of events(answer.body)) {

@@ -47,8 +47,10 @@ def test_invalid_key_is_rejected_and_a_valid_one_chats(appliance: Appliance, vis
     seen = visit(appliance.url, refusals=(401,))
     seen.wait_for("#chat-title", "Chat")
     seen.use_key("sk-wrong")
+    expect(seen.page.locator("#key-error")).to_contain_text("This key was refused.")
     expect(seen.page.locator("#key-error")).to_contain_text("Incorrect API key provided.")
     expect(seen.page.get_by_label("API key")).to_be_focused()
+    assert seen.page.get_by_label("API key").input_value() == "sk-wrong", "it may lack one character only"
     seen.use_key(appliance.key)
     expect(seen.page.get_by_label("Your message")).to_be_focused()
     seen.ask(NAME)

@@ -34,7 +34,7 @@ MAX_CONNECTIONS = 8192
 one for 10 s."""
 _OTHER_FILES = 64
 PAGE_FILES = ("page.css", "chat.css", "page.js", "words.js", "format.js", "status.js", "vram.js", "stream.js",
-              "chat.js", "message.js", "markdown.js", "marked.esm.js", "snippets.js", "icon.svg")
+              "conversation.js", "chat.js", "message.js", "markdown.js", "marked.esm.js", "snippets.js", "icon.svg")
 
 _SOCKET_PATH_BYTES = 107
 _UNQUOTABLE = re.compile("[\x00-\x09\x0b-\x1f\x7f$\ud800-\udfff]")
