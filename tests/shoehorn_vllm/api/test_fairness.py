@@ -73,6 +73,15 @@ def test_lead_is_forgotten_by_half_in_a_minute_and_idle_server_forgets_all() -> 
     assert begin(order, "a")[0].priority == 0
 
 
+def test_unused_tokens_are_given_back() -> None:
+    order = FairShare()
+    begin(order, "b")
+    short = begin(order, "a", 1, 1000)[0]
+    short.add(40)
+    order.end("a", short, 0.0)
+    assert begin(order, "a")[0].priority == 40
+
+
 def test_expected_tokens_follow_length_answers_and_maximum() -> None:
     assert expected_tokens(b"x" * 400, {"max_tokens": 7}, 3) == 100 + 21
     assert expected_tokens(b"", {"max_tokens": 10**9}, 1) == ANSWER_TOKENS

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import time
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -141,6 +142,22 @@ def test_ledger_survives_a_restart_and_sees_other_containers(tmp_path: Path) -> 
     third.save()
     assert third.used("alice", "month") == 2
     assert sum(usage.tokens for usage in UsageFiles(tmp_path).read("2026-11").values()) == 17
+
+
+def test_figures_that_arrive_during_a_save_are_kept(tmp_path: Path) -> None:
+    class Slow(UsageFiles):
+        """A volume that answers after the next request."""
+
+        def add(self, figures: Mapping[Account, Usage]) -> dict[str, dict[Account, Usage]]:
+            ledger.add("alice", "m", Usage(1, 3, 0))
+            return super().add(figures)
+
+    ledger = UsageLedger(Slow(tmp_path), Clock())
+    ledger.add("alice", "m", Usage(1, 10, 5))
+    ledger.save()
+    assert ledger.used("alice", "day") == 18
+    ledger.save()
+    assert ledger.used("alice", "day") == 21, "18 and the three of this save"
 
 
 def test_failed_save_keeps_the_figures_and_is_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
