@@ -73,9 +73,9 @@ def run(arguments: argparse.Namespace, environment: Mapping[str, str]) -> int:
     require_appliance(settings.run_dir, "bench")
     state = StateFile(settings.run_dir).read()
     if state.phase is not Phase.READY:
-        raise ShoehornError(f"Appliance: not ready (phase {state.phase}).", "Send a request, which starts the engine; then retry." if state.phase is Phase.IDLE
-                            else "Retry when /readyz answers 200.",
-                            code="not_ready")
+        remedy = ("Send a request, which starts the engine; then retry." if state.phase is Phase.IDLE
+                  else "Retry when /readyz answers 200.")
+        raise ShoehornError(f"Appliance: not ready (phase {state.phase}).", remedy, code="not_ready")
     if arguments.start:
         _print_start(state, arguments.json)
         return EXIT_DONE

@@ -61,11 +61,11 @@ class EngineServer:
             result = run.follow()
             if result is None:
                 idle.wait_for_request(self._states, self._spec.timing.tick)
-                continue
-            self._count(result.diagnosis)
-            if not result.was_ready and self._may_step_down(result.diagnosis):
-                raise StartFailedError(result.diagnosis)
-            self._restart_after(result.diagnosis, run)
+            else:
+                self._count(result.diagnosis)
+                if not result.was_ready and self._may_step_down(result.diagnosis):
+                    raise StartFailedError(result.diagnosis)
+                self._restart_after(result.diagnosis, run)
             self._spec = replace(self._spec, earlier_seconds={})
 
     def _count(self, diagnosis: Diagnosis) -> None:
