@@ -64,7 +64,7 @@ def test_reload_keeps_the_conversation_of_the_tab(gate: Gateway, visit: Visits) 
         seen.page.reload()
         expect(seen.page.locator(".assistant strong")).to_have_text("One")
         expect(seen.page.locator(".user .text")).to_have_text("First <b>")
-        assert seen.page.locator(".reasoning div").text_content() == "Thinking."
+        assert seen.page.locator(".assistant .reasoning div").text_content() == "Thinking."
         engine.script = [*say("Two."), "[DONE]"]
         seen.ask("Second")
         expect(seen.page.locator(".assistant .text").last).to_have_text("Two.")
