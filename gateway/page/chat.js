@@ -16,7 +16,7 @@ const idle = () => ready && key && model && !running;
 function showControls() {
   byId("key-form").hidden = Boolean(key && model);
   byId("key-held").hidden = !key || !model;
-  byId("composer").hidden = !model;
+  byId("composer").hidden = byId("options").hidden = !model;
   byId("log").hidden = !byId("log").children.length;
   byId("clear").hidden = byId("log").hidden;
   byId("again").hidden = !turns.at(-1)?.answered || !idle() || Boolean(editing);
