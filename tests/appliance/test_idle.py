@@ -18,7 +18,7 @@ from support.running import Appliance, standin
 pytestmark = pytest.mark.process
 
 Start = Callable[..., Appliance]
-PARTS = ("api_server.entry", "VLLM::EngineCor", "VLLM::Worker")
+PARTS = ("VLLM::APIServer", "VLLM::EngineCor", "VLLM::Worker")
 
 
 @pytest.mark.fault("No request for IDLE_STOP", "The engine ends and frees its memory; the next request gets 503 with "
