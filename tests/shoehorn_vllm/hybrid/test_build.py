@@ -47,3 +47,8 @@ def test_an_instruction_set_is_chosen_by_name() -> None:
 def test_a_library_that_is_missing(tmp_path: Path) -> None:
     with pytest.raises(library.KernelUnavailableError, match="Install a C compiler"):
         library.load(str(tmp_path / "none.so"))
+
+
+def test_a_library_of_an_earlier_version() -> None:
+    with pytest.raises(library.KernelUnavailableError, match="Reinstall Shoehorn"):
+        library.load("libc.so.6")  # loads, and lacks the kernel's functions

@@ -87,7 +87,11 @@ def load(path: str = "") -> ctypes.CDLL:
         raise KernelUnavailableError(f"CPU kernel: unavailable ({error}). Install a C compiler and reinstall Shoehorn."
                                      ) from error
     for name, types in _SIGNATURES.items():
-        function = getattr(library, name)
+        try:
+            function = getattr(library, name)
+        except AttributeError as error:  # of an earlier version, whose sources are newer now
+            raise KernelUnavailableError(f"CPU kernel: {library._name} is outdated, {name} is missing. "
+                                         "Reinstall Shoehorn.") from error
         function.argtypes, function.restype = types, ctypes.c_int
     return library
 
