@@ -37,10 +37,58 @@ def kind_of(convert: Callable[[str], Any] | None) -> str:
     return "text" if isinstance(tried("{}"), str) else "json"
 
 
+TRIALS = {"object": "{}", "list": "[]", "number": "1", "text": "word"}
+"""One value of each JSON type; an option accepts a type if the parser and the field's own type accept the value."""
+
+
+def field_types() -> dict[str, Any]:
+    """Return the types of vLLM's options that are fields of its engine arguments, by name."""
+    from dataclasses import fields
+
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    return {field.name.replace("_", "-"): field.type for field in fields(AsyncEngineArgs)
+            if not isinstance(field.type, str)}
+
+
+def accepted_types(convert: Callable[[str], Any], hint: Any) -> list[str]:
+    """Return the JSON types that an option accepts."""
+    from pydantic import PydanticSchemaGenerationError, PydanticUserError, TypeAdapter
+
+    def is_accepted(text: str) -> bool:
+        try:
+            value = convert(text)
+            if hint is not None and isinstance(value, dict | list | int | str):
+                TypeAdapter(hint).validate_python(value)
+        except (PydanticUserError, PydanticSchemaGenerationError):  # a type that only vLLM understands
+            return True
+        except (ValueError, TypeError, argparse.ArgumentTypeError):
+            return False
+        return True
+
+    return [name for name, text in TRIALS.items() if is_accepted(text)]
+
+
+def keys_of(convert: Callable[[str], Any], hint: Any) -> list[str]:
+    """Return the keys of an option that refuses others; nothing for one that takes any key."""
+    from typing import get_args
+
+    for each in (hint, *get_args(hint)):
+        names = sorted(getattr(each, "__dataclass_fields__", ()))
+        if names:
+            try:
+                convert(json.dumps({"no_such_key": 1}))
+            except (ValueError, TypeError, argparse.ArgumentTypeError):
+                return names
+    return []
+
+
 def record(parser: argparse.ArgumentParser) -> dict[str, dict[str, Any]]:
     """Return every option by its name without dashes: `takes` (value, switch or list), `kind`, and if present
-    `choices`, `short` (other spellings) and `negatable`."""
+    `accepts` (JSON types), `keys` (of an object that refuses others), `choices`, `short` (other
+    spellings) and `negatable`."""
     options: dict[str, dict[str, Any]] = {}
+    hints, closed = field_types(), closed_lists()
     for action in parser._actions:
         long = [text for text in action.option_strings if text.startswith("--")]
         if not long or action.dest == "help":
@@ -52,12 +100,35 @@ def record(parser: argparse.ArgumentParser) -> dict[str, dict[str, Any]]:
             entry["kind"] = kind_of(action.type if callable(action.type) else None)
         if action.choices:
             entry["choices"] = sorted(str(choice) for choice in action.choices if choice is not None)
+        if entry.get("kind") == "json" and callable(action.type):
+            entry["accepts"] = accepted_types(action.type, hints.get(name))
+            if keys := keys_of(action.type, hints.get(name)) or config_keys().get(name):
+                entry["keys"] = keys
+        if name in closed:
+            entry["choices"] = closed[name]
         if short := sorted(set(action.option_strings) - {f"--{name}", f"--no-{name}"}):
             entry["short"] = short
         if negatable:
             entry["negatable"] = True
         options[name] = entry
     return dict(sorted(options.items()))
+
+
+def config_keys() -> dict[str, list[str]]:
+    """Return the keys of options that the parser takes as they are and vLLM's configuration checks later."""
+    from vllm.config import SpeculativeConfig
+
+    return {"speculative-config": sorted(SpeculativeConfig.__dataclass_fields__)}
+
+
+def closed_lists() -> dict[str, list[str]]:
+    """Return the values of options that vLLM looks up in a registry after its parser."""
+    from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
+    from vllm.model_executor.model_loader import _LOAD_FORMAT_TO_MODEL_LOADER
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()
+    return {"quantization": sorted(QUANTIZATION_METHODS), "load-format": sorted(_LOAD_FORMAT_TO_MODEL_LOADER)}
 
 
 def record_parsers() -> dict[str, list[str]]:

@@ -150,9 +150,9 @@ def test_arguments_are_parsed_as_vllm_parses_them() -> None:
 
 
 def test_json_options_and_nested_keys_are_merged() -> None:
-    words = ['--speculative-config={"method": "ngram", "x": {"y": 1}}', "--speculative-config.num_speculative_tokens",
-             "5", "--speculative-config.x.z", "word"]
-    assert parse_arguments(words) == {"speculative-config": {
+    words = ['--additional-config={"method": "ngram", "x": {"y": 1}}', "--additional-config.num_speculative_tokens",
+             "5", "--additional-config.x.z", "word"]
+    assert parse_arguments(words) == {"additional-config": {
         "method": "ngram", "num_speculative_tokens": 5, "x": {"y": 1, "z": "word"}}}
 
 
@@ -184,6 +184,13 @@ def test_last_value_of_an_option_wins() -> None:
     ("--max-num-seqs --enforce-eager", "--max-num-seqs: value missing"),
     ("--max-num-seqs.x 1", "--max-num-seqs.x"),
     ("--compilation-config {bad", "JSON"),
+    ("--limit-mm-per-prompt image=2", "'image=2' is not a JSON object"),
+    ("--compilation-config 3", "'3' is not a JSON object"),
+    ("--speculative-config []", "is not a JSON object"),
+    ("--compilation-config.modes 3", "unknown key 'modes'; did you mean mode?"),
+    ("--speculative-config.num_speculative_token 3", "did you mean num_speculative_tokens"),
+    ("--quantization awk", "'awk' is not one of"),
+    ("--load-format bogus", "'bogus' is not one of"),
     ("-x", "unknown vLLM option -x"),
     ("meta-llama/x", "'meta-llama/x' is not an option"),
     ("--", "'--' is not an option"),

@@ -9,6 +9,7 @@ import yaml
 
 from shoehorn.common.errors import SettingsError
 from shoehorn.config import profiles
+from shoehorn.config.vllm_yaml import translate
 
 OLD = """
 model: deepseek-ai/DeepSeek-R1-Distill-Llama-70B
@@ -83,3 +84,27 @@ def test_profile_is_not_mistaken_for_a_vllm_configuration(tmp_path: Path) -> Non
     assert load(tmp_path, yaml.safe_dump({"engine": {"seed": 1}, "match": {"vram": "7GB"}})).notes == ()
     with pytest.raises(SettingsError, match="swap-space"):
         load(tmp_path, yaml.safe_dump({"engine": {"swap-space": 1}}))
+
+
+def test_older_forms_of_values_are_translated() -> None:
+    engine, notes, mistakes = translate({
+        "limit-mm-per-prompt": "image=5,video=1", "compilation_config": 3, "max-model-len": "auto",
+        "speculative_model": "[ngram]", "num_speculative_tokens": 5, "ngram_prompt_lookup_max": 4,
+        "ngram-prompt-lookup-min": 2})
+    assert engine == {
+        "limit-mm-per-prompt": {"image": 5, "video": 1}, "compilation-config": {"mode": 3},
+        "speculative-config": {"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_max": 4,
+                               "prompt_lookup_min": 2}}
+    assert len(notes) == 7
+    assert mistakes == []
+
+
+def test_current_forms_of_values_stay() -> None:
+    current = {"limit-mm-per-prompt": {"image": 5}, "compilation-config": {"mode": 3}, "max-model-len": 4096}
+    assert translate(current) == (current, [], [])
+    assert translate({"compilation-config": {"level": 3}})[0] == {"compilation-config": {"mode": 3}}
+
+
+def test_adapters_may_be_a_list_of_mappings() -> None:
+    profile = profiles.parse({"model": "a/b", "lora-modules": [{"name": "x", "path": "/x"}, "y=/y"]}, "x.yaml", "x")
+    assert profile.engine["lora-modules"] == ['{"name": "x", "path": "/x"}', "y=/y"]

@@ -100,6 +100,8 @@ class Option:
         kind: of its values: `int`, `size` (an integer that may be written 8k), `float`, `json` or `text`.
         short: aliases, including dashes.
         negatable: `--no-NAME` exists.
+        accepts: of JSON, the types `object`, `list`, `number` and `text`.
+        keys: of an object that refuses others; empty if it takes any.
     """
 
     takes: str
@@ -107,6 +109,8 @@ class Option:
     choices: tuple[str, ...] = ()
     short: tuple[str, ...] = ()
     negatable: bool = False
+    accepts: tuple[str, ...] = ()
+    keys: tuple[str, ...] = ()
 
 
 @functools.cache
@@ -114,7 +118,8 @@ def recorded() -> Mapping[str, Option]:
     """Return every option by name."""
     document = json.loads(resources.files("shoehorn.config").joinpath("vllm_options.json").read_text(encoding="utf-8"))
     return {name: Option(entry["takes"], entry.get("kind", "text"), tuple(entry.get("choices", ())),
-                         tuple(entry.get("short", ())), entry.get("negatable", False))
+                         tuple(entry.get("short", ())), entry.get("negatable", False),
+                         tuple(entry.get("accepts", ())), tuple(entry.get("keys", ())))
             for name, entry in document["options"].items()}
 
 
@@ -156,8 +161,10 @@ def check(name: str, value: object) -> object:
             raise ValueError(f"{name}: cannot be switched off; remove it")
         return value
     if isinstance(value, dict) and option.kind == "json":
-        return value
+        return _checked(name, option, value)
     values = value if isinstance(value, list) and option.takes == "list" else [value]
+    if name == "lora-modules":
+        values = [json.dumps(each) if isinstance(each, dict) else each for each in values]
     if not values or any(isinstance(each, bool | list | dict) or each is None for each in values):
         raise ValueError(f"{name}: {value!r} is not a {option.takes}")
     converted = [_convert(name, option, str(each)) for each in values]
@@ -248,10 +255,34 @@ def _convert(name: str, option: Option, text: str) -> object:
             value = json.loads(text)
         except ValueError as error:
             raise ValueError(f"--{name}: {text!r} is not valid JSON ({error})") from error
+        _checked(name, option, value)
+    elif option.kind == "json" and option.accepts and "text" not in option.accepts and not _is_accepted(option, text):
+        raise ValueError(f"--{name}: {text!r} is not {' or '.join(_JSON_FORMS[each] for each in option.accepts)}")
     else:
         value = text
     if option.choices and text not in option.choices and text.replace("-", "_") not in option.choices:
         raise ValueError(f"--{name}: {text!r} is not one of {', '.join(option.choices)}")
+    return value
+
+
+_JSON_FORMS = {"object": "a JSON object like {\"key\": 1}", "list": "a JSON list", "number": "a number"}
+
+
+def _is_accepted(option: Option, text: str) -> bool:
+    """Return whether a text that is not an object has a JSON type that the option accepts."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return False
+    return ("list" if isinstance(value, list) else "number" if isinstance(value, int | float) else "") in option.accepts
+
+
+def _checked(name: str, option: Option, value: dict[str, object]) -> dict[str, object]:
+    """Check the keys of an object. Raises ValueError."""
+    for key in value:
+        if option.keys and str(key).partition(".")[0] not in option.keys:
+            similar = difflib.get_close_matches(str(key), option.keys, 1)
+            raise ValueError(f"--{name}: unknown key {key!r}" + (f"; did you mean {similar[0]}?" if similar else ""))
     return value
 
 
@@ -265,7 +296,7 @@ def _nested(name: str, option: Option, path: str, text: str) -> dict[str, object
         value = text
     for key in reversed(path.split(".")):
         value = {key: value}
-    return dict(value)
+    return _checked(name, option, dict(value))
 
 
 def _merged(old: Mapping[str, object], new: Mapping[str, object]) -> dict[str, object]:

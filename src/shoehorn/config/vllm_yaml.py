@@ -73,11 +73,53 @@ def _speculative_tokens(value: object, engine: dict[str, object]) -> str:
     return "replaced by speculative-config"
 
 
+def _speculative_key(key: str) -> Callable[[object, dict[str, object]], str]:
+    def translate(value: object, engine: dict[str, object]) -> str:
+        config = engine.setdefault("speculative-config", {})
+        if isinstance(config, dict):
+            config[key] = value
+        return f"replaced by speculative-config: {key}"
+
+    return translate
+
+
+def _pairs(value: object) -> tuple[object, str]:
+    """Translate `image=2,video=1` to {"image": 2, "video": 1}."""
+    words = [word.partition("=") for word in value.split(",")] if isinstance(value, str) else []
+    if not words or not all(name.strip() and number.strip().isdigit() for name, _, number in words):
+        return value, ""
+    pairs = {name.strip(): int(number) for name, _, number in words}
+    return pairs, f"written as {json.dumps(pairs)}, as vLLM now reads it"
+
+
+def _compilation(value: object) -> tuple[object, str]:
+    """Translate a level of compilation to the mode of the same number."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return {"mode": value}, f"written as mode: {value}, as vLLM now reads it"
+    if isinstance(value, dict) and "level" in value and "mode" not in value:
+        return {("mode" if key == "level" else key): each for key, each in value.items()}, "level is now mode"
+    return value, ""
+
+
+def _length(value: object) -> tuple[object, str]:
+    if value in ("auto", -1):
+        return None, "dropped: the plan chooses the context length"
+    return value, ""
+
+
+_REWRITTEN: Mapping[str, Callable[[object], tuple[object, str]]] = {
+    "limit-mm-per-prompt": _pairs, "compilation-config": _compilation, "max-model-len": _length}
+"""Options whose values had another form: the new value (None drops the option), and a note or ""."""
+
 _TRANSLATED: Mapping[str, Callable[[object, dict[str, object]], str]] = {
     "max-seq-len-to-capture": _capture_size, "max-context-len-to-capture": _capture_size, "worker-use-ray": _ray,
     "engine-use-ray": _ray, "rope-scaling": _rope("rope-scaling"), "rope-theta": _rope("rope-theta"),
     "task": _runner, "guided-decoding-backend": _structured, "speculative-model": _speculative,
-    "num-speculative-tokens": _speculative_tokens}
+    "num-speculative-tokens": _speculative_tokens,
+    "ngram-prompt-lookup-max": _speculative_key("prompt_lookup_max"),
+    "ngram-prompt-lookup-min": _speculative_key("prompt_lookup_min"),
+    "speculative-max-model-len": _speculative_key("max_model_len"),
+    "speculative-draft-tensor-parallel-size": _speculative_key("draft_tensor_parallel_size")}
 
 
 def is_engine_config(document: Mapping[Any, Any]) -> bool:
@@ -101,6 +143,12 @@ def translate(document: Mapping[Any, Any]) -> tuple[dict[str, object], list[str]
             notes.append(f"{key} was removed from vLLM: {_TRANSLATED[name](value, engine)}")
         elif name in vllm_options.REMOVED:
             notes.append(f"{key} was removed from vLLM, dropped: {vllm_options.REMOVED[name]}")
+        elif name in _REWRITTEN:
+            new, note = _REWRITTEN[name](value)
+            if note:
+                notes.append(f"{key} {note}")
+            if new is not None:
+                engine[name] = new
         elif name not in vllm_options.recorded():
             similar = difflib.get_close_matches(name, vllm_options.recorded(), 1)
             mistakes.append(f"unknown vLLM option {key}" + (f"; did you mean {similar[0]}?" if similar else ""))
