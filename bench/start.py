@@ -1,9 +1,9 @@
 """Benchmark of the start and of restarts with the demo model on this machine; adds a run to bench/results/start.json.
 
 Measures the seconds from the start of the appliance until it serves, and until it serves again after `kill -9` of the
-engine core, after `kill -9` of the API server, and with --hang after the report of a hang. With an earlier checkout,
+engine core; with --all also after `kill -9` of the API server and after the report of a hang. With an earlier checkout,
 its figures are measured in the same run; both use the packages of this environment.
-usage: bench/start.py [--before CHECKOUT] [--hang]
+usage: bench/start.py [--before CHECKOUT] [--all]
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ import psutil
 HOME = Path(__file__).resolve().parents[1]
 RESULT = HOME / "bench" / "results" / "start.json"
 _LIMIT_SECONDS = 300.0
+_VICTIMS = (("engine_core_killed", ("VLLM::EngineCor",)),
+            ("api_server_killed", ("VLLM::APIServer", "api_server.entry")))
 
 
 class Demo:
@@ -78,22 +80,21 @@ class Demo:
         self._process.wait(60)
 
 
-def measure(checkout: Path, hang: bool) -> dict[str, float]:
-    """Start the checkout's appliance, let it fail in two or three ways, and stop it; return the seconds of each."""
+def measure(checkout: Path, all_failures: bool) -> dict[str, float]:
+    """Start the checkout's appliance, let it fail in one or three ways, and stop it; return the seconds of each."""
     with tempfile.TemporaryDirectory(prefix="shoehorn-start-") as folder:
         demo = Demo(checkout, Path(folder))
         try:
             seconds = {"start": demo.wait(lambda state: state.get("phase") == "ready", demo.begun)}
             time.sleep(3.0)
             seconds["memory_mib"] = round(demo.memory_bytes() / 2**20)
-            for number, (kind, words) in enumerate((("engine_core_killed", ("VLLM::EngineCor",)),
-                                                    ("api_server_killed", ("VLLM::APIServer", "api_server.entry"))), 1):
+            for number, (kind, words) in enumerate(_VICTIMS if all_failures else _VICTIMS[:1], 1):
                 begun = time.monotonic()
                 demo.find(words).kill()
                 seconds[kind] = demo.wait(lambda state, number=number: state.get("restarts") == number
                                           and state.get("phase") == "ready", begun)
                 time.sleep(1.0)
-            if hang:
+            if all_failures:
                 demo.find(("VLLM::EngineCor",)).send_signal(signal.SIGSTOP)
                 demo.wait(lambda state: bool(state.get("engine_down")), time.monotonic())
                 seconds["hang_reported"] = demo.wait(lambda state: state.get("restarts") == 3
@@ -113,11 +114,12 @@ def main() -> None:
     """Measure one run and add it to the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--before", type=Path, help="earlier checkout, measured in the same run")
-    parser.add_argument("--hang", action="store_true", help="also let the engine core hang; takes a minute longer")
+    parser.add_argument("--all", action="store_true", help="also kill the API server and let the engine core hang")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that no appliance is left
     results = json.loads(RESULT.read_text()) if RESULT.exists() else {"runs": []}
-    run = {"before": measure(arguments.before.resolve(), arguments.hang)} if arguments.before else {}
-    results["runs"].append({**run, "after": measure(HOME, arguments.hang)})
+    run = {"before": measure(arguments.before.resolve(), arguments.all)} if arguments.before else {}
+    results["runs"].append({**run, "after": measure(HOME, arguments.all)})
     results |= {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": {"cpus": os.cpu_count(), "memory_gib": round(psutil.virtual_memory().total / 2**30),
