@@ -186,7 +186,7 @@ def test_persistent_failure_ends_with_cause_and_remedy(engines) -> None:  # type
 @pytest.mark.fault("A model that always crashes, after it was ready",
                    "Five attempts with growing pauses, then exit code 5 and the engine's last lines.")
 def test_repeated_crashes_end_with_exit_code_5(engines) -> None:  # type: ignore[no-untyped-def]
-    engine = engines("storm", {"load": 1 << 20, "alive": 0.2})
+    engine = engines("storm", {"load": 1 << 20, "alive": 2.0})
     assert engine.process.wait(120) == 5
     log, state = engine.log.read_text(), engine.states.read()
     assert state.phase is Phase.FAILED

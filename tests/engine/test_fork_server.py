@@ -19,6 +19,7 @@ from shoehorn.engine.fork_server import SPARE_FREE_BYTES, ForkServer
 from shoehorn.engine.launch_spec import LaunchSpec
 from shoehorn.runtime.child_process import Child, members
 from shoehorn.runtime.run_dir import RunDir
+from shoehorn_vllm.fork_server import messages
 from support.waiting import wait_until
 
 _ENTRY = """
@@ -134,6 +135,21 @@ def test_sigterm_reaches_a_forked_engine(engine: Engine) -> None:
     engine.wait_for("started")
     assert child.stop(20) == -signal.SIGTERM
     assert members(child.pid) == []
+
+
+def test_sigterm_to_an_engine_whose_exit_is_not_reported_yet_is_ignored() -> None:
+    with subprocess.Popen([sys.executable, "-c", ""]) as exited:
+        exited.wait()
+    status, writing = os.pipe()
+    data, lifeline = os.pipe()
+    with open(os.devnull, encoding="utf-8") as output:
+        process = forked_process.ForkedProcess(exited.pid, status, lifeline, output, lambda: None)
+        process.terminate()
+        assert process.poll() is None
+        os.write(writing, messages.pack_status(-11))
+        assert process.wait(5) == -11
+    for descriptor in (writing, data):
+        os.close(descriptor)
 
 
 def test_engine_outlives_its_server_and_a_spare_replaces_it(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ report an exit hangs; it is killed.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import signal
@@ -69,7 +70,8 @@ class ForkedProcess:
     def terminate(self) -> None:
         """Send SIGTERM."""
         if self.poll() is None:
-            os.kill(self.pid, signal.SIGTERM)
+            with contextlib.suppress(ProcessLookupError):  # it has exited, and its status is about to arrive
+                os.kill(self.pid, signal.SIGTERM)
 
     def _receive(self, seconds: float) -> int | None:
         if self._status is None:
