@@ -19,6 +19,7 @@ from shoehorn.common.progress import Report
 from shoehorn.config import settings
 from shoehorn.config.settings import Settings
 from shoehorn.hub.files import ModelFile
+from shoehorn.model.config_names import is_built_in
 from shoehorn.model.files import LocalFiles
 from shoehorn.model.reference import ModelRef
 from shoehorn.store import pull
@@ -279,6 +280,12 @@ def test_concurrent_pulls_download_the_weights_once(tmp_path: Path, model: Path)
         assert (one.returncode, two.returncode) == (0, 0)
         assert hub.downloads(WEIGHTS).count("") == 1
     assert out.count("Waiting for another pull") == 1
+
+
+@pytest.mark.parametrize("model_type", ["chatglm", "phi3", "deepseek_v2", "minicpm3", "nomic_bert"])
+def test_model_whose_configuration_the_engine_builds_needs_no_remote_code(model_type: str) -> None:
+    assert is_built_in({"model_type": model_type, "auto_map": {"AutoConfig": "configuration.Config"}})
+    assert not is_built_in({"model_type": "baichuan", "auto_map": {"AutoConfig": "configuration.Config"}})
 
 
 @pytest.mark.fault("The model requires remote code (`auto_map`)", "An error unless TRUST_REMOTE_CODE.")

@@ -28,6 +28,7 @@ from shoehorn.config.settings import Settings
 from shoehorn.hub.files import ModelFile
 from shoehorn.hub.repository import HubFailedError, RemoteRepository
 from shoehorn.hub.transfer import partial_path, stored_bytes
+from shoehorn.model.config_names import is_built_in
 from shoehorn.model.files import Files, LocalFiles
 from shoehorn.model.reference import ModelRef
 from shoehorn.store import locks, manifest, sources
@@ -212,7 +213,7 @@ def _require_no_code(hub: RemoteRepository, settings: Settings) -> None:
     except (ValueError, RecursionError) as error:
         raise ModelUnavailableError("config.json: invalid JSON.", "Choose another MODEL_ID.",
                                     code="invalid_model_file") from error
-    if isinstance(config, dict) and "auto_map" in config:
+    if isinstance(config, dict) and "auto_map" in config and not is_built_in(config):
         raise ModelUnavailableError(f"{settings.model_id}: requires its own Python code (auto_map in config.json).",
                                     "Set TRUST_REMOTE_CODE=yes only if you trust its author.",
                                     code="remote_code_required")

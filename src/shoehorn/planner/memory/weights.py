@@ -12,6 +12,9 @@ from shoehorn.planner.serving_config import PrefetchOffload, ServingConfig, Weig
 NF4_BLOCK = 64
 """Weights that share one absmax in bitsandbytes' NF4."""
 
+_MXFP4_HIDDEN, _MXFP4_INNER = 256, 128
+"""The kernel of experts in MXFP4 (Marlin) pads both widths to multiples of these."""
+
 _ALLOCATOR_PIECE, _LARGE_TENSOR = 2 * MIB, 10 * MIB
 
 
@@ -41,7 +44,7 @@ class Weights:
         """
         groups = self.shape.tensor_bytes
         parameters = groups.linears.parameters + groups.experts.parameters
-        stored = groups.linears.bytes + groups.experts.bytes
+        stored = groups.linears.bytes + groups.experts.bytes + self._expert_padding_bytes
         nested = groups.linears.parameters // NF4_BLOCK if isinstance(self.config.offload, PrefetchOffload) else 0
         if self.format is WeightFormat.NF4_CHECKPOINT:
             absmax = groups.quant_state.parameters
@@ -52,6 +55,19 @@ class Weights:
         if self.format is WeightFormat.NF4 and self.shape.understood:
             return parameters // 2 + nested * 65 // 64, (parameters // NF4_BLOCK - nested) * 4
         return parameters * self.config.dtype_bytes, 0
+
+    @property
+    def _expert_padding_bytes(self) -> int:
+        """Bytes by which vLLM pads experts in MXFP4, all GPUs of a stage together.
+
+        Source: mxfp4_round_up_hidden_size_and_intermediate_size in vllm's fused_moe/oracle/mxfp4.py.
+        """
+        shape, tensor = self.shape, self.config.parallelism.tensor
+        if not shape.experts or shape.quantization != "mxfp4":
+            return 0
+        inner = shape.experts.intermediate
+        padded = _round_up(shape.hidden, _MXFP4_HIDDEN) * _round_up(self.divided(inner), _MXFP4_INNER) * tensor
+        return round(shape.tensor_bytes.experts.bytes * (padded / (shape.hidden * inner) - 1))
 
     @property
     def layers_bytes(self) -> int:
@@ -170,3 +186,7 @@ class Weights:
     def stage_share(self, stage: int) -> float:
         """Share of the layers that a pipeline stage holds."""
         return self.stage_layers(stage) / self.shape.layers
+
+
+def _round_up(size: int, multiple: int) -> int:
+    return ceil_div(size, multiple) * multiple
