@@ -23,7 +23,7 @@ from shoehorn_vllm.patches import pinned_memory
 GROUP = 128
 SHAPES = ((10240, 8192), (8192, 8192), (57344, 8192), (8192, 28672))  # of a 70B's layer: rows, k
 TOKENS = (1, 2, 4, 8, 16, 32)
-SHARES = (0.0, 0.2, 0.35, 0.5, 0.65, 0.8, 1.0)
+SHARES = (0.0, 0.3, 0.6, 0.75, 1.0)
 
 
 def random_weights(rows: int, k: int, group: int = GROUP) -> PackedWeights:
@@ -143,7 +143,7 @@ def rates(device: torch.device, layers: int) -> dict[str, Any]:
                 for number, each in enumerate(executor.weights):
                     executor.multiply(number, xs[each.k])
 
-            result.setdefault(f"streamed_{share}", {})[str(tokens)] = round(size / timed(forward, 1) / 1e9, 1)
+            result.setdefault(f"streamed_{share}", {})[str(tokens)] = round(size / timed(forward, 3) / 1e9, 1)
         print(share, result[f"streamed_{share}"], flush=True)
         library.load().mailbox_stop()
         del executor

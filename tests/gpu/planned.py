@@ -7,11 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from shoehorn.config import settings
-from shoehorn.config.models_dir import ModelsDir
 from shoehorn.deployment import inputs, served_model
 from shoehorn.deployment.inputs import Deployment
 from shoehorn.deployment.plan import plan_deployment
-from shoehorn.hardware import bandwidth_probe, detect
 from shoehorn.model import checkpoint
 from shoehorn.model.files import LocalFiles
 from shoehorn.planner.inputs import PlanInputs, PlanSettings
@@ -20,12 +18,12 @@ from shoehorn.planner.plan import Plan, Refusal
 
 def plan_case(case: dict[str, Any], gpus: list[int], directory: Path) -> Plan | Refusal:
     """Plan on these GPUs for the checkpoint in `directory`."""
-    machine = bandwidth_probe.with_measured_bandwidths(
-        detect.detect(), ModelsDir(directory.parent).bandwidths)
+    values = {name: value.replace("{WORK}", str(directory.parent)) for name, value in case.get("settings", {}).items()}
+    loaded = settings.load({"MODEL_ID": str(directory), "MODEL_SOURCE": "local", "MODELS_DIR": str(directory.parent),
+                            **values})
+    machine = inputs.detect_machine(loaded, {}, measure=True)
     machine = replace(machine, gpus=tuple(replace(gpu, free_bytes=gpu.total_bytes) for gpu in machine.gpus
                                           if gpu.index in gpus))
-    values = {name: value.replace("{WORK}", str(directory.parent)) for name, value in case.get("settings", {}).items()}
-    loaded = settings.load({"MODEL_ID": str(directory), "MODEL_SOURCE": "local", **values})
     profile, shape = inputs.select_profile(loaded, machine), checkpoint.read(LocalFiles(directory))
     return plan_deployment(loaded, Deployment(PlanInputs(PlanSettings.of(loaded), machine, profile, shape),
                                               served_model.served_reference(loaded), directory, None, directory))
