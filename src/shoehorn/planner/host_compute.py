@@ -21,9 +21,9 @@ _CAPABILITY = (8, 0)
 _STREAM_SHARE = 0.985
 """Share of the PCIe bandwidth that streaming reaches."""
 
-_BOTH_SHARE = 0.8
-"""Share of the bound that CPU and PCIe reach together, since they divide whole matrices (an H100 host,
-bench/results/hybrid-h100.json)."""
+_BOTH_SHARE = 0.65
+"""Share of the bound that CPU and PCIe reach together, since they divide whole matrices (an H200 host,
+bench/results/hybrid-h200.json)."""
 
 _PASSES = (1, 2, 4, 8, 16, 32)
 """Tokens of forward passes that a level is computed for; larger ones are streamed."""

@@ -38,9 +38,9 @@ _CACHE_SHARE, _CACHE_SECONDS = 0.91, 12e-6
 """Cache of experts: share of the PCIe bandwidth that its copies reach, and time of its two kernels in every layer (an
 H100, bench/results/expert-cache-h100.json)."""
 
-_HOP_SECONDS, _EAGER_HOP_SECONDS = 28e-6, 65e-6
-"""Hybrid execution: time of a matrix on the CPU besides its bytes: copies, request and answer (an H100 host,
-bench/results/hybrid-h100.json)."""
+_HOP_SECONDS, _EAGER_HOP_SECONDS = 33e-6, 65e-6
+"""Hybrid execution: time of a matrix on the CPU besides its bytes: copies, request and answer (an H200 host,
+bench/results/hybrid-h200.json)."""
 
 _MATRICES = 4
 """Matrices of a layer as the engine fuses them."""
@@ -207,8 +207,8 @@ def copied_experts(experts: Experts, slots: int, tokens: int) -> float:
     most, absent = max(1, slots // experts.per_token), experts.count - slots
     if tokens > divided_tokens(experts, slots):
         return absent
-    touched = 1 - (1 - experts.per_token / experts.count) ** min(tokens, most)
-    return min(absent, math.ceil(tokens / most) * touched * absent)
+    whole, rest = divmod(tokens, most)
+    return min(absent, absent * (whole * _touched(experts, most) + _touched(experts, rest)))
 
 
 def divided_tokens(experts: Experts, slots: int) -> int:
@@ -217,5 +217,9 @@ def divided_tokens(experts: Experts, slots: int) -> int:
     Its parts together copy less than `_WORTHWHILE` of what a pass copies that takes every expert without a slot.
     """
     most = max(1, slots // experts.per_token)
-    touched = 1 - (1 - experts.per_token / experts.count) ** most
-    return most * max(1, math.floor(_WORTHWHILE / touched))
+    return most * max(1, math.floor(_WORTHWHILE / _touched(experts, most)))
+
+
+def _touched(experts: Experts, tokens: int) -> float:
+    """Share of a layer's experts that some of the tokens choose."""
+    return 1 - (1 - experts.per_token / experts.count) ** tokens
