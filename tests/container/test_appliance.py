@@ -17,9 +17,8 @@ from support.waiting import wait_until
 
 pytestmark = pytest.mark.container
 
-PARTS = ("tini", programs.SUPERVISORD, programs.EVENT_LISTENER, programs.ENGINE,
-         programs.EXPORTER,
-         programs.KEYS, "nginx: master", "nginx: worker", "vllm", "VLLM::EngineCore")
+PARTS = ("tini", programs.SUPERVISORD, programs.EVENT_LISTENER, programs.ENGINE, programs.EXPORTER, programs.KEYS,
+         "nginx: master", "nginx: worker", "shoehorn: fork server", "VLLM::APIServer", "VLLM::EngineCore")
 
 _QUESTION = [{"role": "user", "content": "What is your name?"}]
 

@@ -86,7 +86,8 @@ def read_json(files: Files, names: Mapping[str, int], name: str) -> dict[str, An
 def invalid_file(name: str, problem: str) -> ModelUnavailableError:
     """Return the error for a missing or damaged file."""
     return ModelUnavailableError(f"Model file {name}: {problem}.",
-                                 "Run `shoehorn pull` again, or choose another MODEL_ID or MODEL_REVISION.",
+                                 "Get the file again, by `shoehorn pull` or by another copy of a local folder, or set "
+                                 "another MODEL_ID or MODEL_REVISION.",
                                  code="invalid_model_file")
 
 

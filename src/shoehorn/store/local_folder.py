@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,12 +34,34 @@ def require_local_folder(ref: ModelRef) -> Path:
         names = {path.name for path in directory.iterdir()}
         if "config.json" in names and any(name.endswith(".safetensors") for name in names):
             return directory.resolve()
-        reason = "config.json or *.safetensors missing"
     except OSError as error:
-        reason = error.strerror or "cannot be read"
-    raise ModelUnavailableError(f"MODEL_ID={directory}: not a model: {reason}.",
-                                "Set MODEL_ID to the path of the model's folder inside the container.",
-                                code="invalid_model_folder")
+        names = {directory.name}
+        reason, remedy = error.strerror or "cannot be read", _FOLDER
+    else:
+        reason, remedy = "config.json or *.safetensors missing", _FOLDER
+    other = _other_format(names)
+    if other:
+        reason, remedy = other
+    raise ModelUnavailableError(f"MODEL_ID={directory}: not a model: {reason}.", remedy, code="invalid_model_folder")
+
+
+_FOLDER = "Set MODEL_ID to the path of the model's folder inside the container."
+
+
+def _other_format(names: Iterable[str]) -> tuple[str, str] | None:
+    """Recognize files that other programs load: (what is wrong, remedy); None without any."""
+    first = {suffix: min(name for name in names if name.endswith(suffix))
+             for suffix in (".gguf", ".bin", ".pt", ".pth") if any(name.endswith(suffix) for name in names)}
+    if ".gguf" in first:
+        return (f"GGUF files are unsupported ({first['.gguf']})",
+                "Set MODEL_ID to the repository or folder that it was made from, with config.json and *.safetensors.")
+    if "adapter_config.json" in names:
+        return ("it is a LoRA adapter",
+                "Set MODEL_ID to its base model, and VLLM_EXTRA_ARGS=--enable-lora --lora-modules NAME=FOLDER.")
+    if first:
+        return (f"its weights are pickled ({min(first.values())}), and loading them would execute code",
+                "Convert them to safetensors, or choose a repository with *.safetensors.")
+    return None
 
 
 def _pulled_reference(ref: ModelRef) -> tuple[Path, ModelRef] | None:
