@@ -19,7 +19,7 @@ from shoehorn.model.shape import ModelShape
 from shoehorn.planner.build import make_plan
 from shoehorn.planner.inputs import PlanInputs, PlanSettings
 from shoehorn.planner.plan import Plan, Refusal
-from support.plans import GIB, MIDDLE, llama_8b, machine, planned, reason_of
+from support.plans import GIB, HUGE, MIDDLE, llama_8b, machine, planned, reason_of
 
 H100 = ("NVIDIA H100 80GB HBM3", 79.2)
 YARN = """
@@ -113,3 +113,16 @@ def test_without_the_hybrid_manager_windows_keep_all_tokens() -> None:
                      for switch in ("", " --disable-hybrid-kv-cache-manager"))
     assert plain == pytest.approx(20 * GIB / (48 * 16 * 256 * 2 * 2 / 2), rel=0.01)
     assert hybrid > 1.5 * plain
+
+
+@pytest.mark.parametrize(("name", "each"), [("fp8", 1), ("fp8_per_block", 1), ("mxfp8", 33 / 32),
+                                            ("int8_per_channel_weight_only", 1), ("nvfp4_per_token", 9 / 16)])
+def test_weights_quantized_while_loading_are_planned_with(name: str, each: float) -> None:
+    hardware, shape = machine(MIDDLE), llama_8b()
+    whole = planned(machine(HUGE), shape, QUANTIZATION="none")
+    plan = planned(hardware, shape, VLLM_EXTRA_ARGS=f"--quantization {name}")
+    linears = shape.tensor_bytes.linears.parameters
+    saved = whole.vram[0].weights_bytes - plan.vram[0].weights_bytes
+    assert saved == pytest.approx(linears * (2 - each), rel=0.01)
+    assert plan.engine_args["quantization"] == name
+    assert plan.offloaded_bytes == 0

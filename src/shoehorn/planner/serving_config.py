@@ -176,6 +176,7 @@ class ServingConfig:
     Attributes:
         limit_bytes: of one device, everything counted: the smallest GPU as NVML shows it, or the host.
         nf4: layers are in NF4, quantized while loading or in the checkpoint.
+        online_bytes: of one weight of the layers that vLLM quantizes while loading (FP8 and others); 0 without.
         embedding_on_host: the embedding is in host memory, and the GPU reads the rows it needs.
         dtype_bytes: of one unquantized weight or activation.
         eager: without CUDA graphs and torch.compile.
@@ -186,6 +187,7 @@ class ServingConfig:
     limit_bytes: int
     limits: Limits
     nf4: bool = False
+    online_bytes: float = 0.0
     parallelism: Parallelism = Parallelism()
     offload: Offload = NoOffload()
     embedding_on_host: bool = False

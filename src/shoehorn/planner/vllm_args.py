@@ -39,6 +39,14 @@ Others are counted as the model's own dtype. Source: customize_spec of vLLM's at
 """
 
 
+_ONLINE_BYTES = {"fp8": 1, "fp8_per_tensor": 1, "fp8_per_block": 1, "fp8_per_channel": 1, "mxfp8": 1 + 1 / 32,
+                 "int8_per_channel_weight_only": 1, "nvfp4_per_token": 1 / 2 + 1 / 16}
+"""Bytes of a weight that vLLM quantizes while it loads an unquantized checkpoint, scales included, by `quantization`.
+
+Source: vllm/config/quantization.py; embeddings, output head and norms keep the model's dtype.
+"""
+
+
 class Field(Enum):
     """A part of the serving configuration that the search may choose."""
 
@@ -141,7 +149,8 @@ def _unread(config: ServingConfig, value: Any, options: Mapping[str, object]) ->
 
 KNOBS = (
     Knob("quantization", Field.QUANTIZATION, lambda config: BITSANDBYTES if config.nf4 else None,
-         lambda config, value, options: replace(config, nf4=config.nf4 or value == BITSANDBYTES)),
+         lambda config, value, options: replace(config, nf4=config.nf4 or value == BITSANDBYTES,
+                                                online_bytes=_ONLINE_BYTES.get(str(value), 0.0))),
     Knob("enforce-eager", Field.EAGER, lambda config: config.eager,
          lambda config, value, options: replace(config, eager=bool(value))),
     Knob("max-model-len", Field.CONTEXT, lambda config: config.limits.max_model_len, _limit("max_model_len")),

@@ -88,6 +88,8 @@ class Activations:
         if weights.format is WeightFormat.NF4:
             whole = shape.hidden * shape.intermediate * config.dtype_bytes // config.parallelism.tensor
             largest = max(largest, whole)
+        if weights.format is WeightFormat.UNQUANTIZED and config.online_bytes:  # a matrix is loaded, then quantized
+            largest = round(largest * (1 + config.dtype_bytes / config.online_bytes))
         absmax = 0
         if weights.format.is_nf4 and isinstance(config.offload, PrefetchOffload):  # moves last, all at once
             absmax = OffloadedWeights(weights).stage_bytes(0) // 32

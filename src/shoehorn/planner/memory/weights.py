@@ -54,7 +54,7 @@ class Weights:
             return stored + groups.quant_state.bytes, 0
         if self.format is WeightFormat.NF4 and self.shape.understood:
             return parameters // 2 + nested * 65 // 64, (parameters // NF4_BLOCK - nested) * 4
-        return parameters * self.config.dtype_bytes, 0
+        return round(parameters * (self.config.online_bytes or self.config.dtype_bytes)), 0
 
     @property
     def _expert_padding_bytes(self) -> int:
