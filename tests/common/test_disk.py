@@ -50,10 +50,10 @@ def test_full_disk_is_logged_once_and_waited_for(tmp_path: Path, monkeypatch: py
     (errno.EROFS, "volume_read_only", "without :ro"), (errno.EACCES, "volume_permission_denied", "sudo chown -R"),
     (errno.EPERM, "volume_permission_denied", "sudo chown -R"), (errno.EIO, "volume_failed", "Check the disk")])
 @pytest.mark.fault("Volume read-only, full, failing, over its quota", "One error with a remedy.")
-def test_error_of_the_volume_has_a_code_and_a_remedy(number: int, code: str, remedy: str) -> None:
-    error = disk.volume_error(Path("/models"), OSError(number, os.strerror(number), "/models/x"))
+def test_error_of_the_volume_has_a_code_and_a_remedy(tmp_path: Path, number: int, code: str, remedy: str) -> None:
+    error = disk.volume_error(tmp_path, OSError(number, os.strerror(number), f"{tmp_path}/x"))
     assert error.code == code
-    assert "/models" in error.cause
+    assert str(tmp_path) in error.cause
     assert remedy in error.remedy
 
 

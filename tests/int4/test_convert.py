@@ -219,14 +219,15 @@ def test_embedding_and_head_are_unquantized_for_the_cpu(tmp_path: Path, model: P
     assert journal.bits == UNQUANTIZED
 
 
-def test_quantized_embedding_is_rejected_on_the_cpu_with_a_remedy(tmp_path: Path, model: Path) -> None:
+def test_quantized_embedding_is_rejected_on_the_cpu_without_the_kernel(tmp_path: Path, model: Path) -> None:
     convert_here(local(tmp_path, model), ConversionOptions(4))
     converting = settings.load(local(tmp_path, model, VRAM_PROFILE="cpu"))
     ref = served_model.served_reference(converting)
     shape = ShapeReader(converting).read(ref, served_model.served_folder(converting.models_dir, ref), on_cpu=True)
+    assert isinstance(planned(machine(), shape, VRAM_PROFILE="cpu", QUANTIZATION="int4"), Plan)
     with pytest.raises(SettingsError, match="embedding is quantized") as error:
-        planned(machine(), shape, VRAM_PROFILE="cpu", QUANTIZATION="int4")
-    assert "shoehorn models rm" in error.value.remedy
+        planned(machine(), shape, VRAM_PROFILE="cpu", QUANTIZATION="int4", CPU_COMPUTE="off")
+    assert "CPU_COMPUTE" in error.value.remedy
 
 
 def test_plan_detects_the_converted_model() -> None:

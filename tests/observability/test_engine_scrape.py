@@ -15,7 +15,9 @@ from fakes.engine_socket import http, serving
 from shoehorn.common.paths import HOME
 from shoehorn.observability import metrics
 from shoehorn.observability.engine_scrape import MAX_BYTES, EngineScrape, EngineSource, find_problem
+from shoehorn_vllm.api.meter import Usage
 from shoehorn_vllm.api.metrics import RequestMetrics
+from shoehorn_vllm.protocol import KeyLimits
 
 DUMP = (HOME / "tests" / "captures" / "vllm-0.32.0-cpu-metrics.txt").read_text(encoding="utf-8")
 
@@ -142,7 +144,8 @@ def test_only_the_middleware_may_use_the_own_prefix() -> None:
     counts = RequestMetrics(registry)
     counts.count_request("phone", "ok")
     counts.set_running("phone", 1)
-    counts.count_usage("phone", b'"usage": {"prompt_tokens": 3, "completion_tokens": 4}')
+    counts.count_tokens("phone", Usage(3, 4))
+    counts.set_budgets("phone", KeyLimits())
     assert find_problem(generate_latest(registry).decode()) == ""
     assert "reserved prefix" in find_problem("# TYPE shoehorn_phase gauge\nshoehorn_phase 1\n")
     rows = {f"{family.name}{'_total' * (family.type == 'counter')}" for family in registry.collect()}

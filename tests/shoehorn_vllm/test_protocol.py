@@ -14,7 +14,7 @@ import pytest
 
 from shoehorn.common.paths import HOME
 from shoehorn.config.settings import load
-from shoehorn.gateway import nginx_config
+from shoehorn.gateway import error_messages, nginx_config
 from shoehorn.runtime.run_dir import RunDir
 from shoehorn.runtime.state import Phase, State, StateFile
 from shoehorn_vllm import protocol
@@ -41,9 +41,9 @@ def nginx(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Mapping[int,
     text = nginx_config.render(settings, home, None)
     bodies = {}
     for form in PATHS:
-        [block] = re.findall(rf"map \$status \${form}_error \{{(.*?)\n    \}}", text, re.DOTALL)
+        [block] = re.findall(rf'map "\$status \$error_kind" \${form}_error \{{(.*?)\n    \}}', text, re.DOTALL)
         bodies[form] = {int(status): json.loads(f'"{body}"')
-                        for status, body in re.findall(r'\n +"([0-9]{3})" "((?:[^"\\]|\\.)*)";', block)}
+                        for status, body in re.findall(r'\n +"~\^([0-9]{3}) " "((?:[^"\\]|\\.)*)";', block)}
     return bodies
 
 
@@ -53,17 +53,17 @@ def test_nginx_and_middleware_agree_on_type_and_code(nginx: Mapping[str, Mapping
                                                      status: int) -> None:
     kind, code = machine_parts(nginx[form][status])
     converted = machine_parts(errors.convert(b'{"detail":"x"}', status, PATHS[form]).decode())
-    refused = machine_parts(errors.body(Failure(status, nginx_config.CODES.get(status, "") or
+    refused = machine_parts(errors.body(Failure(status, error_messages.CODES.get(status, "") or
                                                 protocol.ERROR_FORMS[status].code, "x"), PATHS[form]).decode())
     assert (kind, code) == refused
     assert kind == converted[0]
-    if form == "openai" and status not in nginx_config.CODES:
+    if form == "openai" and status not in error_messages.CODES:
         assert code == converted[1] == protocol.ERROR_FORMS[status].code
 
 
 def test_every_status_of_nginx_has_a_form(nginx: Mapping[str, Mapping[int, str]]) -> None:
     assert set(nginx["openai"]) == set(nginx["anthropic"]) == set(protocol.ERROR_FORMS)
-    assert set(nginx_config.CODES) == {404, 503}, "nginx's own codes differ from the table for these only"
+    assert set(error_messages.CODES) == {404, 503}, "nginx's own codes differ from the table for these only"
     assert {form.anthropic_type for form in protocol.ERROR_FORMS.values()} <= CLOSED_SET
 
 
@@ -71,7 +71,7 @@ def test_every_status_of_nginx_has_a_form(nginx: Mapping[str, Mapping[int, str]]
 def test_bodies_of_the_state_have_the_forms_of_503(tmp_path: Path, phase: Phase) -> None:
     StateFile(tmp_path).write(State(phase=phase))
     bodies = {form: RunDir(tmp_path).unavailable_body(form).read_text() for form in PATHS}
-    assert machine_parts(bodies["openai"]) == ("server_error", nginx_config.CODES[503])
+    assert machine_parts(bodies["openai"]) == ("server_error", error_messages.CODES[503])
     assert machine_parts(bodies["anthropic"]) == ("overloaded_error", None)
 
 

@@ -30,9 +30,13 @@ _SETTINGS = ("model_id", "model_revision", "vram_profile", "vram_limit", "quanti
 _AUTO_DESCRIPTION = "the best that this machine can do with this model"
 
 
-def _unchanged(profile: Profile) -> dict[str, str]:
-    """Return the first description of `auto`: the hash contains it, so another wording would lose known options."""
-    return {"description": _AUTO_DESCRIPTION} if profile.name == AUTO else {}
+def _first_form(profile: Profile) -> dict[str, object]:
+    """Return a profile's fields as the first version hashed them, so that no known options are lost.
+
+    The description of `auto` had another wording; `is_engine_config` came later, and counts where it is true.
+    """
+    facts = asdict(profile) | ({"description": _AUTO_DESCRIPTION} if profile.name == AUTO else {})
+    return {name: value for name, value in facts.items() if name != "is_engine_config" or value}
 
 
 def location(settings: Settings, hardware: Hardware, profile: Profile, shape: ModelShape) -> Path:
@@ -41,7 +45,7 @@ def location(settings: Settings, hardware: Hardware, profile: Profile, shape: Mo
         "version": __version__, "driver": hardware.driver_version, "host_memory": hardware.host_memory_bytes,
         "gpus": [(gpu.name, gpu.total_bytes) for gpu in hardware.gpus],
         "settings": {name: getattr(settings, name) for name in _SETTINGS},
-        "profile": asdict(profile) | _unchanged(profile),
+        "profile": _first_form(profile),
         "model": (shape.architecture, shape.weights_bytes, shape.disk_bytes)}
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:24]
     return ModelsDir(settings.models_dir).known_good / f"{digest}.json"
