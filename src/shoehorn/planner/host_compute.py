@@ -9,7 +9,7 @@ from __future__ import annotations
 from shoehorn.hardware.kernel_probe import LEAST_CPUS
 from shoehorn.hardware.types import Gpu, HostCompute
 from shoehorn.model.shape import ModelShape
-from shoehorn.planner.serving_config import ComputeLevel
+from shoehorn.planner.serving_config import ComputeLevel, streamed_share
 
 DRAFT_COST = 1.3
 """Time of a forward pass that verifies draft tokens, at most, relative to one of a single token: n-gram lookup drafts
@@ -58,12 +58,9 @@ def levels(compute: HostCompute, pcie: float) -> tuple[ComputeLevel, ...]:
 
 def draft_tokens(compute: HostCompute, pcie: float, most: int) -> int:
     """Choose how many draft tokens a forward pass may verify: as many as cost it no more than `DRAFT_COST`."""
-    def seconds_per_byte(tokens: int) -> float:
-        share = next((level.streamed for level in levels(compute, pcie) if tokens <= level.tokens), 1.0)
-        return 1 / rate(compute, pcie, tokens, share)
-
-    return max((count for count in range(1, most + 1)
-                if seconds_per_byte(1 + count) <= DRAFT_COST * seconds_per_byte(1)), default=0)
+    chosen = levels(compute, pcie)
+    rates = [rate(compute, pcie, tokens, streamed_share(chosen, tokens)) for tokens in range(1, most + 2)]
+    return max((count for count in range(1, most + 1) if rates[0] <= DRAFT_COST * rates[count]), default=0)
 
 
 def rate(compute: HostCompute, pcie: float, tokens: int, streamed: float) -> float:

@@ -117,7 +117,6 @@ TEXTS: Mapping[str, str] = {
 """Text by code; `str.format` fills in the parameters."""
 
 NOTES: Mapping[str, str] = {"not-estimated": "its memory is not estimated",
-                            "few-states": "the KV cache holds the states of {served} at a time",
                             "exceeds-free-memory": "although only {limit} of the GPU are free",
                             "exceeds-vram-limit": "although VRAM_LIMIT is {limit}"}
 """Text by code of what is added to a reason."""

@@ -108,6 +108,11 @@ class ComputeLevel:
     streamed: float
 
 
+def streamed_share(levels: tuple[ComputeLevel, ...], tokens: int) -> float:
+    """Share of the bytes that a forward pass of that many tokens streams: everything beyond the last level."""
+    return next((level.streamed for level in levels if tokens <= level.tokens), 1.0)
+
+
 @dataclass(frozen=True)
 class HybridOffload:
     """The linear layers of the last `last` of every `group` layers in host memory, where the CPU multiplies them.
@@ -128,7 +133,7 @@ class HybridOffload:
 
     def streamed(self, tokens: int) -> float:
         """Share of the bytes that a forward pass of that many tokens streams."""
-        return next((level.streamed for level in self.levels if tokens <= level.tokens), 1.0)
+        return streamed_share(self.levels, tokens)
 
     @property
     def captured(self) -> int:
