@@ -47,6 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, environment: Mapping[str, str]) -> int:
     """Prepare everything and become supervisord; return only by an exception."""
     settings = settings_module.load(environment)
+    if settings.role != "single":
+        raise SettingsError(f"ROLE={settings.role}: unsupported by this version.", "Unset ROLE.",
+                            code="role_unsupported")
     machine = requirements.usable(detect.detect(environment=environment))
     profile = inputs.select_profile(settings, machine)
     if profile.match.device == "cuda":

@@ -24,6 +24,8 @@ _KEY = re.compile(r"[A-Za-z0-9._~+/=-]{8,512}")
 _ORIGIN = re.compile(r"https?://(?:[a-z0-9](?:[a-z0-9.-]*[a-z0-9])?|\[[0-9a-f:.]+\])(?::[0-9]{1,5})?")
 _MODEL_PAGE = re.compile(r"(?:https?://)?(?:www\.)?(?P<hub>huggingface|hf-mirror|hf|modelscope)\.(?:co|com|cn|ai)/"
                          r"(?:api/)?(?:models/)?(?P<name>[\w.-]+/[\w.-]+)(?:[/?#].*)?", re.ASCII)
+_HOST = re.compile(r"(?=.{1,253}$)[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
+                   r"(?:\.[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?)*")
 _LENGTH = re.compile(r"([0-9]{1,9}(?:\.[0-9]+)?)([kKmM]?)")
 _LENGTH_UNITS = {"": 1, "k": 1000, "K": 1024, "m": 1000**2, "M": 1024**2}
 _SWITCH_WORDS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False,
@@ -166,6 +168,29 @@ def parse_key(text: str) -> str:
     """Parse an API key as a client sends it. The error never shows the key."""
     if not _KEY.fullmatch(text):
         raise ValueError("invalid key; use 8 to 512 characters of A-Z a-z 0-9 . _ ~ + / = -")
+    return text
+
+
+def node_address(text: str) -> str:
+    """Parse the IPv4 address of a machine in a private network."""
+    try:
+        address = ipaddress.IPv4Address(text)
+    except ValueError:
+        raise ValueError(f"{text!r} is not an IPv4 address; write it like 10.0.0.2") from None
+    if address.is_global:
+        raise ValueError(f"{text} is a public address, where anybody could reach the engine; use an address of a "
+                         "private network, for example of WireGuard")
+    if address.is_loopback or address.is_unspecified or address.is_multicast or address.is_reserved:
+        raise ValueError(f"{text} is not an address at which other machines reach this one")
+    return text
+
+
+def host_address(text: str) -> str:
+    """Parse an address in a private network, or a host name."""
+    if re.fullmatch(r"[0-9.]+", text):
+        return node_address(text)
+    if not _HOST.fullmatch(text):
+        raise ValueError(f"{text!r} is neither an IPv4 address nor a host name; write it without scheme and port")
     return text
 
 

@@ -18,18 +18,20 @@ from typing import Annotated, Any, get_type_hints
 
 from shoehorn.common.errors import SettingsError
 from shoehorn.common.units import parse_memory
-from shoehorn.config import network, spelling
+from shoehorn.config import cluster_rules, network, spelling
 from shoehorn.config.other_variables import COMPOSE, PASSED
 from shoehorn.config.setting_values import (
     SPECULATIVE_KEYWORDS,
     arguments,
     byte_size,
+    host_address,
     idle_time,
     integer,
     is_repository_name,
     length,
     model_id,
     networks,
+    node_address,
     one_of,
     origins,
     parse_key,
@@ -209,11 +211,35 @@ class ProcessSettings(_Group):
         "60", "Seconds that running requests have to finish when the container stops.", integer(0, 3600))]
 
 
-_GROUPS = (ModelSettings, PlanSettings, GatewaySettings, StorageSettings, ProcessSettings)
+@dataclass(frozen=True, repr=False)
+class ClusterSettings(_Group):
+    """Part of this container in a group of machines that serve one model."""
+
+    role: Annotated[str, Setting(
+        "single", "`single`: this machine serves alone. `head` and `worker`: several machines serve one model; the "
+        "head plans and has the API, each worker lends its GPUs. `front`: distributes requests to replicas.",
+        one_of("single", "head", "worker", "front"))]
+    cluster_nodes: Annotated[int | None, Setting(
+        "", "Number of machines that serve the model, the head included (`ROLE=head`).", integer(2, 64))]
+    head_address: Annotated[str, Setting(
+        "", "Address or host name of the head (`ROLE=worker`).", host_address, unset="")]
+    node_address: Annotated[str, Setting(
+        "", "This machine's IPv4 address in the network of the cluster (`ROLE=head` and `worker`).", node_address,
+        unset="")]
+    cluster_secret_file: Annotated[Path | None, Setting(
+        "", "File with the secret of the cluster, the same on all its machines: at least 32 characters (`openssl rand "
+        "-hex 32`), readable by the server's user and group only.", Path)]
+    cluster_network: Annotated[str, Setting(
+        "isolated", "`isolated`: clients reach the head through another network than the cluster's; the start is "
+        "refused otherwise. `trusted`: everybody in the cluster's network may read prompts and control the engine.",
+        one_of("isolated", "trusted"))]
+
+
+_GROUPS = (ModelSettings, PlanSettings, GatewaySettings, StorageSettings, ProcessSettings, ClusterSettings)
 
 
 @dataclass(frozen=True, repr=False)
-class Settings(ModelSettings, PlanSettings, GatewaySettings, StorageSettings, ProcessSettings):
+class Settings(ModelSettings, PlanSettings, GatewaySettings, StorageSettings, ProcessSettings, ClusterSettings):
     """All settings with their parsed values."""
 
     given: frozenset[str]
@@ -262,7 +288,8 @@ def load(environment: Mapping[str, str], read_file: Callable[[str], str] | None 
     served, *aliases = values.pop("served_model_name") or ("",)
     settings = _with_derived_defaults(Settings(**values, given=frozenset(names), served_model_name=served,
                                                served_aliases=tuple(aliases)))
-    contradictions = _contradictions(settings)
+    contradictions = _contradictions(settings) + cluster_rules.contradictions(
+        settings.role, settings.head_address, settings.node_address, names)
     if not settings.offline and settings.model_source != "local":
         contradictions += network.invalid_proxies(environment)
     if contradictions:
