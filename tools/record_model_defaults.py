@@ -1,8 +1,10 @@
-"""Recording of the configuration classes' defaults and key names into src/shoehorn/model; run after an upgrade.
+"""Recordings of what vLLM and transformers know of models, into src/shoehorn/model; run after an upgrade.
 
 usage: python tools/record_model_defaults.py [--print]
-The reader of config.json uses this recording instead of importing transformers. A test records again and compares.
-Classes whose module needs a library that is not installed are left out.
+model_defaults.json: defaults and key names of the configuration classes, for the reader of config.json.
+engine_models.json: names of the classes that need no code of a checkpoint, one list per line.
+The package uses the recordings instead of importing vLLM or transformers. A test records again and compares.
+Configuration classes whose module needs a library that is not installed are left out of the defaults.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ sys.path.insert(0, str(ROOT / "src"))
 
 from shoehorn.model.config_names import ATTRIBUTES  # noqa: E402 - the package is not installed where this runs
 
-TARGET = ROOT / "src" / "shoehorn" / "model" / "model_defaults.json"
+MODEL = ROOT / "src" / "shoehorn" / "model"
 
 
 def classes() -> Iterator[tuple[str, Any]]:
@@ -57,21 +59,66 @@ def record() -> dict[str, Any]:
     return {model_type: content for model_type, config_class in classes() if (content := entry(config_class))}
 
 
+def engine_models() -> dict[str, list[str]]:
+    """Return the names of configurations, architectures and tokenizers that are part of vLLM or transformers.
+
+    Returns:
+        configurations: model types whose configuration class is known; unnamed: architectures whose config.json may
+        lack the model type; engine: architectures of vLLM, which serves those of `transformers` with its general model;
+        tokenizers: tokenizer classes; tokenizer_types: model types with a tokenizer class of their own; own_tokenizer:
+        model types whose tokenizer is loaded without the checkpoint's class.
+    """
+    import transformers
+    from transformers import CONFIG_MAPPING
+    from transformers.models.auto import modeling_auto
+    from transformers.models.auto import tokenization_auto as tokenization
+    from vllm.model_executor.models.registry import ModelRegistry
+    from vllm.tokenizers import registry
+    from vllm.transformers_utils import config
+
+    def names_of(mapping: object) -> set[str]:
+        values = mapping.values() if isinstance(mapping, Mapping) else ()
+        return {name for value in values for name in (value if isinstance(value, list | tuple) else [value]) if name}
+
+    loaded = {model_type: config_class.__name__ for model_type, config_class in classes()}
+    architectures = {name for key, mapping in vars(modeling_auto).items()
+                     if key.startswith("MODEL_") and key.endswith("_NAMES") for name in names_of(mapping)}
+    by_class = tokenization.TOKENIZER_MAPPING._reverse_config_mapping
+    tokenizers = {name for name in dir(transformers) if name.endswith(("Tokenizer", "TokenizerFast", "Backend"))}
+    content = {
+        "configurations": {*CONFIG_MAPPING, *config._CONFIG_REGISTRY},
+        "unnamed": set(config._ARCHITECTURE_TO_MODEL_TYPE),
+        "engine": set(ModelRegistry.get_supported_archs()),
+        "transformers": {name for name in architectures if hasattr(transformers, name)},
+        "tokenizers": {*names_of(tokenization.TOKENIZER_MAPPING_NAMES), *tokenizers, "BloomTokenizer"},
+        "tokenizer_types": {model_type for model_type, name in loaded.items()
+                            if by_class.get(name) in tokenization.TOKENIZER_MAPPING_NAMES},
+        "own_tokenizer": {*tokenization.MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS,
+                          *registry._MODEL_TYPES_WITH_INCORRECT_TOKENIZER_CLASS}}
+    return {name: sorted(values) for name, values in content.items()}
+
+
 def lines(entries: Mapping[str, Any]) -> str:
-    """Write one model type per line."""
+    """Write one entry per line."""
     return "{\n" + ",\n".join(f"{json.dumps(name)}: {json.dumps(each)}" for name, each in entries.items()) + "\n}\n"
 
 
+def recordings() -> dict[str, str]:
+    """Return the content of both files by name."""
+    return {"model_defaults.json": lines(record()), "engine_models.json": lines(engine_models())}
+
+
 def main() -> int:
-    """Write the recording, or print it."""
+    """Write the recordings, or print them as one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--print", action="store_true")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    text = lines(record())
+    texts = recordings()
     if parser.parse_args().print:
-        print(text, end="")
+        print(json.dumps(texts))
     else:
-        TARGET.write_text(text, encoding="utf-8")
+        for name, text in texts.items():
+            (MODEL / name).write_text(text, encoding="utf-8")
     return 0
 
 

@@ -19,7 +19,6 @@ from shoehorn.common.progress import Report
 from shoehorn.config import settings
 from shoehorn.config.settings import Settings
 from shoehorn.hub.files import ModelFile
-from shoehorn.model.config_names import is_built_in
 from shoehorn.model.files import LocalFiles
 from shoehorn.model.reference import ModelRef
 from shoehorn.store import pull
@@ -282,12 +281,6 @@ def test_concurrent_pulls_download_the_weights_once(tmp_path: Path, model: Path)
     assert out.count("Waiting for another pull") == 1
 
 
-@pytest.mark.parametrize("model_type", ["chatglm", "phi3", "deepseek_v2", "minicpm3", "nomic_bert"])
-def test_model_whose_configuration_the_engine_builds_needs_no_remote_code(model_type: str) -> None:
-    assert is_built_in({"model_type": model_type, "auto_map": {"AutoConfig": "configuration.Config"}})
-    assert not is_built_in({"model_type": "baichuan", "auto_map": {"AutoConfig": "configuration.Config"}})
-
-
 @pytest.mark.fault("The model requires remote code (`auto_map`)", "An error unless TRUST_REMOTE_CODE.")
 def test_remote_code_requires_trust(tmp_path: Path, model: Path) -> None:
     folder = tmp_path / "remote"
@@ -303,6 +296,12 @@ def test_remote_code_requires_trust(tmp_path: Path, model: Path) -> None:
         assert trusting.pull()[0] == 0
     assert (trusting.folder / "modeling.py").exists()
     assert not (trusting.folder / "pytorch_model.bin").exists()
+    complete = settings.load({**trusting.environment, "TRUST_REMOTE_CODE": "no"})
+    local = settings.load({"MODEL_SOURCE": "local", "MODEL_ID": str(trusting.folder)})
+    for distrusting in (complete, local):
+        with pytest.raises(ModelUnavailableError) as caught:
+            pull.pull(distrusting, lambda _: None)
+        assert caught.value.code == "remote_code_required"
 
 
 @pytest.mark.fault("Too little free space for the model", "Reported before the first byte.")

@@ -15,8 +15,11 @@ from shoehorn.common.errors import EXIT_BAD_SETTINGS, EXIT_DONE, SettingsError, 
 from shoehorn.common.units import format_size
 from shoehorn.config import settings as settings_module
 from shoehorn.config.settings import Settings
+from shoehorn.deployment import served_model
 from shoehorn.hardware import container_limits, detect, requirements
 from shoehorn.hardware.types import Hardware
+from shoehorn.store.model_check import check_model
+from shoehorn.store.reference import model_reference
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ def examine(environment: Mapping[str, str], machine: Hardware) -> list[Check]:
         return [Check("settings", False, error.cause, error.remedy)]
     return [Check("settings", True, f"{len(settings.given)} set"), _gpus(settings, machine),
             Check("memory", True, f"{format_size(machine.host_memory_bytes)} usable, {machine.cpus:g} CPUs"),
-            _volume(settings), _shared_memory(), _locked_memory(machine),
+            _volume(settings), _model(settings), _shared_memory(), _locked_memory(machine),
             _program("nginx", "install it, or put /usr/sbin on PATH"), _engine()]
 
 
@@ -81,6 +84,15 @@ def _volume(settings: Settings) -> Check:
         return Check("volume", False, f"{directory}: permission denied for user {os.geteuid()}",
                      f"on the host: sudo chown -R {os.geteuid()} THE_MOUNTED_FOLDER")
     return Check("volume", True, f"{directory}, {format_size(disk.disk_free(directory))} free")
+
+
+def _model(settings: Settings) -> Check:
+    """Check that the model is available, and that the engine can build it."""
+    try:
+        check_model(served_model.model_files(settings, model_reference(settings)), settings)
+    except ShoehornError as error:
+        return Check("model", False, error.cause, error.remedy)
+    return Check("model", True, settings.model_id)
 
 
 def _shared_memory() -> Check:

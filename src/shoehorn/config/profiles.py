@@ -12,7 +12,7 @@ Rules:
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -145,6 +145,16 @@ def parse(document: object, where: str, name: str) -> Profile:
 def automatic() -> Profile:
     """Return the profile that sets nothing."""
     return Profile(AUTO, "the best that this machine can do with this model", Match("cuda", 1, 0), {}, {})
+
+
+def user_options(vram_profile: str, extra_args: Sequence[str]) -> dict[str, object]:
+    """Return vLLM's options of the named profile and of VLLM_EXTRA_ARGS, which win.
+
+    Raises:
+        SettingsError: an invalid profile or argument.
+    """
+    profile = automatic() if vram_profile == AUTO else load(vram_profile)
+    return {**profile.engine, **vllm_options.parse_arguments(extra_args)}
 
 
 def _match(section: Mapping[str, Any]) -> Match:

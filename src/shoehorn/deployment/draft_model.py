@@ -31,6 +31,7 @@ from shoehorn.planner.inputs import Draft
 from shoehorn.planner.parallelism import divides
 from shoehorn.planner.plan import Plan, Refusal
 from shoehorn.planner.reasons import MACHINE, Reason
+from shoehorn.store.model_check import check_model
 
 USEFUL_CONTEXT = 2048
 """Tokens of context below which the KV cache needs the memory more than a draft does."""
@@ -62,6 +63,7 @@ def inspect_draft(settings: Settings, deployment: Deployment, plan: Plan) -> Dra
     if convertible and not ref.is_int4 and not shape.quantization:
         with suppress(SettingsError):  # it cannot be converted, and is served as published
             ref, shape, directory = ref.converted, shapes.read(ref.converted, None), None
+    check_model(served_model.model_files(settings, ref), settings, ref.id)
     _require_match(settings, deployment.inputs.shape, shape, nf4)
     vocabularies = [_vocabulary(served_model.model_files(settings, each)) for each in (deployment.ref, ref)]
     if all(vocabularies) and vocabularies[0] != vocabularies[1]:

@@ -25,10 +25,12 @@ from shoehorn.hardware.requirements import require_gpus
 from shoehorn.hardware.types import Hardware
 from shoehorn.model import chat_format, task
 from shoehorn.model.chat_format import ChatFormat
+from shoehorn.model.files import Files
 from shoehorn.model.reference import ModelRef
 from shoehorn.planner.build import make_plan
 from shoehorn.planner.inputs import PlanInputs, PlanSettings
 from shoehorn.planner.plan import Refusal
+from shoehorn.store.model_check import check_model
 
 log = logging.getLogger("plan")
 
@@ -93,9 +95,10 @@ def gather(settings: Settings, machine: Hardware, *, here: bool = True, shapes: 
     elif volume:
         draft_disk_bytes = disk.disk_free(settings.models_dir)
     known_good_path = known_good.location(resolved, machine, profile, shape)
+    files = served_model.model_files(resolved, ref)
+    check_model(files, resolved)
     inputs = PlanInputs(PlanSettings.of(resolved), machine, profile, shape, disk_free_bytes,
-                        chat=_chat_format(resolved, profile, ref),
-                        task=task.read(served_model.model_files(resolved, ref), shape.architecture))
+                        chat=_chat_format(resolved, profile, files), task=task.read(files, shape.architecture))
     if volume and (options := known_good.read(known_good_path)):
         candidate = replace(inputs, known_good=options)
         if isinstance(make_plan(candidate), Refusal):
@@ -105,7 +108,7 @@ def gather(settings: Settings, machine: Hardware, *, here: bool = True, shapes: 
     return Deployment(inputs, ref, directory, draft_disk_bytes, known_good_path)
 
 
-def _chat_format(settings: Settings, profile: Profile, ref: ModelRef) -> ChatFormat:
+def _chat_format(settings: Settings, profile: Profile, files: Files) -> ChatFormat:
     """Read the format of the model's conversations; a chat template of the user replaces the model's."""
     options = {**profile.engine, **vllm_options.parse_arguments(settings.vllm_extra_args)}
     template = str(options.get("chat-template", ""))
@@ -116,7 +119,7 @@ def _chat_format(settings: Settings, profile: Profile, ref: ModelRef) -> ChatFor
             raise SettingsError(f"VLLM_EXTRA_ARGS: --chat-template {template}: cannot be read: {error}.",
                                 "Mount the file, and write its path inside the container.",
                                 code="unreadable_chat_template") from error
-    return chat_format.read(served_model.model_files(settings, ref), template)
+    return chat_format.read(files, template)
 
 
 def select_profile(settings: Settings, hardware: Hardware, directory: Path = PROFILES) -> Profile:

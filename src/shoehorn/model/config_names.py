@@ -81,11 +81,6 @@ def read_text(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in text.items() if value is not None or key not in _OTHER_NAMES}
 
 
-def is_built_in(config: Mapping[str, Any]) -> bool:
-    """Return whether vLLM has the model's configuration class, so that `auto_map` does not require remote code."""
-    return config.get("model_type") in _recorded()
-
-
 def _named(section: Mapping[str, Any]) -> dict[str, int]:
     """Return the sizes that a config gives, by common name."""
     named = {}

@@ -14,7 +14,6 @@ Layout: see `config.models_dir`.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -28,7 +27,6 @@ from shoehorn.config.settings import Settings
 from shoehorn.hub.files import ModelFile
 from shoehorn.hub.repository import HubFailedError, RemoteRepository
 from shoehorn.hub.transfer import partial_path, stored_bytes
-from shoehorn.model.config_names import is_built_in
 from shoehorn.model.files import Files, LocalFiles
 from shoehorn.model.reference import ModelRef
 from shoehorn.store import locks, manifest, sources
@@ -42,6 +40,7 @@ from shoehorn.store.check import (
 )
 from shoehorn.store.local_folder import locate_local, require_local_folder, verify_local
 from shoehorn.store.manifest import Manifest
+from shoehorn.store.model_check import check_model
 from shoehorn.store.reference import model_reference
 from shoehorn.store.selection import select_files
 from shoehorn.store.sources import download
@@ -87,17 +86,18 @@ def pull(settings: Settings, report: Report) -> Path:
     """Download missing files, verify all, and return the folder.
 
     Raises:
-        ModelUnavailableError: hub or volume failed, or a file failed verification twice.
+        ModelUnavailableError: hub or volume failed, a file failed verification twice, or the engine cannot serve the
+            model.
     """
     ref = model_reference(settings)
     try:
         if ref.is_local:
-            return locate_local(ref, report) or require_local_folder(ref)
+            return _checked(locate_local(ref, report) or require_local_folder(ref), settings)
         if directory := locate(settings.models_dir, ref):  # needs no lock: the volume may be read-only
-            return directory
+            return _checked(directory, settings)
         with locks.write_lock(settings.models_dir, ref.stored_id):
             if accepted := _accept_existing(settings.models_dir, ref, report):
-                return accepted
+                return _checked(accepted, settings)
             _require_online(settings, ref)
             return _fetch(settings, ref, report)
     except OSError as error:
@@ -175,7 +175,7 @@ def _fetch_from(hub: RemoteRepository, settings: Settings, ref: ModelRef, report
     recorded = known.files if known else ()
     with hub:
         selected = select_files(hub, hub.listing(), settings)
-        _require_no_code(hub, settings)
+        check_model(hub, settings)
     directory.mkdir(parents=True, exist_ok=True)
     if known is None or not known.matches(ref):  # without a checksum these cannot be verified
         _remove(directory, [file for file in selected if not file.sha256 and not file.blob_id], partial=True)
@@ -205,18 +205,10 @@ def _fetch_from(hub: RemoteRepository, settings: Settings, ref: ModelRef, report
     return _complete(models_dir, ref, incomplete, selected, verified)
 
 
-def _require_no_code(hub: RemoteRepository, settings: Settings) -> None:
-    if settings.trust_remote_code:
-        return
-    try:
-        config = json.loads(hub.read("config.json"))
-    except (ValueError, RecursionError) as error:
-        raise ModelUnavailableError("config.json: invalid JSON.", "Choose another MODEL_ID.",
-                                    code="invalid_model_file") from error
-    if isinstance(config, dict) and "auto_map" in config and not is_built_in(config):
-        raise ModelUnavailableError(f"{settings.model_id}: requires its own Python code (auto_map in config.json).",
-                                    "Set TRUST_REMOTE_CODE=yes only if you trust its author.",
-                                    code="remote_code_required")
+def _checked(directory: Path, settings: Settings) -> Path:
+    """Return the folder of a model that the engine can serve."""
+    check_model(LocalFiles(directory), settings)
+    return directory
 
 
 def _complete(models_dir: Path, ref: ModelRef, incomplete: Manifest, files: Iterable[ModelFile],
