@@ -21,7 +21,7 @@ ENV VRAM_PROFILE=cpu
 FROM base-${FLAVOUR} AS base
 RUN apt-get update \
     && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
-        ca-certificates g++ gcc libc6-dev libnuma1 nginx python3 python3-dev tini \
+        ca-certificates g++ gcc haproxy libc6-dev libnuma1 nginx python3 python3-dev tini \
     && rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/cache/debconf/* /var/log/apt /var/log/dpkg.log
 
 # The virtual environment: every file is verified against its hash in the lock, nothing is built, and byte code is compiled

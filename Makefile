@@ -28,6 +28,9 @@ setup: ## install the CPU engine and the shoehorn command into .venv, and nginx 
 setup-dev: setup ## the same with the tools of tests and linters
 	@command -v shellcheck >/dev/null || \
 	  { $(SUDO) apt-get update -qq; $(SUDO) apt-get install -y -qq --no-install-recommends shellcheck >/dev/null; }
+	@command -v haproxy >/dev/null || [ -x /usr/sbin/haproxy ] || \
+	  { $(SUDO) apt-get update -qq; $(SUDO) apt-get install -y -qq --no-install-recommends haproxy >/dev/null; \
+	    [ ! -d /run/systemd/system ] || $(SUDO) systemctl disable --quiet --now haproxy; } # only the program is needed, not the service
 	@command -v promtool >/dev/null || \
 	  { $(SUDO) apt-get update -qq; $(SUDO) apt-get install -y -qq --no-install-recommends prometheus >/dev/null; \
 	    [ ! -d /run/systemd/system ] || $(SUDO) systemctl disable --quiet --now prometheus; } # only the program is needed, not the service

@@ -4,7 +4,7 @@ import { byId, detail, say, t, TEXT } from "./words.js";
 
 const STEP_OF = {
   starting: "prepare", pulling: "fetch", verifying: "fetch", converting: "fetch",
-  loading: "load", stepping_down: "load", ready: "ready", idle: "ready",
+  loading: "load", stepping_down: "load", waiting: "load", ready: "ready", idle: "ready",
 };
 const ORDER = ["prepare", "fetch", "load", "ready"];
 const PERIOD_MS = 2000;

@@ -14,6 +14,7 @@ from types import MappingProxyType
 DRAIN_PATH = "/-/drain"
 PROBE_PATH = "/-/probe"
 ACTIVITY_PATH = "/-/activity"
+USAGE_PATH = "/-/usage"
 
 # Environment of the engine's processes.
 MAX_REQUESTS_VARIABLE = "SHOEHORN_MOST_REQUESTS"
@@ -30,6 +31,9 @@ MEMORY_HANDLER_CLASS = "shoehorn_vllm.telemetry.memory_log.MemoryLogHandler"
 # Request headers that the gateway sets and no client can.
 KEY_HEADER = "X-Shoehorn-Key"
 LIMITS_HEADER = "X-Shoehorn-Limits"
+
+# Header of a replica's answers to its front: the status of its engine; absent if the request did not reach the engine.
+UPSTREAM_STATUS_HEADER = "X-Shoehorn-Upstream"
 
 # Header of the key service's refusals.
 REFUSAL_HEADER = "X-Shoehorn-Refusal"

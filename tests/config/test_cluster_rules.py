@@ -68,7 +68,3 @@ def test_invalid_address_of_the_head_is_refused(address: str) -> None:
                                              ("CLUSTER_NETWORK", "open")])
 def test_invalid_value_is_refused(name: str, value: str) -> None:
     assert mistakes({**HEAD, name: value})[0].startswith(f"{name}: ")
-
-
-def test_front_is_refused_as_unsupported() -> None:
-    assert mistakes({"ROLE": "front"}) == ["ROLE=front: unsupported by this version; use single, head or worker"]

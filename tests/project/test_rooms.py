@@ -15,13 +15,17 @@ ALLOWED = {
     "common": set(), "config": _GROUND, "hardware": _GROUND, "model": _GROUND,
     "hub": {"config"} | _GROUND, "runtime": {"config"} | _GROUND, "planner": _MACHINE,
     "store": {"hub", "config", "model"} | _GROUND, "gateway": {"runtime", "config"} | _GROUND,
-    "observability": {"runtime", "config"} | _GROUND, "int4": {"store", "hub", "config", "model"} | _GROUND,
+    "observability": {"front", "runtime", "config"} | _GROUND, "int4": {"store", "hub", "config", "model"} | _GROUND,
     "deployment": {"int4", "store", "planner"} | _MACHINE,
     "engine": {"deployment", "runtime", "planner"} | _MACHINE,
-    "commands": {"engine", "deployment", "int4", "gateway", "observability", "store", "runtime", "planner"} | _MACHINE,
+    "front": {"runtime", "config"} | _GROUND,
+    "commands": {"engine", "front", "deployment", "int4", "gateway", "observability", "store", "runtime",
+                 "planner"} | _MACHINE,
 }
 SHARED = ("shoehorn_vllm.protocol", "shoehorn_vllm.fork_server.messages")
 """Modules of `shoehorn_vllm` that `shoehorn` may import."""
+IN_THE_FRONT = "shoehorn_vllm.api"
+"""The admission middleware, which the front runs in a process of its own."""
 
 
 def imports(path: Path) -> Iterator[str]:
@@ -40,7 +44,8 @@ def test_room_imports_only_from_allowed_rooms(room: str) -> None:
             parts = module.split(".")
             if parts[0] == "shoehorn" and parts[1] in ALLOWED and parts[1] != room:
                 assert parts[1] in ALLOWED[room], f"{path.name}: {room} may not import {parts[1]}"
-            assert parts[0] not in {"vllm", "shoehorn_vllm"} or module.startswith(SHARED), \
+            assert parts[0] not in {"vllm", "shoehorn_vllm"} or module.startswith(SHARED) or (
+                room == "front" and module.startswith(IN_THE_FRONT)), \
                 f"{path.name}: only code inside the engine may import {module}"
 
 

@@ -18,6 +18,8 @@ NAMES = {
     "drain_result": "drained.json",
     "supervisord_config": "supervisord.conf", "supervisord_pid": "supervisord.pid", "exit_code": "exit_code",
     "nginx_config": "nginx.conf", "nginx_pid": "nginx.pid", "keys_socket": "keys.sock", "setting_key": "keys.json",
+    "balancer_config": "haproxy.cfg", "balancer_socket": "haproxy.sock", "balancer_stats": "haproxy-stats.sock",
+    "peer_authority": "peers.pem", "peer_pair": "peer.pem", "leaving_mark": "lame-duck",
     "tls_pair": "tls.pem", "tls_candidate": "tls.pem.candidate",
 }
 ORDINARY = {"lock", "ready", "drain", "nothing", "keys.json", "exit_code", "idle"}

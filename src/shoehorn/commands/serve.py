@@ -24,11 +24,12 @@ from shoehorn.common import disk, locks, mounts
 from shoehorn.common.atomic_file import write_atomic
 from shoehorn.common.errors import SettingsError
 from shoehorn.common.units import format_size
-from shoehorn.config import secrets
+from shoehorn.config import cluster_secret, secrets
 from shoehorn.config import settings as settings_module
 from shoehorn.config.models_dir import ModelsDir
 from shoehorn.config.settings import Settings
 from shoehorn.deployment import inputs
+from shoehorn.front import balancer_config
 from shoehorn.gateway import nginx_config, tls
 from shoehorn.gateway.keys import sources
 from shoehorn.gateway.keys.store import NewKey
@@ -47,9 +48,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, environment: Mapping[str, str]) -> int:
     """Prepare everything and become supervisord; return only by an exception."""
     settings = settings_module.load(environment)
-    if settings.role != "single":
+    if settings.role not in ("single", "front"):
         raise SettingsError(f"ROLE={settings.role}: unsupported by this version.", "Unset ROLE.",
                             code="role_unsupported")
+    purpose = f"front of {len(settings.replicas)} replicas" if settings.role == "front" else \
+        f"profile {_check_machine(settings, environment)}"
+    paths = RunDir(settings.run_dir)
+    lock = _prepare_run_dir(paths)
+    _require_volume(settings.models_dir)
+    for port, name in ((settings.port, "PORT"), (settings.metrics_port, "METRICS_PORT"),
+                       (settings.replica_port, "REPLICA_PORT")):
+        if port:
+            _require_port(port, name)
+    user = pwd.getpwuid(0).pw_name if os.geteuid() == 0 else None
+    if settings.tls_cert_file:
+        tls.install(settings)
+    nginx_config.write(settings, user)
+    if settings.role == "front" and settings.cluster_secret_file:
+        balancer_config.write(settings, cluster_secret.read(settings.cluster_secret_file))
+    supervisord_config.write_supervisord_config(settings, user)
+    first_key = None if settings.replica_port else sources.prepare(settings)
+    if first_key:
+        print(first_key_line(first_key), flush=True)
+    write_atomic(paths.welcome, welcome(settings, first_key).to_json(), 0o600)
+    StateFile(settings.run_dir).update(phase=Phase.STARTING, detail="starting", model=settings.served_model_name)
+    print(f"shoehorn {__version__}: {purpose}, gateway on {_address(settings)}, "
+          f"metrics on port {settings.metrics_port}", flush=True)
+    append_to_files()
+    disable_core_dumps()
+    os.set_inheritable(lock, True)  # held until supervisord ends
+    os.execve(sys.executable, [sys.executable, "-m", programs.SUPERVISORD, str(settings.run_dir)],
+              _without_secrets(settings, environment))
+
+
+def _check_machine(settings: Settings, environment: Mapping[str, str]) -> str:
+    """Check the hardware and the container's limits; return the name of the profile."""
     machine = requirements.usable(detect.detect(environment=environment))
     profile = inputs.select_profile(settings, machine)
     if profile.match.device == "cuda":
@@ -59,28 +92,7 @@ def run(arguments: argparse.Namespace, environment: Mapping[str, str]) -> int:
     if (limit := container_limits.locked_memory_limit()) is not None and machine.gpus:
         print(f"shoehorn: at most {format_size(limit)} of memory can be locked, which offload to host memory needs\n"
               f"  -> {container_limits.MEMLOCK_REMEDY}", flush=True)
-    paths = RunDir(settings.run_dir)
-    lock = _prepare_run_dir(paths)
-    _require_volume(settings.models_dir)
-    for port, name in ((settings.port, "PORT"), (settings.metrics_port, "METRICS_PORT")):
-        _require_port(port, name)
-    user = pwd.getpwuid(0).pw_name if os.geteuid() == 0 else None
-    if settings.tls_cert_file:
-        tls.install(settings)
-    write_atomic(paths.nginx_config, nginx_config.render(settings, settings.run_dir, user), 0o600)
-    supervisord_config.write_supervisord_config(settings, user)
-    first_key = sources.prepare(settings)
-    if first_key:
-        print(first_key_line(first_key), flush=True)
-    write_atomic(paths.welcome, welcome(settings, first_key).to_json(), 0o600)
-    StateFile(settings.run_dir).update(phase=Phase.STARTING, detail="starting", model=settings.served_model_name)
-    print(f"shoehorn {__version__}: profile {profile.name}, gateway on {_address(settings)}, "
-          f"metrics on port {settings.metrics_port}", flush=True)
-    append_to_files()
-    disable_core_dumps()
-    os.set_inheritable(lock, True)  # held until supervisord ends
-    os.execve(sys.executable, [sys.executable, "-m", programs.SUPERVISORD, str(settings.run_dir)],
-              _without_secrets(settings, environment))
+    return profile.name
 
 
 def _address(settings: Settings) -> str:
@@ -199,4 +211,6 @@ def _without_secrets(settings: Settings, environment: Mapping[str, str]) -> dict
             path = RunDir(settings.run_dir).token(name)
             write_atomic(path, token, 0o600)
             clean[f"{name}_FILE"] = str(path)
+    if settings.cluster_secret_file:  # the name of the file, which every program's settings need
+        clean["CLUSTER_SECRET_FILE"] = str(settings.cluster_secret_file)
     return clean

@@ -8,6 +8,7 @@
     .shoehorn/worked/DIGEST.json           known-good options of a start
     .shoehorn/speed.json                   measured bandwidths, and rates of the CPU kernel
     .shoehorn/keys.json                    hashes of API keys
+    .shoehorn/collected.json               figures of the replicas' engines that the usage files of a front include
     .shoehorn/usage/2026-11.json           tokens by day, key and model in one month (UTC)
 
 Rules: these names are an on-disk format; a volume of an older version stays valid.
@@ -54,6 +55,11 @@ class ModelsDir:
     def usage(self) -> Path:
         """Folder of the used tokens, one file for each month."""
         return self.state / "usage"
+
+    @property
+    def collected_usage(self) -> Path:
+        """File of the figures of replicas' engines that are part of the usage files of a front."""
+        return self.state / "collected.json"
 
     def model(self, model: str) -> Path:
         """Return the folder of a model's files."""

@@ -18,7 +18,7 @@ from typing import Annotated, Any, get_type_hints
 
 from shoehorn.common.errors import SettingsError
 from shoehorn.common.units import parse_memory
-from shoehorn.config import cluster_rules, network, spelling
+from shoehorn.config import cluster_rules, network, replicas, spelling
 from shoehorn.config.other_variables import COMPOSE, PASSED
 from shoehorn.config.setting_values import (
     SPECULATIVE_KEYWORDS,
@@ -233,6 +233,12 @@ class ClusterSettings(_Group):
         "isolated", "`isolated`: clients reach the head through another network than the cluster's; the start is "
         "refused otherwise. `trusted`: everybody in the cluster's network may read prompts and control the engine.",
         one_of("isolated", "trusted"))]
+    replicas: Annotated[tuple[replicas.Replica, ...], Setting(
+        "", "Addresses of the replicas, HOST or HOST:PORT, separated by commas (`ROLE=front`); each serves the same "
+        "model, with REPLICA_PORT set.", replicas.parse, unset=())]
+    replica_port: Annotated[int | None, Setting(
+        "", "Port for the requests of a front, usually 6335, with mutual TLS from CLUSTER_SECRET_FILE (`ROLE=single` "
+        "and `head`). The API on PORT is then closed: the front checks keys and limits.", integer(1, 65535))]
 
 
 _GROUPS = (ModelSettings, PlanSettings, GatewaySettings, StorageSettings, ProcessSettings, ClusterSettings)
@@ -355,6 +361,12 @@ def _contradictions(settings: Settings) -> list[str]:
     mistakes = []
     if settings.port == settings.metrics_port:
         mistakes.append(f"PORT and METRICS_PORT are both {settings.port}; change one of them")
+    if settings.replica_port and settings.idle_stop:
+        mistakes.append("IDLE_STOP and REPLICA_PORT are both set: a front does not start the idle engine of a replica; "
+                        "unset IDLE_STOP")
+    for name, port in (("PORT", settings.port), ("METRICS_PORT", settings.metrics_port)):
+        if port == settings.replica_port:
+            mistakes.append(f"REPLICA_PORT and {name} are both {port}; change one of them")
     if (settings.tls_cert_file is None) != (settings.tls_key_file is None):
         mistakes.append("TLS_CERT_FILE and TLS_KEY_FILE: only one is set; set both or neither")
     if settings.model_source == "local" and not settings.keep_original:

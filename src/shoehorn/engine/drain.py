@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import httpx
 
 from shoehorn.common.atomic_file import write_atomic
 from shoehorn.runtime.run_dir import RunDir
-from shoehorn.runtime.shutdown import MARGIN_SECONDS
+from shoehorn.runtime.shutdown import LEAVING_SECONDS, MARGIN_SECONDS
 from shoehorn_vllm.protocol import DRAIN_PATH
 
 log = logging.getLogger("engine")
@@ -28,6 +29,13 @@ class DrainResult:
 
     finished: int
     aborted: int
+
+
+def announce(paths: RunDir, is_replica: bool) -> None:
+    """Ask the front of a ready replica for no new requests, and serve until it has noticed."""
+    if is_replica and paths.ready_mark.exists():
+        paths.leaving_mark.touch()
+        time.sleep(LEAVING_SECONDS)
 
 
 def drain_engine(socket: Path, seconds: int) -> DrainResult | None:

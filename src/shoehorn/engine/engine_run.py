@@ -168,6 +168,7 @@ class EngineRun:
 
     def _drain_on_request(self) -> None:
         self.stage = Stage.DRAINING
+        drain.announce(self._spec.run_dir, self._spec.is_replica)
         self._states.update(phase=Phase.STOPPING, progress=None, detail="draining")
         result = drain.drain_engine(self._spec.run_dir.engine_socket, self._spec.drain_seconds)
         self._states.update(detail="drained; can be stopped")

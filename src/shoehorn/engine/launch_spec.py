@@ -25,6 +25,7 @@ class LaunchSpec:
         task: what the model is for, which the readiness check proves.
         log_file: file for the engine's output; None sends it to standard output.
         drain_seconds: time limit for running requests when serving ends.
+        is_replica: a front sends the requests (`drain.announce`).
         idle_seconds: time without requests after which the engine is stopped; None: never.
         may_drop_speculation: after a failed start, a start without draft tokens may succeed.
         timing: waits of the engine program.
@@ -38,6 +39,7 @@ class LaunchSpec:
     task: Task = Task.GENERATE
     log_file: Path | None = None
     drain_seconds: int = 60
+    is_replica: bool = False
     idle_seconds: int | None = None
     may_drop_speculation: bool = False
     timing: Timing = field(default_factory=Timing)

@@ -27,7 +27,7 @@ from shoehorn.config.models_dir import ModelsDir
 from shoehorn.config.settings import Settings
 from shoehorn.deployment import inputs, served_model
 from shoehorn.deployment.inputs import Deployment
-from shoehorn.engine import launch_config, memory_report, timing
+from shoehorn.engine import drain, launch_config, memory_report, timing
 from shoehorn.engine.environment import engine_environment
 from shoehorn.engine.fetch import fetch
 from shoehorn.engine.fork_server import ForkServer
@@ -75,7 +75,7 @@ def main(environment: Mapping[str, str] = os.environ) -> int:
     states = StateFile(settings.run_dir)
     run = ProgramRun(settings, states, waits)
     with run:
-        _stop_on_sigterm(states)
+        _stop_on_sigterm(settings, states)
         _stop_with_supervisord()
         run.take_over()
         fork_server = _begin_import(settings, environment, states)
@@ -144,7 +144,7 @@ def _launch_spec(settings: Settings, environment: Mapping[str, str], plan: Plan,
     launch_config.write_engine_config(settings, plan.engine_args, directory)
     variables = {**_host_address(environment, plan), **plan.engine_environment,
                  **memory_report.prepare(settings.run_dir),
-                 USAGE_DIR_VARIABLE: str(ModelsDir(settings.models_dir).usage),
+                 **({} if settings.replica_port else {USAGE_DIR_VARIABLE: str(ModelsDir(settings.models_dir).usage)}),
                  ADMISSIONS_VARIABLE: str(paths.admissions), MODEL_VARIABLE: settings.served_model_name,
                  ABILITIES_VARIABLE: launch_config.abilities(plan).to_json(),
                  MAX_REQUESTS_VARIABLE: str(launch_config.most_requests(settings, plan.engine_args))}
@@ -152,7 +152,7 @@ def _launch_spec(settings: Settings, environment: Mapping[str, str], plan: Plan,
         run_dir=paths, environment=engine_environment(environment, variables, settings.run_dir),
         model=settings.served_model_name, options=plan.engine_args, task=plan.task,
         log_file=_engine_log(settings), drain_seconds=settings.drain_timeout,
-        idle_seconds=settings.idle_stop,
+        idle_seconds=settings.idle_stop, is_replica=settings.replica_port is not None,
         may_drop_speculation=step_down.uses_unrequested_drafts(plan.engine_args, plan.fixed), timing=waits)
 
 
@@ -182,9 +182,10 @@ def _host_address(environment: Mapping[str, str], plan: Plan) -> dict[str, str]:
     return {} if several or "VLLM_HOST_IP" in environment else {"VLLM_HOST_IP": "127.0.0.1"}
 
 
-def _stop_on_sigterm(states: StateFile) -> None:
+def _stop_on_sigterm(settings: Settings, states: StateFile) -> None:
     def stop(_signal: int, _frame: FrameType | None) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not interrupt the cleanup
+        drain.announce(RunDir(settings.run_dir), settings.replica_port is not None)
         states.update_progress(phase=Phase.STOPPING, progress=None, detail="stopping")
         raise StopRequested
 

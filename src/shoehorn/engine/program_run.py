@@ -64,6 +64,7 @@ class ProgramRun:
         if killed:
             failures = self.budget.record()
             log.warning("The engine program was killed failures=%d terminated_processes=%d", failures, len(processes))
+        self._paths.leaving_mark.unlink(missing_ok=True)
         self._paths.engine_alive.touch()
         self.budget.require()
 

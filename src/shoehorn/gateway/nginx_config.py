@@ -19,11 +19,15 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from shoehorn.common.api_errors import error_bodies
+from shoehorn.common.atomic_file import write_atomic
 from shoehorn.common.errors import SettingsError
 from shoehorn.common.paths import GATEWAY
+from shoehorn.config import cluster_secret
 from shoehorn.config.settings import Settings
 from shoehorn.gateway import error_messages
+from shoehorn.runtime import peer_certificates
 from shoehorn.runtime.run_dir import RunDir
+from shoehorn_vllm.protocol import UPSTREAM_STATUS_HEADER
 
 RETRY_AFTER_SECONDS = 5
 """Small: OpenAI's client waits that long, and ignores values above two minutes."""
@@ -109,10 +113,28 @@ def render(settings: Settings, run_dir: Path, user: str | None) -> str:
         no_keys=error_bodies(503, "API keys are temporarily unavailable. Retry in a few seconds.", "keys_unavailable"),
         plain_refused=error_bodies(400, "Plain HTTP is unsupported. Use https://, and rotate a key that was sent "
                                    "unencrypted.", "https_required")["openai"],
+        replica_port=settings.replica_port, upstream_status_header=UPSTREAM_STATUS_HEADER,
+        front_subject=f"CN={peer_certificates.common_name('front')}",
+        front_only=error_bodies(403, "This server is a replica: send requests to its front.",
+                                "behind_front")["openai"],
         not_served=error_bodies(404, "The loaded model does not support this endpoint.",
                                 "unknown_url")["openai"].rstrip(),
         models={name: json.dumps(card) + "\n" for name, card in cards.items()},
         models_body=json.dumps({"object": "list", "data": list(cards.values())}) + "\n")
+
+
+def write(settings: Settings, user: str | None) -> None:
+    """Write `nginx.conf`, and in a replica the certificates of the connections to its front.
+
+    Raises:
+        SettingsError: nginx does not support a path or the model's name, or the cluster's secret is invalid.
+    """
+    paths = RunDir(settings.run_dir)
+    if settings.replica_port and settings.cluster_secret_file:
+        certificate = peer_certificates.issue(cluster_secret.read(settings.cluster_secret_file), "replica")
+        write_atomic(paths.peer_authority, certificate.authority.decode(), 0o600)
+        write_atomic(paths.peer_pair, certificate.pair.decode(), 0o600)
+    write_atomic(paths.nginx_config, render(settings, settings.run_dir, user), 0o600)
 
 
 def _open_files() -> int:

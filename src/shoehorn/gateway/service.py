@@ -6,11 +6,8 @@ import asyncio
 import contextlib
 import logging
 import os
-import socket
 import sys
 from collections.abc import Iterable
-from pathlib import Path
-from typing import Any
 
 import uvicorn
 
@@ -24,31 +21,12 @@ from shoehorn.gateway.keys.store import KeyStore
 from shoehorn.gateway.tls import CertificateWatch
 from shoehorn.runtime import parent_watch
 from shoehorn.runtime.run_dir import RunDir
+from shoehorn.runtime.unix_server import GracefulServer, listen, stop_with_parent
 
 log = logging.getLogger("keys")
 
 KEEP_ALIVE_SECONDS = 75
 """For idle connections; nginx closes its own earlier."""
-
-
-async def stop_with_parent(parent: int, server: uvicorn.Server) -> None:
-    """Stop the server when supervisord was killed."""
-    while os.getppid() == parent:
-        await asyncio.sleep(1.0)
-    server.should_exit = True
-
-
-def listen(path: Path) -> socket.socket:
-    """Bind the service's socket, which only this user may connect to; a stale socket is replaced."""
-    with contextlib.suppress(FileNotFoundError):
-        path.unlink()
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    mask = os.umask(0o177)
-    try:
-        listener.bind(str(path))
-    finally:
-        os.umask(mask)
-    return listener
 
 
 async def serve(settings: Settings) -> None:
@@ -62,7 +40,7 @@ async def serve(settings: Settings) -> None:
         except SettingsError:
             return list(service.last_used)
 
-    server = _GracefulServer(uvicorn.Config(
+    server = GracefulServer(uvicorn.Config(
         service, lifespan="off", log_config=None, access_log=False, server_header=False, date_header=False,
         h11_max_incomplete_event_size=5 * settings.max_header_size + (64 << 10),
         timeout_keep_alive=KEEP_ALIVE_SECONDS, timeout_graceful_shutdown=1))
@@ -93,17 +71,6 @@ class WakeRequests:
             if not self._is_logged:
                 log.error("cannot ask for the engine: path=%s error=%s", self._paths.wake_request, error.strerror)
             self._is_logged = True
-
-
-class _GracefulServer(uvicorn.Server):
-    """Returns on SIGTERM; uvicorn would raise the signal again and leave no time to save."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Any:
-        """Handle signals as uvicorn does, and drop them at the end."""
-        with super().capture_signals():
-            yield
-            self._captured_signals.clear()
 
 
 def main() -> None:

@@ -186,6 +186,38 @@ class RunDir:
         """TLS key and certificate chain that are being checked."""
         return self.path / "tls.pem.candidate"
 
+    # A front and its replicas.
+
+    @property
+    def balancer_config(self) -> Path:
+        """HAProxy's configuration."""
+        return self.path / "haproxy.cfg"
+
+    @property
+    def balancer_socket(self) -> Path:
+        """Unix socket on which HAProxy takes requests for the replicas."""
+        return self.path / "haproxy.sock"
+
+    @property
+    def balancer_stats(self) -> Path:
+        """Unix socket of HAProxy's statistics."""
+        return self.path / "haproxy-stats.sock"
+
+    @property
+    def peer_authority(self) -> Path:
+        """Certificate of the authority of front and replicas."""
+        return self.path / "peers.pem"
+
+    @property
+    def peer_pair(self) -> Path:
+        """Own certificate and key for the connections between front and replicas."""
+        return self.path / "peer.pem"
+
+    @property
+    def leaving_mark(self) -> Path:
+        """Empty file that exists while a replica still serves, but asks its front for no new requests."""
+        return self.path / "lame-duck"
+
     def token(self, variable: str) -> Path:
         """Secret of one environment variable, for the programs that need it."""
         return self.path / variable.lower()

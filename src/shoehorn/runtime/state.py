@@ -38,6 +38,7 @@ class Phase(StrEnum):
     READY = "ready"
     STEPPING_DOWN = "stepping_down"
     IDLE = "idle"
+    WAITING = "waiting"
     FAILED = "failed"
     STOPPING = "stopping"
 
@@ -59,6 +60,7 @@ class State:
         plan: public summary of the current plan; empty before the first plan.
         start_seconds: of each part of the last start, by name, with their `total`; empty before the first.
         engine_down: the engine hung or died, and the next one has not started yet.
+        replicas: of a front: name, state and reason of each replica.
     """
 
     phase: Phase = Phase.STARTING
@@ -80,6 +82,7 @@ class State:
     plan: Mapping[str, Any] = field(default_factory=dict)
     start_seconds: Mapping[str, float] = field(default_factory=dict)
     engine_down: bool = False
+    replicas: tuple[Mapping[str, Any], ...] = ()
     version: int = STATE_VERSION
 
 
@@ -112,7 +115,8 @@ class StateFile:
             document = json.loads(self.path.read_text(encoding="utf-8"))
             if document["version"] != STATE_VERSION:
                 return State()
-            return State(**{**document, "phase": Phase(document["phase"]), "memory": tuple(document["memory"])})
+            return State(**{**document, "phase": Phase(document["phase"]), "memory": tuple(document["memory"]),
+                            "replicas": tuple(document.get("replicas", ()))})
         except (OSError, ValueError, TypeError, KeyError):
             return State()
 

@@ -41,14 +41,26 @@ def supervisord_config(settings: Settings, user: str | None) -> str:
         "command": _command([*python, programs.EXPORTER]), "priority": "200", "autorestart": "true",
         "startretries": "5", "stopwaitsecs": "3", "killasgroup": "true", **to_stdout,
     }
-    config["program:engine"] = {
-        "command": _command([*python, programs.ENGINE]), "priority": "400", "startsecs": "0",
-        # An exit with one of Shoehorn's own codes is final, and the event listener stops the container. After any other
-        # (a kill, a defect) the engine is restarted, within its restart budget.
-        "autorestart": "unexpected", "exitcodes": "0,2,3,4,5",
-        "stopwaitsecs": str(settings.drain_timeout + MARGIN_SECONDS + ENGINE_STOP_SECONDS + 5), "killasgroup": "true",
-        **to_stdout,
-    }
+    if settings.role == "front":
+        config["program:front"] = {
+            "command": _command([*python, programs.FRONT]), "priority": "400", "autorestart": "true",
+            "startretries": "5", "stopwaitsecs": str(settings.drain_timeout + MARGIN_SECONDS + 5),
+            "killasgroup": "true", **to_stdout,
+        }
+        config["program:balancer"] = {  # setpriv: HAProxy does not watch its parent
+            "command": _command(["setpriv", "--pdeathsig", "KILL", "haproxy", "-db", "-f", str(paths.balancer_config)]),
+            "priority": "350", "autorestart": "true", "startretries": "5", "stopwaitsecs": "3", "killasgroup": "true",
+            **to_stdout,
+        }
+    else:
+        config["program:engine"] = {
+            "command": _command([*python, programs.ENGINE]), "priority": "400", "startsecs": "0",
+            # An exit with one of Shoehorn's own codes is final, and the event listener stops the container. After any
+            # other (a kill, a defect) the engine is restarted, within its restart budget.
+            "autorestart": "unexpected", "exitcodes": "0,2,3,4,5",
+            "stopwaitsecs": str(settings.drain_timeout + MARGIN_SECONDS + ENGINE_STOP_SECONDS + 5),
+            "killasgroup": "true", **to_stdout,
+        }
     config["program:keys"] = {
         "command": _command([*python, programs.KEYS]), "priority": "250", "autorestart": "true",
         "startretries": "5", "stopwaitsecs": "5", "killasgroup": "true", **to_stdout,

@@ -56,10 +56,18 @@ class UsageLedger:
 
     def add(self, key: str, model: str, usage: Usage) -> None:
         """Count usage of now."""
-        account = Account(day_of(self._clock()), key, model)
+        self.add_to(Account(day_of(self._clock()), key, model), usage)
+
+    def add_to(self, account: Account, usage: Usage) -> None:
+        """Count usage of an account."""
         with self._lock:
             self._unsaved[account] = self._unsaved.get(account, Usage()) + usage
             self._count(account, usage)
+
+    def unsaved(self) -> dict[Account, Usage]:
+        """Figures that are not saved yet; without files, all since the start."""
+        with self._lock:
+            return dict(self._unsaved)
 
     def used(self, key: str, period: Period) -> int:
         """Tokens of a key in the current day or month (UTC)."""
@@ -67,10 +75,10 @@ class UsageLedger:
         with self._lock:
             return self._used.get((key, today if period == "day" else today[:7]), 0)
 
-    def save(self) -> None:
-        """Add the unsaved figures to the volume, and read what others have added."""
+    def save(self) -> bool:
+        """Add the unsaved figures to the volume, and read what others have added; returns whether that succeeded."""
         if self._files is None:
-            return
+            return True
         with self._saving:
             with self._lock:
                 figures, self._unsaved = self._unsaved, {}
@@ -89,6 +97,7 @@ class UsageLedger:
                         self._unsaved[account] = self._unsaved.get(account, Usage()) + usage
                 else:
                     self._replace(month, content)
+            return content is not None
 
     def _count(self, account: Account, usage: Usage) -> None:
         for period in (account.day, account.day[:7]):

@@ -10,7 +10,8 @@ Rules:
 - the engine never has too many sequences either, however few requests they belong to;
 - `POST /-/drain?seconds=N` refuses new requests, waits up to N s for running ones, ends the rest with an error, and
   answers {"finished": N, "aborted": N}; `GET /-/activity` answers {"running": N, "idle_seconds": S} of clients'
-  requests. The gateway has no route to them.
+  requests. `GET /-/usage` answers {"run": ID, "usage": [...]}: in a replica the tokens since this process started, by
+  day, key and model. The gateway has no route to the first two, and one to the last for a front only.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ import functools
 import json
 import os
 import time
+import uuid
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import asdict
 from typing import Any
 from urllib.parse import parse_qs
 
@@ -45,6 +48,7 @@ from shoehorn_vllm.protocol import (
     MAX_REQUESTS_VARIABLE,
     MODEL_VARIABLE,
     PROBE_PATH,
+    USAGE_PATH,
     Abilities,
     KeyLimits,
 )
@@ -95,6 +99,7 @@ class AdmissionMiddleware:
             self._usage[key].admitted.extend(times)
         self._requests: set[InFlightRequest] = set()
         self._is_stopping = False
+        self._run = uuid.uuid4().hex
         self._used_at = time.monotonic()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -106,6 +111,9 @@ class AdmissionMiddleware:
             await self._answer_drain(scope, send)
         elif path == ACTIVITY_PATH:
             await _answer_json(send, {"running": len(self._requests), "idle_seconds": time.monotonic() - self._used_at})
+        elif path == USAGE_PATH:
+            await _answer_json(send, {"run": self._run, "usage": [
+                {**account._asdict(), **asdict(usage)} for account, usage in self._ledger.unsaved().items()]})
         elif path == PROBE_PATH:
             # The watchdog's text completion passes a full queue too: an engine may hang behind one.
             await self._app({**scope, "path": _COMPLETIONS, "raw_path": _COMPLETIONS.encode()}, receive, send)
@@ -200,6 +208,7 @@ class AdmissionMiddleware:
         turn = self._order.begin(key, expected_tokens(body, document, sequences), time.monotonic())
         meter = Meter(functools.partial(self._count, key, _is_from_gateway(scope), turn), turn.priority)
         CURRENT.set(meter)
+        request.before_end = meter.finish
         try:
             await self._app(scope, request.receive, request.send)
         except asyncio.CancelledError:

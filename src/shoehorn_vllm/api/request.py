@@ -37,6 +37,10 @@ async def refuse(send: Send, failure: Failure, path: str) -> None:
     await send({"type": "http.response.body", "body": content})
 
 
+def _do_nothing() -> None:
+    return
+
+
 class BodyTooLongError(Exception):
     """The body exceeds the limit on its size."""
 
@@ -69,11 +73,15 @@ class InFlightRequest:
         body: the whole body, already read.
         sequences: number of sequences that the engine makes of it.
         key: name of its key.
+
+    Attributes:
+        before_end: called before the end of the answer is sent: a client that has read it finds all tokens counted.
     """
 
     def __init__(self, path: str, receive: Receive, send: Send, body: bytes, sequences: int, key: str) -> None:
         self.sequences = sequences
         self.key = key
+        self.before_end: Callable[[], None] = _do_nothing
         self.task = asyncio.current_task()
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._path = path
@@ -151,6 +159,9 @@ class InFlightRequest:
                 await self._send_error(self._error_start)
             return
         elif message["type"] == "http.response.body":
+            if not message.get("more_body", False) or (
+                    self._is_stream and errors.is_complete(self._path, message.get("body", b""))):
+                self.before_end()
             if body := message.get("body", b""):
                 self._previous_chunk, self._last_chunk = self._last_chunk, body
             if not message.get("more_body", False):
