@@ -3,6 +3,8 @@
 usage: python tools/record_model_defaults.py [--print]
 model_defaults.json: defaults and key names of the configuration classes, for the reader of config.json.
 engine_models.json: names of the classes that need no code of a checkpoint, one list per line.
+transformers_models.json: architectures that vLLM serves with transformers' code -> whether their class states which
+layers tensor parallelism divides (`base_model_tp_plan`); without that vLLM divides only attention and gated MLPs.
 The package uses the recordings instead of importing vLLM or transformers. A test records again and compares.
 Configuration classes whose module needs a library that is not installed are left out of the defaults.
 """
@@ -98,14 +100,28 @@ def engine_models() -> dict[str, list[str]]:
     return {name: sorted(values) for name, values in content.items()}
 
 
+def transformers_models() -> dict[str, bool]:
+    """Return the architectures of vLLM's registry that transformers' code serves, and whether they have a plan."""
+    import transformers
+    from vllm.model_executor.models.registry import ModelRegistry
+
+    recorded = {}
+    for architecture, model in ModelRegistry.models.items():
+        if getattr(model, "module_name", "").endswith(".transformers") and not architecture.startswith("Transformers"):
+            config_class = getattr(getattr(transformers, architecture, None), "config_class", None)
+            recorded[architecture] = bool(getattr(config_class, "base_model_tp_plan", None))
+    return dict(sorted(recorded.items()))
+
+
 def lines(entries: Mapping[str, Any]) -> str:
     """Write one entry per line."""
     return "{\n" + ",\n".join(f"{json.dumps(name)}: {json.dumps(each)}" for name, each in entries.items()) + "\n}\n"
 
 
 def recordings() -> dict[str, str]:
-    """Return the content of both files by name."""
-    return {"model_defaults.json": lines(record()), "engine_models.json": lines(engine_models())}
+    """Return the content of each file by name."""
+    return {"model_defaults.json": lines(record()), "engine_models.json": lines(engine_models()),
+            "transformers_models.json": lines(transformers_models())}
 
 
 def main() -> int:

@@ -128,7 +128,8 @@ def test_kv_cache_of_each_layer_kind(change: dict[str, object], expected: list[t
 
 
 def test_experts_are_counted_apart_and_vision_as_divided() -> None:
-    shape = read(checkpoint({**CONFIG, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128}, {
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128}
+    shape = read(checkpoint({**CONFIG, **experts, "vision_config": {"model_type": "siglip_vision_model"}}, {
         "model.layers.0.mlp.experts.3.up_proj.weight": ("BF16", [128, 64]),
         "vision_tower.encoder.layers.0.fc1.weight": ("BF16", [64, 64]),
         "model.layers.0.self_attn.q_proj.bias": ("BF16", [64])}))
@@ -148,16 +149,6 @@ def test_missing_head_size_is_that_of_the_projection() -> None:
     projection = {"model.layers.0.self_attn.k_proj.weight": ("BF16", [128, 64])}
     shape = read(checkpoint({**CONFIG, "head_dim": None}, projection))
     assert shape.kv_layers[0].width == 2 * 128 // shape.kv_heads
-
-
-@pytest.mark.parametrize(("change", "rows"), [
-    ({}, 512), ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, 512),
-    ({"rope_scaling": {"rope_type": "linear", "factor": 8.0}}, 4096),
-    ({"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}}, 512),
-    ({"rope_scaling": {"rope_type": "linear", "factor": 8.0}, "model_type": "gemma3_text"}, 4096 + 512),
-])
-def test_rotary_tables_have_the_length_of_the_engines_tables(change: dict[str, object], rows: int) -> None:
-    assert read(checkpoint({**CONFIG, **change}, ONE)).rotary_positions == rows
 
 
 @pytest.mark.parametrize(("rope", "longest"), [

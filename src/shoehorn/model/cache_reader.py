@@ -58,6 +58,8 @@ def read_caches(text: Mapping[str, Any], layers: int, kv_heads: int, head_dim: i
         notes.append("the states of this model's layers are unknown: counted as full attention")
         numbers[LayerKind.FULL] = tuple(sorted({*numbers[LayerKind.FULL], *numbers[LayerKind.STATE]}))
     kv = [*_full(text, numbers[LayerKind.FULL], kv_heads, head_dim)]
+    if text.get("is_encoder_decoder"):
+        kv += [replace(layers, encoder=True) for layers in kv]
     if numbers[LayerKind.WINDOW]:
         kv.append(KvLayers(numbers[LayerKind.WINDOW], _number(text, "swa_num_key_value_heads", kv_heads),
                            _width(text, head_dim, "swa_"), window(text)))

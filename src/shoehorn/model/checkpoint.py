@@ -18,11 +18,13 @@ from typing import Any
 from shoehorn.model import task
 from shoehorn.model.cache_reader import is_latent, read_caches
 from shoehorn.model.config_names import read_text, text_section
-from shoehorn.model.context import context_limits, rotary_positions
+from shoehorn.model.context import context_limits
+from shoehorn.model.division import read_division
 from shoehorn.model.files import WEIGHTS_SUFFIXES, Files, not_understood, read_json
 from shoehorn.model.kv_dtype import kv_cache_dtype
 from shoehorn.model.overrides import apply_overrides, complete_overrides
 from shoehorn.model.quantization import other_files, read_quantization
+from shoehorn.model.rotary import rotary_entries
 from shoehorn.model.safetensors import Tensor, header, shards
 from shoehorn.model.shape import KNOWN, Experts, ModelShape, TensorBytes
 from shoehorn.model.tensor_groups import TextSizes, group_tensors
@@ -48,37 +50,50 @@ def read(files: Files, overrides: Mapping[str, Any] | None = None) -> ModelShape
     tensors = [tensor for name in weights for tensor in header(files, name, names[name])]
     disk = sum(size for name, size in names.items()
                if name in weights or (not name.endswith(WEIGHTS_SUFFIXES) and "/" not in name))
-    shape = shape_of(config, tensors, disk, overrides or {}, other_files(files, names))
+    pooling = task.read(files, architecture_of(config)).is_pooling
+    shape = shape_of(config, tensors, disk, overrides or {}, other_files(files, names), pooling)
     limit = task.sentence_limit(files, names)
     return replace(shape, max_position=limit) if limit else shape
 
 
+def architecture_of(config: Mapping[str, Any]) -> str:
+    """Return the name of the architecture; "unknown" without one."""
+    architectures = config.get("architectures")
+    return str(architectures[0]) if isinstance(architectures, list) and architectures else "unknown"
+
+
 def shape_of(config: Mapping[str, Any], tensors: Iterable[Tensor], disk_bytes: int,
              overrides: Mapping[str, Any] = MappingProxyType({}),
-             files: Mapping[str, Mapping[str, Any]] = MappingProxyType({})) -> ModelShape:
+             files: Mapping[str, Mapping[str, Any]] = MappingProxyType({}), pooling: bool = False) -> ModelShape:
     """Derive the shape from a config and tensors.
 
     Args:
         files: other JSON files that describe a quantization, by name.
+        pooling: the model is for embeddings or ranking, whatever its architecture's name says.
 
     Raises:
         ModelUnavailableError: config.json and the tensors do not show a required size.
     """
     if overrides:
         overrides = complete_overrides(config, overrides)
-        return replace(shape_of(apply_overrides(config, overrides), tensors, disk_bytes, files=files),
+        return replace(shape_of(apply_overrides(config, overrides), tensors, disk_bytes, files=files, pooling=pooling),
                        overrides=overrides)
     notes: list[str] = []
     tensors = list(tensors)
     text = read_text(config)
     if text_section(config) is not config:
         notes.append("multimodal model: activations of the non-text parts are not estimated")
-    architectures = config.get("architectures")
-    architecture = str(architectures[0]) if isinstance(architectures, list) and architectures else "unknown"
+    architecture = architecture_of(config)
+    pooling = pooling or task.of_architecture(architecture).is_pooling
     text = complete_from_tensors(text, tensors, notes)
     layers, hidden, heads = (_count(text, key) for key in ("num_hidden_layers", "hidden_size", "num_attention_heads"))
     kv_heads = _count(text, "num_key_value_heads", heads)
-    grouped = group_tensors(tensors, TextSizes(layers, text.get("vocab_size") or 0, heads, kv_heads))
+    has_rotated_part = bool(text.get("kv_lora_rank"))
+    head_dim = _count(text, "qk_rope_head_dim", 64) if has_rotated_part else _count(text, "head_dim", hidden // heads)
+    caches, limits = read_caches(text, layers, kv_heads, head_dim, notes), context_limits(text, notes)
+    grouped = group_tensors(
+        tensors, TextSizes(layers, text.get("vocab_size") or 0, bool(text.get("is_encoder_decoder")), pooling),
+        read_division(config, architecture, heads, kv_heads, caches.states))
     groups, embedding = grouped.groups, grouped.embedding
     if grouped.layers < layers:
         notes.append(f"config.json names {layers} layers, the weights contain {grouped.layers}")
@@ -89,15 +104,15 @@ def shape_of(config: Mapping[str, Any], tensors: Iterable[Tensor], disk_bytes: i
                      "as resident and unquantized; activation estimate +50 %")
     if quantized.get("load_in_8bit"):
         notes.append("8-bit bitsandbytes is unsupported: its state is counted as stored")
-    head_dim = _count(text, "head_dim", hidden // heads)
     latent = _count(text, "kv_lora_rank", 0) if is_latent(text) else 0
-    caches, limits = read_caches(text, layers, kv_heads, head_dim, notes), context_limits(text, notes)
+    attends = not caches.states or bool(caches.kv)
     return ModelShape(
-        architecture=architecture, layers=layers, hidden=hidden, heads=heads,
-        intermediate=_count(text, "intermediate_size", 4 * hidden, notes), kv_heads=kv_heads,
-        head_dim=_count(text, "qk_rope_head_dim", 64) if latent else head_dim,
+        architecture=architecture, layers=layers, hidden=hidden, heads=heads if attends else 0,
+        intermediate=_count(text, "intermediate_size", 4 * hidden, notes), kv_heads=kv_heads if attends else 0,
+        head_dim=_count(text, "global_head_dim", head_dim) if attends else text.get("head_dim") or 0, pooling=pooling,
         vocab=_count(text, "vocab_size", embedding.shape[0] if embedding and embedding.shape else None),
-        max_position=limits.default, longest_position=limits.longest, rotary_positions=rotary_positions(text),
+        max_position=limits.default, longest_position=limits.longest,
+        rotary_entries=rotary_entries(text, architecture, head_dim),
         dtype=_dtype(config, text, embedding),
         tied_embeddings=not groups.lm_head.bytes or bool(
             text.get("tie_word_embeddings", config.get("tie_word_embeddings"))),
@@ -105,14 +120,13 @@ def shape_of(config: Mapping[str, Any], tensors: Iterable[Tensor], disk_bytes: i
         kv_cache_dtype=kv_cache_dtype(quantized), kv_layers=caches.kv, state_layers=caches.states,
         block_size=caches.block_size, tensor_bytes=groups,
         weights_bytes=sum(tensor.bytes for tensor in tensors), disk_bytes=disk_bytes,
-        experts=_experts(text, groups, quantized, hidden),
+        experts=_experts(text, groups, quantized, hidden, (grouped.expert_scale_bytes, grouped.expert_zero_bytes)),
         absorbed_parameters=layers * latent * heads * (_count(text, "qk_nope_head_dim", 128)
                                                        + _count(text, "v_head_dim", 128)) if latent else 0,
         notes=tuple(notes), unreadable=_unreadable(quantized),
         packed_embedding=any(EMBEDDING_PACKED.fullmatch(tensor.name) for tensor in tensors),
         symmetric_int4=_is_cpu_kernel_int4(quantized),
-        column_groups=_column_groups(tensors), whole_bytes=grouped.whole_bytes,
-        key_value_bytes=grouped.key_value_bytes)
+        column_groups=_column_groups(tensors), few_gpus=grouped.few_gpus)
 
 
 def _column_groups(tensors: list[Tensor]) -> int:
@@ -145,15 +159,18 @@ def _unreadable(quantized: Mapping[str, Any]) -> str:
     return ""
 
 
-def _experts(text: Mapping[str, Any], groups: TensorBytes, quantized: Mapping[str, Any], hidden: int
-             ) -> Experts | None:
+def _experts(text: Mapping[str, Any], groups: TensorBytes, quantized: Mapping[str, Any], hidden: int,
+             group_bytes: tuple[int, int]) -> Experts | None:
     """Return the mixture of experts; None for a dense model."""
     count = text.get("num_experts") or 0
     if not count or not groups.experts.bytes:
         return None
     width = _count(text, "moe_intermediate_size", _count(text, "intermediate_size", 1))
+    group_size = quantized.get("group_size") if quantized.get("quant_method") in ("awq", "gptq") else 0
     return Experts(count, _count(text, "num_experts_per_tok", 2), width,
-                   _is_symmetric_int4(quantized) and not width % _EXPERT_WIDTH and not hidden % _EXPERT_WIDTH)
+                   _is_symmetric_int4(quantized) and not width % _EXPERT_WIDTH and not hidden % _EXPERT_WIDTH,
+                   max(0, group_size) if type(group_size) is int else 0, group_bytes[0],
+                   group_bytes[1], quantized.get("quant_method") == "gptq" and bool(quantized.get("sym")))
 
 
 def _is_cpu_kernel_int4(quantized: Mapping[str, Any]) -> bool:

@@ -70,6 +70,9 @@ def read_text(config: Mapping[str, Any]) -> dict[str, Any]:
             text[key] = value
     if section is not config:
         text |= {key: config[key] for key in _INHERITED if key in config and key not in section}
+    elif "text_config" in known.get("sections", {}) and _ties(known) and _ties(
+            _recorded().get(known["sections"]["text_config"], {})):  # the class takes the default of its text model
+        text["tie_word_embeddings"] = True
     sizes = _named(section)
     text |= {common: text[own] for common, own in known.get("names", {}).items()
              if own in text and (own in section or common not in section)}
@@ -79,6 +82,19 @@ def read_text(config: Mapping[str, Any]) -> dict[str, Any]:
             (size for name in _OTHER_NAMES[common] if (size := _size(text.get(name)))), None)
     _complete(text, sizes)
     return {key: value for key, value in text.items() if value is not None or key not in _OTHER_NAMES}
+
+
+def section_types(config: Mapping[str, Any]) -> dict[str, str]:
+    """Return the model type of each section of a multimodal config, as given or as its class has it."""
+    inner = config.get("thinker_config")
+    types = dict(_recorded().get(str(config.get("model_type") or ""), {}).get("sections", {}))
+    types |= {key: str(value["model_type"]) for key, value in config.items()
+              if isinstance(value, Mapping) and value.get("model_type")}
+    return section_types(inner) if isinstance(inner, Mapping) else types
+
+
+def _ties(known: Mapping[str, Any]) -> bool:
+    return known.get("defaults", {}).get("tie_word_embeddings") is True
 
 
 def _named(section: Mapping[str, Any]) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""Context length of a model and rows of its rotary tables, from config.json.
+"""Context length of a model, from config.json.
 
 Source: vllm/config/model.py (_get_and_verify_max_len), vllm/transformers_utils/model_arch_config_convertor.py and
 vllm/model_executor/layers/rotary_embedding of vLLM 0.32.0.
@@ -14,7 +14,10 @@ _KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", 
          "max_target_positions", "max_sequence_length", "max_seq_length", "seq_len")
 """Keys of the longest input; the smallest value counts."""
 
-_DEFAULT, _GEMMA3_DEFAULT = 2048, 131_072
+GEMMA3_DEFAULT = 131_072
+"""Tokens of Gemma 3 where config.json does not say."""
+
+_DEFAULT, _NO_LIMIT = 2048, 1 << 40
 
 _SCALED_ALREADY = frozenset({"su", "longrope", "llama3", "yarn", "deepseek_yarn", "deepseek_llama_scaling"})
 """Kinds of rotary scaling whose factor `max_position_embeddings` includes."""
@@ -38,15 +41,15 @@ def context_limits(text: Mapping[str, Any], notes: list[str]) -> ContextLimits:
     lengths = [value for value in map(text.get, _KEYS) if type(value) is int and value > 0]
     longest = _integer(text, "model_max_length") or min(lengths, default=0)
     if not longest:
-        longest = _GEMMA3_DEFAULT if _is_gemma3(text) else _DEFAULT
-        if not _is_gemma3(text):
+        longest = GEMMA3_DEFAULT if is_gemma3(text) else _DEFAULT
+        if not is_gemma3(text):
             notes.append(f"max_position_embeddings missing in config.json: {longest} assumed")
-    scalings = list(_scalings(text))
-    if not _is_gemma3(text):
-        factors = [_factor(scaling) for scaling in scalings if _kind(scaling) not in _SCALED_ALREADY]
+    scaled = list(scalings(text))
+    if not is_gemma3(text):
+        factors = [scaling_factor(scaling) for scaling in scaled if scaling_kind(scaling) not in _SCALED_ALREADY]
         longest = int(longest * (factors[-1] if factors else 1))
     default = longest
-    if any(_kind(scaling) in ("longrope", "su") for scaling in scalings):
+    if any(scaling_kind(scaling) in ("longrope", "su") for scaling in scaled):
         default = min(longest, _integer(text, "original_max_position_embeddings") or longest)
         if default < longest:
             notes.append(f"LongRoPE: a context above {default}, up to {longest}, needs MAX_MODEL_LEN, because its "
@@ -54,19 +57,12 @@ def context_limits(text: Mapping[str, Any], notes: list[str]) -> ContextLimits:
     return ContextLimits(default, longest)
 
 
-def rotary_positions(text: Mapping[str, Any]) -> int:
-    """Count the rows of vLLM's rotary tables; scaling adds rows."""
-    longest = _integer(text, "max_position_embeddings") or (_GEMMA3_DEFAULT if _is_gemma3(text) else _DEFAULT)
-    scaling = next(_scalings(text), {})
-    kind, factor = _kind(scaling), _factor(scaling)
-    rows = longest
-    if kind in ("linear", "dynamic", "yarn", "deepseek_yarn") and factor >= 1:
-        original = _integer(scaling, "original_max_position_embeddings")
-        rows = round((original if original and kind.endswith("yarn") else longest) * factor)
-    return rows + (longest if text.get("rope_local_base_freq") or _is_gemma3(text) else 0)
+def longest_position(text: Mapping[str, Any]) -> int:
+    """Return the largest number of positions that config.json gives under any of its keys; 0 without one."""
+    return max((value for value in map(text.get, _KEYS) if type(value) is int and 0 < value < _NO_LIMIT), default=0)
 
 
-def _scalings(text: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+def scalings(text: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     """Yield the rotary scaling, or that of each type of layer."""
     for key in ("rope_scaling", "rope_parameters"):
         scaling = text.get(key)
@@ -76,16 +72,19 @@ def _scalings(text: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
             return
 
 
-def _kind(scaling: Mapping[str, Any]) -> str:
+def scaling_kind(scaling: Mapping[str, Any]) -> str:
+    """Return the name of a rotary scaling."""
     return str(scaling.get("rope_type", scaling.get("type", "default")))
 
 
-def _factor(scaling: Mapping[str, Any]) -> float:
+def scaling_factor(scaling: Mapping[str, Any]) -> float:
+    """Return the factor of a rotary scaling; 1 without one."""
     factor = scaling.get("factor")
     return float(factor) if isinstance(factor, int | float) and factor > 0 else 1.0
 
 
-def _is_gemma3(text: Mapping[str, Any]) -> bool:
+def is_gemma3(text: Mapping[str, Any]) -> bool:
+    """Return whether the model is a Gemma 3."""
     return str(text.get("model_type", "")).startswith("gemma3")
 
 

@@ -28,6 +28,7 @@ class KvLayers:
         tokens_per_entry: tokens that one entry of the cache stands for.
         block_tokens: tokens of a block, where the model determines them; 0 where `block-size` does.
         page_multiple: a page's size is rounded up to a multiple of this many bytes.
+        encoder: keys and values of the encoder's output (cross-attention) instead of a sequence's tokens.
     """
 
     numbers: tuple[int, ...]
@@ -41,6 +42,7 @@ class KvLayers:
     tokens_per_entry: int = 1
     block_tokens: int = 0
     page_multiple: int = 1
+    encoder: bool = False
 
     @property
     def layers(self) -> int:

@@ -52,6 +52,9 @@ class Experts:
     """A mixture of experts: number per layer, number per token, and inner width of each.
 
     Attributes:
+        group_size: weights that share a scale, of AWQ and GPTQ; 0 for other formats.
+        scale_bytes, zero_bytes: of such groups, of all layers.
+        symmetric: the zeros are all alike.
         cacheable: in the format that the engine plugin's cache of experts serves: compressed-tensors, symmetric INT4 in
             groups, of widths that need no padding.
     """
@@ -60,6 +63,10 @@ class Experts:
     per_token: int
     intermediate: int
     cacheable: bool = False
+    group_size: int = 0
+    scale_bytes: int = 0
+    zero_bytes: int = 0
+    symmetric: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,7 +76,7 @@ class ModelShape:
     Attributes:
         intermediate: inner width of the widest dense MLP.
         head_dim: width of the rotary embedding.
-        rotary_positions: rows of all rotary tables together.
+        rotary_entries: of all rotary tables together; an entry takes as many bytes as one of the activations.
         kv_layers: caches of keys and values, one entry per kind; none for encoders.
         state_layers: states of fixed size, one entry per kind.
         block_size: tokens of a block of the KV cache, at least.
@@ -80,10 +87,11 @@ class ModelShape:
         dtype: dtype of the checkpoint, as `bfloat16`.
         tied_embeddings: the output head shares the weights of the embedding.
         quantization: `quantization_config.quant_method` of the checkpoint; None if unquantized.
-        whole_bytes: of `linears`, those that every GPU of a stage holds whole.
-        key_value_bytes: of `linears`, projections of keys and values, divided over at most as many GPUs as KV heads.
+        few_gpus: (GPUs, bytes) of `linears` that are divided over at most so many GPUs of a stage: 1 for replicated
+            layers, the number of KV heads for projections of keys and values.
         weights_bytes: size of all tensors.
         disk_bytes: size of all stored files.
+        pooling: for embeddings or ranking, so that the engine loads no output head.
         overrides: the user's changes of config.json (`hf-overrides`), completed; the shape includes them.
         notes: unsupported properties.
         unreadable: reason why the engine rejects this checkpoint; "" if it does not.
@@ -100,7 +108,7 @@ class ModelShape:
     heads: int
     kv_heads: int
     head_dim: int
-    rotary_positions: int
+    rotary_entries: int
     vocab: int
     max_position: int
     dtype: str
@@ -121,8 +129,8 @@ class ModelShape:
     block_size: int = 16
     kv_cache_dtype: str = "auto"
     longest_position: int = 0
-    whole_bytes: int = 0
-    key_value_bytes: int = 0
+    few_gpus: tuple[tuple[int, int], ...] = ()
+    pooling: bool = False
     overrides: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     @property

@@ -20,6 +20,13 @@ _SUFFIXES = (("ForCausalLM", "generate"), ("ForConditionalGeneration", "generate
              ("Model", "embed"))
 """Task by the end of an architecture's name; the first match counts."""
 
+_OTHERWISE = {
+    **dict.fromkeys(("ChatGLMModel", "MiDashengLMModel", "MossAudioModel", "Qwen2_5OmniModel", "UltravoxModel"),
+                    "generate"),
+    **dict.fromkeys(("BertForMaskedLM", "RobertaForMaskedLM", "ColPaliForRetrieval"), "embed"),
+    "JinaVLForRanking": "classify"}
+"""Architectures of vLLM's registry whose task is not the one of their name's end."""
+
 
 _SENTENCE_KINDS = ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 
@@ -38,6 +45,12 @@ class Task(Enum):
         return self is not Task.GENERATE
 
 
+def of_architecture(architecture: str) -> Task:
+    """Return the task of an architecture by its name."""
+    named = (task for suffix, task in _SUFFIXES if architecture.endswith(suffix))
+    return Task(_OTHERWISE.get(architecture) or next(named, "generate"))
+
+
 def read(files: Files, architecture: str) -> Task:
     """Determine the task of a checkpoint.
 
@@ -46,7 +59,7 @@ def read(files: Files, architecture: str) -> Task:
     """
     if _is_sentence_encoder(files, files.names()):
         return Task.EMBED
-    return next((Task(task) for suffix, task in _SUFFIXES if architecture.endswith(suffix)), Task.GENERATE)
+    return of_architecture(architecture)
 
 
 def sentence_limit(files: Files, names: Mapping[str, int]) -> int:

@@ -4,7 +4,7 @@ Rules: every tensor counts in exactly one group; the decoder layers are the numb
 config.json names layers, the largest of such lists; layers beyond that number, and those for multi-token prediction,
 are not loaded; a tensor of unknown purpose counts as whole on every GPU.
 
-Source: parallel layers of vllm/model_executor/models of vLLM 0.32.0, compared by tests/contract/test_oracle.py.
+Compared with vLLM 0.32.0 by tests/contract/test_oracle.py.
 """
 
 from __future__ import annotations
@@ -14,27 +14,20 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from shoehorn.model.division import TOWER, Division
 from shoehorn.model.safetensors import Tensor
 from shoehorn.model.shape import TensorBytes, TensorGroup
 from shoehorn.model.tensor_names import BNB_STATE, PACKED
 
 _NUMBERED = re.compile(r"(.*?)\.(\d+)\.(.+)")
 _MULTI_TOKEN = re.compile(r"(?:^|\.)(?:mtp|mtp_layers|mtp_block|nextn_predict_layers)(?:\.|$)")
-_TOWER = re.compile(r"(?:^|[._])(?:vision|visual|vit|vpm|audio|image|img|siglip|clip|resampler|speech)(?:[._]|$)")
 _TABLE = re.compile(r"(?:^|.*\.)(?:embed\w*|wte|tok_embeddings|word_embeddings)\.weight\w*")
 _HEAD = re.compile(r"(?:^|.*\.)(?:lm_head|output_layer|embed_out|output|head)\.\w+")
-_PER_LAYER_TABLE = re.compile(r".*embed_tokens_per_layer\.\w+")
+_SCORE = re.compile(r"(?:.*\.)?(?:pooler|classifier|score)\..*")
+_BASE_POOLER = re.compile(r"pooler\.dense\.\w+")
+"""Of BERT without a task, whose embeddings come from the last layer; a classifier's has a prefix."""
+
 _EXPERTS = re.compile(r"(?:^|.*\.)(?:experts|input_linear|output_linear)(?:\.|$).*")
-_WHOLE = re.compile(
-    r"(?:^|.*\.)(?:gate|router|classifier|shared_expert_gate|q_a_proj|kv_a_proj_with_mqa|wq_a|wkv|weights_proj|"
-    r"per_layer_input_gate|per_layer_projection|altup|laurel|indexer|compressor|modality_router)(?:\..*|$)")
-"""Modules in the layers that every GPU holds whole (ReplicatedLinear)."""
-
-_KEY_VALUE = re.compile(r"(?:^|.*\.)(?:k_proj|v_proj|wk|wv|key|value)\.(?:weight|qweight|weight_packed)\w*")
-_FUSED = re.compile(r"(?:^|.*\.)(?:qkv_proj|query_key_value|Wqkv|wqkv|c_attn|qkv)\.(?:weight|qweight|weight_packed)\w*")
-_NOT_DIVIDED = re.compile(r".*(?:embed|position|patch|conv|norm|merger\.ln|probe|queries).*")
-
-
 @dataclass(frozen=True)
 class GroupedTensors:
     """Tensors of a checkpoint by group.
@@ -42,27 +35,32 @@ class GroupedTensors:
     Attributes:
         prefix: of the decoder layers' names, before the number.
         layers: number of decoder layers in the files, those beyond the configured number included.
-        whole_bytes: of the layers' linear layers, those that every GPU holds whole.
-        key_value_bytes: of the layers' linear layers, projections of keys and values.
+        few_gpus: bytes of the layers' linear layers that are divided over at most so many GPUs, by that number.
+        expert_scale_bytes, expert_zero_bytes: of `experts`, scales and zeros of groups of packed weights.
     """
 
     groups: TensorBytes
     prefix: str
     layers: int
-    whole_bytes: int = 0
-    key_value_bytes: int = 0
+    few_gpus: tuple[tuple[int, int], ...] = ()
+    expert_scale_bytes: int = 0
+    expert_zero_bytes: int = 0
     embedding: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class TextSizes:
-    """Sizes of the text model that distinguish its tensors; 0 where unknown."""
+    """Sizes of the text model that distinguish its tensors; 0 where unknown.
+
+    Attributes:
+        whole_table: every GPU holds the whole embedding (models with an encoder for sound).
+        pooling: the model is for embeddings or ranking.
+    """
 
     layers: int
     vocab: int
-    heads: int = 0
-    kv_heads: int = 0
-    experts: int = 0
+    whole_table: bool = False
+    pooling: bool = False
 
 
 def layer_list(tensors: Iterable[Tensor], layers: int) -> tuple[str, int]:
@@ -80,18 +78,18 @@ def layer_list(tensors: Iterable[Tensor], layers: int) -> tuple[str, int]:
             numbers[match[1]].add(int(match[2]))
     if not sizes:
         return "", 0
-    prefix = max(sizes, key=lambda name: (not _TOWER.search(name), len(numbers[name]) >= max(layers, 1), sizes[name]))
+    prefix = max(sizes, key=lambda name: (not TOWER.search(name), len(numbers[name]) >= max(layers, 1), sizes[name]))
     return prefix, len(numbers[prefix])
 
 
-def group_tensors(tensors: Sequence[Tensor], sizes: TextSizes) -> GroupedTensors:
+def group_tensors(tensors: Sequence[Tensor], sizes: TextSizes, division: Division) -> GroupedTensors:
     """Divide the tensors into groups."""
     prefix, number = layer_list(tensors, sizes.layers)
     bound = sizes.layers or number
     entries_by_kind: defaultdict[str, list[tuple[int, int]]] = defaultdict(list)
-    whole = key_value = 0
+    few_gpus: defaultdict[int, float] = defaultdict(float)
+    expert_scales = expert_zeros = 0
     embedding: Tensor | None = None
-    kv_share = 2 * sizes.kv_heads / (sizes.heads + 2 * sizes.kv_heads) if sizes.heads else 0
     for tensor in tensors:
         elements = tensor.elements
         match = _NUMBERED.fullmatch(tensor.name)
@@ -101,45 +99,49 @@ def group_tensors(tensors: Sequence[Tensor], sizes: TextSizes) -> GroupedTensors
         elif BNB_STATE.fullmatch(tensor.name):
             kind, elements = "quant_state", elements if tensor.name.endswith(".weight.absmax") else 0
         elif in_layer:
-            kind = _layer_kind(tensor, in_layer, sizes)
-            if kind == "linears" and _WHOLE.fullmatch(in_layer.rpartition(".")[0]):
-                whole += tensor.bytes
-            elif kind == "linears":
-                share = 1.0 if _KEY_VALUE.fullmatch(in_layer) else kv_share * bool(_FUSED.fullmatch(in_layer))
-                key_value += round(share * tensor.bytes)
+            kind = _layer_kind(tensor, in_layer)
+            if kind == "experts":
+                expert_scales += tensor.bytes * in_layer.endswith(".scales")
+                expert_zeros += tensor.bytes * in_layer.endswith(".qzeros")
+            for gpus, share in division.shares(in_layer) if kind == "linears" else ():
+                few_gpus[gpus] += share * tensor.bytes
         else:
-            kind = _outside_kind(tensor, sizes, bool(match), embedding)
+            kind = _outside_kind(tensor, sizes, bool(match), embedding, division)
             if kind == "embedding":
                 embedding = embedding or tensor
+            elif sizes.pooling and _SCORE.fullmatch(tensor.name):
+                elements *= 2  # in fp32 whatever the dtype of the others
         entries_by_kind[kind].append((tensor.bytes, elements))
     groups = TensorBytes(**{kind: TensorGroup(sum(size for size, _ in entries), sum(count for _, count in entries))
                             for kind, entries in entries_by_kind.items()})
-    return GroupedTensors(groups, prefix, number, whole, key_value, embedding)
+    few = tuple((gpus, round(size)) for gpus, size in sorted(few_gpus.items()) if size and gpus)
+    return GroupedTensors(groups, prefix, number, few, expert_scales, expert_zeros, embedding)
 
 
-def _layer_kind(tensor: Tensor, name: str, sizes: TextSizes) -> str:
+def _layer_kind(tensor: Tensor, name: str) -> str:
     """Return the group of a tensor in a decoder layer."""
     if _EXPERTS.fullmatch(name) and "shared_expert" not in name:
-        return "experts"
+        return "unused" if name.endswith(".g_idx") else "experts"
     if sum(side > 1 for side in tensor.shape) >= 2 or len(tensor.shape) == 2 or PACKED.fullmatch(name):
         return "linears"
     return "other"
 
 
-def _outside_kind(tensor: Tensor, sizes: TextSizes, numbered: bool, embedding: Tensor | None) -> str:
+def _outside_kind(tensor: Tensor, sizes: TextSizes, numbered: bool, embedding: Tensor | None, division: Division
+                  ) -> str:
     """Return the group of a tensor outside the decoder layers."""
-    is_tower = bool(_TOWER.search(tensor.name))
+    is_tower = bool(TOWER.search(tensor.name))
+    if division.unused.fullmatch(tensor.name):
+        return "unused"
     if not is_tower and _HEAD.fullmatch(tensor.name):
-        return "lm_head"
-    if _PER_LAYER_TABLE.fullmatch(tensor.name):
-        return "divided"
+        return "unused" if sizes.pooling else "lm_head"
+    if sizes.pooling and _BASE_POOLER.fullmatch(tensor.name):
+        return "unused"
     if not is_tower and not numbered and _TABLE.fullmatch(tensor.name) and not re.search(
             r"position|token_type|segment", tensor.name) and _is_vocabulary(tensor, sizes.vocab, embedding):
-        return "embedding"
-    matrix = len(tensor.shape) >= 2 or (numbered and PACKED.fullmatch(tensor.name))
-    if matrix and (numbered or is_tower) and not _NOT_DIVIDED.fullmatch(tensor.name):
-        return "divided"
-    return "other"
+        return "other" if sizes.whole_table else "embedding"
+    packed = bool(PACKED.fullmatch(tensor.name))
+    return "divided" if division.divides_outside(tensor, numbered, packed) else "other"
 
 
 def _is_vocabulary(tensor: Tensor, vocab: int, embedding: Tensor | None) -> bool:

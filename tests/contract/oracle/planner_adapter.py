@@ -18,7 +18,8 @@ from shoehorn.planner.vllm_args import with_options
 Figures = dict[str, Any]
 
 _LIMIT_BYTES = 1 << 50  # more than any model needs
-_OPTIONS = {"kv-cache-dtype": "kv_cache_dtype", "enable-prefix-caching": "enable_prefix_caching"}
+_OPTIONS = {"kv-cache-dtype": "kv_cache_dtype", "enable-prefix-caching": "enable_prefix_caching",
+            "quantization": "quantization"}
 _BATCH_TOKENS = 2048  # of the recorded engine
 
 
@@ -31,7 +32,8 @@ def plan(document: Mapping[str, Any], gpus: tuple[int, ...]) -> dict[int, Figure
     """
     try:
         shape = checkpoint.shape_of(document["config"], _tensors(document), 0,
-                                    document.get("options", {}).get("hf_overrides", {}), document.get("files", {}))
+                                    document.get("options", {}).get("hf_overrides", {}), document.get("files", {}),
+                                    document.get("options", {}).get("runner") == "pooling")
     except ShoehornError as error:
         return {number: {"refused": str(error)} for number in gpus}
     return {number: _figures(shape, number, document.get("options", {})) for number in gpus}
@@ -50,7 +52,7 @@ def _figures(shape: ModelShape, gpus: int, options: Mapping[str, Any]) -> Figure
     return {
         "weights_bytes": stored - model.weights.rounding_bytes,  # the allocator's rounding is in no parameter
         "bytes_per_token": sum(kind.layers * kind.token_bytes(gpus, kv_entry_bytes) for kind in shape.kv_layers
-                               if not kind.window),
+                               if not kind.window and not kind.encoder),
         "state_bytes": sum(kind.layers * kind.bytes(gpus, 0, 2) for kind in shape.state_layers),
         "request_bytes": layout.blocks_per_request * layout.block_bytes,
         "max_model_len": shape.max_position,

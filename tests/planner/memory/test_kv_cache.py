@@ -42,20 +42,22 @@ KIMI = (KvLayers(layers(7, 48), 1, 576, latent=True), DELTA_NET)
 MAMBA2 = (KvLayers(layers(4, 27), 8, 256),
           StateLayers(layers(27), 10240, 3, 8, 256, 128 * 80 * 128, 4, checkpoints=1))
 SHORT = (KvLayers(layers(6), 8, 128), StateLayers(layers(10, 6), 2048, 2, keeps_drafts=False))
+WHISPER = (KvLayers(layers(32), 20, 128), KvLayers(layers(32), 20, 128, encoder=True))
 ALL = {"full": FULL_80, "gemma": GEMMA, "alternating": ALTERNATING, "nearly": NEARLY, "window": WINDOW,
        "latent": LATENT, "chunks": CHUNKS, "wider": WIDER, "padded": PADDED, "two full": TWO_FULL, "indexed": INDEXED,
-       "qwen": QWEN, "kimi": KIMI, "mamba2": MAMBA2, "short": SHORT, "only states": (DELTA_NET,)}
+       "encoder": WHISPER, "qwen": QWEN, "kimi": KIMI, "mamba2": MAMBA2, "short": SHORT, "only states": (DELTA_NET,)}
 
 
-def kinds_of(kinds: Kinds, block: int = 16, tensor_parallel: int = 1, drafts: int = 0) -> list[Pages]:
+def kinds_of(kinds: Kinds, block: int = 16, tensor_parallel: int = 1, drafts: int = 0, batch: int = 512
+             ) -> list[Pages]:
     return pages([kind for kind in kinds if isinstance(kind, KvLayers)],
                  [kind for kind in kinds if isinstance(kind, StateLayers)], CacheOptions(block), tensor_parallel,
-                 drafts, 2)
+                 drafts, 2, batch)
 
 
 def layout(kinds: Kinds, length: int, batch: int, block: int = 16, tensor_parallel: int = 1, drafts: int = 0
            ) -> KvLayout:
-    return layouts(kinds_of(kinds, block, tensor_parallel, drafts), length, 2 * batch, ONE_STAGE)[0]
+    return layouts(kinds_of(kinds, block, tensor_parallel, drafts, batch), length, 2 * batch, ONE_STAGE)[0]
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +78,7 @@ def by_vllm(engine: Any, kinds: Kinds, length: int, block: int, batch: int, size
     from vllm.v1.core import kv_cache_utils
     from vllm.v1.kv_cache_interface import (
         ChunkedLocalAttentionSpec,
+        CrossAttentionSpec,
         FullAttentionSpec,
         MambaSpec,
         MLAAttentionSpec,
@@ -84,6 +87,7 @@ def by_vllm(engine: Any, kinds: Kinds, length: int, block: int, batch: int, size
 
     engine.model_config.max_model_len = length
     engine.scheduler_config.max_num_batched_tokens = 2 * batch  # one batch of twice the size is two in flight
+    engine.scheduler_config.max_num_encoder_input_tokens = batch
     engine.cache_config.mamba_cache_mode = "align" if len(kinds) > 1 else "none"
     aligned = {page.kind: page for page in kinds_of(kinds, block)}
     if PageKind.STATE in aligned and PageKind.FULL in aligned:
@@ -101,7 +105,9 @@ def by_vllm(engine: Any, kinds: Kinds, length: int, block: int, batch: int, size
                 continue
             dtype = torch.uint8 if kind.entry_bytes == 1 else torch.bfloat16
             common = {"block_size": block, "num_kv_heads": kind.heads, "dtype": dtype}
-            if kind.latent:
+            if kind.encoder:
+                specs[name] = CrossAttentionSpec(head_size=kind.width // 2, **common)
+            elif kind.latent:
                 specs[name] = MLAAttentionSpec(head_size=kind.width, **common)
             elif kind.chunked:
                 specs[name] = ChunkedLocalAttentionSpec(head_size=kind.width // 2, attention_chunk_size=kind.window,
@@ -168,7 +174,7 @@ def test_every_draft_token_keeps_a_state_and_lengthens_the_convolution() -> None
 
 
 def test_without_prefix_caching_a_sequence_keeps_one_state() -> None:
-    kinds = pages(QWEN[:1], QWEN[1:], CacheOptions(caches_prefixes=False), 1, 0, 2)  # type: ignore[arg-type]
+    kinds = pages(QWEN[:1], QWEN[1:], CacheOptions(caches_prefixes=False), 1, 0, 2, 512)  # type: ignore[arg-type]
     assert kinds[-1].window == 1
 
 

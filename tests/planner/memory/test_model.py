@@ -11,7 +11,7 @@ from fakes import captured as captured_models
 from fakes.checkpoint_files import checkpoint, dense
 from shoehorn.hardware.types import Gpu
 from shoehorn.model import checkpoint as checkpoints
-from shoehorn.model.shape import ModelShape
+from shoehorn.model.shape import Experts, ModelShape
 from shoehorn.planner import throughput
 from shoehorn.planner.memory.device import DeviceMemory
 from shoehorn.planner.memory.model import CONTEXT_BYTES, MARGIN_BYTES, MemoryModel
@@ -304,3 +304,12 @@ def test_nf4_experts_are_unpacked_whole_in_every_pass() -> None:
     unpacked_linear = (512 + shape.hidden) * shape.intermediate * 2
     assert nf4.bytes(0) == plain.bytes(0) + unpacked_linear + layer
     assert tokens_per_second(shape, nf4=True)[0] < 4.38e12 / (48 * layer), "no faster than they can be written"
+
+
+@pytest.mark.parametrize(("symmetric", "gpus", "further"), [(False, 2, 0), (False, 4, 300), (True, 4, 80)])
+def test_experts_get_smaller_groups_where_gpus_divide_them_otherwise(symmetric: bool, gpus: int, further: int) -> None:
+    shape = checkpoints.read(captured_models.files("qwen3-30b-a3b"))
+    experts = Experts(128, 8, 768, group_size=128, scale_bytes=190 * GIB, zero_bytes=110 * GIB, symmetric=symmetric)
+    plain, grouped = (model(replace(shape, quantization="awq", experts=each), tensor=gpus).weights.layers_bytes
+                      for each in (shape.experts, experts))
+    assert grouped - plain == pytest.approx(further * GIB / gpus, abs=GIB / 100)

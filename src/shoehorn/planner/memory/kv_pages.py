@@ -28,6 +28,7 @@ class PageKind(Enum):
     FULL = "full"
     WINDOW = "window"
     CHUNK = "chunk"
+    ENCODER = "encoder"
     STATE = "state"
 
 
@@ -39,7 +40,7 @@ class Pages:
         numbers: layer number of each cache.
         bytes: of one layer's page.
         block_tokens: tokens of a block.
-        window: tokens of a window or chunk; of states, their number per sequence.
+        window: tokens of a window or chunk, or of the encoder's output; of states, their number per sequence.
         spec: what else distinguishes caches that cannot share a group.
     """
 
@@ -60,19 +61,20 @@ class Pages:
         """
         if self.kind is PageKind.STATE:
             return self.window
-        if self.kind is PageKind.FULL:
-            return ceil_div(length, self.block_tokens)
+        if self.kind in (PageKind.FULL, PageKind.ENCODER):
+            return ceil_div(self.window or length, self.block_tokens)
         tokens = self.window + in_flight - (self.kind is PageKind.WINDOW)
         return ceil_div(min(tokens, length), self.block_tokens) + (self.kind is PageKind.WINDOW)
 
 
 def pages(kv_layers: Sequence[KvLayers], state_layers: Sequence[StateLayers], options: CacheOptions,
-          tensor_parallel: int, draft_tokens: int, dtype_bytes: int) -> list[Pages]:
+          tensor_parallel: int, draft_tokens: int, dtype_bytes: int, batch_tokens: int) -> list[Pages]:
     """Compute the pages of all layers, one entry per kind.
 
     Args:
         draft_tokens: of speculative decoding; each keeps one more state.
         dtype_bytes: of the model's activations.
+        batch_tokens: tokens of a batch; the engine reserves as many for the output of an encoder.
     """
     states = [layers.bytes(tensor_parallel, draft_tokens, options.convolution_bytes or dtype_bytes,
                            options.recurrent_bytes) for layers in state_layers]
@@ -81,7 +83,7 @@ def pages(kv_layers: Sequence[KvLayers], state_layers: Sequence[StateLayers], op
         block_tokens, padded = _aligned(kv_layers, max(states), options, tensor_parallel)
     caches_prefixes = options.caches_prefixes and bool(kv_layers)  # never of models without attention
     return _merged([
-        *(_token_pages(layers, block_tokens, options, tensor_parallel) for layers in kv_layers),
+        *(_token_pages(layers, block_tokens, options, tensor_parallel, batch_tokens) for layers in kv_layers),
         *(Pages(layers.numbers, PageKind.STATE, max(size, padded), block_tokens,
                 1 + draft_tokens + caches_prefixes * (1 + layers.checkpoints))
           for layers, size in zip(state_layers, states, strict=True))])
@@ -97,14 +99,16 @@ def _aligned(kv_layers: Sequence[KvLayers], state_bytes: int, options: CacheOpti
     return block_tokens, round(block_tokens * token_bytes)
 
 
-def _token_pages(layers: KvLayers, block_tokens: int, options: CacheOptions, tensor_parallel: int) -> Pages:
+def _token_pages(layers: KvLayers, block_tokens: int, options: CacheOptions, tensor_parallel: int,
+                 batch_tokens: int) -> Pages:
     block = layers.block_tokens or block_tokens
     token_bytes = layers.token_bytes(tensor_parallel, options.kv_dtype_bytes, options.head_bytes)
     size = ceil_div(round(block * token_bytes), layers.page_multiple) * layers.page_multiple
-    kind = PageKind.FULL
+    kind = PageKind.ENCODER if layers.encoder else PageKind.FULL
     if layers.window and options.frees_windows:
         kind = PageKind.CHUNK if layers.chunked else PageKind.WINDOW
-    return Pages(layers.numbers, kind, size, block, layers.window * (kind is not PageKind.FULL), layers.latent,
+    window = batch_tokens if layers.encoder else layers.window * (kind is not PageKind.FULL)
+    return Pages(layers.numbers, kind, size, block, window, layers.latent,
                  (layers.heads, token_bytes))
 
 

@@ -78,8 +78,9 @@ class MemoryModel:
             (*self.shape.kv_layers, *(replace(kind, numbers=(0,) * kind.layers) for kind in draft.kv_layers))
             if draft else self.shape.kv_layers,
             self.shape.state_layers, config.cache, config.parallelism.tensor, config.speculation.draft_tokens,
-            config.dtype_bytes)
-        in_flight = (config.parallelism.pipeline + 1) * config.limits.max_num_batched_tokens
+            config.dtype_bytes, config.limits.max_num_batched_tokens)
+        batches = config.parallelism.pipeline + (not self.shape.pooling)  # the next is scheduled while one is computed
+        in_flight = batches * config.limits.max_num_batched_tokens
         stages = [self.weights.stage_range(stage) for stage in range(config.parallelism.pipeline)]
         return tuple(kv_cache.layouts(kinds, config.limits.max_model_len, in_flight, stages))
 

@@ -44,7 +44,7 @@ class Weights:
         """
         groups = self.shape.tensor_bytes
         parameters = groups.linears.parameters + groups.experts.parameters
-        stored = groups.linears.bytes + groups.experts.bytes + self._expert_padding_bytes
+        stored = groups.linears.bytes + groups.experts.bytes + self._added_expert_bytes
         nested = groups.linears.parameters // NF4_BLOCK if isinstance(self.config.offload, PrefetchOffload) else 0
         if self.format is WeightFormat.NF4_CHECKPOINT:
             absmax = groups.quant_state.parameters
@@ -55,6 +55,11 @@ class Weights:
         if self.format is WeightFormat.NF4 and self.shape.understood:
             return parameters // 2 + nested * 65 // 64, (parameters // NF4_BLOCK - nested) * 4
         return round(parameters * (self.config.online_bytes or self.config.dtype_bytes)), 0
+
+    @property
+    def _added_expert_bytes(self) -> int:
+        """Bytes that vLLM adds to packed experts, all GPUs of a stage together."""
+        return self._expert_padding_bytes + self._smaller_groups_bytes
 
     @property
     def _expert_padding_bytes(self) -> int:
@@ -70,16 +75,31 @@ class Weights:
         return round(shape.tensor_bytes.experts.bytes * (padded / (shape.hidden * inner) - 1))
 
     @property
+    def _smaller_groups_bytes(self) -> int:
+        """Bytes of further scales of experts in AWQ or GPTQ, whose groups vLLM halves until they divide one GPU's part.
+
+        Source: vllm/model_executor/layers/quantization/moe_wna16.py, create_weights.
+        """
+        experts = self.shape.experts
+        if not experts or not experts.group_size:
+            return 0
+        inner, factor = self.divided(experts.intermediate), 1
+        while factor < experts.group_size and (inner % (experts.group_size // factor)
+                                               or self.shape.hidden % (experts.group_size // factor)):
+            factor *= 2
+        if factor > 1 and experts.symmetric:  # that kernel keeps no zeros then
+            return experts.scale_bytes * (factor - 1) - experts.zero_bytes
+        return (experts.scale_bytes + experts.zero_bytes) * (factor - 1)
+
+    @property
     def layers_bytes(self) -> int:
-        """Weights of all layers: whole, divided by KV heads, or divided over all GPUs of a stage."""
+        """Weights of all layers, divided over some or all GPUs of a stage."""
         size, stored = self._layers[0], self.shape.tensor_bytes
-        whole, key_value = self.shape.whole_bytes, self.shape.key_value_bytes
-        if not whole and not key_value:
-            return self.divided(size)
-        scale = size / max(1, stored.linears.bytes + stored.experts.bytes)
-        undivided = round(whole * scale), round(key_value * scale)
-        heads = min(self.config.parallelism.tensor, max(1, self.shape.kv_heads))
-        return undivided[0] + ceil_div(undivided[1], heads) + self.divided(size - sum(undivided))
+        added = self._added_expert_bytes if self.format is WeightFormat.PACKED else 0
+        scale = (size - added) / max(1, stored.linears.bytes + stored.experts.bytes)
+        tensor = self.config.parallelism.tensor
+        few = [(min(tensor, gpus), round(part * scale)) for gpus, part in self.shape.few_gpus]
+        return self.divided(size - sum(part for _, part in few)) + sum(ceil_div(part, gpus) for gpus, part in few)
 
     @property
     def quant_state_bytes(self) -> int:
@@ -159,7 +179,7 @@ class Weights:
     @property
     def rotary_bytes(self) -> int:
         """The rotary embedding's tables, whole on every GPU."""
-        return self.shape.rotary_positions * self.shape.head_dim * self.config.dtype_bytes
+        return self.shape.rotary_entries * self.config.dtype_bytes
 
     @property
     def absorbed_bytes(self) -> int:
