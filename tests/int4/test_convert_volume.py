@@ -38,9 +38,11 @@ from support.converting import (
     content,
     convert_here,
     local,
+    readable,
     recorded_shards,
     start,
     start_paused,
+    start_paused_calibration,
     write_model,
 )
 
@@ -94,6 +96,38 @@ def test_killed_conversion_is_resumed_to_the_same_bytes(tmp_path: Path, model: P
     with start(environment, "--embedding", "8") as process:
         assert process.wait(300) == 0
     assert content(folder) == expected
+
+
+@pytest.mark.fault("`kill -9` of a calibrated conversion at any moment",
+                   "The next one resumes with the interrupted layer and results in the same bytes.")
+def test_killed_calibration_is_resumed_to_the_same_bytes(tmp_path: Path) -> None:
+    model = readable(write_model(tmp_path / "little", 3))
+    text = {"CALIBRATION": str(tmp_path / "text.txt")}
+    (tmp_path / "whole").mkdir()
+    with start(local(tmp_path / "whole", model, **text)) as process:
+        assert process.wait(300) == 0
+    environment = local(tmp_path, model, **text)
+    folder = artifact.folder(*volume_and_ref(environment))
+    progress = folder / "calibration" / "progress.json"
+    for layer in (0, 2):
+        with start_paused_calibration(environment, layer) as process:
+            wait(lambda: process.poll() is not None or layer_is_next(progress, layer))  # noqa: B023  # called immediately
+            process.kill()
+            process.communicate()
+        assert artifact.locate(*volume_and_ref(environment)) is None
+    with start(environment) as process:
+        assert process.wait(300) == 0
+        assert process.stderr
+        assert "Resuming the calibration layer=3 of=3" in process.stderr.read()
+    whole = tmp_path / "whole" / "models" / "local" / "little.int4"
+    assert [name for name in content(whole) if content(folder).get(name) != content(whole)[name]] in (
+        [], ["conversion.json"])
+    resumed, once = (json.loads((each / "conversion.json").read_text())["calibration"] for each in (folder, whole))
+    assert resumed | {"budget": None} == once | {"budget": None}  # the budget is by the free memory
+
+
+def layer_is_next(progress: Path, layer: int) -> bool:
+    return progress.exists() and json.loads(progress.read_text())["done"] == layer
 
 
 def wait(condition: object, seconds: float = 300) -> None:

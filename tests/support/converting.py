@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from fakes.hub import Hub
 from shoehorn.config import settings as settings_module
@@ -28,6 +29,7 @@ from shoehorn.store.reference import model_reference
 
 MODEL = "owner/little"
 HIDDEN, INNER, VOCAB, LAYERS = 256, 512, 512, 6
+WORDS = [f"w{number}" for number in range(500)]
 
 
 def write_model(folder: Path, layers: int = LAYERS, hidden: int = HIDDEN) -> Path:
@@ -46,8 +48,9 @@ def write_model(folder: Path, layers: int = LAYERS, hidden: int = HIDDEN) -> Pat
                  "self_attn.v_proj": (hidden // 2, hidden), "self_attn.o_proj": (hidden, hidden),
                  "mlp.gate_proj": (INNER, hidden), "mlp.up_proj": (INNER, hidden), "mlp.down_proj": (hidden, INNER)}
         shards.append({f"model.layers.{layer}.{name}.weight": matrix(*size) for name, size in sizes.items()}
-                      | {f"model.layers.{layer}.input_layernorm.weight": torch.ones(hidden, dtype=torch.bfloat16),
-                         f"model.layers.{layer}.self_attn.q_proj.bias": torch.zeros(hidden, dtype=torch.bfloat16)})
+                      | {f"model.layers.{layer}.{norm}_layernorm.weight": torch.ones(hidden, dtype=torch.bfloat16)
+                         for norm in ("input", "post_attention")}
+                      | {f"model.layers.{layer}.self_attn.q_proj.bias": torch.zeros(hidden, dtype=torch.bfloat16)})
     weight_map = {}
     for number, tensors in enumerate(shards, 1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
@@ -62,10 +65,21 @@ def write_model(folder: Path, layers: int = LAYERS, hidden: int = HIDDEN) -> Pat
     return folder
 
 
+def readable(folder: Path) -> Path:
+    """Give a model a tokenizer of words and a text of them."""
+    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token=WORDS[0]))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+    order = torch.randint(0, len(WORDS), (4_000,), generator=torch.Generator().manual_seed(2))
+    (folder.parent / "text.txt").write_text(" ".join(WORDS[int(number)] for number in order))
+    return folder
+
+
 def local(home: Path, model: Path, **more: str) -> dict[str, str]:
     (home / "models").mkdir(exist_ok=True)
     return {"MODEL_ID": str(model), "MODEL_SOURCE": "local", "MODELS_DIR": str(home / "models"),
-            "RUN_DIR": str(home / "run"), "QUANTIZATION": "int4", **more}
+            "RUN_DIR": str(home / "run"), "QUANTIZATION": "int4", "CALIBRATION": "off", **more}
 
 
 def convert_here(environment: dict[str, str], options: ConversionOptions | None = None) -> Path:
@@ -102,6 +116,23 @@ def start_paused(environment: dict[str, str], shards: int, *arguments: str) -> s
     return start(environment, *arguments, program=("-c", code))
 
 
+def start_paused_calibration(environment: dict[str, str], layers: int) -> subprocess.Popen[str]:
+    """Start a conversion that pauses before it records layer number `layers` of its calibration, until it is killed."""
+    code = textwrap.dedent(f"""
+        import sys, time
+        from shoehorn import cli
+        from shoehorn.int4.calibration.run import Calibration
+        record = Calibration._record
+        def paused(calibration, index, results):
+            if index == {layers}:
+                time.sleep(600)
+            record(calibration, index, results)
+        Calibration._record = paused
+        sys.exit(cli.main(sys.argv[1:]))
+        """)
+    return start(environment, program=("-c", code))
+
+
 def content(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
 
@@ -121,7 +152,8 @@ class Pulled:
     def __init__(self, home: Path, hub: Hub, **more: str) -> None:
         (home / "models").mkdir()
         self.environment = {"MODEL_ID": MODEL, "MODELS_DIR": str(home / "models"), "RUN_DIR": str(home / "run"),
-                            "MODELSCOPE_ENDPOINT": hub.url, "QUANTIZATION": "int4", **more}
+                            "MODELSCOPE_ENDPOINT": hub.url, "QUANTIZATION": "int4", "CALIBRATION": "off",
+                            **more}
         pull.pull(self.settings, lambda _: None)
 
     @property

@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace, environment: Mapping[str, str]) -> int:
 
     def work(settings: Settings, report: Report) -> Path:
         machine = detect.detect()
-        options = ConversionOptions(arguments.embedding, arguments.group_size)
+        options = ConversionOptions(arguments.embedding, arguments.group_size, machine.host_available_bytes)
         cpu_workers = worker_count(machine.cpus, machine.host_available_bytes)
         return converter.convert(settings, options, cpu_workers, report)
 

@@ -9,6 +9,7 @@ import ipaddress
 import re
 import shlex
 from collections.abc import Callable
+from pathlib import Path
 
 from shoehorn.common.units import format_size, parse_size
 from shoehorn.config import vllm_parsers
@@ -40,6 +41,16 @@ def one_of(*choices: str) -> Callable[[str], str]:
         return text
 
     return parse
+
+
+def calibration(text: str) -> str:
+    """Return `auto`, `on` or `off`, or the absolute path of a text that exists."""
+    if text in ("auto", "on", "off"):
+        return text
+    path = Path(text)
+    if not path.exists():
+        raise ValueError(f"{text!r} is not auto, on, off, or the path of a text that exists")
+    return str(path.resolve())
 
 
 def parser_name(option: vllm_parsers.Option) -> Callable[[str], str]:

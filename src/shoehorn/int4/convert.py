@@ -25,7 +25,7 @@ from shoehorn.common.errors import ModelUnavailableError
 from shoehorn.common.progress import Report, report_progress
 from shoehorn.config.settings import Settings
 from shoehorn.hub.files import ModelFile
-from shoehorn.int4 import artifact, layout, shard_writer
+from shoehorn.int4 import artifact, calibrated, layout, shard_writer
 from shoehorn.int4 import journal as journal_module
 from shoehorn.int4.journal import Journal
 from shoehorn.int4.layout import INDEX, UNQUANTIZED, BitWidths, ShardLayout
@@ -54,10 +54,12 @@ class ConversionOptions:
     Attributes:
         embedding: bits of embedding and head; None to decide by the measured error.
         group: weights that share a scale; None to decide by the model.
+        host_bytes: available host memory, for the plan of a calibration; 0 if unknown.
     """
 
     embedding: int | None = None
     group: int | None = None
+    host_bytes: int = 0
 
 
 def convert(settings: Settings, options: ConversionOptions, cpu_workers: int, report: Report) -> Path:
@@ -73,6 +75,7 @@ def convert(settings: Settings, options: ConversionOptions, cpu_workers: int, re
     ref, models_dir = model_reference(settings), settings.models_dir
     try:
         if directory := artifact.locate(models_dir, ref):
+            _log_existing(settings, directory)
             return directory
         with locks.write_lock(models_dir, ref.converted.stored_id), _original_in_use(models_dir, ref):
             return artifact.locate(models_dir, ref) or _convert(settings, ref, options, cpu_workers, report)
@@ -80,12 +83,19 @@ def convert(settings: Settings, options: ConversionOptions, cpu_workers: int, re
         raise disk.volume_error(settings.models_dir, error) from error
 
 
+def _log_existing(settings: Settings, directory: Path) -> None:
+    journal = journal_module.read_journal(directory)
+    if journal and journal.calibration is None and settings.calibration not in ("auto", "off"):
+        log.warning("Using the conversion without calibration; to calibrate: shoehorn models rm, then convert again "
+                    "path=%s", directory)
+
+
 def _convert(settings: Settings, ref: ModelRef, options: ConversionOptions, cpu_workers: int, report: Report) -> Path:
     models_dir = settings.models_dir
     source = pull.pull(settings, report) if ref.is_local else artifact.source(models_dir, ref)
     directory = artifact.folder(models_dir, ref)
     journal = journal_module.read_journal(directory)
-    if journal and source and _is_resumable(journal, models_dir, ref, options):
+    if journal and source and _is_resumable(journal, settings, ref, options):
         journal = _verified_journal(journal, directory, report)
     else:
         journal = None
@@ -100,21 +110,37 @@ def _convert(settings: Settings, ref: ModelRef, options: ConversionOptions, cpu_
     if not settings.keep_original:
         _delete_converted(models_dir, ref, source, journal)  # a kill between record and deletion leaves originals
     disk.require_space(directory, sum(sizes) if settings.keep_original else layout.peak_pair_bytes(sizes))
-    done = 0
-
-    def count(source_bytes: int) -> None:
-        nonlocal done
-        done += source_bytes
-
-    with report_progress("converting", sum(shard.source_bytes for shard in remaining), lambda: done, report), \
+    work = _Work(sum(shard.source_bytes for shard in remaining), journal, source)
+    with report_progress("converting", work.total, lambda: work.done, report), \
             shard_writer.workers(cpu_workers) as pool, ThreadPoolExecutor(1) as verifier:
+        calibration = calibrated.start(journal, source, directory, remaining, work.count_calibration)
         recorded: Future[Journal] | None = None
         for shard in remaining:  # one is verified while the next one is written
-            written = shard_writer.write_shard(pool, shard, source, directory, journal.group, count)
+            calibration.advance(shard)
+            written = shard_writer.write_shard(pool, shard, source, directory, journal.group, work.count, calibration)
             journal = recorded.result() if recorded else journal
+            calibration.release(journal.shards)
             recorded = verifier.submit(_record, settings, ref, journal, shard, written, source)
         journal = recorded.result() if recorded else journal
+        journal = calibration.complete(journal)
+    journal.write(directory)
     return _complete(models_dir, ref, journal)
+
+
+class _Work:
+    """Progress of a conversion in bytes: of each remaining shard once, and of the linear layers again if calibrated."""
+
+    def __init__(self, shard_bytes: int, journal: Journal, source: Path) -> None:
+        self._calibrated_bytes = calibrated.source_bytes(source) if journal.calibration else 0
+        self.total, self.done = shard_bytes + self._calibrated_bytes, 0
+
+    def count(self, source_bytes: int) -> None:
+        """Count bytes of a shard."""
+        self.done += source_bytes
+
+    def count_calibration(self, share: float) -> None:
+        """Count a share of the calibration."""
+        self.done += round(share * self._calibrated_bytes)
 
 
 def _original_in_use(models_dir: Path, ref: ModelRef) -> AbstractContextManager[None]:
@@ -124,13 +150,15 @@ def _original_in_use(models_dir: Path, ref: ModelRef) -> AbstractContextManager[
     return inventory.use_lock(models_dir, ref.stored_id)
 
 
-def _is_resumable(journal: Journal, models_dir: Path, ref: ModelRef, options: ConversionOptions) -> bool:
+def _is_resumable(journal: Journal, settings: Settings, ref: ModelRef, options: ConversionOptions) -> bool:
     """Return whether the journal is that of this original with these options."""
-    known = manifest.read(models_dir, ref)
+    known = manifest.read(settings.models_dir, ref)
     same_source = (journal.source["model"], journal.source["revision"], journal.source["commit"]) == (
         ref.id, ref.revision, known.commit if known else "")
     same_options = options.embedding in (None, journal.bits.embedding) and options.group in (None, journal.group)
-    return same_source and same_options and not artifact.has_changed(journal, ref)
+    text = (journal.calibration or {"text": "off"})["text"]
+    same_text = settings.calibration in ("auto", text) or (settings.calibration, text) == ("on", "packaged")
+    return same_source and same_options and same_text and not artifact.has_changed(journal, ref)
 
 
 def _has_remaining_shards(journal: Journal, source: Path) -> bool:
@@ -170,7 +198,8 @@ def _begin(settings: Settings, ref: ModelRef, options: ConversionOptions, source
     hashes = {file.path: file.sha256 for file in known.files} if known else artifact.stamps(source)
     journal = Journal({"model": ref.id, "revision": ref.revision, "commit": known.commit if known else "",
                        "shards": {name: hashes.get(name, "") for name in shards(files, names)}},
-                      plan.bits, plan.group)
+                      plan.bits, plan.group, calibration=calibrated.describe(settings.calibration, source,
+                                                                             options.host_bytes))
     manifest.write(models_dir, ref.converted, _manifest(ref, known, (), complete=False))
     for name in names:
         if name not in _REWRITTEN and not name.endswith(_NOT_COPIED):
@@ -255,6 +284,7 @@ def _complete(models_dir: Path, ref: ModelRef, journal: Journal) -> Path:
     sync_directory(directory)
     manifest.write(models_dir, ref.converted,
                    _manifest(ref, manifest.read(models_dir, ref), tuple(files), complete=True))
+    calibrated.remove(directory)
     return directory
 
 

@@ -28,6 +28,8 @@ class Journal:
         bits: of embedding and head.
         group: weights that share a scale.
         shards: converted shards by name: size, sha256, and relative error |w - w'| / |w| by tensor.
+        calibration: text, sequences and memory plan of the calibration, and when it is complete the errors of outputs
+            and the measured loss; None for a data-free conversion.
     """
 
     source: Mapping[str, Any]
@@ -35,11 +37,12 @@ class Journal:
     group: int
     tool: str = f"shoehorn {__version__}"
     shards: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    calibration: Mapping[str, Any] | None = None
 
     def write(self, directory: Path) -> None:
         """Replace the journal durably."""
         document = {"version": VERSION, "source": self.source, **asdict(self.bits), "group": self.group,
-                    "tool": self.tool, "shards": self.shards}
+                    "tool": self.tool, "shards": self.shards, "calibration": self.calibration}
         write_atomic(directory / JOURNAL, json.dumps(document, indent=1) + "\n")
 
 

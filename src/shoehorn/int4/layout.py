@@ -29,6 +29,9 @@ GROUPS = (128, 64, 32)
 """Weights that share a scale."""
 
 INDEX = "model.safetensors.index.json"
+CALIBRATION_FOLDER = "calibration"
+"""Folder in that of a conversion with the state of an unfinished calibration."""
+
 _FLOATS = ("BF16", "F16", "F32")
 _LINEAR = re.compile(r".*\.(?:[qkvo]_proj|qkv_proj|(?:gate|up|down|gate_up)_proj|w[123]|q_[ab]_proj|kv_a_proj_with_mqa|"
                      r"kv_b_proj)\.weight")

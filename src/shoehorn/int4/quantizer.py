@@ -93,6 +93,14 @@ def quantize(weight: torch.Tensor, bits: int, group: int, scale_dtype: torch.dty
                      sum(block[2] for block in blocks), sum(block[3] for block in blocks))
 
 
+def compared(weight: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, bits: int) -> QuantizedRows:
+    """Return rows that are quantized already, with their squared error."""
+    exact = weight.float()
+    missing = exact - dequantize(packed, scale, bits)
+    return QuantizedRows(packed, scale, float(missing.square().sum(dtype=torch.float64)),
+                         float(exact.square().sum(dtype=torch.float64)))
+
+
 def dequantize(packed: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
     """Return the float32 [rows, columns] of quantized rows."""
     shifts = torch.arange(0, 32, bits, device=packed.device)
@@ -127,7 +135,7 @@ def _by_tensors(weight: torch.Tensor, bits: int, group: int, scale_dtype: torch.
     scale = _stored(_scales(values, bits), scale_dtype)
     codes = _codes(values, scale.float(), bits)
     squared_error = float((values - codes * scale.float()).square_().sum(dtype=torch.float64))
-    return _pack(codes, bits).view(-1), scale.view(-1), squared_error, square
+    return pack(codes, bits).view(-1), scale.view(-1), squared_error, square
 
 
 def _stored(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -157,8 +165,8 @@ def _codes(values: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor
     return (values * scale.reciprocal()).round_().clamp_(-(1 << bits - 1), (1 << bits - 1) - 1)
 
 
-def _pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Pack codes to int32 words, [groups, group * bits / 32]."""
+def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Pack codes to int32 words, [rows, columns * bits / 32]."""
     codes_per_word = 32 // bits
     numbers = (codes + float(1 << bits - 1)).to(torch.int32).view(codes.shape[0], -1, codes_per_word)
     words = numbers[..., 0].clone()

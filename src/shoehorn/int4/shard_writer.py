@@ -19,10 +19,11 @@ from math import gcd
 from pathlib import Path
 
 from shoehorn.common.errors import ModelUnavailableError
+from shoehorn.int4.calibrated import Codes
 from shoehorn.int4.direct_io import BLOCK, DirectFile
 from shoehorn.int4.layout import ShardLayout, TensorLayout
 from shoehorn.model.files import LocalFiles
-from shoehorn.model.safetensors import header
+from shoehorn.model.safetensors import Tensor, header
 
 _CHUNK_ELEMENTS = 1 << 22
 _COPY_BYTES = 8 << 20
@@ -90,11 +91,12 @@ def partial_name(shard: ShardLayout) -> str:
 
 
 def write_shard(pool: Executor, shard: ShardLayout, source: Path, directory: Path, group: int,
-                count: Callable[[int], None]) -> WrittenShard:
+                count: Callable[[int], None], calibrated: Codes) -> WrittenShard:
     """Write a shard under its partial name.
 
     Args:
         count: called with the number of source bytes after each chunk.
+        calibrated: codes of calibrated weights.
 
     Raises:
         ModelUnavailableError: the source is damaged.
@@ -105,7 +107,7 @@ def write_shard(pool: Executor, shard: ShardLayout, source: Path, directory: Pat
         target.reserve(shard.size)
         ranges = [_write(target, memoryview(shard.header), 0)]
         ranges += [_write_shape(target, tensor) for tensor in shard.tensors if tensor.bits != 16]
-        chunks = {pool.submit(_convert_chunk, chunk, original, target, group): chunk
+        chunks = {pool.submit(_convert_chunk, chunk, tensor.source, original, target, group, calibrated): chunk
                   for tensor in shard.tensors for chunk in _chunks(tensor, group)}
         try:
             for future in as_completed(chunks):
@@ -211,16 +213,22 @@ def _part(tensor: TensorLayout, kind: str) -> str:
     return f"{tensor.source.name.removesuffix('.weight')}.weight_{kind}"
 
 
-def _convert_chunk(chunk: TensorLayout, original: DirectFile, target: DirectFile, group: int) -> ChunkResult:
-    """Convert and write some rows, in a worker thread."""
+def _convert_chunk(chunk: TensorLayout, whole: Tensor, original: DirectFile, target: DirectFile, group: int,
+                   calibrated: Codes) -> ChunkResult:
+    """Convert and write some rows of a tensor, in a worker thread."""
     source = chunk.source
     data = original.read(source.begin, source.bytes)
     if chunk.bits == 16:
         return ChunkResult(0.0, 0.0, (_write(target, data, chunk.offsets[source.name]),))
     from shoehorn.int4 import quantizer  # imports torch, which only a conversion needs
 
-    rows = quantizer.quantize_on_device(quantizer.from_bytes(data, source.dtype, source.shape[1]), chunk.bits, group,
-                                        quantizer.DTYPES["F16" if source.dtype == "F16" else "BF16"])
+    weight = quantizer.from_bytes(data, source.dtype, source.shape[1])
+    if chunk.bits == 4 and calibrated.has(source.name):
+        first = (source.begin - whole.begin) // (whole.bytes // whole.shape[0])
+        rows = quantizer.compared(weight, *calibrated.rows(source.name, first, first + len(weight)), chunk.bits)
+    else:
+        rows = quantizer.quantize_on_device(weight, chunk.bits, group,
+                                            quantizer.DTYPES["F16" if source.dtype == "F16" else "BF16"])
     return ChunkResult(rows.squared_error, rows.squared_norm, tuple(
         _write(target, quantizer.to_bytes(data), chunk.offsets[_part(chunk, kind)])
         for kind, data in (("packed", rows.packed), ("scale", rows.scale))))
