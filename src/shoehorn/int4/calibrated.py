@@ -45,7 +45,7 @@ class DataFree:
         return False
 
     def rows(self, name: str, begin: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Raise: there are none."""
+        """Raise: a data-free conversion has no such codes."""
         raise KeyError(name)
 
     def advance(self, shard: ShardLayout) -> None:

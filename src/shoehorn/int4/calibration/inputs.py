@@ -75,14 +75,14 @@ def sources(layer: torch.nn.Module, names: Iterable[str], run_once: Forward) -> 
     Args:
         names: parameters to quantize, those of experts as in checkpoints.
     """
-    wanted = set(names)
+    targets = set(names)
     seen: list[tuple[Any, list[str], int, str]] = []
-    found: list[Source] = []
+    result: list[Source] = []
     with ExitStack() as stack:
         for name, module in layer.named_modules():
             if is_experts(module):
-                found += _of_experts(name, module, wanted)
-            elif isinstance(module, torch.nn.Linear) and f"{name}.weight" in wanted:
+                result += _of_experts(name, module, targets)
+            elif isinstance(module, torch.nn.Linear) and f"{name}.weight" in targets:
                 def see(_: torch.nn.Module, arguments: tuple[Any, ...], name: str = name) -> None:
                     for tensor, members, _columns, _first in seen:
                         if tensor is arguments[0]:
@@ -91,7 +91,7 @@ def sources(layer: torch.nn.Module, names: Iterable[str], run_once: Forward) -> 
                     seen.append((arguments[0], [f"{name}.weight"], arguments[0].shape[-1], name))
                 stack.callback(module.register_forward_pre_hook(see).remove)
         run_once()
-    return [Source(tuple(members), columns, first) for _, members, columns, first in seen] + found
+    return [Source(tuple(members), columns, first) for _, members, columns, first in seen] + result
 
 
 def is_experts(module: torch.nn.Module) -> bool:
@@ -100,13 +100,13 @@ def is_experts(module: torch.nn.Module) -> bool:
     return all(isinstance(each, torch.nn.Parameter) and each.dim() == 3 for each in (up, down))
 
 
-def _of_experts(name: str, module: Any, wanted: set[str]) -> Iterator[Source]:
+def _of_experts(name: str, module: Any, targets: set[str]) -> Iterator[Source]:
     for expert in range(module.gate_up_proj.shape[0]):
         prefix = f"{name}.{expert}"
-        outer = tuple(each for each in (f"{prefix}.gate_proj.weight", f"{prefix}.up_proj.weight") if each in wanted)
+        outer = tuple(each for each in (f"{prefix}.gate_proj.weight", f"{prefix}.up_proj.weight") if each in targets)
         if outer:
             yield Source(outer, module.gate_up_proj.shape[2], name, expert)
-        if (down := f"{prefix}.down_proj.weight") in wanted:
+        if (down := f"{prefix}.down_proj.weight") in targets:
             yield Source((down,), module.down_proj.shape[2], name, expert, inner=True)
 
 

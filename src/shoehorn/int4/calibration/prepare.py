@@ -85,8 +85,8 @@ def _describe(setting: str, source: Path, host_bytes: int) -> dict[str, Any] | N
     size = decoder.size(length)
     gpu_bytes = torch.cuda.mem_get_info()[0] if quantizer.device() == "cuda" else 0
     budget = budgets.plan(size, length, dtype, gpu_bytes, host_bytes)
-    wanted = budgets.sequence_count(budget.device, length) + CHECKED_SEQUENCES
-    sequences = text.read(source, _path(setting), wanted, length)
+    count = budgets.sequence_count(budget.device, length) + CHECKED_SEQUENCES
+    sequences = text.read(source, _path(setting), count, length)
     if len(sequences.ids) <= CHECKED_SEQUENCES:
         raise SettingsError(f"CALIBRATION: the text has fewer than {(CHECKED_SEQUENCES + 1) * length} tokens.",
                             "Use a longer text.", code="calibration_no_text")

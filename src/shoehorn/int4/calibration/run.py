@@ -1,4 +1,4 @@
-"""Calibration of a conversion: layer after layer, resumable, with its state in a folder beside the converted shards.
+"""Calibration of a conversion: layer after layer, resumable, with its state in a folder within the conversion.
 
 Rules:
 - `advance` quantizes layers in order and writes each one's codes and scales to one file, which is synced and hashed

@@ -45,15 +45,15 @@ def files(path: Path | None) -> list[Path]:
     """Return the files of a calibration text: of the package, of a folder, or one.
 
     Raises:
-        SettingsError: there is none.
+        SettingsError: no file has a text.
     """
     folder = path or PACKAGED
-    found = [folder] if folder.is_file() else sorted(each for each in folder.glob("*") if each.suffix in _SUFFIXES)
-    if not found:
+    paths = [folder] if folder.is_file() else sorted(each for each in folder.glob("*") if each.suffix in _SUFFIXES)
+    if not paths:
         raise SettingsError(f"CALIBRATION={path}: no text found.",
                             "Set it to a .txt, .md or .jsonl file, or to a folder with such files.",
                             code="calibration_no_text")
-    return found
+    return paths
 
 
 def read(model: Path, path: Path | None, sequences: int, length: int) -> Sequences:
