@@ -53,7 +53,6 @@ def test_configuration_of_vllm_0_8_becomes_a_profile_with_a_note_for_every_remov
 
 @pytest.mark.parametrize(("text", "option", "value"), [
     ("max-seq-len-to-capture: 0\n", "enforce-eager", True),
-    ("worker-use-ray: true\n", "distributed-executor-backend", "ray"),
     ("guided-decoding-backend: xgrammar:no-fallback\n", "structured-outputs-config", {"backend": "xgrammar"}),
     ("task: embed\n", "runner", "pooling"),
     ('rope-scaling: \'{"rope_type": "yarn", "factor": 4.0}\'\nrope-theta: 1000000\n', "hf-overrides",

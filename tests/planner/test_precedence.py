@@ -124,8 +124,9 @@ def test_options_that_are_not_estimated_are_noted() -> None:
     assert reason_of(plan, "kv-offloading-size").notes == ("not-estimated",)
     assert reason_of(plan, "pipeline-parallel-size").notes == ()
     for switch, notes in (("--enable-lora", ("not-estimated",)), ("--no-enable-lora", ()),
-                          ("--kv-offloading-size 1", ("not-estimated",)), ("--data-parallel-size 1", ()),
-                          ("--data-parallel-size 2", ("not-estimated",)),
+                          ("--kv-offloading-size 1", ("not-estimated",)),
+                          ("--decode-context-parallel-size 1", ()),
+                          ("--decode-context-parallel-size 2", ("not-estimated",)),
                           ("--limit-mm-per-prompt.image 4", ("not-estimated",)), ("--kv-cache-dtype fp8", ()),
                           ("--kv-cache-dtype turboquant_4bit_nc", ("not-estimated",))):
         option = switch.removeprefix("--").removeprefix("no-").split()[0].partition(".")[0]

@@ -16,10 +16,11 @@ ALLOWED = {
     "hub": {"config"} | _GROUND, "runtime": {"config"} | _GROUND, "planner": _MACHINE,
     "store": {"hub", "config", "model"} | _GROUND, "gateway": {"runtime", "config"} | _GROUND,
     "observability": {"front", "runtime", "config"} | _GROUND, "int4": {"store", "hub", "config", "model"} | _GROUND,
+    "cluster": {"runtime"} | _MACHINE,
     "deployment": {"int4", "store", "planner"} | _MACHINE,
-    "engine": {"deployment", "runtime", "planner"} | _MACHINE,
+    "engine": {"deployment", "cluster", "runtime", "planner"} | _MACHINE,
     "front": {"runtime", "config"} | _GROUND,
-    "commands": {"engine", "front", "deployment", "int4", "gateway", "observability", "store", "runtime",
+    "commands": {"engine", "cluster", "front", "deployment", "int4", "gateway", "observability", "store", "runtime",
                  "planner"} | _MACHINE,
 }
 SHARED = ("shoehorn_vllm.protocol", "shoehorn_vllm.fork_server.messages")

@@ -16,13 +16,18 @@ NAMES = {
     "admissions": "admissions", "idle_mark": "idle", "wake_request": "wake",
     "fork_server_group": "fork-server.group", "pull_group": "pull.group", "drain_request": "drain",
     "drain_result": "drained.json",
+    "cluster": "cluster", "ray_token": "cluster/ray-token",
+    "cluster_authority": "cluster/authority.pem", "node_certificate": "cluster/node.pem",
+    "node_key": "cluster/node.key", "node_reports": "nodes.json", "head_orders": "orders.json",
+    "ray": "ray", "ray_state": "ray.json", "ray_group": "ray.group",
     "supervisord_config": "supervisord.conf", "supervisord_pid": "supervisord.pid", "exit_code": "exit_code",
     "nginx_config": "nginx.conf", "nginx_pid": "nginx.pid", "keys_socket": "keys.sock", "setting_key": "keys.json",
     "balancer_config": "haproxy.cfg", "balancer_socket": "haproxy.sock", "balancer_stats": "haproxy-stats.sock",
     "peer_authority": "peers.pem", "peer_pair": "peer.pem", "leaving_mark": "lame-duck",
     "tls_pair": "tls.pem", "tls_candidate": "tls.pem.candidate",
 }
-ORDINARY = {"lock", "ready", "drain", "nothing", "keys.json", "exit_code", "idle"}
+ORDINARY = {"lock", "ready", "drain", "nothing", "keys.json", "exit_code", "idle",
+            "ray", "cluster"}
 """Names that mean other things elsewhere: MODELS_DIR has a `keys.json` too."""
 
 

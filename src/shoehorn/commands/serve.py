@@ -20,6 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from shoehorn import __version__
+from shoehorn.cluster import credentials, network, ports
 from shoehorn.common import disk, locks, mounts
 from shoehorn.common.atomic_file import write_atomic
 from shoehorn.common.errors import SettingsError
@@ -48,11 +49,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, environment: Mapping[str, str]) -> int:
     """Prepare everything and become supervisord; return only by an exception."""
     settings = settings_module.load(environment)
-    if settings.role not in ("single", "front"):
-        raise SettingsError(f"ROLE={settings.role}: unsupported by this version.", "Unset ROLE.",
-                            code="role_unsupported")
     purpose = f"front of {len(settings.replicas)} replicas" if settings.role == "front" else \
         f"profile {_check_machine(settings, environment)}"
+    secret = cluster_secret.read(settings.cluster_secret_file) if settings.cluster_secret_file else ""
+    if settings.is_node:
+        _check_network(settings)
     paths = RunDir(settings.run_dir)
     lock = _prepare_run_dir(paths)
     _require_volume(settings.models_dir)
@@ -64,10 +65,12 @@ def run(arguments: argparse.Namespace, environment: Mapping[str, str]) -> int:
     if settings.tls_cert_file:
         tls.install(settings)
     nginx_config.write(settings, user)
-    if settings.role == "front" and settings.cluster_secret_file:
-        balancer_config.write(settings, cluster_secret.read(settings.cluster_secret_file))
+    if settings.role == "front":
+        balancer_config.write(settings, secret)
+    elif settings.is_node:
+        credentials.install(secret, settings.node_address, paths)
     supervisord_config.write_supervisord_config(settings, user)
-    first_key = None if settings.replica_port else sources.prepare(settings)
+    first_key = None if settings.replica_port or settings.role == "worker" else sources.prepare(settings)
     if first_key:
         print(first_key_line(first_key), flush=True)
     write_atomic(paths.welcome, welcome(settings, first_key).to_json(), 0o600)
@@ -93,6 +96,17 @@ def _check_machine(settings: Settings, environment: Mapping[str, str]) -> str:
         print(f"shoehorn: at most {format_size(limit)} of memory can be locked, which offload to host memory needs\n"
               f"  -> {container_limits.MEMLOCK_REMEDY}", flush=True)
     return profile.name
+
+
+def _check_network(settings: Settings) -> None:
+    """Check the network and the ports of a node.
+
+    Raises:
+        SettingsError: clients share the cluster's network, or a port is in use.
+    """
+    network.require_isolated(settings, network.interfaces(), network.default_route())
+    for port in sorted(ports.FIXED):
+        _require_port(port, "port of the cluster")
 
 
 def _address(settings: Settings) -> str:

@@ -259,6 +259,11 @@ class Settings(ModelSettings, PlanSettings, GatewaySettings, StorageSettings, Pr
     served_aliases: tuple[str, ...]
     """Further names of the model, after `served_model_name`."""
 
+    @property
+    def is_node(self) -> bool:
+        """True for a machine of a cluster that serves one model."""
+        return self.role in ("head", "worker")
+
 
 def _table() -> tuple[Setting, ...]:
     rows = []

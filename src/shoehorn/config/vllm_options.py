@@ -30,7 +30,13 @@ OWNED = {
                      "allow-credentials", "allowed-origins", "allowed-methods", "allowed-headers",
                      "disable-fastapi-docs", "enable-offline-docs", "disable-uvicorn-access-log",
                      "sse-keep-alive-interval", "trust-request-chat-template", "trust-request-mm-kwargs",
-                     "data-parallel-supervisor-port"), ""),
+                     "data-parallel-supervisor-port", "master-addr", "master-port", "ray-workers-use-nsight"), ""),
+    "distributed-executor-backend": "ROLE=head, and ROLE=worker on the other machines",
+    "nnodes": "ROLE=head and CLUSTER_NODES", "node-rank": "ROLE=worker and HEAD_ADDRESS",
+    **dict.fromkeys(("data-parallel-size", "data-parallel-size-local", "data-parallel-rank", "data-parallel-start-rank",
+                     "data-parallel-address", "data-parallel-rpc-port", "data-parallel-backend",
+                     "data-parallel-hybrid-lb", "data-parallel-external-lb",
+                     "data-parallel-multi-port-external-lb"), "independent replicas up"),
 }
 """Options that Shoehorn sets: the setting to use instead, or ""."""
 

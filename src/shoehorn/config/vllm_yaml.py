@@ -25,10 +25,7 @@ def _capture_size(value: object, engine: dict[str, object]) -> str:
 
 
 def _ray(value: object, engine: dict[str, object]) -> str:
-    if value:
-        engine["distributed-executor-backend"] = "ray"
-        return "replaced by distributed-executor-backend: ray"
-    return "dropped"
+    return "dropped; for several machines set ROLE=head and ROLE=worker" if value else "dropped"
 
 
 def _rope(name: str) -> Callable[[object, dict[str, object]], str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -11,6 +12,7 @@ from typing import Any, Literal
 
 from shoehorn.common import disk
 from shoehorn.common.errors import ShoehornError
+from shoehorn.common.progress import Report
 from shoehorn.config import vllm_options
 from shoehorn.config.profiles import Profile
 from shoehorn.config.settings import Settings
@@ -21,7 +23,7 @@ from shoehorn.model.files import Files, LocalFiles
 from shoehorn.model.reference import ModelRef
 from shoehorn.model.safetensors import shards
 from shoehorn.model.shape import ModelShape
-from shoehorn.store import inventory, pull
+from shoehorn.store import digest, inventory, pull
 from shoehorn.store.reference import model_reference
 
 FetchStep = Literal["pull", "convert"]
@@ -64,6 +66,21 @@ def config_overrides(settings: Settings, profile: Profile) -> Mapping[str, Any]:
     """Return the user's changes of config.json: `hf-overrides` of VLLM_EXTRA_ARGS, else of the profile."""
     overrides = {**profile.engine, **vllm_options.parse_arguments(settings.vllm_extra_args)}.get("hf-overrides")
     return overrides if isinstance(overrides, dict) else {}
+
+
+def models_digest(models_dir: Path, refs: Iterable[ModelRef], report: Report) -> str:
+    """Return the digest of complete models together.
+
+    Args:
+        report: gets the progress of reading folders that have no manifest.
+    """
+    digests = []
+    for ref in refs:
+        directory = served_folder(models_dir, ref)
+        if directory is None:
+            raise ValueError(f"{ref.id}: incomplete")
+        digests.append(digest.model_digest(models_dir, ref, directory, report))
+    return hashlib.sha256(" ".join(digests).encode()).hexdigest()
 
 
 @contextmanager

@@ -124,6 +124,9 @@ _ROWS = (
                                         r"no module or parameter named|Cannot find any model weights"),
          "Weights: do not belong to config.json.",
          "Fetch all files of one revision of the model, or choose another MODEL_ID."),
+    _Row("cluster_without_gpus", re.compile(r"current platform cpu does not support ray"),
+         "Cluster: vLLM's CPU build does not serve over several machines.",
+         "Start nodes with GPUs, or one machine with ROLE=single."),
     _BAD_ARGUMENT,
 )
 
@@ -132,6 +135,16 @@ HUNG = Diagnosis("hung", "The engine hangs: its counters stand still and a probe
                  "If it recurs, look for GPU errors (`dmesg`, Xid) on the host.",
                  False)
 """Diagnosis of the watchdog; the log does not show it."""
+
+
+NODE_LOST = "node_lost"
+"""Name of the loss of a node; not a failure of the engine."""
+
+
+def node_lost(text: str) -> Diagnosis:
+    """Return the diagnosis of a lost node: `text` names it and says why."""
+    return Diagnosis(NODE_LOST, f"Cluster: node lost: {text}.",
+                     "Start the node again, or repair its network; the engine then starts automatically.", False)
 
 
 def diagnose(lines: Iterable[str], status: int, memory_kill: bool = False, *, is_start: bool = True) -> Diagnosis:

@@ -27,8 +27,9 @@ from pathlib import Path
 import httpx
 
 from shoehorn.engine import drain, feature_warm_up, idle, pooling_proof, readiness, start_times
-from shoehorn.engine.diagnosis import HUNG, Diagnosis, diagnose
+from shoehorn.engine.diagnosis import HUNG, Diagnosis, diagnose, node_lost
 from shoehorn.engine.fork_server import ForkServer
+from shoehorn.engine.group import Group
 from shoehorn.engine.idle import IdleWatch
 from shoehorn.engine.launch_spec import LaunchSpec
 from shoehorn.engine.output import EngineOutput
@@ -76,11 +77,13 @@ class EngineRun:
     Args:
         fork_server: starts the process.
         on_ready: called before readiness is published.
+        group: machines that serve together; None for one machine.
     """
 
     def __init__(self, spec: LaunchSpec, fork_server: ForkServer, states: StateFile,
-                 on_ready: Callable[[], None]) -> None:
+                 on_ready: Callable[[], None], group: Group | None = None) -> None:
         self._spec, self._fork_server, self._states, self._on_ready = spec, fork_server, states, on_ready
+        self._group = group
         self.output = EngineOutput(states, spec.log_file)
         self.stage = Stage.STARTING
         self._times = StartTimes(spec.earlier_seconds)
@@ -118,6 +121,11 @@ class EngineRun:
 
     def _look(self, child: Child, client: httpx.Client) -> Diagnosis | None:
         """Look at the running engine; return the failure for which it has to be killed."""
+        if self._group and (loss := self._group.loss()):
+            self._states.update(phase=Phase.WAITING, progress=None, detail=loss)
+            if self._is_ready:
+                drain.drain_engine(self._spec.run_dir.engine_socket, 0)  # ends open requests with an error
+            return node_lost(loss)
         if self.stage is Stage.STARTING:
             if _is_healthy(client):
                 self._warm_up(child, client)

@@ -49,6 +49,18 @@ BOUNDS = {
 
 _PREFIXES = ("SAGEMAKER_", "CUSTOM_")  # functions and files that are loaded at the start
 
+_CLUSTER_NAMES = frozenset({
+    "PATH", "HOME", "LANG", "TZ", "TMPDIR", "PYTHONPATH", "PYTHONUNBUFFERED", "LD_LIBRARY_PATH", "LD_PRELOAD", "CC",
+    "DO_NOT_TRACK", "TOKENIZERS_PARALLELISM", "HF_HUB_OFFLINE", "SAGEMAKER_MODEL_PATH"})
+_CLUSTER_PREFIXES = ("VLLM_", "SHOEHORN_", "RAY_", "NCCL_", "GLOO_", "UCX_", "CUDA_", "NVIDIA_", "TORCH", "PYTORCH_",
+                     "TRITON_", "OMP_", "KMP_", "MKL_", "LC_", "XDG_", "FLASHINFER_")
+
+
+def for_cluster(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return what may reach the other nodes of a cluster: vLLM copies its whole environment to its workers there."""
+    return {name: value for name, value in environment.items()
+            if name in _CLUSTER_NAMES or name.startswith(_CLUSTER_PREFIXES)}
+
 
 def for_engine(environment: Mapping[str, str], run_dir: Path) -> dict[str, str]:
     """Return the environment without secrets and unsafe switches."""

@@ -44,10 +44,13 @@ class ForkServer:
     Args:
         on_line: gets each line that it prints while it imports vLLM.
         available_bytes: returns the available host memory.
+        is_used: False starts every engine as a fresh program.
     """
 
     def __init__(self, run_dir: RunDir, on_line: Callable[[str], None],
-                 available_bytes: Callable[[], int] = lambda: host.memory(Path("/"), [])[1]) -> None:
+                 available_bytes: Callable[[], int] = lambda: host.memory(Path("/"), [])[1], *,
+                 is_used: bool = True) -> None:
+        self._is_used = is_used
         self._record, self._on_line, self._available_bytes = run_dir.fork_server_group, on_line, available_bytes
         self._child: Child | None = None
         self._control: socket.socket | None = None
@@ -62,7 +65,7 @@ class ForkServer:
 
     def begin(self, environment: Mapping[str, str]) -> None:
         """Start to import vLLM with this environment, unless a server runs; does not wait."""
-        if self.is_running:
+        if self.is_running or not self._is_used:
             return
         self.stop()
         self._environment, self.import_seconds = dict(environment), None
@@ -73,7 +76,7 @@ class ForkServer:
 
     def launch(self, spec: LaunchSpec, on_line: Callable[[str], None]) -> Child:
         """Start an engine: forked, or as a fresh program where that is impossible."""
-        for _ in range(2):
+        for _ in range(2 if self._is_used else 0):
             self.begin(spec.environment)
             try:
                 self._wait_for_import()

@@ -31,6 +31,7 @@ def engine_arguments(settings: Settings, plan_arguments: Mapping[str, object], m
     keeps idle streams alive with a comment every 15 s, and runs the appliance's middleware, which applies key limits
     and sets the priority of each request.
     """
+    over_nodes = {"distributed-executor-backend": "ray"} if settings.role == "head" else {}
     return {
         "scheduling-policy": "priority",  # by the middleware's order of keys; a user may set fcfs
         **plan_arguments,
@@ -41,6 +42,7 @@ def engine_arguments(settings: Settings, plan_arguments: Mapping[str, object], m
         "disable-uvicorn-access-log": True,
         "sse-keep-alive-interval": 15,
         "middleware": [MIDDLEWARE_CLASS],
+        **over_nodes,
     }
 
 

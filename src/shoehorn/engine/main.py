@@ -18,19 +18,21 @@ from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
+from shoehorn.cluster import network, ports, ray_command
 from shoehorn.common import logging_config as logs
 from shoehorn.common.atomic_file import write_atomic
 from shoehorn.common.errors import SettingsError
-from shoehorn.config import network
+from shoehorn.config import network as proxies
 from shoehorn.config import settings as settings_module
 from shoehorn.config.models_dir import ModelsDir
 from shoehorn.config.settings import Settings
-from shoehorn.deployment import inputs, served_model
+from shoehorn.deployment import inputs, machines, served_model
 from shoehorn.deployment.inputs import Deployment
-from shoehorn.engine import drain, launch_config, memory_report, timing
-from shoehorn.engine.environment import engine_environment
+from shoehorn.engine import drain, launch_config, memory_report, timing, worker
+from shoehorn.engine.environment import engine_environment, for_cluster
 from shoehorn.engine.fetch import fetch
 from shoehorn.engine.fork_server import ForkServer
+from shoehorn.engine.group import Group
 from shoehorn.engine.launch_spec import LaunchSpec
 from shoehorn.engine.output import EngineOutput
 from shoehorn.engine.program_run import ProgramRun, StopRequested
@@ -70,7 +72,7 @@ def main(environment: Mapping[str, str] = os.environ) -> int:
                                          remedy=error.remedy)
         return error.exit_code
     logs.configure(settings.log_format)
-    for remark in network.prepare(os.environ):
+    for remark in proxies.prepare(os.environ):
         log.warning("%s", remark)
     states = StateFile(settings.run_dir)
     run = ProgramRun(settings, states, waits)
@@ -78,6 +80,8 @@ def main(environment: Mapping[str, str] = os.environ) -> int:
         _stop_on_sigterm(settings, states)
         _stop_with_supervisord()
         run.take_over()
+        if settings.role == "worker":
+            worker.follow_head(settings, environment, states)
         fork_server = _begin_import(settings, environment, states)
         try:
             _serve(settings, environment, fork_server, states, run.budget, waits)
@@ -89,7 +93,8 @@ def main(environment: Mapping[str, str] = os.environ) -> int:
 def _begin_import(settings: Settings, environment: Mapping[str, str], states: StateFile) -> ForkServer:
     """Begin to import vLLM, with the engine's environment as far as it does not depend on the plan."""
     paths = RunDir(settings.run_dir)
-    fork_server = ForkServer(paths, EngineOutput(states, _engine_log(settings)).read_line)
+    fork_server = ForkServer(paths, EngineOutput(states, _engine_log(settings)).read_line,
+                             is_used=settings.role == "single")  # Ray leaves threads, which a fork would lose
     fork_server.begin(engine_environment(environment, memory_report.prepare(settings.run_dir), settings.run_dir))
     return fork_server
 
@@ -100,7 +105,13 @@ def _serve(settings: Settings, environment: Mapping[str, str], fork_server: Fork
     seconds: dict[str, float] = {}
     with measured(seconds, "plan"):
         machine = inputs.detect_machine(settings, environment, measure=True)
+    group = Group(settings, machine, states) if settings.role == "head" else None
+    if group:
+        machine = machines.merged(group.wait_for_machines())
+    with measured(seconds, "plan"):
         deployment, replanner, plan = _plan(settings, machine, states)
+    if group:
+        group.order_models([deployment.ref, *([plan.draft.ref] if plan.draft else [])])
     if deployment.directory is None:
         on_gpus = {**environment, **visible_gpus.environment_of(plan.gpus)}  # for a conversion
         directory = fetch(settings, deployment.ref, on_gpus, states, seconds)
@@ -114,12 +125,15 @@ def _serve(settings: Settings, environment: Mapping[str, str], fork_server: Fork
         refs.append(plan.draft.ref)
         if served_model.served_folder(settings.models_dir, plan.draft.ref) is None:
             fetch(settings, plan.draft.ref, environment, states, seconds)
+    if group:
+        group.order_models(refs)
+        group.set_model(served_model.models_digest(settings.models_dir, refs, lambda _progress: None), str(directory))
     with served_model.in_use(settings.models_dir, refs):
         while True:
             spec = replace(_launch_spec(settings, environment, plan, directory, waits), earlier_seconds=seconds)
             seconds = {}
             try:
-                _start(spec, settings, fork_server, states, budget, replanner, plan)
+                _start(spec, settings, fork_server, states, budget, replanner, plan, group)
             except StartFailedError as failure:
                 states.update(phase=Phase.STEPPING_DOWN, progress=None, detail=failure.diagnosis.name)
                 smaller = replanner.step_down(plan, failure.diagnosis)
@@ -142,14 +156,16 @@ def _launch_spec(settings: Settings, environment: Mapping[str, str], plan: Plan,
     """Write vLLM's configuration and return the start of vLLM by this plan."""
     paths = RunDir(settings.run_dir)
     launch_config.write_engine_config(settings, plan.engine_args, directory)
-    variables = {**_host_address(environment, plan), **plan.engine_environment,
+    own = _cluster_variables(settings, environment) if settings.role == "head" else _host_address(environment)
+    variables = {**own, **plan.engine_environment,
                  **memory_report.prepare(settings.run_dir),
                  **({} if settings.replica_port else {USAGE_DIR_VARIABLE: str(ModelsDir(settings.models_dir).usage)}),
                  ADMISSIONS_VARIABLE: str(paths.admissions), MODEL_VARIABLE: settings.served_model_name,
                  ABILITIES_VARIABLE: launch_config.abilities(plan).to_json(),
                  MAX_REQUESTS_VARIABLE: str(launch_config.most_requests(settings, plan.engine_args))}
+    complete = engine_environment(environment, variables, settings.run_dir)
     return LaunchSpec(
-        run_dir=paths, environment=engine_environment(environment, variables, settings.run_dir),
+        run_dir=paths, environment=for_cluster(complete) if settings.role == "head" else complete,
         model=settings.served_model_name, options=plan.engine_args, task=plan.task,
         log_file=_engine_log(settings), drain_seconds=settings.drain_timeout,
         idle_seconds=settings.idle_stop, is_replica=settings.replica_port is not None,
@@ -161,7 +177,7 @@ def _engine_log(settings: Settings) -> Path | None:
 
 
 def _start(spec: LaunchSpec, settings: Settings, fork_server: ForkServer, states: StateFile, budget: RestartBudget,
-           replanner: Replanner, plan: Plan) -> None:
+           replanner: Replanner, plan: Plan, group: Group | None) -> None:
     """Serve by one plan, until an exception ends it."""
     states.update(phase=Phase.LOADING, progress=None, detail="starting the engine", model=settings.served_model_name)
     log.info("loading %s", settings.served_model_name)
@@ -170,16 +186,23 @@ def _start(spec: LaunchSpec, settings: Settings, fork_server: ForkServer, states
         replanner.save_known_good()
         memory_report.record(plan, states)
 
-    EngineServer(spec, fork_server, states, budget, on_ready).serve()
+    EngineServer(spec, fork_server, states, budget, on_ready, group).serve()
 
 
-def _host_address(environment: Mapping[str, str], plan: Plan) -> dict[str, str]:
+def _host_address(environment: Mapping[str, str]) -> dict[str, str]:
     """Return the address by which the processes of an engine on one machine connect to each other.
 
     Without it vLLM looks for an address through a socket to a public name server, which OFFLINE must prevent.
     """
-    several = "nnodes" in plan.engine_args or plan.engine_args.get("distributed-executor-backend") == "ray"
-    return {} if several or "VLLM_HOST_IP" in environment else {"VLLM_HOST_IP": "127.0.0.1"}
+    return {} if "VLLM_HOST_IP" in environment else {"VLLM_HOST_IP": "127.0.0.1"}
+
+
+def _cluster_variables(settings: Settings, environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables of the head's engine: Ray's address and credentials, and the cluster's network."""
+    interface = network.interface_of(settings.node_address, network.interfaces())
+    return {**ray_command.network_variables(settings.node_address, interface, environment),
+            **ray_command.credentials(RunDir(settings.run_dir)),
+            "RAY_ADDRESS": f"{settings.node_address}:{ports.GCS}"}
 
 
 def _stop_on_sigterm(settings: Settings, states: StateFile) -> None:

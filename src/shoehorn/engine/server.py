@@ -16,6 +16,7 @@ from shoehorn.engine import idle
 from shoehorn.engine.diagnosis import Diagnosis
 from shoehorn.engine.engine_run import EngineRun
 from shoehorn.engine.fork_server import ForkServer
+from shoehorn.engine.group import Group
 from shoehorn.engine.launch_spec import LaunchSpec
 from shoehorn.engine.restart_budget import RestartBudget
 from shoehorn.runtime.state import Phase, StateFile
@@ -41,12 +42,13 @@ class EngineServer:
     Args:
         fork_server: starts the engine.
         on_ready: called before each readiness is published.
+        group: machines that serve together; None for one machine.
     """
 
     def __init__(self, spec: LaunchSpec, fork_server: ForkServer, states: StateFile, budget: RestartBudget,
-                 on_ready: Callable[[], None]) -> None:
+                 on_ready: Callable[[], None], group: Group | None = None) -> None:
         self._spec, self._fork_server, self._states, self._budget = spec, fork_server, states, budget
-        self._on_ready = on_ready
+        self._on_ready, self._group = on_ready, group
 
     def serve(self) -> None:
         """Serve until an exception ends it, usually the caller's own on SIGTERM.
@@ -57,10 +59,17 @@ class EngineServer:
         """
         while True:
             self._budget.require()
-            run = EngineRun(self._spec, self._fork_server, self._states, self._on_ready)
+            if self._group:
+                self._group.wait_until_agreed()
+                self._states.update(phase=Phase.LOADING, progress=None, detail="starting the engine")
+            run = EngineRun(self._spec, self._fork_server, self._states, self._on_ready, self._group)
             result = run.follow()
             if result is None:
                 idle.wait_for_request(self._states, self._spec.timing.tick)
+            elif self._group and (loss := self._group.explain(result.diagnosis)):
+                self._count(loss)  # not in the budget: the engine did not fail
+                log.warning("%s", loss.cause)
+                self._group.regroup(loss)
             else:
                 self._count(result.diagnosis)
                 if not result.was_ready and self._may_step_down(result.diagnosis):

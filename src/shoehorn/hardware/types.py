@@ -76,6 +76,7 @@ class Hardware:
         cpu_kernel: the library of the CPU kernel is installed.
         host_compute: None where the CPU kernel was not measured, or cannot run.
         notes: values that could not be read.
+        nodes: machines of a cluster: number of GPUs of each, in the order of `gpus`; empty for one machine.
     """
 
     gpus: tuple[Gpu, ...]
@@ -88,10 +89,11 @@ class Hardware:
     gpu_remarks: tuple[str, ...] = ()
     host_compute: HostCompute | None = None
     cpu_kernel: bool = True
+    nodes: tuple[int, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-ready copy, for captures; without the later fields where they have their default."""
-        defaults = {"host_compute": None, "gpu_remarks": (), "cpu_kernel": True}
+        defaults = {"host_compute": None, "gpu_remarks": (), "cpu_kernel": True, "nodes": ()}
         return {name: value for name, value in asdict(self).items()
                 if name not in defaults or value != defaults[name]}
 
@@ -103,4 +105,5 @@ class Hardware:
         compute = document.get("host_compute")
         return Hardware(**{**document, "gpus": gpus, "notes": tuple(document["notes"]),
                            "gpu_remarks": tuple(document.get("gpu_remarks", ())),
+                           "nodes": tuple(document.get("nodes", ())),
                            "host_compute": HostCompute(**compute) if compute else None})

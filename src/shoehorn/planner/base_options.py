@@ -20,7 +20,7 @@ from shoehorn.planner.serving_config import BITSANDBYTES
 from shoehorn.planner.vllm_args import CACHE_FORMATS
 
 _NOT_ESTIMATED = (
-    "attention-backend", "attention-config", "compilation-config", "data-parallel-size", "decode-context-parallel-size",
+    "attention-backend", "attention-config", "compilation-config", "decode-context-parallel-size",
     "disable-sliding-window", "enable-lora", "enable-mamba-shared-prefix-checkpoint", "hf-config-path",
     "kv-cache-dtype-skip-layers", "kv-offloading-size", "kv-transfer-config", "limit-mm-per-prompt", "mamba-block-size",
     "mm-ipc-gpu-memory-gb", "mm-processor-kwargs", "model-class-overrides", "num-gpu-blocks-override",

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from shoehorn.common.errors import SettingsError
 from shoehorn.common.units import GIB, format_size
-from shoehorn.planner import remedies, speculation
+from shoehorn.planner import nodes, remedies, speculation
 from shoehorn.planner.assembly import Assembly
 from shoehorn.planner.base_options import BaseOptions
 from shoehorn.planner.derive import derive
@@ -36,6 +36,8 @@ def plan_on_cpu(inputs: PlanInputs, base: BaseOptions) -> Plan | Refusal:
     options = base.options
     if "kv-cache-memory-bytes" not in options.values:
         options = options.set("kv-cache-memory-bytes", _KV_CACHE_BYTES, MACHINE, "cache-default")
+    if inputs.hardware.nodes:
+        options = nodes.over_nodes(options, len(inputs.hardware.nodes), 1)
     options, model = _configured(inputs, options)
     devices = (model.host_alone(inputs.hardware.host_memory_bytes),)
     assembly = Assembly(inputs, base.by_user, options, model, devices,

@@ -15,6 +15,7 @@ from shoehorn.common.units import GIB
 from shoehorn.hardware.requirements import require_gpus
 from shoehorn.hardware.types import Gpu, largest_first
 from shoehorn.model.shape import ModelShape
+from shoehorn.planner import nodes
 from shoehorn.planner.inputs import PlanInputs
 from shoehorn.planner.option_set import OptionSet
 from shoehorn.planner.reasons import MACHINE
@@ -40,6 +41,8 @@ def divisions(options: OptionSet, inputs: PlanInputs) -> list[Division]:
         SettingsError: too few GPUs, or the model cannot be divided over them.
     """
     name = inputs.profile.name
+    if inputs.hardware.nodes:
+        return [_over_nodes(options, inputs)]
     inputs = _with_named_gpus(options, inputs)
     if inputs.profile.is_auto and not {_TENSOR, _PIPELINE} & options.values.keys():
         available = _ordered(options, require_gpus(inputs.hardware, name))
@@ -61,6 +64,22 @@ def divisions(options: OptionSet, inputs: PlanInputs) -> list[Division]:
                             code="unsupported_mig")
     _require_divisible(inputs.shape, candidates[0].options.integer(_TENSOR, 1))
     return [_by_uuid(each) for each in candidates]
+
+
+def _over_nodes(options: OptionSet, inputs: PlanInputs) -> Division:
+    """Divide the model over the machines of a cluster."""
+    hardware, shape = inputs.hardware, inputs.shape
+    most = 1 if shape.quantization == BITSANDBYTES else min(hardware.nodes)
+    if not hardware.gpus or not most:
+        raise SettingsError("A machine of the cluster has no usable GPU.", "Start it with its GPUs: --gpus all.",
+                            code="no_gpu")
+    options = nodes.over_nodes(options, len(hardware.nodes),
+                               next(each for each in range(most, 0, -1) if divides(shape, each)))
+    gpus = nodes.ranks(hardware, options)
+    _require_divisible(shape, options.integer(_TENSOR, 1))
+    if options.integer(_TENSOR, 1) > 1:
+        options = options.set("disable-custom-all-reduce", True, MACHINE, "no-peer-access")
+    return Division(options, gpus)
 
 
 def _ordered(options: OptionSet, gpus: Sequence[Gpu]) -> tuple[Gpu, ...]:

@@ -33,6 +33,8 @@ TEXTS: Mapping[str, str] = {
     "layer-partition": "layers of each stage, by the memory of its GPUs",
     "layers-only-nf4": "{gpus} equal GPUs; a bitsandbytes checkpoint can only be divided by layers",
     "layers-only": "{gpus} equal GPUs; the model's matrices cannot be divided over them, only its layers",
+    "over-nodes": "layers over {nodes} machines: little crosses the network between them",
+    "within-nodes": "matrices over {gpus} GPUs of each machine",
     "no-peer-access": "works without peer access between GPUs",
     # GPU memory.
     "free-memory": "{limit} of the GPU are free; {context} of it go to the CUDA context, which vLLM does not count",

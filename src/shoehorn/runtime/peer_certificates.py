@@ -10,6 +10,7 @@ Rules:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Literal, NamedTuple
 
@@ -35,27 +36,43 @@ class PeerCertificate(NamedTuple):
 
 
 def issue(secret: str, peer: Peer) -> PeerCertificate:
-    """Issue a certificate for one start of a container.
+    """Issue a certificate for one start of a front or a replica."""
+    usage = ExtendedKeyUsageOID.CLIENT_AUTH if peer == "front" else ExtendedKeyUsageOID.SERVER_AUTH
+    name = common_name(peer)
+    return issue_for(secret, _PURPOSE, "shoehorn-replicas", name, [x509.DNSName(name)], [usage])
+
+
+def issue_for(secret: str, purpose: bytes, authority: str, subject: str, names: Sequence[x509.GeneralName],
+              usages: Sequence[x509.ObjectIdentifier]) -> PeerCertificate:
+    """Issue a certificate of an authority that is derived from the secret for one purpose.
+
+    Args:
+        authority: its name; subject, names: of the certificate.
+        usages: as client, as server, or both.
 
     Source: RFC 5869 (HKDF) with SHA-256; 48 bytes reduced to the order of the curve, FIPS 186-5 appendix A.2.1.
     """
-    seed = HKDF(hashes.SHA256(), length=48, salt=None, info=_PURPOSE).derive(secret.encode())
+    seed = derive(secret, purpose, 48)
     authority_key = ec.derive_private_key(int.from_bytes(seed, "big") % (_CURVE.group_order - 1) + 1, _CURVE)
-    authority_name = _name("shoehorn-replicas")
+    authority_name = _name(authority)
     usage = x509.BasicConstraints(ca=True, path_length=0)
-    authority = _builder(authority_name, authority_key.public_key(), authority_name).add_extension(
+    root = _builder(authority_name, authority_key.public_key(), authority_name).add_extension(
         usage, critical=True).sign(authority_key, hashes.SHA256())
     key = ec.generate_private_key(_CURVE)
-    purpose = ExtendedKeyUsageOID.CLIENT_AUTH if peer == "front" else ExtendedKeyUsageOID.SERVER_AUTH
-    certificate = (_builder(_name(common_name(peer)), key.public_key(), authority_name)
+    certificate = (_builder(_name(subject), key.public_key(), authority_name)
                    .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-                   .add_extension(x509.SubjectAlternativeName([x509.DNSName(common_name(peer))]), critical=False)
-                   .add_extension(x509.ExtendedKeyUsage([purpose]), critical=False)
+                   .add_extension(x509.SubjectAlternativeName(names), critical=False)
+                   .add_extension(x509.ExtendedKeyUsage(usages), critical=False)
                    .sign(authority_key, hashes.SHA256()))
     private = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8,
                                 serialization.NoEncryption())
     pem = serialization.Encoding.PEM
-    return PeerCertificate(authority.public_bytes(pem), certificate.public_bytes(pem) + private)
+    return PeerCertificate(root.public_bytes(pem), certificate.public_bytes(pem) + private)
+
+
+def derive(secret: str, purpose: bytes, length: int) -> bytes:
+    """Derive bytes for one purpose from the secret."""
+    return HKDF(hashes.SHA256(), length=length, salt=None, info=purpose).derive(secret.encode())
 
 
 def common_name(peer: Peer) -> str:

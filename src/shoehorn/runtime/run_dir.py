@@ -123,7 +123,7 @@ class RunDir:
     @property
     def groups(self) -> tuple[Path, ...]:
         """Records of all process groups that a successor terminates."""
-        return self.fork_server_group, self.engine_group, self.pull_group
+        return self.fork_server_group, self.engine_group, self.pull_group, self.ray_group
 
     @property
     def drain_request(self) -> Path:
@@ -134,6 +134,58 @@ class RunDir:
     def drain_result(self) -> Path:
         """Result of a drain, for `shoehorn drain`."""
         return self.path / "drained.json"
+
+    # The cluster (ROLE=head and worker).
+
+    @property
+    def cluster(self) -> Path:
+        """Folder of the credentials of a node."""
+        return self.path / "cluster"
+
+    @property
+    def ray_token(self) -> Path:
+        """Token of Ray."""
+        return self.cluster / "ray-token"
+
+    @property
+    def cluster_authority(self) -> Path:
+        """Certificate of the authority that issues the nodes' certificates."""
+        return self.cluster / "authority.pem"
+
+    @property
+    def node_certificate(self) -> Path:
+        """Certificate of this node."""
+        return self.cluster / "node.pem"
+
+    @property
+    def node_key(self) -> Path:
+        """Private key of this node."""
+        return self.cluster / "node.key"
+
+    @property
+    def node_reports(self) -> Path:
+        """Latest report of each worker, on the head."""
+        return self.path / "nodes.json"
+
+    @property
+    def head_orders(self) -> Path:
+        """Orders of the head."""
+        return self.path / "orders.json"
+
+    @property
+    def ray(self) -> Path:
+        """Ray's folder for logs and sockets."""
+        return self.path / "ray"
+
+    @property
+    def ray_state(self) -> Path:
+        """State of this node's Ray."""
+        return self.path / "ray.json"
+
+    @property
+    def ray_group(self) -> Path:
+        """Process group of Ray."""
+        return self.path / "ray.group"
 
     # supervisord, nginx and the key service.
 

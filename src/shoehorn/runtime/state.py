@@ -31,6 +31,7 @@ class Phase(StrEnum):
     """The phases of the appliance, in their usual order."""
 
     STARTING = "starting"
+    WAITING = "waiting"
     PULLING = "pulling"
     VERIFYING = "verifying"
     CONVERTING = "converting"
@@ -38,7 +39,6 @@ class Phase(StrEnum):
     READY = "ready"
     STEPPING_DOWN = "stepping_down"
     IDLE = "idle"
-    WAITING = "waiting"
     FAILED = "failed"
     STOPPING = "stopping"
 
@@ -95,6 +95,8 @@ def unavailable_bodies(state: State) -> dict[str, str]:
         message = f"The model is unavailable: {state.cause}"
     elif state.phase is Phase.IDLE:
         message = "The model was stopped because it was idle. A request starts it again; retry in a few seconds."
+    elif state.phase is Phase.WAITING:
+        message = f"The model is not ready: waiting for the nodes of the cluster: {state.detail}."
     else:
         message = f"The model is not ready: {state.phase}{share}."
     return error_bodies(503, message, "model_not_ready", {"phase": state.phase, "progress": state.progress})

@@ -70,6 +70,16 @@ def supervisord_config(settings: Settings, user: str | None) -> str:
         "autorestart": "true", "startretries": "5", "stopsignal": "QUIT",
         "stopwaitsecs": str(settings.drain_timeout + 2), "killasgroup": "true", **to_stdout,
     }
+    if settings.is_node:
+        config["program:ray"] = {  # stops after the engine, whose workers it runs
+            "command": _command([*python, programs.RAY]), "priority": "150", "autorestart": "true",
+            "startretries": "5", "stopwaitsecs": "20", "killasgroup": "true", **to_stdout,
+        }
+    if settings.role == "head":
+        config["program:nodes"] = {
+            "command": _command([*python, programs.NODES]), "priority": "160", "autorestart": "true",
+            "startretries": "5", "stopwaitsecs": "5", "killasgroup": "true", **to_stdout,
+        }
     text = io.StringIO()
     config.write(text)
     return text.getvalue()

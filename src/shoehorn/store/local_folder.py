@@ -64,7 +64,7 @@ def _other_format(names: Iterable[str]) -> tuple[str, str] | None:
     return None
 
 
-def _pulled_reference(ref: ModelRef) -> tuple[Path, ModelRef] | None:
+def pulled_reference(ref: ModelRef) -> tuple[Path, ModelRef] | None:
     """Return (DIR, reference of the manifest) for a folder DIR/OWNER/NAME that a pull created; else None."""
     directory = Path(ref.id).resolve()
     if not ref.is_local or len(directory.parts) < 4:
@@ -79,7 +79,7 @@ def verify_local(ref: ModelRef, report: Report) -> Path:
     Raises:
         ModelUnavailableError: no manifest, or a mismatch.
     """
-    if _pulled_reference(ref) is None:
+    if pulled_reference(ref) is None:
         raise ModelUnavailableError(f"{ref.id}: no manifest, so it cannot be verified.",
                                     "Copy a model with its manifest: shoehorn pull OWNER/NAME --to DIR, then copy all "
                                     "of DIR.", code="no_manifest")
@@ -95,7 +95,7 @@ def locate_local(ref: ModelRef, report: Report | None, *, every_byte: bool = Fal
     Raises:
         ModelUnavailableError: no model, or a mismatch.
     """
-    directory, stored = require_local_folder(ref), _pulled_reference(ref)
+    directory, stored = require_local_folder(ref), pulled_reference(ref)
     if stored is None:
         return directory
     remedy = "Copy it again, with its .shoehorn folder; verify the source with: shoehorn pull --verify."

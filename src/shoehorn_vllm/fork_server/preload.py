@@ -76,6 +76,7 @@ def import_engine() -> set[str]:
     Raises:
         ImportError: the API server cannot be imported.
     """
+    sys.modules.setdefault("ray", None)  # type: ignore[arg-type]  # vLLM would import it, and it leaves threads
     if _is_installed(CPU_BUILD):
         os.environ.update(CPU_VARIABLES)
     gc.disable()  # the import allocates much and frees nothing; a child enables it
