@@ -16,16 +16,20 @@ import inspect
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "src"))
 
-from shoehorn.model.config_names import ATTRIBUTES  # noqa: E402 - the package is not installed where this runs
+from shoehorn.model.config_names import ATTRIBUTES, SECTIONS  # noqa: E402 - the package is not installed where this runs
 
 MODEL = ROOT / "src" / "shoehorn" / "model"
+
+OTHER_SIZES = (("num_hidden_layers", 1, 6), ("hidden_size", 2, 0), ("num_attention_heads", 2, 0), ("vocab_size", 2, 0),
+               ("max_position_embeddings", 2, 0), ("intermediate_size", 2, 0))
+"""Changes of an example: key, factor and addend; a value that they change is computed, not a default."""
 
 
 def classes() -> Iterator[tuple[str, Any]]:
@@ -41,19 +45,56 @@ def classes() -> Iterator[tuple[str, Any]]:
 
 
 def entry(config_class: Any) -> dict[str, Any]:
-    """Return the defaults of one class, its other names of attributes, and the model types of its sections."""
+    """Return the defaults of one class, its other names of attributes, the model types of its sections, its layers."""
     defaults = {name: parameter.default for name, parameter in
                 inspect.signature(config_class.__init__).parameters.items()}
     defaults |= {name: getattr(config_class, name) for name in ATTRIBUTES if hasattr(config_class, name)}
     names = {name: own for name, own in getattr(config_class, "attribute_map", {}).items() if name in ATTRIBUTES}
     relevant = {*ATTRIBUTES, *names.values()}
+    examples = instances(config_class)
+    if len(examples) == 2:  # what the class computes, unless it depends on other values
+        defaults |= {name: values[0] for name in relevant if defaults.get(name) in (None, inspect.Parameter.empty)
+                     and len(values := [example.get(name) for example in examples]) == len(examples)
+                     and len({json.dumps(value, default=str) for value in values}) == 1}
     values = {name: value for name, value in defaults.items()
-              if name in relevant and type(value) in (int, float, bool, str)}
+              if name in relevant and type(value) in (int, float, bool, str) and value != "auto"}
     sections = {name: section.model_type for name, section in getattr(config_class, "sub_configs", {}).items()
                 if getattr(section, "model_type", "")}
+    if examples:
+        sections |= {name: value["model_type"] for name, value in examples[0].items()
+                     if isinstance(value, Mapping) and value.get("model_type") and name in SECTIONS}
     content = {"defaults": dict(sorted(values.items())), "names": dict(sorted(names.items())),
-             "sections": dict(sorted(sections.items()))}
+               "sections": dict(sorted(sections.items())), "layers": pattern(examples)}
     return {key: value for key, value in content.items() if value}
+
+
+def instances(config_class: Any) -> list[dict[str, Any]]:
+    """Return the values of an instance with the defaults, and of one with other sizes if the class allows these."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    names, examples, changed = getattr(config_class, "attribute_map", {}), [], {}
+    try:
+        for _ in range(2):
+            example = config_class(**changed).to_dict()
+            examples.append(example)
+            changed = {key: value * factor + more for name, factor, more in OTHER_SIZES
+                       if type(value := example.get(key := names.get(name, name))) is int and value > 0}
+    except (AssertionError, AttributeError, ImportError, KeyError, OSError, StrictDataclassError, TypeError, ValueError,
+            ZeroDivisionError) as error:
+        print(f"{config_class.__name__} is incomplete: {type(error).__name__}", file=sys.stderr)
+    return examples
+
+
+def pattern(examples: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the types of layers that repeat in every example; empty without types, or if they do not repeat."""
+    lists = [next((example[key] for key in ("layers_block_type", "layer_types") if example.get(key)), ())
+             for example in examples]
+    if len(lists) < 2 or not all(lists) or len({len(types) for types in lists}) < len(lists):
+        return []
+    for period in range(1, min(map(len, lists)) // 2 + 1):
+        if all(types[number] == lists[0][number % period] for types in lists for number in range(len(types))):
+            return list(lists[0][:period])
+    return []
 
 
 def record() -> dict[str, Any]:
@@ -128,7 +169,7 @@ def main() -> int:
     """Write the recordings, or print them as one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--print", action="store_true")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
     texts = recordings()
     if parser.parse_args().print:
         print(json.dumps(texts))

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from fakes.checkpoint_files import checkpoint
+from shoehorn.model.cache_reader import read_caches
 from shoehorn.model.checkpoint import read
 from shoehorn.model.config_names import read_text
 
@@ -43,6 +44,28 @@ def sizes(config: dict[str, Any]) -> list[int | None]:
 ])
 def test_sizes_are_read_under_every_name(config: dict[str, Any], expected: list[int | None]) -> None:
     assert sizes(config) == expected
+
+
+@pytest.mark.parametrize(("config", "layers", "windows", "states"), [
+    ({"model_type": "olmo3", "num_hidden_layers": 12}, 12, 9, 0),
+    ({"model_type": "gemma3n_text", "num_hidden_layers": 30, "num_kv_shared_layers": 0}, 30, 24, 0),
+    ({"model_type": "cwm"}, 64, 48, 0),
+    ({"model_type": "olmo3", "num_hidden_layers": 4, "layer_types": ["full_attention"] * 4}, 4, 0, 0),
+    ({"model_type": "olmo3", "num_hidden_layers": 6, "sliding_window_pattern": 2}, 6, 3, 0),
+    ({"model_type": "jamba", "num_hidden_layers": 16}, 16, 0, 14),
+    ({"model_type": "qwen3_next"}, 48, 0, 36),
+    ({"model_type": "llava_next"}, 32, 0, 0),
+    ({"model_type": "got_ocr2", "text_config": {"num_hidden_layers": 24}}, 24, 0, 0),
+])
+def test_layers_and_states_are_those_that_the_configuration_class_computes(
+        config: dict[str, Any], layers: int, windows: int, states: int) -> None:
+    notes: list[str] = []
+    text = read_text(config)
+    caches = read_caches(text, text["num_hidden_layers"], 4, 128, notes)
+    assert text["num_hidden_layers"] == layers
+    assert sum(len(each.numbers) for each in caches.kv if each.window) == windows
+    assert sum(len(each.numbers) for each in caches.states) == states
+    assert not notes
 
 
 def test_list_of_sizes_counts_with_its_largest() -> None:

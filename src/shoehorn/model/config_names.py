@@ -40,7 +40,14 @@ ATTRIBUTES = frozenset({*_OTHER_NAMES, *(name for names in _OTHER_NAMES.values()
     "use_sliding_window", "sliding_window_pattern", "global_attn_every_n_layers", "full_attention_interval",
     "attention_chunk_size", "kv_lora_rank", "q_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim",
     "tie_word_embeddings", "multi_query", "new_decoder_architecture", "num_kv_shared_layers", "global_head_dim",
-    "rope_local_base_freq", "index_topk", "index_head_dim", "is_causal", "use_bidirectional_attention"})
+    "rope_local_base_freq", "index_topk", "index_head_dim", "is_causal", "use_bidirectional_attention",
+    "num_global_key_value_heads", "attention_k_eq_v", "swa_num_key_value_heads", "swa_head_dim", "swa_v_head_dim",
+    "no_rope_layer_interval", "attn_layer_period", "attn_layer_offset", "layer_group_size",
+    "linear_num_key_heads", "linear_key_head_dim", "linear_num_value_heads", "linear_value_head_dim",
+    "linear_conv_kernel_dim", "conv_L_cache", "n_mamba_heads", "mamba_headdim", "mamba_ngroups", "mamba_d_state",
+    "mamba_d_conv", "mamba_n_heads", "mamba_d_head", "mamba_n_groups", "mamba_d_ssm", "mamba_num_heads",
+    "mamba_head_dim", "n_groups", "ssm_state_size", "conv_kernel", "mamba_expand", "state_size", "mamba_ssm_dtype",
+    "mamba_ssm_cache_dtype"})
 """Attributes of configuration classes that the readers of this room use."""
 
 SECTIONS = ("text_config", "llm_config", "language_config", "thinker_config", "decoder", "generator", "text_encoder")
@@ -49,6 +56,9 @@ SECTIONS = ("text_config", "llm_config", "language_config", "thinker_config", "d
 _MARKS = frozenset({"num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size",
                     *_OTHER_NAMES["num_hidden_layers"], *_OTHER_NAMES["hidden_size"]})
 """Keys of a text model: a section without any is not one."""
+
+DEFAULT_PATTERN = "default_layer_types"
+"""Key of the types of the first layers, which repeat, as the configuration class computes them."""
 
 _INHERITED = ("torch_dtype", "dtype", "tie_word_embeddings")
 
@@ -68,6 +78,8 @@ def read_text(config: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in known.get("defaults", {}).items():
         if key not in text or (text[key] is None and key in _COMMON_FIRST - {"head_dim"}):
             text[key] = value
+    if pattern := known.get("layers"):
+        text[DEFAULT_PATTERN] = pattern
     if section is not config:
         text |= {key: config[key] for key in _INHERITED if key in config and key not in section}
     elif "text_config" in known.get("sections", {}) and _ties(known) and _ties(
@@ -132,6 +144,8 @@ def _section(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
     known = _recorded().get(model_type, {}).get("sections", {})
     for key in SECTIONS:
         section = config.get(key)
+        if section is None and key in known and not _MARKS & config.keys():  # all of it is left to the class
+            section = {}
         if isinstance(section, Mapping) and (key == "thinker_config" or _MARKS & section.keys() or (
                 key in known and not _MARKS & config.keys())):
             inner = dict(section)

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from enum import Flag, auto
 from typing import Any
 
+from shoehorn.model.config_names import DEFAULT_PATTERN
+
 
 class LayerKind(Flag):
     """Cache of a layer; a layer with attention and a state has both."""
@@ -24,7 +26,7 @@ class LayerKind(Flag):
 
 
 _BY_NAME = {
-    "full_attention": LayerKind.FULL, "attention": LayerKind.FULL, "sliding_attention": LayerKind.WINDOW,
+    "full_attention": LayerKind.FULL, "attention": LayerKind.FULL, "indexed_attention": LayerKind.FULL, "sliding_attention": LayerKind.WINDOW,
     "sliding_window": LayerKind.WINDOW, "chunked_attention": LayerKind.CHUNK, "linear_attention": LayerKind.STATE,
     "mamba": LayerKind.STATE, "mamba2": LayerKind.STATE, "conv": LayerKind.STATE, "short_conv": LayerKind.STATE,
     "gated_delta_net": LayerKind.STATE, "kda": LayerKind.STATE, "hybrid": LayerKind.STATE | LayerKind.FULL,
@@ -36,6 +38,7 @@ _ENCODERS = frozenset({"bert", "roberta", "xlm-roberta", "xlm-roberta-xl", "came
                        "distilbert", "electra", "deberta", "deberta-v2", "mpnet", "new", "gte_new"})
 _ONLY_STATES = frozenset({"mamba", "mamba2", "falcon_mamba"})
 _ALWAYS_WINDOWED = frozenset({"mistral", "mixtral", "phi3", "phi3_v", "phimoe", "starcoder2"})
+_PERIODS = ("sliding_window_pattern", "global_attn_every_n_layers")
 _PATTERNS = {"gemma2": 2, "gemma3": 6, "gemma3_text": 6, "cohere2": 4, "gpt_oss": 2}
 """Every n-th layer of these has full attention, where their config does not say; the others have a window."""
 
@@ -50,7 +53,8 @@ def layer_kinds(text: Mapping[str, Any], layers: int, notes: list[str]) -> list[
     """Return the kind of each layer."""
     if is_encoder(text):
         return [LayerKind.NONE] * layers
-    kinds = _named(text, layers, notes) or _states(text, layers) or _windows(text, layers, notes)
+    kinds = _named(text, layers, notes) or _states(text, layers) or _by_class(text, layers) or _windows(
+        text, layers, notes)
     shared = text.get("num_kv_shared_layers")
     if type(shared) is int and 0 < shared < layers:  # read the caches of earlier layers
         kinds = kinds[:-shared] + [LayerKind.NONE] * shared
@@ -134,12 +138,21 @@ def _chunks(text: Mapping[str, Any], layers: int) -> list[LayerKind]:
     return [LayerKind.CHUNK if value else LayerKind.FULL for value in rotary]
 
 
+def _by_class(text: Mapping[str, Any], layers: int) -> list[LayerKind]:
+    """Return the kinds that the configuration class computes; empty if config.json has a rule, or the class none."""
+    pattern = text.get(DEFAULT_PATTERN)
+    if not pattern or any(text.get(key) for key in _PERIODS):
+        return []
+    kinds = [_by_name(str(name), text, []) for name in pattern]
+    return [kinds[number % len(kinds)] for number in range(layers)]
+
+
 def _windows(text: Mapping[str, Any], layers: int, notes: list[str]) -> list[LayerKind]:
     """Return the kinds of models with attention alone."""
     if not window(text):
         return [LayerKind.FULL] * layers
     model_type = str(text.get("model_type", ""))
-    pattern = text.get("sliding_window_pattern") or text.get("global_attn_every_n_layers") or _PATTERNS.get(model_type)
+    pattern = next((text[key] for key in _PERIODS if text.get(key)), _PATTERNS.get(model_type))
     if type(pattern) is int:
         return [LayerKind.WINDOW if (number + 1) % pattern else LayerKind.FULL for number in range(layers)]
     if isinstance(pattern, str) and pattern:
