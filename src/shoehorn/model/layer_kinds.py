@@ -26,7 +26,8 @@ class LayerKind(Flag):
 
 
 _BY_NAME = {
-    "full_attention": LayerKind.FULL, "attention": LayerKind.FULL, "indexed_attention": LayerKind.FULL, "sliding_attention": LayerKind.WINDOW,
+    "full_attention": LayerKind.FULL, "attention": LayerKind.FULL, "indexed_attention": LayerKind.FULL,
+    "sliding_attention": LayerKind.WINDOW,
     "sliding_window": LayerKind.WINDOW, "chunked_attention": LayerKind.CHUNK, "linear_attention": LayerKind.STATE,
     "mamba": LayerKind.STATE, "mamba2": LayerKind.STATE, "conv": LayerKind.STATE, "short_conv": LayerKind.STATE,
     "gated_delta_net": LayerKind.STATE, "kda": LayerKind.STATE, "hybrid": LayerKind.STATE | LayerKind.FULL,
