@@ -215,6 +215,12 @@ HEALTH = (
     Panel("Start", "Seconds of each part of the last start.", "s",
           [(f"{gauge('shoehorn_start_seconds', 'part')}"
             ' or on () label_replace(vector(0), "part", "none", "", "")', "{{part}}")]),
+    Panel("Replicas", "Of a front, whether each replica gets new requests; other roles have none.", "none",
+          [(f"max by (replica) (shoehorn_replica_ready{{{HERE}}})"
+            ' or on () label_replace(vector(0), "replica", "none", "", "")', "{{replica}}")]),
+    Panel("Requests by replica", "Running requests of each replica of a front.", "short",
+          [(f"sum by (replica) (shoehorn_replica_requests_running{{{HERE}}})"
+            ' or on () label_replace(vector(0), "replica", "none", "", "")', "{{replica}}")]),
     Panel("Temperature", "Of each chip.", "celsius",
           [(f"shoehorn_gpu_temperature_celsius{{{HERE}}}", "GPU {{gpu}}")]),
     Panel("Power", "Of each GPU.", "watt", [(f"shoehorn_gpu_power_watts{{{HERE}}}", "GPU {{gpu}}")]),

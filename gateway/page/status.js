@@ -1,6 +1,6 @@
 // Shows /status: phase, progress, failure. Polled every two seconds.
 import { duration, size } from "./format.js";
-import { byId, detail, say, t, TEXT } from "./words.js";
+import { byId, detail, make, say, t, TEXT } from "./words.js";
 
 const STEP_OF = {
   starting: "prepare", pulling: "fetch", verifying: "fetch", converting: "fetch",
@@ -43,6 +43,17 @@ function showProgress(state, now) {
   say("elapsed", state.since > 0 ? t("elapsed", duration(Math.max(0, now - state.since))) : "");
 }
 
+// The replicas of a front, each with its state and the reason of the check.
+function showReplicas(replicas) {
+  byId("machines").hidden = !replicas.length;
+  byId("machine-list").replaceChildren(...replicas.map(({ name, state, reason }) => {
+    const item = make("li", "", `${name}: ${known(`replica.${state}`) || state}`);
+    item.dataset.state = state;
+    item.title = reason;
+    return item;
+  }));
+}
+
 // `now`: the server's clock, in seconds. `used`: it was ready before, so the conversation stays visible.
 export function showStatus(state, now, used) {
   const { phase } = state;
@@ -59,6 +70,7 @@ export function showStatus(state, now, used) {
   say("serves", task === "generate" ? "" : known(`serves.${task}`));
   showSteps(state);
   showProgress(state, now);
+  showReplicas(state.replicas ?? []);
   say("cause", state.cause);
   say("remedy", state.remedy);
   byId("remedy-title").hidden = !state.remedy;

@@ -33,7 +33,8 @@ class Rig:
     def __init__(self, home: Path) -> None:
         self.secret = write_secret(home)
         self.replicas = {name: StandinReplica(home / name, name, self.secret) for name in ("a", "b", "c")}
-        limits = {"free": "", "slots": "concurrent=4", "budget": "tokens_per_day=70",
+        limits = {"free": "", "slots": "concurrent=4", "budget": "tokens_per_day=70", "twice": "requests_per_minute=2",
+                  "spent": "tokens_per_day=14",
                   **{key_of(path): "requests_per_minute=60" for path in POSTS}}
         self._keys = {name: f"sk-{name}-0123456789" for name in limits}
         file = home / "keys"
@@ -80,5 +81,5 @@ def rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
     with ExitStack() as undo:
         front = Rig(tmp_path_factory.mktemp("front"))
         undo.callback(lambda: [each.kill() for each in front.replicas.values()])
-        undo.callback(front.front.stop)
+        undo.callback(front.front.discard)
         yield front

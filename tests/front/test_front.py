@@ -69,17 +69,24 @@ def test_budget_is_exact_over_all_replicas(rig: Rig) -> None:
 @pytest.mark.fault("The program of a front is killed", "Limits of the last minute and budgets hold: no token is "
                    "forgotten or counted twice.")
 def test_killed_front_forgets_and_repeats_nothing(rig: Rig) -> None:
+    async def use_up() -> None:
+        for key in ("twice", "spent"):
+            async with rig.client(key) as client:
+                for _ in range(2):
+                    assert (await client.post(CHAT, json=body())).status_code == 200
+
+    run(use_up)
     killed = rig.front.find("shoehorn.front.main")
     killed.send_signal(signal.SIGKILL)
-    wait_until(lambda: rig.front.runs("shoehorn.front.main") and rig.front.find("shoehorn.front.main") != killed, 20,
-               "the program is restarted")
+    killed.wait(30)
+    wait_until(lambda: rig.front.runs("shoehorn.front.main"), 20, "the program is restarted")
     wait_until(lambda: _is_served(rig), 20, "the front serves again")
 
     async def work() -> None:
-        async with rig.client(key_of(CHAT)) as client:
+        async with rig.client("twice") as client:
             assert (await client.post(CHAT, json=body())).status_code == 429
-        async with rig.client("budget") as client:
-            assert "70 of 70" in (await client.post(CHAT, json=body())).json()["error"]["message"]
+        async with rig.client("spent") as client:
+            assert "14 of 14" in (await client.post(CHAT, json=body())).json()["error"]["message"]
 
     run(work)
 
@@ -112,17 +119,27 @@ def test_same_prefix_returns_to_its_replica_and_a_burst_is_spread(rig: Rig) -> N
                    "by another replica. A stream that had begun ends with an error event.")
 def test_killed_replica_costs_no_request_that_had_no_first_byte(rig: Rig) -> None:
     async def work() -> None:
+        has_begun = asyncio.Event()
+
+        async def read(client: httpx.AsyncClient) -> str:
+            text = ""
+            async with client.stream("POST", CHAT, json=body(stream=True, tokens=8, pause=0.5)) as answer:
+                async for piece in answer.aiter_text():
+                    text += piece
+                    if '"replica": "b"' in piece:
+                        has_begun.set()
+            return text
+
         async with rig.client() as client:
-            slow = [asyncio.create_task(client.post(CHAT, json=body(tokens=1, pause=1.0))) for _ in range(24)]
-            streams = [asyncio.create_task(client.post(CHAT, json=body(stream=True, tokens=8, pause=0.25)))
-                       for _ in range(9)]
-            await asyncio.sleep(0.6)
+            slow = [asyncio.create_task(client.post(CHAT, json=body(tokens=1, pause=1.5))) for _ in range(24)]
+            streams = [asyncio.create_task(read(client)) for _ in range(24)]
+            await has_begun.wait()
             await asyncio.to_thread(rig.replicas["b"].kill)
             later = [await client.post(CHAT, json=body()) for _ in range(30)]
             answers = [*await asyncio.gather(*slow), *later]
             assert {each.status_code for each in answers} == {200}, rig.front.output[-6000:]
             assert all(each.json()["replica"] in "ac" for each in later)
-            ends = [(await each).text for each in streams]
+            ends = await asyncio.gather(*streams)
         broken = [text for text in ends if '"replica": "b"' in text]
         assert broken, ends
         assert all('"engine_failed"' in text for text in broken)
@@ -134,27 +151,32 @@ def test_killed_replica_costs_no_request_that_had_no_first_byte(rig: Rig) -> Non
     rig.restart("b")
 
 
-@pytest.mark.fault("A replica of a front is stopped", "It asks for no new requests 3 s before it refuses them; no "
-                   "request fails, and running streams are completed.")
-def test_stopping_replica_costs_no_request(rig: Rig) -> None:
+@pytest.mark.fault("The replicas of a front are stopped and started one after the other (rolling upgrade)",
+                   "Each asks for no new requests 3 s before it refuses them; no request fails, and running streams "
+                   "are completed.")
+def test_rolling_upgrade_costs_no_request(rig: Rig) -> None:
     async def work() -> None:
         answers: list[httpx.Response] = []
+        streams: list[asyncio.Task[httpx.Response]] = []
+
+        async def load(client: httpx.AsyncClient, upgrade: asyncio.Task[None]) -> None:
+            while not upgrade.done():
+                answers.append(await client.post(CHAT, json=body(pause=0.02)))
+
         async with rig.client() as client:
-            streams = [asyncio.create_task(client.post(CHAT, json=body(stream=True, tokens=24, pause=0.25)))
-                       for _ in range(9)]
-            await asyncio.sleep(0.3)
-            stop = asyncio.create_task(asyncio.to_thread(rig.replicas["c"].stop))
-            while not stop.done():
-                answers += await asyncio.gather(*(client.post(CHAT, json=body(pause=0.02)) for _ in range(4)))
-            result = await stop
+            for name in rig.replicas:
+                streams += [asyncio.create_task(client.post(CHAT, json=body(stream=True, tokens=16, pause=0.25)))
+                            for _ in range(6)]
+                await asyncio.sleep(0.3)
+                upgrade = asyncio.create_task(asyncio.to_thread(_upgrade, rig, name))
+                await asyncio.gather(*(load(client, upgrade) for _ in range(4)))
+                await upgrade
             complete = [events((await each).text) for each in streams]
         assert {each.status_code for each in answers} == {200}
-        assert all(len(each) == 24 for each in complete)
-        assert result["aborted"] == 0
+        assert all(len(each) == 16 for each in complete)
 
     run(work)
-    assert any("replica is draining" in line for line in rig.front.lines)
-    rig.restart("c")
+    assert sum("replica is draining" in line for line in rig.front.lines) == 3
 
 
 @pytest.mark.fault("A request kills the engine of each replica that gets it", "It is repeated once, so at most two "
@@ -246,6 +268,11 @@ def used(rig: Rig, key: str) -> float:
     text = httpx.get(f"http://127.0.0.1:{rig.front.metrics_port}/metrics").text
     return sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines()
                if line.startswith("shoehorn_tokens_total{") and f'key="{key}"' in line)
+
+
+def _upgrade(rig: Rig, name: str) -> None:
+    assert rig.replicas[name].stop()["aborted"] == 0
+    rig.restart(name)
 
 
 def _running(client: httpx.Client) -> int:

@@ -54,6 +54,19 @@ def test_start_shows_phase_progress_rate_remaining_time_and_plan(gate: Gateway, 
     assert seen.page.locator("#progress").get_attribute("value") is None
 
 
+def test_replicas_of_a_front_are_listed_with_their_states(gate: Gateway, visit: Visits) -> None:
+    seen = visit(gate.url)
+    expect(seen.page.locator("#machines")).to_be_hidden()
+    gate.states.update(phase=Phase.WAITING, progress=None, detail="0 of 3 replicas are ready", replicas=(
+        {"name": "gpu1", "state": "lost", "reason": "L4CON Connection refused"},
+        {"name": "gpu2", "state": "draining", "reason": "L7OKC 404 Not Found"},
+        {"name": "<b>gpu3</b>", "state": "ready", "reason": ""}))
+    seen.wait_for("#headline", "Waiting for other machines")
+    items = seen.page.locator("#machine-list li")
+    assert items.all_inner_texts() == ["gpu1: lost", "gpu2: no new requests", "<b>gpu3</b>: ready"]
+    assert items.first.get_attribute("title") == "L4CON Connection refused"
+
+
 def test_chart_of_each_gpu_is_to_scale_with_expected_and_measured(gate: Gateway, visit: Visits) -> None:
     plan = plan_of_the_70b()
     pull(gate, 1)

@@ -8,6 +8,7 @@ Rules:
 
 from __future__ import annotations
 
+import functools
 import http.server
 import logging
 import os
@@ -16,7 +17,7 @@ import socketserver
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ from shoehorn.common.errors import SettingsError, ShoehornError
 from shoehorn.common.time_limit import TimeLimitedCall
 from shoehorn.config import settings as settings_module
 from shoehorn.config.models_dir import ModelsDir
+from shoehorn.front import replica_states
+from shoehorn.front.replica_states import LOST, READY, ReplicaState
 from shoehorn.observability import metrics, vram_usage
 from shoehorn.observability.engine_scrape import EngineScrape, EngineSource
 from shoehorn.observability.gpu_metrics import NO_ANSWER, GpuReading, GpuSample, NvmlReader
@@ -118,6 +121,16 @@ def engine_samples(scrape: EngineScrape) -> _Values:
     return values
 
 
+def replica_samples(replicas: Sequence[ReplicaState] | None) -> _Values:
+    """Samples of the replicas of a front; none without an answer of HAProxy."""
+    values: _Values = {}
+    for each in replicas or ():
+        for name, value in (("up", each.state != LOST), ("ready", each.state == READY),
+                            ("requests_running", each.running), ("requests_total", each.requests)):
+            values.setdefault(f"shoehorn_replica_{name}", []).append(((each.name,), float(value)))
+    return values
+
+
 def gpu_samples(reading: GpuReading) -> _Values:
     """Samples of the GPUs of a reading, and of its success."""
     values: _Values = {"shoehorn_gpu_collect_success": [((), float(reading.return_code == 0))],
@@ -151,11 +164,18 @@ def _figures(gpu: GpuSample) -> dict[str, float | None]:
 
 
 class Exporter:
-    """Collects the text of a scrape; thread-safe."""
+    """Collects the text of a scrape; thread-safe.
 
-    def __init__(self, states: StateFile, engine: EngineSource, gpus: TimeLimitedCall[GpuReading],
-                 models: TimeLimitedCall[_Values]) -> None:
+    Args:
+        gpus: reads NVML; None in a front, which has no GPU of its own.
+        replicas: reads HAProxy's states; None in other roles.
+    """
+
+    def __init__(self, states: StateFile, engine: EngineSource, gpus: TimeLimitedCall[GpuReading] | None,
+                 models: TimeLimitedCall[_Values],
+                 replicas: Callable[[], Sequence[ReplicaState] | None] | None = None) -> None:
         self._states, self._engine, self._gpus, self._models = states, engine, gpus, models
+        self._replicas = replicas
         self._lock = threading.Lock()
         self._last_success: float | None = None
         self._problems: dict[str, str] = {}
@@ -163,22 +183,27 @@ class Exporter:
     def scrape(self) -> str:
         """Collect the appliance's metrics, then the engine's, as Prometheus text 0.0.4."""
         engine = self._engine.scrape()
-        started = time.monotonic()
-        reading = self._gpus.get() or GpuReading(return_code=NO_ANSWER, problem="NVML timed out")
-        duration = time.monotonic() - started
         state = self._states.read()
-        values: _Values = {"shoehorn_info": [((__version__,), 1)], **state_samples(state),
-                           **engine_samples(engine), **gpu_samples(reading), **vram_samples(state, reading.gpus),
-                           **(self._models.get() or {}),
-                           "shoehorn_gpu_collect_duration_seconds": [((), duration)]}
+        values: _Values = {"shoehorn_info": [((__version__,), 1)], **state_samples(state), **engine_samples(engine),
+                           **(self._collect_gpus(state, self._gpus) if self._gpus else {}),
+                           **(replica_samples(self._replicas()) if self._replicas else {}),
+                           **(self._models.get() or {})}
+        with self._lock:
+            self._log_change("engine", engine.problem)
+        return metrics.render(values) + engine.text
+
+    def _collect_gpus(self, state: State, gpus: TimeLimitedCall[GpuReading]) -> _Values:
+        started = time.monotonic()
+        reading = gpus.get() or GpuReading(return_code=NO_ANSWER, problem="NVML timed out")
+        values: _Values = {**gpu_samples(reading), **vram_samples(state, reading.gpus),
+                           "shoehorn_gpu_collect_duration_seconds": [((), time.monotonic() - started)]}
         with self._lock:
             if reading.return_code == 0:
                 self._last_success = time.time()
             if self._last_success is not None:
                 values["shoehorn_gpu_collect_last_success_timestamp_seconds"] = [((), self._last_success)]
             self._log_change("gpus", reading.problem)
-            self._log_change("engine", engine.problem)
-        return metrics.render(values) + engine.text
+        return values
 
     def _log_change(self, source: str, problem: str) -> None:
         """Log once when a source of metrics fails, and once when it recovers."""
@@ -271,12 +296,15 @@ def main(environment: Mapping[str, str], nvml: Any) -> int:
         print(error, file=sys.stderr)
         return error.exit_code
     logs.configure(settings.log_format)
+    is_front = settings.role == "front"
     exporter = Exporter(StateFile(settings.run_dir),
                         EngineSource(RunDir(settings.run_dir).engine_socket, ENGINE_LIMIT_SECONDS),
-                        TimeLimitedCall(NvmlReader(nvml).read, GPU_LIMIT_SECONDS),
+                        None if is_front else TimeLimitedCall(NvmlReader(nvml).read, GPU_LIMIT_SECONDS),
                         TimeLimitedCall(lambda: {**volume_samples(settings.models_dir),
                                                  **usage_samples(settings.models_dir, time.time())},
-                                        VOLUME_LIMIT_SECONDS))
+                                        VOLUME_LIMIT_SECONDS),
+                        functools.partial(replica_states.read, RunDir(settings.run_dir).balancer_stats,
+                                          settings.replicas) if is_front else None)
     port = settings.metrics_port
     try:
         server = MetricsServer(("0.0.0.0", port), exporter)  # noqa: S104  # the container's network; compose publishes on 127.0.0.1

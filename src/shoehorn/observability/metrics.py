@@ -20,6 +20,7 @@ Samples = Mapping[str, Sequence[tuple[tuple[str, ...], float]]]
 """Label values, in the table's order, and value of each sample, by metric name."""
 
 _GPU = ("gpu", "uuid")
+_REPLICA = ("replica",)
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,15 @@ TABLE: tuple[Metric, ...] = (
     Metric("shoehorn_engine_scrape_success", "1 when the engine's own metrics are part of this scrape."),
     Metric("shoehorn_engine_scrape_duration_seconds", "Duration of the engine's answer or failure.",
            absent="when no engine listens"),
+    Metric("shoehorn_replica_up", "1 when a replica of this front answers its check, 0 when it is lost.", _REPLICA,
+           absent="in other roles, and while HAProxy does not answer"),
+    Metric("shoehorn_replica_ready", "1 when a replica gets new requests; 0 when it is lost, starting or stopping.",
+           _REPLICA, absent="in other roles, and while HAProxy does not answer"),
+    Metric("shoehorn_replica_requests_running", "Requests of this front that a replica is answering.", _REPLICA,
+           absent="in other roles, and while HAProxy does not answer"),
+    Metric("shoehorn_replica_requests_total", "Requests sent to a replica since HAProxy started, repeated ones "
+           "and the front's own included.", _REPLICA, absent="in other roles, and while HAProxy does not answer",
+           kind="counter"),
     Metric("shoehorn_gpu_info", "Always 1; name and driver are in the labels.", (*_GPU, "name", "driver_version")),
     Metric("shoehorn_gpu_memory_total_bytes", "Memory of the GPU.", _GPU),
     Metric("shoehorn_gpu_memory_used_bytes", "Memory in use by processes, on drivers without "
