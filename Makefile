@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .ONESHELL:
-.PHONY: help setup setup-dev demo test test-fast test-contract test-container test-page test-openapi lint format docs dashboards lock audit sbom pin-base clean
+.PHONY: help setup setup-dev demo test test-fast test-contract test-cluster test-container test-page test-openapi lint format docs dashboards lock audit sbom pin-base clean
 
 VENV := .venv
 PYTEST := PATH="$(CURDIR)/$(VENV)/bin:$$PATH:/usr/sbin" $(VENV)/bin/pytest
@@ -12,7 +12,7 @@ PARALLEL := $(PYTEST) -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 DEMO := $(CURDIR)/.demo
 KERNEL := src/shoehorn_vllm/hybrid/kernel
-HERE := not container and not gpu and not browser
+HERE := not container and not gpu and not browser and not cluster
 
 help: ## print this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -71,6 +71,11 @@ test-contract: setup-dev ## compare the installed vLLM with what Shoehorn assume
 
 test-container: setup-dev ## build the image and test it under a Docker engine
 	@$(PYTEST) -m container tests/container $(ARGS)
+
+test-cluster: setup-dev ## serve over two machines (network namespaces; needs root) with the real Ray and vLLM
+	@command -v ip >/dev/null || \
+	  { $(SUDO) apt-get update -qq; $(SUDO) apt-get install -y -qq --no-install-recommends iproute2 >/dev/null; }
+	@$(PYTEST) -m cluster tests/cluster --durations=10 $(ARGS)
 
 test-page: setup-dev ## test the console page in Chromium, installed from the distribution
 	@command -v chromium >/dev/null || \

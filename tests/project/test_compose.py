@@ -166,6 +166,15 @@ def test_container_has_no_privileges(gpu: dict[str, Any], cpu: dict[str, Any]) -
         assert service.keys().isdisjoint({"privileged", "cap_add", "ipc", "pid", "network_mode", "user"})
 
 
+def test_machine_of_a_cluster_has_the_network_of_its_host_and_no_further_privilege() -> None:
+    service = _service("docker-compose.cluster.yml")
+    assert service.keys() == {"network_mode", "ports", "environment"}
+    assert (service["network_mode"], service["ports"]) == ("host", RESET)
+    names = {entry.partition("=")[0] for entry in service["environment"]}
+    assert names <= {setting.name for setting in TABLE}
+    assert names >= {"ROLE", "NODE_ADDRESS", "CLUSTER_SECRET_FILE"}
+
+
 def test_table_has_every_variable_of_the_file() -> None:
     text = (ROOT / "docker-compose.yml").read_text(encoding="utf-8")
     assert dict(re.findall(r"\$\{(\w+):-([^}]*)\}", text)) == {each.name: each.default for each in COMPOSE}

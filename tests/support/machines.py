@@ -13,16 +13,28 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import httpx
 import psutil
 
 from shoehorn.cluster import ports
 from shoehorn.common.paths import HOME
+from shoehorn.runtime.state import Phase
 from support.running import Appliance
+from support.waiting import wait_until
 
+READY_SECONDS = 150
 RAY_ON_CPU = HOME / "tests" / "fakes" / "ray_on_cpu"
 SECRET = "canary-of-the-cluster-secret-0123456789abcdef"
 COMMON = {"PYTHONPATH": str(RAY_ON_CPU), "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
           "CLUSTER_NETWORK": "trusted", "MAX_MODEL_LEN": "512", "MAX_NUM_SEQS": "4"}
+
+
+def title(process: psutil.Process) -> str:
+    """Return the command line of a process, or the name that it gave itself; "" if it has exited."""
+    try:
+        return " ".join(process.cmdline()) or process.name()
+    except psutil.NoSuchProcess:
+        return ""
 
 
 def run(*words: str) -> None:
@@ -101,11 +113,19 @@ class Machine(Appliance):
         self.address = network.address(number)
         role = {"ROLE": "head", "CLUSTER_NODES": str(nodes)} if number == 1 else {
             "ROLE": "worker", "HEAD_ADDRESS": network.address(1)}
-        super().__init__(network.folder / str(number), network.within(number, mounts), NODE_ADDRESS=self.address,
-                         CLUSTER_SECRET_FILE=str(network.secret), **{**COMMON, **role, **settings})
+        own = {"NODE_ADDRESS": self.address, "CLUSTER_SECRET_FILE": str(network.secret)}
+        super().__init__(network.folder / str(number), network.within(number, mounts),
+                         **{**COMMON, **role, **own, **settings})
         self.url = f"http://{self.address}:{self.port}"
 
-    def workers(self) -> list[psutil.Process]:
+    def engine_workers(self) -> list[psutil.Process]:
         """Return vLLM's worker processes on this machine."""
-        return [each for each in self.descendants() if "RayWorkerProc" in " ".join(each.cmdline())
-                or "RayWorkerProc" in each.name()]
+        return [each for each in self.descendants() if "RayWorkerProc" in title(each)]
+
+    def wait_for_detail(self, words: str, seconds: float = 60) -> None:
+        """Wait for the phase `waiting` with these words in its detail, which `/v1/*` answers with status 503."""
+        wait_until(lambda: self.phase is Phase.WAITING and words in self.state.detail, seconds,
+                   lambda: f"{words!r} in {self.state.detail!r}\n{self.output[-2000:]}")
+        answer = httpx.post(f"{self.url}/v1/chat/completions", json={}, headers=self.headers(), timeout=30)
+        assert answer.status_code == 503
+        assert answer.json()["error"]["phase"] == "waiting", answer.text

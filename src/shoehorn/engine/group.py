@@ -19,7 +19,7 @@ from dataclasses import replace
 
 from shoehorn.cluster import agreement, node_files
 from shoehorn.cluster.agreement import Gpus
-from shoehorn.cluster.report import SILENCE_SECONDS, HeadOrders, NodeReport, RaySession, versions
+from shoehorn.cluster.report import HeadOrders, NodeReport, RaySession, versions
 from shoehorn.config.settings import Settings
 from shoehorn.engine.diagnosis import NODE_LOST, Diagnosis, node_lost
 from shoehorn.hardware.types import Hardware
@@ -31,8 +31,8 @@ log = logging.getLogger("engine")
 
 _TICK_SECONDS = 0.5
 _NUMBER = re.compile(r"\d+ s\b")
-_EXPLAIN_SECONDS = SILENCE_SECONDS + 4.0
-"""Time in which the loss of a node shows that made the engine exit: until its silence counts."""
+_SETTLE_SECONDS = 3.0
+"""After the engine's exit, in which the end of Ray on a node reaches its report."""
 
 
 class Group:
@@ -89,12 +89,13 @@ class Group:
         if diagnosis.name == NODE_LOST:
             return diagnosis
         self._states.update(phase=Phase.WAITING, progress=None, detail="the engine ended; looking for a lost node")
-        deadline = time.monotonic() + _EXPLAIN_SECONDS
-        while time.monotonic() < deadline:
-            if loss := self.loss():
-                return node_lost(loss)
+        settle_time = time.monotonic() + _SETTLE_SECONDS
+        while not (loss := self.loss()):
+            reports = node_files.read_reports(self._paths)
+            if min((each.at for node, each in reports.items() if node in self._at_start), default=0.0) >= settle_time:
+                return None
             time.sleep(_TICK_SECONDS)
-        return None
+        return node_lost(loss)
 
     def regroup(self, loss: Diagnosis) -> None:
         """Begin a new session of Ray, which ends the processes of the old engine on all nodes."""

@@ -202,6 +202,7 @@ def _cluster_variables(settings: Settings, environment: Mapping[str, str]) -> di
     interface = network.interface_of(settings.node_address, network.interfaces())
     return {**ray_command.network_variables(settings.node_address, interface, environment),
             **ray_command.credentials(RunDir(settings.run_dir)),
+            "RAY_COLOR_PREFIX": "0",
             "RAY_ADDRESS": f"{settings.node_address}:{ports.GCS}"}
 
 
