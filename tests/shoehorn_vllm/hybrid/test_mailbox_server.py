@@ -13,20 +13,35 @@ import pytest
 import torch
 
 from shoehorn_vllm.hybrid.kernel import library, products, team
-from shoehorn_vllm.hybrid.kernel.products import PackedWeights
-from support.kernel_reference import activations, matrix
+from shoehorn_vllm.hybrid.kernel.products import ExpertWeights, PackedWeights
+from support.kernel_reference import Matrix, activations, matrix
 
 TESTS = Path(__file__).resolve().parents[2]
 SHAPES = ((256, 512, 128), (96, 256, 32), (640, 128, 64))
-TOKENS = 8
+TOKENS, TOP_K, EXPERTS = 8, 3, 5
+
+
+def blob(sources: list[Matrix]) -> list[PackedWeights]:
+    """Experts with all their tensors one after the other in memory, as those beside a GPU are."""
+    experts = sources[0].codes.shape[0]
+    parts = [part for source in sources for part in (source.codes, source.scales)]
+    memory = torch.cat([part.flatten(1).view(torch.uint8) for part in parts], 1).contiguous()
+    views, first = [], 0
+    for part in parts:
+        size = part[0].numel() * part.element_size()
+        views.append(memory[:, first:first + size].view(part.dtype).view(experts, *part.shape[1:]))
+        first += size
+    return [PackedWeights(views[2 * number], views[2 * number + 1]) for number in range(len(sources))]
 
 
 class Box:
-    """A mailbox with its buffers."""
+    """A mailbox with its buffers: three matrices, and experts as number 3."""
 
     def __init__(self, timeout_s: float = 20.0) -> None:
         self.sources = [matrix((rows, k), group, number) for number, (rows, k, group) in enumerate(SHAPES)]
         self.weights = [PackedWeights(source.codes, source.scales) for source in self.sources]
+        self.plain = [matrix((EXPERTS, *shape), 32, 7 + number) for number, shape in enumerate(((192, 128), (128, 96)))]
+        self.experts = ExpertWeights(*blob(self.plain))
         memory = ctypes.create_string_buffer(256)
         self._memory = memory
         self.address = ctypes.addressof(memory) + -ctypes.addressof(memory) % 64
@@ -34,20 +49,24 @@ class Box:
         self.done = ctypes.c_uint32.from_address(self.address + 64)
         self.x = torch.zeros(TOKENS * 512, dtype=torch.bfloat16)
         self.y = torch.zeros(TOKENS * 640, dtype=torch.bfloat16)
-        table = (library.Weights * len(self.weights))(*(each.struct() for each in self.weights))
-        library.check(library.load().mailbox_start(self.address, table, len(self.weights), self.x.data_ptr(),
-                                                   self.y.data_ptr(), -1, library.default_isa(), timeout_s), timeout_s)
+        self.ids = torch.zeros(TOKENS * TOP_K, dtype=torch.int32)
+        self.router = torch.zeros(TOKENS * TOP_K)
+        self.table = library.tasks([*(each.struct() for each in self.weights), self.experts.struct()], TOP_K)
+        self.places = library.Buffers(*(part.data_ptr() for part in (self.x, self.y, self.ids, self.router)))
+        library.check(library.load().mailbox_start(self.address, self.table, len(self.table), ctypes.byref(self.places),
+                                                   -1, library.default_isa(), timeout_s), timeout_s)
 
     def multiply(self, number: int, x: torch.Tensor) -> torch.Tensor:
         """Request a product and wait, as the stream of a GPU does."""
-        weights, tokens = self.weights[number], x.shape[0]
+        rows = (*(each.rows for each in self.weights), self.experts.down.rows)[number]
+        tokens = x.shape[0]
         self.x[:x.numel()] = x.flatten()
         self.request.value = tokens << 16 | number + 1
         limit = time.monotonic() + 60
         while not self.done.value:
             assert time.monotonic() < limit
         self.done.value = 0
-        return self.y[:tokens * weights.rows].view(tokens, weights.rows).clone()
+        return self.y[:tokens * rows].view(tokens, rows).clone()
 
 
 @pytest.fixture
@@ -68,6 +87,21 @@ def test_requests_are_served_in_any_order_and_size(box: Box) -> None:
         assert box.request.value == 0
 
 
+def test_experts_in_one_piece_each_are_multiplied_without_those_of_the_gpu(box: Box) -> None:
+    plain = ExpertWeights(*(PackedWeights(source.codes, source.scales) for source in box.plain))
+    for tokens in (1, 8, 3):
+        x, router = activations(tokens, 128, tokens), torch.rand(tokens, TOP_K)
+        ids = torch.stack([torch.randperm(EXPERTS)[:TOP_K] for _ in range(tokens)]).int()
+        ids[:, 1] = -1  # the GPU has it
+        box.ids[:ids.numel()], box.router[:ids.numel()] = ids.flatten(), router.flatten()
+        box.y.fill_(float("nan"))
+        answer = box.multiply(3, x)
+        assert torch.equal(answer, products.experts(plain, x, router, ids))
+        assert answer.any()
+    box.ids.fill_(-1)
+    assert not box.multiply(3, x).any(), "nothing is left to the CPU"
+
+
 def test_request_after_an_idle_time_is_served(box: Box) -> None:
     x = activations(1, 512, 0)
     right = products.linear(box.weights[0], x)
@@ -77,14 +111,20 @@ def test_request_after_an_idle_time_is_served(box: Box) -> None:
 
 def test_invalid_tables_are_refused(box: Box) -> None:
     load = library.load()
-    table = (library.Weights * 1)(box.weights[0].struct())
-    arguments = [box.address, table, 1, box.x.data_ptr(), box.y.data_ptr(), -1, library.default_isa(), 1.0]
+    arguments = [box.address, box.table, 4, ctypes.byref(box.places), -1, library.default_isa(), 1.0]
     assert load.mailbox_start(*arguments) == -16, "one thread in a process"
     load.mailbox_stop()
     assert load.mailbox_start(box.address + 4, *arguments[1:]) == -22
     assert load.mailbox_start(*arguments[:2], 0, *arguments[3:]) == -22
-    table[0].group = 48
-    assert load.mailbox_start(*arguments) == -22
+    box.places.ids = None
+    assert load.mailbox_start(*arguments) == -22, "experts without a place for the choices"
+    assert load.mailbox_start(*arguments[:2], 3, *arguments[3:]) == 0, "matrices need none"
+    load.mailbox_stop()
+    box.table[0].matrix.contents.group = 48
+    assert load.mailbox_start(*arguments[:2], 3, *arguments[3:]) == -22
+    box.table[1].experts = box.table[3].experts
+    assert load.mailbox_start(*arguments[:1], ctypes.byref(box.table, ctypes.sizeof(library.Task)), 1,
+                              *arguments[3:]) == -22, "either a matrix or experts"
 
 
 SCRIPT = """

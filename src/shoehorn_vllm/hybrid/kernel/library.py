@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+from collections.abc import Sequence
 from enum import IntEnum
 from functools import cache
 
@@ -32,15 +33,28 @@ class Weights(ctypes.Structure):
     """`struct weights` in layout.h."""
 
     _fields_ = (("codes", ctypes.c_void_p), ("scales", ctypes.c_void_p), ("rows", ctypes.c_int64),
-                ("k", ctypes.c_int64), ("group", ctypes.c_int32), ("format", ctypes.c_int32))
+                ("k", ctypes.c_int64), ("codes_step", ctypes.c_int64), ("scales_step", ctypes.c_int64),
+                ("group", ctypes.c_int32), ("format", ctypes.c_int32))
 
 
 class Experts(ctypes.Structure):
-    """`struct experts` in experts.c."""
+    """`struct experts` in product.h."""
 
     _fields_ = (("up", Weights), ("down", Weights), ("up_bias", ctypes.c_void_p), ("down_bias", ctypes.c_void_p),
-                ("count", ctypes.c_int64), ("activation", ctypes.c_int32), ("alpha", ctypes.c_float),
-                ("limit", ctypes.c_float))
+                ("up_bias_step", ctypes.c_int64), ("down_bias_step", ctypes.c_int64), ("count", ctypes.c_int64),
+                ("activation", ctypes.c_int32), ("alpha", ctypes.c_float), ("limit", ctypes.c_float))
+
+
+class Task(ctypes.Structure):
+    """`struct task` in mailbox.c: a matrix, or experts with the number that a token chooses."""
+
+    _fields_ = (("matrix", ctypes.POINTER(Weights)), ("experts", ctypes.POINTER(Experts)), ("top_k", ctypes.c_int64))
+
+
+class Buffers(ctypes.Structure):
+    """`struct buffers` in mailbox.c."""
+
+    _fields_ = (("x", ctypes.c_void_p), ("y", ctypes.c_void_p), ("ids", ctypes.c_void_p), ("router", ctypes.c_void_p))
 
 
 class KernelError(RuntimeError):
@@ -59,11 +73,12 @@ _POINTER, _INT, _LONG, _DOUBLE = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
 _SIGNATURES: dict[str, tuple[type, ...]] = {
     "isa_available": (_INT,),
     "isa_best": (),
+    "layout_bytes": (),
     "linear_run": (_POINTER, _POINTER, _LONG, _LONG, _POINTER, _POINTER, _LONG, _INT, _INT, _DOUBLE),
     "unpack_run": (_POINTER, _POINTER, _INT, _DOUBLE),
     "read_run": (_POINTER, _LONG, _INT, _POINTER, _DOUBLE),
     "experts_run": (_POINTER, _POINTER, _LONG, _LONG, _POINTER, _POINTER, _LONG, _POINTER, _LONG, _INT, _INT, _DOUBLE),
-    "mailbox_start": (_POINTER, _POINTER, _INT, _POINTER, _POINTER, _INT, _INT, _DOUBLE),
+    "mailbox_start": (_POINTER, _POINTER, _INT, _POINTER, _INT, _INT, _DOUBLE),
     "mailbox_stop": (),
     "pool_start": (_POINTER, _INT, _INT),
     "pool_stop": (),
@@ -72,6 +87,17 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
     "pool_items": (_POINTER, _INT),
     "pool_inject": (_INT, _INT),
 }
+
+
+def tasks(structures: Sequence[Weights | Experts], top_k: int) -> ctypes.Array[Task]:
+    """The mailbox's table of matrices and experts; it keeps the structures."""
+    table = (Task * len(structures))()
+    for entry, structure in zip(table, structures, strict=True):
+        if isinstance(structure, Weights):
+            entry.matrix = ctypes.pointer(structure)
+        else:
+            entry.experts, entry.top_k = ctypes.pointer(structure), top_k
+    return table
 
 
 @cache
@@ -93,6 +119,9 @@ def load(path: str = "") -> ctypes.CDLL:
             raise KernelUnavailableError(f"CPU kernel: {library._name} is outdated, {name} is missing. "
                                          "Reinstall Shoehorn.") from error
         function.argtypes, function.restype = types, ctypes.c_int
+    if library.layout_bytes() != ctypes.sizeof(Experts):
+        raise KernelUnavailableError(f"CPU kernel: {library._name} is outdated, its structures differ. "
+                                     "Reinstall Shoehorn.")
     return library
 
 

@@ -27,7 +27,7 @@ class PackedWeights:
     """Weights of one matrix, or of the same matrix of all experts.
 
     Attributes:
-        codes: int32 [..., rows, k / 8] or uint8 [..., rows, k / 2]; low half of a byte first.
+        codes: int32 [..., rows, k / 8] or uint8 [..., rows, k / 2]; low half of a byte first. An expert is contiguous.
         scales: bf16 [..., rows, k / group] for INT4; uint8 (E8M0, groups of 32) for MXFP4.
     """
 
@@ -37,7 +37,8 @@ class PackedWeights:
     def __post_init__(self) -> None:
         if self.codes.dtype not in (torch.int32, torch.uint8) or self.scales.dtype not in (torch.bfloat16, torch.uint8):
             raise KernelError(f"Weights: unsupported dtypes {self.codes.dtype} and {self.scales.dtype}.")
-        if not (self.codes.is_contiguous() and self.scales.is_contiguous()):
+        if not all(part[0].is_contiguous() if part.dim() == 3 else part.is_contiguous() for part in (
+                self.codes, self.scales)):
             raise KernelError("Weights: not contiguous.")
         if self.codes.shape[:-1] != self.scales.shape[:-1] or self.group not in GROUPS or self.k % self.group:
             raise KernelError(f"Weights: unsupported shapes {tuple(self.codes.shape)} and {tuple(self.scales.shape)}.")
@@ -64,7 +65,8 @@ class PackedWeights:
 
     def struct(self) -> library.Weights:
         """The C view of it; valid as long as the tensors."""
-        return library.Weights(self.codes.data_ptr(), self.scales.data_ptr(), self.rows, self.k, self.group,
+        steps = [part.stride(0) * part.element_size() for part in (self.codes, self.scales)]
+        return library.Weights(self.codes.data_ptr(), self.scales.data_ptr(), self.rows, self.k, *steps, self.group,
                                int(self.scales.dtype == torch.uint8))
 
 
@@ -82,8 +84,9 @@ class ExpertWeights:
 
     def struct(self) -> library.Experts:
         """The C view of it; valid as long as the tensors."""
+        steps = [0 if bias is None else bias.stride(0) for bias in (self.up_bias, self.down_bias)]
         return library.Experts(self.up.struct(), self.down.struct(), _address(self.up_bias), _address(self.down_bias),
-                               self.up.codes.shape[0], ACTIVATIONS[self.activation], self.alpha, self.limit)
+                               *steps, self.up.codes.shape[0], ACTIVATIONS[self.activation], self.alpha, self.limit)
 
 
 def _address(tensor: torch.Tensor | None) -> int | None:

@@ -2,8 +2,11 @@
 
 The stream copies the activations to host memory, writes a request into the mailbox and waits for its answer by the
 driver's memory operations; a thread of the library polls the requests (`kernel/source/mailbox.c`). So the launching
-thread runs ahead, and a forward pass can be captured in a CUDA graph. Where the driver has no such operations, each
-product waits for the stream.
+thread runs ahead, and a forward pass can be captured in a CUDA graph.
+
+Rules:
+- one mailbox in a process, one request at a time;
+- between `request` and `wait` the stream may compute something else.
 
 Source: CUDA driver API, cuStreamWriteValue32 and cuStreamWaitValue32.
 """
@@ -16,7 +19,7 @@ from collections.abc import Sequence
 import torch
 
 from shoehorn_vllm.hybrid.kernel import library, products, team
-from shoehorn_vllm.hybrid.kernel.products import PackedWeights
+from shoehorn_vllm.hybrid.kernel.products import ExpertWeights, PackedWeights
 from shoehorn_vllm.patches import pinned_memory
 
 RESERVED_CORES = 2
@@ -39,29 +42,40 @@ class MailboxError(RuntimeError):
 class Mailbox:
     """The CPU's side of the layers.
 
+    Attributes:
+        x: bf16 activations of a request, pinned; y: bf16 results, rows without gaps.
+        ids, router: int32 and fp32, choices of a request for experts, [tokens, top_k] without gaps.
+
     Args:
-        weights: of all matrices; requests name them by number.
+        tasks: matrices and experts of layers; requests name them by number.
         tokens: of the largest batch.
+        top_k: experts that a token chooses.
     """
 
-    def __init__(self, weights: Sequence[PackedWeights], tokens: int, device: torch.device) -> None:
-        self._weights = weights
+    def __init__(self, tasks: Sequence[PackedWeights | ExpertWeights], tokens: int, device: torch.device,
+                 top_k: int = 0) -> None:
         self._device = device
+        self.tokens = tokens
 
         def pinned(size: int, dtype: torch.dtype) -> torch.Tensor:
             return pinned_memory.allocate_like(torch.empty(max(size, _BOX_BYTES), dtype=dtype))
 
-        self._x = pinned(tokens * max(each.k for each in weights), torch.bfloat16)
-        self._y = pinned(tokens * max(each.rows for each in weights), torch.bfloat16)
+        ends = [(each, each) if isinstance(each, PackedWeights) else (each.up, each.down) for each in tasks]
+        self._rows = [last.rows for _, last in ends]
+        self.x = pinned(tokens * max(first.k for first, _ in ends), torch.bfloat16)
+        self.y = pinned(tokens * max(self._rows), torch.bfloat16)
+        self.ids = pinned(tokens * top_k, torch.int32)
+        self.router = pinned(tokens * top_k, torch.float32)
         self._box = pinned(_BOX_BYTES, torch.uint8).zero_()
         self._driver = ctypes.CDLL("libcuda.so.1")
         self._write, self._wait = self._driver.cuStreamWriteValue32_v2, self._driver.cuStreamWaitValue32_v2
         for function in (self._write, self._wait):
             function.argtypes = [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint32]
         started = team.current() or team.start(reserved=RESERVED_CORES, spin_us=SPIN_US)
-        table = (library.Weights * len(weights))(*(each.struct() for each in weights))
+        self._table = library.tasks([each.struct() for each in tasks], top_k)  # it holds the structures
+        places = library.Buffers(*(part.data_ptr() for part in (self.x, self.y, self.ids, self.router)))
         library.check(library.load().mailbox_start(
-            self._box.data_ptr(), table, len(weights), self._x.data_ptr(), self._y.data_ptr(), started.cpus[0],
+            self._box.data_ptr(), self._table, len(tasks), ctypes.byref(places), started.cpus[0],
             library.default_isa(), products.TIMEOUT_S), products.TIMEOUT_S)
 
     def multiply(self, number: int, x: torch.Tensor) -> torch.Tensor:
@@ -70,15 +84,33 @@ class Mailbox:
         Raises:
             MailboxError: the driver refused.
         """
-        weights, tokens = self._weights[number], x.shape[0]
-        self._x[:x.numel()].view(x.shape).copy_(x, non_blocking=True)
-        stream, box = torch.cuda.current_stream().cuda_stream, self._box.data_ptr()
-        self._check(self._write(stream, box, tokens << _SHIFT | number + 1, 0))
-        self._check(self._wait(stream, box + _DONE, 1, _WAIT_EQUAL))
-        self._check(self._write(stream, box + _DONE, 0, 0))
-        y = torch.empty(tokens, weights.rows, dtype=torch.bfloat16, device=self._device)
-        return y.copy_(self._y[:y.numel()].view(y.shape), non_blocking=True)
+        tokens = x.shape[0]
+        self.x[:x.numel()].view(x.shape).copy_(x, non_blocking=True)
+        self.request(number, tokens)
+        self.wait()
+        y = torch.empty(tokens, self._rows[number], dtype=torch.bfloat16, device=self._device)
+        return y.copy_(self.y[:y.numel()].view(y.shape), non_blocking=True)
 
-    def _check(self, code: int) -> None:
+    def request(self, number: int, tokens: int) -> None:
+        """Ask for a task, whose activations are in `x` by then, on the current stream.
+
+        Raises:
+            MailboxError: the driver refused.
+        """
+        stream = torch.cuda.current_stream().cuda_stream
+        self._check(self._write(stream, self._box.data_ptr(), tokens << _SHIFT | number + 1, 0))
+
+    def wait(self) -> None:
+        """Let the current stream wait until `y` is written.
+
+        Raises:
+            MailboxError: the driver refused.
+        """
+        stream, done = torch.cuda.current_stream().cuda_stream, self._box.data_ptr() + _DONE
+        self._check(self._wait(stream, done, 1, _WAIT_EQUAL))
+        self._check(self._write(stream, done, 0, 0))
+
+    @staticmethod
+    def _check(code: int) -> None:
         if code:
             raise MailboxError(f"CUDA driver: memory operation of a stream failed with error {code}.")

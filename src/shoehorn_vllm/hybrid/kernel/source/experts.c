@@ -10,18 +10,6 @@
 #include "pool.h"
 #include "product.h"
 
-enum { ACTIVATION_SILU = 0, ACTIVATION_GELU = 1, ACTIVATION_GELU_TANH = 2, ACTIVATION_SWIGLU_OAI = 3 };
-
-struct experts {
-    struct weights up;            /* of expert 0: rows of the gate, then as many of up; in turns for SWIGLU_OAI */
-    struct weights down;
-    const uint16_t *up_bias;      /* bf16 [experts, rows], or 0 */
-    const uint16_t *down_bias;
-    int64_t count;
-    int32_t activation;
-    float alpha, limit;           /* of SWIGLU_OAI */
-};
-
 struct group { int64_t expert; int32_t first_tile, tiles; };
 
 struct mixture {
@@ -43,8 +31,8 @@ struct mixture {
 
 static struct weights of_expert(const struct weights *w, int64_t expert) {
     struct weights own = *w;
-    own.codes += expert * w->rows * (w->k / 2);
-    own.scales = (const uint8_t *)w->scales + expert * w->rows * (w->k / w->group) * (w->format == FORMAT_INT4 ? 2 : 1);
+    own.codes += expert * w->codes_step;
+    own.scales = (const uint8_t *)w->scales + expert * w->scales_step;
     return own;
 }
 
@@ -83,7 +71,7 @@ static void up_item(void *context, int64_t item) {
     const struct experts *e = job->e;
     const struct group *group = &job->group[item / job->up_items];
     const struct weights w = of_expert(&e->up, group->expert);
-    const uint16_t *bias = e->up_bias ? e->up_bias + group->expert * w.rows : 0;
+    const uint16_t *bias = e->up_bias ? e->up_bias + group->expert * e->up_bias_step : 0;
     const int64_t first = item % job->up_items * job->up_rows;
     const int64_t count = first + job->up_rows < job->inner ? job->up_rows : job->inner - first;
     const int turns = e->activation == ACTIVATION_SWIGLU_OAI;
@@ -120,7 +108,7 @@ static void down_item(void *context, int64_t item) {
     for (int g = 0; g < job->groups; g++) {
         const struct group *group = &job->group[g];
         const struct weights w = of_expert(&e->down, group->expert);
-        const uint16_t *bias = e->down_bias ? e->down_bias + group->expert * hidden + first : 0;
+        const uint16_t *bias = e->down_bias ? e->down_bias + group->expert * e->down_bias_step + first : 0;
         for (int t = group->first_tile; t < group->first_tile + group->tiles; t++) {
             const struct tile *x = &job->h_tile[t];
             rows_function(job->isa, w.group, w.format, x->tokens)(&w, first, count, x, y, ITEM_ROWS);
@@ -180,14 +168,18 @@ static int64_t lay_tiles(const struct mixture *job, const struct weights *w, int
     return bytes;
 }
 
+int check_experts(const struct experts *e) {
+    if (check_weights(&e->up) || check_weights(&e->down) || e->count < 1) return -EINVAL;
+    return e->up.rows != 2 * e->down.k || e->up.k != e->down.rows ? -EINVAL : 0;
+}
+
 #define TAKE(count, type) ((type *)(at += used, used = ((int64_t)(count) * (int64_t)sizeof(type) + 63) / 64 * 64, at))
 
 /* y[token] = sum over its top_k experts of router weight * down(activation(gate, up)). ids and router: [tokens, top_k]. */
 int experts_run(const struct experts *e, const uint16_t *x, int64_t tokens, int64_t x_stride, const int32_t *ids,
                 const float *router, int64_t top_k, void *y, int64_t y_stride, int32_t out, int32_t isa, double timeout) {
     static struct scratch lists, numbers;
-    if (check_weights(&e->up) || check_weights(&e->down) || e->count < 1 || tokens < 1 || top_k < 1 || !x || !ids ||
-        !router || !y || e->up.rows != 2 * e->down.k || e->up.k != e->down.rows || !isa_available(isa) ||
+    if (check_experts(e) || tokens < 1 || top_k < 1 || !x || !ids || !router || !y || !isa_available(isa) ||
         tokens * top_k > INT32_MAX / 8)
         return -EINVAL;
     struct mixture job = { .e = e, .x = x, .y = y, .router = router, .tokens = tokens, .top_k = top_k, .x_stride = x_stride,

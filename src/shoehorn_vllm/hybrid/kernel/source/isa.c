@@ -62,6 +62,9 @@ quantize_fn quantize_function(int isa) {
     return portable_quantize;
 }
 
+/* Size of what callers hand over: another one means a library of other sources. */
+int layout_bytes(void) { return (int)sizeof(struct experts); }
+
 int check_weights(const struct weights *w) {
     if (!w->codes || !w->scales || w->rows < 1 || w->k < 1) return -EINVAL;
     if (w->group != 32 && w->group != 64 && w->group != 128) return -EINVAL;

@@ -27,6 +27,7 @@ struct weights {
     const uint8_t *codes;     /* [rows, k / 2] */
     const void *scales;       /* [rows, k / group]: uint16 (bf16) or uint8 (E8M0) */
     int64_t rows, k;
+    int64_t codes_step, scales_step; /* bytes from one expert to the next */
     int32_t group, format;
 };
 

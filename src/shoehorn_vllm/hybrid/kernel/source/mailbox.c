@@ -1,10 +1,11 @@
 /* A thread that multiplies what a GPU asks for, without the interpreter.
  *
- * The GPU's stream copies activations to `x`, writes a request into the mailbox, and waits there until `done` is set;
- * this thread polls the request, multiplies with the team, writes `y` and sets `done`. One request at a time.
+ * The GPU's stream copies activations to `x` (for experts also `ids` and `router`), writes a request into the mailbox, and
+ * waits there until `done` is set; this thread polls the request, multiplies with the team, writes `y` and sets `done`.
+ * One request at a time.
  *
  * Rules:
- * - a request is tokens << 16 | number of the matrix + 1; 0 is none. The thread clears it before it sets `done`.
+ * - a request is tokens << 16 | number of the task + 1; 0 is none. The thread clears it before it sets `done`.
  * - the GPU clears `done`, behind its wait.
  * - a failed product ends the process: the stream would wait for ever, and no token may be made from what is in `y`.
  */
@@ -28,20 +29,31 @@
 #define LONG_NAP_NANOSECONDS 1000000
 #define LONG_SECONDS 1.0      /* without a request: nobody decodes */
 
-int linear_run(const struct weights *w, const uint16_t *x, int64_t tokens, int64_t x_stride, const uint16_t *bias,
-               void *y, int64_t y_stride, int32_t out, int32_t isa, double timeout);
-
 struct mailbox {
     _Alignas(64) _Atomic uint32_t request;
     _Alignas(64) _Atomic uint32_t done;
 };
 
+/* A matrix, or the experts of a layer; the other one is 0. */
+struct task {
+    const struct weights *matrix;
+    const struct experts *experts;
+    int64_t top_k;
+};
+
+/* Where the GPU writes and reads; rows of tokens without gaps. */
+struct buffers {
+    const uint16_t *x;      /* bf16 */
+    uint16_t *y;            /* bf16 */
+    const int32_t *ids;     /* [tokens, top_k]; -1 for none */
+    const float *router;    /* [tokens, top_k] */
+};
+
 static struct {
     struct mailbox *box;
-    struct weights *table;
-    const uint16_t *x;
-    uint16_t *y;
-    int32_t count, isa, cpu;
+    struct task *tasks;
+    struct buffers at;
+    int32_t count, isa;
     double timeout;
     pthread_t thread;
     _Atomic int stop, started;
@@ -59,8 +71,12 @@ static void multiply(uint32_t request) {
     const int64_t tokens = request >> 16;
     int failed = -EINVAL;
     if (number >= 0 && number < server.count && tokens > 0) {
-        const struct weights *w = &server.table[number];
-        failed = linear_run(w, server.x, tokens, w->k, 0, server.y, w->rows, OUT_BF16, server.isa, server.timeout);
+        const struct weights *w = server.tasks[number].matrix;
+        const struct experts *e = server.tasks[number].experts;
+        const struct buffers *at = &server.at;
+        failed = w ? linear_run(w, at->x, tokens, w->k, 0, at->y, w->rows, OUT_BF16, server.isa, server.timeout)
+                   : experts_run(e, at->x, tokens, e->up.k, at->ids, at->router, server.tasks[number].top_k, at->y,
+                                 e->down.rows, OUT_BF16, server.isa, server.timeout);
     }
     if (!failed) return;
     if (failed == -ETIMEDOUT || failed == -EOWNERDEAD)
@@ -96,18 +112,24 @@ static void *serve(void *unused) {
     return 0;
 }
 
-/* Serve requests for `count` matrices. x and y: bf16, tokens in rows without gaps. 0, or a negative errno. */
-int mailbox_start(struct mailbox *box, const struct weights *table, int32_t count, const uint16_t *x, uint16_t *y,
-                  int32_t cpu, int32_t isa, double timeout) {
-    if (!box || (uintptr_t)box % 64 || !table || count < 1 || count > 0xfffe || !x || !y || !isa_available(isa))
+static int check_task(const struct task *task, const struct buffers *at) {
+    if (!task->matrix == !task->experts) return -EINVAL;
+    if (task->matrix) return check_weights(task->matrix);
+    return check_experts(task->experts) || task->top_k < 1 || !at->ids || !at->router ? -EINVAL : 0;
+}
+
+/* Serve requests for `count` tasks, whose weights stay where they are. 0, or a negative errno. */
+int mailbox_start(struct mailbox *box, const struct task *tasks, int32_t count, const struct buffers *at, int32_t cpu,
+                  int32_t isa, double timeout) {
+    if (!box || (uintptr_t)box % 64 || !tasks || count < 1 || count > 0xfffe || !at || !at->x || !at->y || !isa_available(isa))
         return -EINVAL;
     if (server.started) return -EBUSY;
     for (int32_t i = 0; i < count; i++)
-        if (check_weights(&table[i])) return -EINVAL;
-    server.table = malloc((size_t)count * sizeof *table);
-    if (!server.table) return -ENOMEM;
-    memcpy(server.table, table, (size_t)count * sizeof *table);
-    server.box = box, server.count = count, server.x = x, server.y = y, server.isa = isa, server.timeout = timeout;
+        if (check_task(&tasks[i], at)) return -EINVAL;
+    server.tasks = malloc((size_t)count * sizeof *tasks);
+    if (!server.tasks) return -ENOMEM;
+    memcpy(server.tasks, tasks, (size_t)count * sizeof *tasks);
+    server.box = box, server.count = count, server.at = *at, server.isa = isa, server.timeout = timeout;
     atomic_store(&server.stop, 0);
     sigset_t all, before;
     sigfillset(&all);
@@ -115,7 +137,7 @@ int mailbox_start(struct mailbox *box, const struct weights *table, int32_t coun
     const int failed = pthread_create(&server.thread, 0, serve, 0);
     pthread_sigmask(SIG_SETMASK, &before, 0);
     if (failed) {
-        free(server.table);
+        free(server.tasks);
         return -failed;
     }
     if (cpu >= 0) {
@@ -133,7 +155,7 @@ int mailbox_stop(void) {
     if (!server.started) return 0;
     atomic_store(&server.stop, 1);
     pthread_join(server.thread, 0);
-    free(server.table);
+    free(server.tasks);
     server.started = 0;
     return 0;
 }

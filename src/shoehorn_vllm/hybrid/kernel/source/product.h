@@ -7,6 +7,20 @@
 enum { ISA_PORTABLE = 0, ISA_AVX2 = 1, ISA_AVXVNNI = 2, ISA_AVX512VNNI = 3, ISA_COUNT = 4 };
 enum { OUT_FLOAT = 0, OUT_BF16 = 1 };
 
+enum { ACTIVATION_SILU = 0, ACTIVATION_GELU = 1, ACTIVATION_GELU_TANH = 2, ACTIVATION_SWIGLU_OAI = 3 };
+
+/* The experts of a layer. */
+struct experts {
+    struct weights up;            /* of expert 0: rows of the gate, then as many of up; in turns for SWIGLU_OAI */
+    struct weights down;
+    const uint16_t *up_bias;      /* bf16 of expert 0, or 0 */
+    const uint16_t *down_bias;
+    int64_t up_bias_step, down_bias_step; /* values from one expert to the next */
+    int64_t count;
+    int32_t activation;
+    float alpha, limit;           /* of SWIGLU_OAI */
+};
+
 #define SLICE 4096            /* k values that are quantized at a time: a multiple of BLOCK */
 #define ITEM_BYTES 65536      /* weights of an item of work */
 #define ITEM_ROWS 256
@@ -30,6 +44,11 @@ int isa_available(int isa);
 rows_fn rows_function(int isa, int group, int format, int tokens);
 quantize_fn quantize_function(int isa);
 int check_weights(const struct weights *w);
+int check_experts(const struct experts *e);
+int linear_run(const struct weights *w, const uint16_t *x, int64_t tokens, int64_t x_stride, const uint16_t *bias,
+               void *y, int64_t y_stride, int32_t out, int32_t isa, double timeout);
+int experts_run(const struct experts *e, const uint16_t *x, int64_t tokens, int64_t x_stride, const int32_t *ids,
+                const float *router, int64_t top_k, void *y, int64_t y_stride, int32_t out, int32_t isa, double timeout);
 
 int64_t tile_bytes(int64_t k, int group, int tokens);
 /* A tile in memory at `at`, which has tile_bytes() bytes and is aligned to 64. */
