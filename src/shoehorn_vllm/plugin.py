@@ -46,8 +46,10 @@ def register() -> None:
     fair_scheduling.apply()
     hybrid.apply()
     if current_platform.is_cuda():  # Triton is not in the CPU environment
-        from shoehorn_vllm.hybrid import cached_experts
+        from shoehorn_vllm.hybrid import cached_experts, cached_mxfp4, host_weights
         from shoehorn_vllm.hybrid.offload import method
 
+        host_weights.apply()
         cached_experts.apply()
+        cached_mxfp4.apply()
         method.apply()

@@ -1,7 +1,8 @@
 """Large passes over experts in host memory: they arrive on the GPU in waves, while the wave before is computed.
 
-Two scratch buffers are filled in turn by a stream of their own. All layers share them; the first wave of the next layer
-is copied while the last one of this layer is computed.
+Two stages are filled in turn by a stream of their own with experts in the checkpoint's layout; a wave is repacked from
+its stage into the scratch and multiplied there. All layers share them; the first waves of the next layer are copied
+while the last one of this layer is computed.
 """
 
 from __future__ import annotations
@@ -11,38 +12,30 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from shoehorn_vllm.hybrid.expert_repack import Repacker
 from shoehorn_vllm.hybrid.expert_slots import copy_kernel
+from shoehorn_vllm.hybrid.expert_store import ExpertStore
 
 if TYPE_CHECKING:
     from shoehorn_vllm.hybrid.expert_cache import ExpertCache, Run
 
-Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
-"""w13 [experts, K / 16, 4 * I] int32, its scales [experts, K / group, 2 * I], w2 [experts, I / 16, 2 * K] int32, its
-scales [experts, I / group, K]; or the same with slots in the place of experts."""
-
 _PROGRAMS = 16  # of one expert's copy: eight experts at a time reach 50 of 52 GB/s (H100, PCIe 5)
 _WORDS = 2048
-_HALVES = 2
+_STAGES = 2
 
 
-def slot_tensors(host: Tensors, slots: int, device: torch.device) -> Tensors:
-    """Allocate GPU memory for that many experts."""
-    first, second, third, fourth = (
-        torch.zeros(slots, *tensor.shape[1:], dtype=tensor.dtype, device=device) for tensor in host)
-    return first, second, third, fourth
-
-
-def copy(host: Tensors, gpu: Tensors, source: torch.Tensor, target: torch.Tensor, counters: torch.Tensor,
+def copy(store: ExpertStore, stage: torch.Tensor, source: torch.Tensor, counters: torch.Tensor, first: int,
          most: int) -> None:
-    """Copy experts `source[:n]` of the host to places `target[:n]` on the GPU, on the current stream.
+    """Copy experts `source[first:n]` of the host to the stage, on the current stream.
 
     Args:
-        counters: its fourth entry is n, at most `most`.
+        stage: uint8 [places, bytes of an expert].
+        counters: its fourth entry is n.
+        most: experts to copy, at most.
     """
-    words = [tensor.view(torch.int64).view(-1) for tensor in (*host, *gpu)]
-    sizes = [tensor[0].numel() * tensor.element_size() // 8 for tensor in host]
-    copy_kernel[(most, _PROGRAMS)](source, target, counters, *words, *sizes, PROGRAMS=_PROGRAMS, WORDS=_WORDS,
-                                   num_warps=8)
+    copy_kernel[(most, _PROGRAMS)](
+        source, counters, store.on_gpu.view(torch.int64).view(-1), stage.view(torch.int64).view(-1), first,
+        store.expert_bytes // 8, PROGRAMS=_PROGRAMS, WORDS=_WORDS, num_warps=8)
 
 
 @dataclass
@@ -53,57 +46,76 @@ class _Layer:
     listed: torch.Tensor
     maps: list[torch.Tensor]
     ready: torch.Event
-    filled: list[int] = field(default_factory=list)  # the halves in which the first waves are
+    filled: list[int] = field(default_factory=list)  # the stages in which the first waves are
 
 
 class Waves:
-    """The scratch buffers, the stream that fills them, and the order of the layers.
+    """The stages and the scratch, the stream that fills the stages, and the order of the layers.
+
+    Attributes:
+        scratch: a wave in the kernel's layout, by the tensors' names.
 
     Args:
-        host: experts of any layer; all have the same shapes.
-        size: experts in a buffer.
+        store: of any layer; all have the same shapes.
+        size: experts in a wave.
     """
 
-    def __init__(self, host: Tensors, size: int, device: torch.device) -> None:
-        self.buffers = [slot_tensors(host, size, device) for _ in range(_HALVES)]
+    def __init__(self, store: ExpertStore, size: int, device: torch.device) -> None:
+        self.repacker = Repacker(store, device)
+        self.scratch = self.repacker.allocate(size, device)
+        self._stages = [torch.zeros(size, store.expert_bytes, dtype=torch.uint8, device=device)
+                        for _ in range(_STAGES)]
         self._size = size
         self._stream = torch.Stream(device)
-        self._ready = [torch.Event("cuda") for _ in range(_HALVES)]
-        self._free = [torch.Event("cuda") for _ in range(_HALVES)]
+        self._ready = [torch.Event("cuda") for _ in range(_STAGES)]
+        self._free = [torch.Event("cuda") for _ in range(_STAGES)]
         for event in self._free:
             event.record(torch.cuda.current_stream(device))
         self._turn = 0
         self._caches: list[ExpertCache] = []
         self._next: _Layer | None = None
         self._places = torch.arange(size, dtype=torch.int32, device=device)
-        self._full = torch.tensor([0, 0, 0, size], device=device)
-        self._rest: dict[int, torch.Tensor] = {}  # by number of experts in the last wave
+        self._counts: dict[int, torch.Tensor] = {}  # counters by number of experts in a wave
+        self._count(size)
+
+    def _count(self, number: int) -> None:
+        self._counts.setdefault(number, torch.tensor([0, 0, 0, number], device=self._places.device))
 
     def add(self, cache: ExpertCache) -> None:
         """Append a layer."""
         self._caches.append(cache)
-        rest = (cache.experts - cache.slots) % self._size
-        self._rest.setdefault(rest, torch.tensor([0, 0, 0, rest], device=self._places.device))
+        self._count((cache.experts - cache.slots) % self._size)
+
+    def fetch(self, cache: ExpertCache, most: int) -> None:
+        """Copy a layer's listed experts into their slots, by way of the first stage, on the current stream."""
+        for first in range(0, most, self._size):
+            count = min(self._size, most - first)
+            copy(cache.store, self._stages[0], cache.source, cache.counters, first, count)
+            self.repacker.run(self._stages[0], cache.tensors, cache.target, cache.counters, first, count)
 
     def run(self, cache: ExpertCache, choices: torch.Tensor, kernel: Run) -> torch.Tensor:
         """The output of one layer for many tokens."""
         layer = self._next if self._next and self._next.cache is cache else self._prepared(cache)
         self._next = None
         current, tokens = torch.cuda.current_stream(), slice(0, choices.shape[0])
-        for wave in range(len(layer.filled), min(_HALVES, len(layer.maps))):
+        for wave in range(len(layer.filled), min(_STAGES, len(layer.maps))):
             self._fill(layer, wave)
-        output = kernel(tokens, choices, cache.slot_of, cache.experts, None)
+        output = kernel(tokens, choices, cache.slot_of, cache.experts, False)
         for wave, mapping in enumerate(layer.maps):
-            half = layer.filled[wave]
-            current.wait_event(self._ready[half])
-            output = output + kernel(tokens, choices, mapping, cache.experts, half)
-            self._free[half].record(current)
+            stage, count = layer.filled[wave], self._wave_size(cache, wave)
+            current.wait_event(self._ready[stage])
+            self.repacker.run(self._stages[stage], self.scratch, self._places, self._counts[count], 0, count)
+            self._free[stage].record(current)
             if len(layer.filled) < len(layer.maps):
                 self._fill(layer, len(layer.filled))
             else:
                 self._prefetch(cache)
+            output = output + kernel(tokens, choices, mapping, cache.experts, True)
         layer.listed.record_stream(self._stream)
         return output
+
+    def _wave_size(self, cache: ExpertCache, wave: int) -> int:
+        return min(self._size, cache.experts - cache.slots - wave * self._size)
 
     def _prefetch(self, cache: ExpertCache) -> None:
         """Begin the copies of the next layer; of the last layer none, since the next pass may be a small one."""
@@ -112,7 +124,7 @@ class Waves:
             if number == len(self._caches):
                 return
             self._next = self._prepared(self._caches[number])
-        if len(self._next.filled) < min(_HALVES, len(self._next.maps)):
+        if len(self._next.filled) < min(_STAGES, len(self._next.maps)):
             self._fill(self._next, len(self._next.filled))
 
     def _prepared(self, cache: ExpertCache) -> _Layer:
@@ -126,13 +138,13 @@ class Waves:
         return _Layer(cache, listed, maps, ready)
 
     def _fill(self, layer: _Layer, wave: int) -> None:
-        """Start the copy of a wave into the buffer whose turn it is."""
-        half, self._turn = self._turn, (self._turn + 1) % _HALVES
-        count = min(self._size, layer.cache.experts - layer.cache.slots - wave * self._size)
+        """Start the copy of a wave into the stage whose turn it is."""
+        stage, self._turn = self._turn, (self._turn + 1) % _STAGES
+        count = self._wave_size(layer.cache, wave)
         with self._stream:
             self._stream.wait_event(layer.ready)
-            self._stream.wait_event(self._free[half])
-            copy(layer.cache.host, self.buffers[half], layer.listed[wave * self._size:], self._places,
-                 self._full if count == self._size else self._rest[count], count)
-            self._ready[half].record(self._stream)
-        layer.filled.append(half)
+            self._stream.wait_event(self._free[stage])
+            copy(layer.cache.store, self._stages[stage], layer.listed[wave * self._size:], self._counts[count], 0,
+                 count)
+            self._ready[stage].record(self._stream)
+        layer.filled.append(stage)

@@ -36,7 +36,7 @@ _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 
 def allocate_like(data: torch.Tensor) -> torch.Tensor:
-    """Allocate uninitialized host memory of a tensor's size, stride and dtype, pinned where the engine pins.
+    """Allocate host memory of a tensor's size, stride and dtype, pinned where the engine pins: zeros from 64 KiB on.
 
     Args:
         data: of any device; at least one element.
@@ -44,8 +44,9 @@ def allocate_like(data: torch.Tensor) -> torch.Tensor:
     size = _span_bytes(data)
     buffer = _pin(size) if size >= _MIN_BYTES and should_pin_memory() else None
     if buffer is None:
-        return torch.empty_strided(data.size(), data.stride(), dtype=data.dtype, device="cpu",
-                                   pin_memory=should_pin_memory())
+        own = torch.empty_strided(data.size(), data.stride(), dtype=data.dtype, device="cpu",
+                                  pin_memory=should_pin_memory())
+        return own.zero_() if size >= _MIN_BYTES else own
     return buffer.view(data.dtype).as_strided(data.size(), data.stride())
 
 

@@ -26,6 +26,15 @@ def test_needed_experts_are_cached_and_least_recently_used_ones_evicted(seed: in
 
 
 @pytest.mark.contract
+def test_choices_are_divided_between_gpu_and_cpu_and_experts_are_repacked_as_by_vllm() -> None:
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("expert_share_check.py")), "1"], text=True, capture_output=True,
+        timeout=240, env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT / 'src'}:{TRITON}"})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("ok\n")
+
+
+@pytest.mark.contract
 def test_streamed_weights_are_unpacked_as_the_checkpoint_means_them() -> None:
     done = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("unpack_check.py"))], text=True, capture_output=True, timeout=240,

@@ -36,11 +36,6 @@ class Executor:
         self.weights.append(weights)
         return len(self.weights) - 1
 
-    @property
-    def host_bytes(self) -> int:
-        """Weights in host memory."""
-        return sum(each.nbytes for each in self.weights)
-
     def start(self, device: torch.device) -> None:
         """Allocate the buffers and start the threads, once all matrices are known."""
         self._device = device

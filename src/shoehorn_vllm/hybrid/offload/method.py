@@ -9,7 +9,6 @@ Source: vLLM 0.32.0, compressed_tensors.py `get_quant_method`; schemes/compresse
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -22,17 +21,16 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
     CompressedTensorsLinearMethod,
 )
 from vllm.model_executor.layers.quantization.compressed_tensors.schemes import CompressedTensorsWNA16
-from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 
+from shoehorn_vllm.hybrid import host_weights
 from shoehorn_vllm.hybrid.kernel.products import PackedWeights
 from shoehorn_vllm.hybrid.offload.executor import Executor
 from shoehorn_vllm.hybrid.offload.schedule import Level
 from shoehorn_vllm.patches import pinned_memory
 from shoehorn_vllm.patches.patch import Patch
 
-log = logging.getLogger("vllm.shoehorn_vllm")
 _executors: list[Executor] = []
 _disabled: list[bool] = []
 
@@ -73,7 +71,9 @@ class HostLinearMethod(CompressedTensorsLinearMethod):
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Take the weights as they are."""
         codes, scales = layer.get_parameter("weight_packed"), layer.get_parameter("weight_scale")
-        self.number = self.executor.add(PackedWeights(codes.data, scales.data))
+        weights = PackedWeights(codes.data, scales.data)
+        self.number = self.executor.add(weights)
+        host_weights.add(weights.nbytes)
 
     def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Return x @ weights.T + bias."""
@@ -98,17 +98,8 @@ def _get_quant_method(original: Callable[..., Any], config: CompressedTensorsCon
     if not _executors:
         _executors.append(Executor([Level(int(tokens), float(share)) for tokens, share in own["levels"]],
                                    int(own.get("buffers", 2))))
+        host_weights.when_loaded(lambda: _executors[0].start(torch.device("cuda", torch.cuda.current_device())))
     return HostLinearMethod(config, layer.scheme, _executors[0])
-
-
-def _load_model(original: Callable[..., nn.Module], *arguments: Any, **named: Any) -> nn.Module:
-    """Start the execution after the load, and report the bytes in host memory as vLLM does."""
-    model = original(*arguments, **named)
-    executor = _executors[0] if _executors and not _disabled else None
-    if executor:
-        executor.start(torch.device("cuda", torch.cuda.current_device()))
-        log.info("Total CPU offloaded parameters: %s", f"{executor.host_bytes / (1 << 30):.2f}")
-    return model
 
 
 def _load_draft_on_gpu(original: Callable[..., None], *arguments: Any) -> None:
@@ -122,7 +113,6 @@ def _load_draft_on_gpu(original: Callable[..., None], *arguments: Any) -> None:
 
 PATCHES = (
     Patch(CompressedTensorsConfig, "get_quant_method", _get_quant_method),
-    Patch(BaseModelLoader, "load_model", _load_model),
     Patch(DraftModelSpeculator, "load_model", _load_draft_on_gpu),
 )
 
