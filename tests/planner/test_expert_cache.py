@@ -9,8 +9,10 @@ from functools import cache
 import pytest
 
 from fakes import captured
+from shoehorn.hardware.types import Hardware, HostCompute
 from shoehorn.model import checkpoint
 from shoehorn.model.shape import ModelShape
+from shoehorn.planner import host_compute
 from shoehorn.planner.memory.model import MemoryModel
 from shoehorn.planner.plan import Plan
 from shoehorn.planner.serving_config import ExpertCacheOffload, UvaOffload
@@ -59,7 +61,7 @@ def test_only_symmetric_int4_in_groups_is_cacheable() -> None:
         assert not shape.experts.cacheable, change
     for name in captured.names():
         experts = checkpoint.read(captured.files(name)).experts
-        assert experts is None or not experts.cacheable, name
+        assert experts is None or experts.cacheable == name.startswith("gpt-oss"), name
 
 
 @pytest.mark.parametrize(("name", "layers", "size"), [
@@ -79,7 +81,7 @@ def test_experts_are_cached_where_they_do_not_fit() -> None:
     experts = converted().tensor_bytes.experts.bytes
     assert plan.offloaded_bytes == experts
     weights = MemoryModel(converted(), plan.config).weights
-    assert plan.vram[0].offload_buffer_bytes == (offload.slots * 48 + 2 * offload.scratch) * weights.expert_bytes
+    assert plan.vram[0].offload_buffer_bytes == (offload.slots * 48 + 3 * offload.scratch) * weights.expert_bytes
     assert plan.vram[0].weights_bytes < 2 * GIB
     assert plan.engine_args["moe-backend"] == "marlin"
     assert plan.engine_args["additional-config"]["shoehorn"]["experts"] == {  # type: ignore[index]
@@ -118,14 +120,93 @@ def test_given_options_disable_the_cache_and_uva_is_not_planned(options: str) ->
         assert not isinstance(plan.config.offload, ExpertCacheOffload | UvaOffload)
 
 
+def measured(compute: HostCompute | None, cpus: float = 16.0) -> Hardware:
+    """The machine with rates of its CPU kernel."""
+    return replace(EIGHT, host_compute=compute, cpus=cpus)
+
+
+def sharing(hardware: Hardware, shape: ModelShape | None = None, **settings: str) -> ExpertCacheOffload:
+    offload = planned(hardware, shape or converted(), **settings).config.offload
+    assert isinstance(offload, ExpertCacheOffload)
+    return offload
+
+
+DESKTOP, SLOW = HostCompute(65e9, 62e9, 40e9), HostCompute(12e9, 11e9, 6e9)
+
+
+def test_cpu_computes_experts_where_it_reads_faster_than_pcie_copies() -> None:
+    plan = planned(measured(DESKTOP), converted())
+    offload = plan.config.offload
+    assert isinstance(offload, ExpertCacheOffload)
+    assert offload.computed >= 32
+    assert plan.engine_args["additional-config"]["shoehorn"]["experts"] == {  # type: ignore[index]
+        "slots": offload.slots, "scratch": offload.scratch, "divided": 0, "computed": offload.computed}
+    assert with_options(plan.config, plan.engine_args).offload == offload
+    assert plan.config.speculation.draft_tokens == 0, "a pass of several tokens reads more experts"
+    assert plan.config.capture_limit
+    assert not plan.config.eager
+    document = plan.to_json()
+    assert document["placement"][1]["executed"] == ["cpu", "gpu0"]  # type: ignore[index]
+    assert any("CPU computes the others" in reason.text for reason in plan.reasons)
+    copying = planned(EIGHT, converted())
+    assert plan.expected_tokens_per_second["batch_1"] > 1.5 * copying.expected_tokens_per_second["batch_1"]
+    assert plan.host_bytes == copying.host_bytes, "one copy of the experts"
+
+
+@pytest.mark.parametrize(("hardware", "settings"), [
+    (measured(None), {}), (measured(SLOW), {}), (measured(DESKTOP, 3.0), {}),
+    (measured(DESKTOP), {"CPU_COMPUTE": "off"}),
+    (replace(measured(DESKTOP), gpus=tuple(replace(gpu, compute_capability=(7, 5)) for gpu in EIGHT.gpus)), {})])
+def test_experts_are_copied_otherwise(hardware: Hardware, settings: dict[str, str]) -> None:
+    assert sharing(hardware, **settings).computed == 0
+
+
+def test_computed_passes_are_the_smaller_the_faster_pcie_is() -> None:
+    experts = converted().experts
+    assert experts
+    limits = [host_compute.computed_tokens(DESKTOP, pcie, experts) for pcie in (6e9, 12e9, 25e9, 50e9, 100e9)]
+    assert limits == sorted(limits, reverse=True)
+    assert limits[0] > limits[-1] == 0
+
+
+def test_experts_need_less_memory_on_the_gpu_where_the_cpu_computes() -> None:
+    small = machine(("NVIDIA GeForce RTX 4060", 3.3), ram=64)
+    offload = sharing(replace(small, host_compute=DESKTOP))
+    assert offload.slots < 8, "fewer than a token chooses"
+
+
+def test_experts_in_mxfp4_are_cached() -> None:
+    shape = checkpoint.read(captured.files("gpt-oss-20b"))
+    offload = sharing(measured(DESKTOP), shape)
+    assert offload.computed
+    weights = MemoryModel(shape, planned(measured(DESKTOP), shape).config).weights
+    assert weights.expert_layers == 24
+    padded = 3 * 3072 * 2944 * (1 / 2 + 1 / 32)
+    assert weights.expert_bytes == pytest.approx(padded, rel=0.005), "biases besides"
+
+
+def test_step_down_reduces_the_slots_of_shared_experts() -> None:
+    start = MemoryModel(converted(), planned(measured(DESKTOP), converted()).config)
+    step = StepDown(start, _OTHERS, {}, EIGHT.gpus[0].total_bytes, EIGHT.host_memory_bytes).next_step(
+        FailedStart(is_memory=True, missing_bytes=400 << 20), 0)
+    assert step
+    before, after = start.config.offload, with_options(start.config, step.options).offload
+    assert isinstance(before, ExpertCacheOffload)
+    assert isinstance(after, ExpertCacheOffload)
+    assert after.slots < before.slots
+    assert after.computed == before.computed
+
+
+_OTHERS = frozenset({"gpu-memory-utilization", "max-num-batched-tokens", "max-num-seqs", "max-model-len",
+                     "max-cudagraph-capture-size", "enforce-eager"})
+
+
 def test_step_down_reduces_the_slots() -> None:
     plan = planned(EIGHT, converted())
     before = plan.config.offload
     assert isinstance(before, ExpertCacheOffload)
-    others = frozenset({"gpu-memory-utilization", "max-num-batched-tokens", "max-num-seqs", "max-model-len",
-                        "max-cudagraph-capture-size", "enforce-eager"})
     start = MemoryModel(converted(), plan.config)
-    step = StepDown(start, others, {}, EIGHT.gpus[0].total_bytes, EIGHT.host_memory_bytes).next_step(
+    step = StepDown(start, _OTHERS, {}, EIGHT.gpus[0].total_bytes, EIGHT.host_memory_bytes).next_step(
         FailedStart(is_memory=True, missing_bytes=400 << 20), 0)
     assert step
     after = with_options(plan.config, step.options)

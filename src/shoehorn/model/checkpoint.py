@@ -120,7 +120,8 @@ def shape_of(config: Mapping[str, Any], tensors: Iterable[Tensor], disk_bytes: i
         kv_cache_dtype=kv_cache_dtype(quantized), kv_layers=caches.kv, state_layers=caches.states,
         block_size=caches.block_size, tensor_bytes=groups,
         weights_bytes=sum(tensor.bytes for tensor in tensors), disk_bytes=disk_bytes,
-        experts=_experts(text, groups, quantized, hidden, (grouped.expert_scale_bytes, grouped.expert_zero_bytes)),
+        experts=_experts(text, groups, quantized, hidden, architecture,
+                         (grouped.expert_scale_bytes, grouped.expert_zero_bytes)),
         absorbed_parameters=layers * latent * heads * (_count(text, "qk_nope_head_dim", 128)
                                                        + _count(text, "v_head_dim", 128)) if latent else 0,
         notes=tuple(notes), unreadable=_unreadable(quantized),
@@ -160,15 +161,16 @@ def _unreadable(quantized: Mapping[str, Any]) -> str:
 
 
 def _experts(text: Mapping[str, Any], groups: TensorBytes, quantized: Mapping[str, Any], hidden: int,
-             group_bytes: tuple[int, int]) -> Experts | None:
+             architecture: str, group_bytes: tuple[int, int]) -> Experts | None:
     """Return the mixture of experts; None for a dense model."""
     count = text.get("num_experts") or 0
     if not count or not groups.experts.bytes:
         return None
     width = _count(text, "moe_intermediate_size", _count(text, "intermediate_size", 1))
     group_size = quantized.get("group_size") if quantized.get("quant_method") in ("awq", "gptq") else 0
-    return Experts(count, _count(text, "num_experts_per_tok", 2), width,
-                   _is_symmetric_int4(quantized) and not width % _EXPERT_WIDTH and not hidden % _EXPERT_WIDTH,
+    int4 = _is_symmetric_int4(quantized) and not width % _EXPERT_WIDTH and not hidden % _EXPERT_WIDTH
+    mxfp4 = quantized.get("quant_method") == "mxfp4" and architecture == "GptOssForCausalLM"
+    return Experts(count, _count(text, "num_experts_per_tok", 2), width, int4 or mxfp4,
                    max(0, group_size) if type(group_size) is int else 0, group_bytes[0],
                    group_bytes[1], quantized.get("quant_method") == "gptq" and bool(quantized.get("sym")))
 

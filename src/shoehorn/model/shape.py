@@ -55,8 +55,8 @@ class Experts:
         group_size: weights that share a scale, of AWQ and GPTQ; 0 for other formats.
         scale_bytes, zero_bytes: of such groups, of all layers.
         symmetric: the zeros are all alike.
-        cacheable: in the format that the engine plugin's cache of experts serves: compressed-tensors, symmetric INT4 in
-            groups, of widths that need no padding.
+        cacheable: in a format that the engine plugin's cache of experts serves: compressed-tensors, symmetric INT4 in
+            groups, of widths that need no padding; or gpt-oss' MXFP4.
     """
 
     count: int

@@ -59,7 +59,8 @@ def without_offload_bound(options: OptionSet, open_fields: frozenset[Field], mod
 def _reason(option: str, model: MemoryModel, chosen: Candidate | None, code_without_search: str) -> _Code:
     """Code and parameters of the reason of one option that was left open."""
     if option in _EXPERT_CACHE and isinstance(model.config.offload, ExpertCacheOffload):
-        return _EXPERT_CACHE[option], _cache_params(model)
+        code = _EXPERT_CACHE[option]
+        return _COMPUTED.get(code, code) if model.config.offload.computed else code, _cache_params(model)
     if option in _HYBRID and isinstance(model.config.offload, HybridOffload):
         return _HYBRID[option], {"offloaded": format_size(model.offloaded.stage_bytes(0)),
                                  "most": model.config.offload.captured,
@@ -81,7 +82,7 @@ def _cache_params(model: MemoryModel) -> Mapping[str, object]:
     if not isinstance(offload, ExpertCacheOffload) or not experts:
         return {}
     return {"offloaded": format_size(model.offloaded.stage_bytes(0)), "slots": offload.slots, "experts": experts.count,
-            "most": model.config.capture_limit}
+            "most": model.config.capture_limit, "computed": offload.computed}
 
 
 def _quantization(model: MemoryModel, chosen: Candidate) -> _Code:
@@ -115,6 +116,9 @@ def _requests(chosen: Candidate) -> str:
 _EXPERT_CACHE = {"additional-config": "expert-cache", "moe-backend": "expert-kernel",
                  "compilation-config": "expert-graphs", "max-cudagraph-capture-size": "expert-capture"}
 """Codes of the reasons of options that the cache of experts needs."""
+
+_COMPUTED = {"expert-cache": "expert-sharing", "expert-capture": "expert-sharing-capture"}
+"""The same codes where the CPU computes experts."""
 
 _HYBRID = {"additional-config": "hybrid", "compilation-config": "expert-graphs",
            "max-cudagraph-capture-size": "hybrid-capture"}

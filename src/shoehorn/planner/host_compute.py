@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from shoehorn.hardware.kernel_probe import LEAST_CPUS
 from shoehorn.hardware.types import Gpu, HostCompute
-from shoehorn.model.shape import ModelShape
+from shoehorn.model.shape import Experts, ModelShape
 from shoehorn.planner.serving_config import ComputeLevel, streamed_share
 
 DRAFT_COST = 1.3
@@ -28,6 +28,15 @@ bench/results/hybrid-h200.json)."""
 _PASSES = (1, 2, 4, 8, 16, 32)
 """Tokens of forward passes that a level is computed for; larger ones are streamed."""
 
+_EXPERT_PASSES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+"""The same for experts, of which each token reads few."""
+
+EXPERT_SHARE = 0.8
+"""Share of the kernel's rate for large matrices that it reaches with experts, which are small."""
+
+EXPERT_COPY_SHARE = 0.91
+"""Share of the PCIe bandwidth that copies of experts reach (an H100, bench/results/expert-cache-h100.json)."""
+
 _STEPS = 20
 _NEARLY = 0.97
 """Of shares that are nearly as fast as the best one, the smallest is chosen: it leaves PCIe free, and passes that
@@ -38,6 +47,39 @@ def is_supported(shape: ModelShape, cpus: float, gpu: Gpu) -> bool:
     """Return whether CPU and GPU can share the layers of a model in host memory: dense ones in INT4."""
     return (shape.understood and shape.symmetric_int4 and shape.experts is None and shape.dtype == "bfloat16"
             and cpus >= LEAST_CPUS and gpu.compute_capability >= _CAPABILITY)
+
+
+def computes_experts(shape: ModelShape, cpus: float, gpu: Gpu) -> bool:
+    """Return whether the CPU can compute a mixture's experts in host memory: in the cache's formats and groups."""
+    return (shape.understood and shape.experts is not None and shape.experts.cacheable
+            and (shape.symmetric_int4 or shape.quantization == "mxfp4") and shape.dtype == "bfloat16"
+            and cpus >= LEAST_CPUS and gpu.compute_capability >= _CAPABILITY)
+
+
+def computed_tokens(compute: HostCompute, pcie: float, experts: Experts) -> int:
+    """Choose the largest forward pass whose experts in host memory the CPU computes instead of copying them.
+
+    0 where PCIe is as fast for a single token.
+
+    Args:
+        pcie: bandwidth in bytes a second.
+    """
+    copying = pcie * EXPERT_COPY_SHARE
+    if expert_rate(compute, experts, 1) <= copying:
+        return 0
+    return max(tokens for tokens in _EXPERT_PASSES
+               if expert_rate(compute, experts, tokens) >= copying * touched(experts, tokens))
+
+
+def expert_rate(compute: HostCompute, experts: Experts, tokens: int) -> float:
+    """Estimate at how many bytes of chosen experts a second the CPU advances."""
+    each = tokens * experts.per_token / (experts.count * touched(experts, tokens))
+    return EXPERT_SHARE * cpu_rate(compute, max(1, each))
+
+
+def touched(experts: Experts, tokens: int) -> float:
+    """Share of a layer's experts that some of the tokens choose, if all are chosen equally often."""
+    return 1 - (1 - experts.per_token / experts.count) ** tokens
 
 
 def levels(compute: HostCompute, pcie: float) -> tuple[ComputeLevel, ...]:
@@ -76,6 +118,6 @@ def rate(compute: HostCompute, pcie: float, tokens: int, streamed: float) -> flo
     return _BOTH_SHARE / max(copying, multiplying, 1 / compute.read_bytes_per_second)
 
 
-def cpu_rate(compute: HostCompute, tokens: int) -> float:
+def cpu_rate(compute: HostCompute, tokens: float) -> float:
     """Estimate the kernel's bytes of weights a second: limited by host memory, then by arithmetic."""
     return min(compute.bytes_per_second_1, compute.bytes_per_second_8 * 8 / tokens)

@@ -67,7 +67,9 @@ def place_on_gpus(model: MemoryModel) -> Placement:
     if isinstance(model.config.offload, ExpertCacheOffload):
         everywhere, gpu = tuple(range(model.shape.layers)), (gpu_name(0),)
         mixtures = everywhere[len(everywhere) - model.weights.expert_layers:]
-        return Placement((LayerGroup(everywhere, gpu, gpu, "rest"), LayerGroup(mixtures, (CPU, *gpu), gpu, "experts")))
+        both = (CPU, *gpu)
+        return Placement((LayerGroup(everywhere, gpu, gpu, "rest"), LayerGroup(
+            mixtures, both, both if model.config.offload.computed else gpu, "experts")))
     tensor, groups = model.config.parallelism.tensor, []
     for stage in range(model.config.parallelism.pipeline):
         gpus = tuple(gpu_name(stage * tensor + rank) for rank in range(tensor))

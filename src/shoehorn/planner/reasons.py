@@ -70,6 +70,10 @@ TEXTS: Mapping[str, str] = {
     "prefetch-steps": "one layer executes while the next one is copied",
     "expert-cache": "all experts ({offloaded}) in host memory, {slots} of {experts} in each layer on the GPU too: "
                     "only missing ones that a token needs cross PCIe",
+    "expert-sharing": "all experts ({offloaded}) in host memory, {slots} of {experts} in each layer on the GPU too: "
+                      "the CPU computes the others for forward passes of up to {computed} tokens, since it reads "
+                      "host memory faster than PCIe copies it; larger passes copy them",
+    "expert-sharing-capture": "forward passes that the CPU takes part in, up to twice the requests",
     "expert-kernel": "the kernel of the cached experts",
     "expert-graphs": "CUDA graphs of whole forward passes, without torch.compile",
     "expert-capture": "largest forward pass that copies only the missing experts that it needs",

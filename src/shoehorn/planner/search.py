@@ -26,7 +26,7 @@ from shoehorn.planner.load_tiers import (
 from shoehorn.planner.memory.activations import captured_sizes
 from shoehorn.planner.memory.model import MemoryModel
 from shoehorn.planner.serving_config import ComputeLevel, ExpertCacheOffload, HybridOffload, ServingConfig, Speculation
-from shoehorn.planner.throughput import divided_tokens
+from shoehorn.planner.throughput import divided_tokens, least_slots
 from shoehorn.planner.vllm_args import NGRAM, Field
 
 DRAFT_TOKENS = int(str(NGRAM["num_speculative_tokens"]))
@@ -74,6 +74,7 @@ class SearchSpace:
         host_memory_bytes: 0 where unknown; it then bounds nothing.
         may_quantize: the model can be quantized while it is loaded.
         may_cache_experts: options and GPUs permit the cache of experts.
+        computed_tokens: of the largest forward pass whose experts in host memory the CPU computes; 0 for none.
         levels: of hybrid execution; empty where options and machine do not permit it.
         draft_tokens: of n-gram lookup per request, at most: what a forward pass of that size costs decides it.
     """
@@ -85,6 +86,7 @@ class SearchSpace:
     host_memory_bytes: int
     may_quantize: bool
     may_cache_experts: bool = False
+    computed_tokens: int = 0
     levels: tuple[ComputeLevel, ...] = ()
     draft_tokens: int = DRAFT_TOKENS
 
@@ -149,25 +151,27 @@ def expert_cache(space: SearchSpace) -> Iterator[Candidate]:
     start = replace(space.start, embedding_on_host=not space.shape.tied_embeddings)
     for load in (CONTEXT_4K, *SMALL_TIERS):
         config = at_load(start, load, space.open_fields)
-        least = MemoryModel(space.shape, _cached(space, config, experts, experts.per_token))
+        fewest = least_slots(experts, space.computed_tokens)
+        least = MemoryModel(space.shape, _cached(space, config, experts, fewest))
         slot_bytes = max(1, least.weights.expert_layers * least.weights.expert_bytes)
         for requests in (2, 1):
             more = max(0, -least.missing_bytes(requests)) // slot_bytes
-            slots = min(experts.count, experts.per_token + more)
+            slots = min(experts.count, fewest + more)
             cached = _cached(space, config, experts, slots)
-            while slots > experts.per_token and least.with_config(cached).missing_bytes(requests) > 0:
+            while slots > fewest and least.with_config(cached).missing_bytes(requests) > 0:
                 slots -= 1  # more graphs are captured than with the fewest slots
                 cached = _cached(space, config, experts, slots)
             yield Candidate(cached, PlacementTier.EXPERT_CACHE, requests)
 
 
 def _cached(space: SearchSpace, config: ServingConfig, experts: Experts, slots: int) -> ServingConfig:
-    """Copy with that many slots of every layer; CUDA graphs for forward passes that do not copy all experts."""
-    divided = divided_tokens(experts, slots)
-    cached = replace(config, offload=ExpertCacheOffload(slots, max(1, min(32, experts.count // 4)), divided))
+    """Copy with that many slots of every layer; CUDA graphs of forward passes that do not copy all experts."""
+    computed = space.computed_tokens
+    divided = 0 if computed else divided_tokens(experts, slots)
+    cached = replace(config, offload=ExpertCacheOffload(slots, max(1, min(16, experts.count // 4)), divided, computed))
     if Field.CAPTURE in space.open_fields:
         cached = replace(cached, capture_limit=captured_sizes(replace(
-            cached, capture_limit=min(divided, 2 * config.limits.max_num_seqs)))[-1])
+            cached, capture_limit=min(computed or divided, 2 * config.limits.max_num_seqs)))[-1])
     return cached
 
 

@@ -87,17 +87,20 @@ class PrefetchOffload:
 
 @dataclass(frozen=True)
 class ExpertCacheOffload:
-    """All experts in host memory, and copies of `slots` recently used ones of every layer on the GPU.
+    """All experts in host memory, and copies of `slots` of every layer on the GPU.
 
     Attributes:
-        scratch: experts in each of the two buffers of large forward passes.
+        scratch: experts in each of the three buffers of large forward passes.
         divided: tokens of the largest forward pass that is divided into parts whose choices fit into the slots; larger
             ones copy every expert that has no slot.
+        computed: tokens of the largest forward pass whose experts without a slot the CPU computes; 0 where all of them
+            are copied.
     """
 
     slots: int
     scratch: int
     divided: int
+    computed: int = 0
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,7 @@ def configure(inputs: PlanInputs, options: OptionSet, limits: tuple[int, ...]) -
     space = SearchSpace(inputs.shape, start, fields, bound, inputs.hardware.host_memory_bytes,
                         may_quantize=inputs.shape.understood and not inputs.shape.quantization,
                         may_cache_experts=_may_cache_experts(inputs, options))
-    space = _with_hybrid(space, inputs, options)
+    space = _with_hybrid(_with_computed_experts(space, inputs), inputs, options)
     chosen = search(space)
     config = chosen.config if chosen else smallest(space)
     return Configured(options, fields, MemoryModel(inputs.shape, config), chosen)
@@ -113,6 +113,16 @@ def _may_cache_experts(inputs: PlanInputs, options: OptionSet) -> bool:
             and options.integer("tensor-parallel-size", 1) * options.integer("pipeline-parallel-size", 1) == 1
             and not own & options.values.keys()
             and all(gpu.compute_capability >= _MARLIN for gpu in inputs.hardware.gpus if any(gpu.compute_capability)))
+
+
+def _with_computed_experts(space: SearchSpace, inputs: PlanInputs) -> SearchSpace:
+    """Let the CPU compute experts in host memory, where it is faster than copying them."""
+    compute, gpus, experts = inputs.hardware.host_compute, inputs.hardware.gpus, inputs.shape.experts
+    if not space.may_cache_experts or compute is None or experts is None or inputs.settings.cpu_compute != "auto" or \
+            not all(host_compute.computes_experts(inputs.shape, inputs.hardware.cpus, gpu) for gpu in gpus):
+        return space
+    pcie = min(gpu_specs.host_to_device_bandwidth(gpu)[0] for gpu in gpus)
+    return replace(space, computed_tokens=host_compute.computed_tokens(compute, pcie, experts))
 
 
 def _with_hybrid(space: SearchSpace, inputs: PlanInputs, options: OptionSet) -> SearchSpace:

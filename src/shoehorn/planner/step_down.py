@@ -19,7 +19,7 @@ from shoehorn.planner.memory.activations import captured_sizes
 from shoehorn.planner.memory.model import CONTEXT_BYTES, MemoryModel
 from shoehorn.planner.search import with_fewer_graphs
 from shoehorn.planner.serving_config import ExpertCacheOffload, HybridOffload, ServingConfig
-from shoehorn.planner.throughput import divided_tokens
+from shoehorn.planner.throughput import divided_tokens, least_slots
 from shoehorn.planner.vllm_args import KNOBS, Field, offload_options
 
 MAX_STEPS = 5
@@ -176,10 +176,10 @@ class StepDown:
         """Yield configurations with more and more offloaded layers, as far as host memory allows."""
         offload, experts = start.config.offload, start.shape.experts
         if isinstance(offload, ExpertCacheOffload) and experts:
-            for slots in range(offload.slots - 1, experts.per_token - 1, -1):
-                divided = divided_tokens(experts, slots)
+            for slots in range(offload.slots - 1, least_slots(experts, offload.computed) - 1, -1):
+                divided = 0 if offload.computed else divided_tokens(experts, slots)
                 most = captured_sizes(replace(start.config, capture_limit=min(
-                    start.config.capture_limit or divided, divided)))[-1]
+                    start.config.capture_limit or 512, offload.computed or divided)))[-1]
                 yield replace(start.config, offload=replace(offload, slots=slots, divided=divided), capture_limit=most)
             return
         levels = offload.levels if isinstance(offload, HybridOffload) else ()

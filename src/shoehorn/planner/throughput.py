@@ -34,9 +34,8 @@ _UVA_SHARE, _UVA_GAIN, _UVA_GAIN_NF4 = 0.91, 8.0, 5.1
 _PREFETCH_SHARE = 0.985
 """Prefetch offload: share of the PCIe bandwidth, for eight requests as for one."""
 
-_CACHE_SHARE, _CACHE_SECONDS = 0.91, 12e-6
-"""Cache of experts: share of the PCIe bandwidth that its copies reach, and time of its two kernels in every layer (an
-H100, bench/results/expert-cache-h100.json)."""
+_CACHE_SECONDS = 12e-6
+"""Cache of experts: time of its two kernels in every layer (an H100, bench/results/expert-cache-h100.json)."""
 
 _HOP_SECONDS, _EAGER_HOP_SECONDS = 33e-6, 65e-6
 """Hybrid execution: time of a matrix on the CPU besides its bytes: copies, request and answer (an H200 host,
@@ -161,8 +160,13 @@ def _pass_seconds(model: MemoryModel, speeds: Bandwidths, requests: int) -> floa
         ahead = model.offloaded.layers * (per_layer if eager else 0)  # the host starts kernels while the stream waits
         return (max(waiting + model.offloaded.layers * hop, ahead) + resident / bandwidth
                 + (layers - model.offloaded.layers * eager) * per_layer)
+    if isinstance(config.offload, ExpertCacheOffload) and model.shape.experts and speeds.host and \
+            requests <= config.offload.computed:
+        computing = streamed / host_compute.expert_rate(speeds.host, model.shape.experts, requests)
+        return (computing + resident / bandwidth + layers * per_layer
+                + model.weights.expert_layers * (_EAGER_HOP_SECONDS if eager else _HOP_SECONDS))
     if isinstance(config.offload, ExpertCacheOffload):
-        return (streamed / speeds.pcie / _CACHE_SHARE + resident / bandwidth + layers * per_layer
+        return (streamed / speeds.pcie / host_compute.EXPERT_COPY_SHARE + resident / bandwidth + layers * per_layer
                 + model.weights.expert_layers * _CACHE_SECONDS)
     gain = _UVA_GAIN_NF4 if weights_format.is_nf4 else _UVA_GAIN
     copying = streamed / speeds.pcie / _UVA_SHARE * (1 if requests <= _FEW else 8 / gain)
@@ -176,7 +180,7 @@ def moved_bytes(model: MemoryModel, requests: int = 1) -> tuple[int, int]:
     """Count the bytes that one GPU reads for one forward pass: (over PCIe, from its own memory).
 
     Of a mixture's experts only those that some token passes are read from the GPU's memory; layers that are offloaded
-    whole are read whole: over PCIe, or by the CPU in hybrid execution.
+    whole are read whole: over PCIe, or by the CPU in hybrid execution. What the CPU computes counts as over PCIe.
     """
     shape, weights = model.shape, model.weights
     active = 1.0
@@ -187,11 +191,13 @@ def moved_bytes(model: MemoryModel, requests: int = 1) -> tuple[int, int]:
         active = (groups.linears.bytes + touched * groups.experts.bytes) / max(1, whole)
     offloaded = model.offloaded.rank_bytes
     if isinstance(model.config.offload, ExpertCacheOffload) and shape.experts:
-        copied = copied_experts(shape.experts, model.config.offload.slots, requests)
-        computed = round(shape.experts.count * (1 - (1 - shape.experts.per_token / shape.experts.count) ** requests))
-        each = weights.expert_layers * weights.expert_bytes
-        return round(copied * each), (weights.layers_bytes - offloaded + computed * each + weights.head_bytes
-                                      + weights.other_bytes)
+        slots, each = model.config.offload.slots, weights.expert_layers * weights.expert_bytes
+        chosen = round(shape.experts.count * host_compute.touched(shape.experts, requests))
+        there = weights.layers_bytes - offloaded + weights.head_bytes + weights.other_bytes
+        if requests <= model.config.offload.computed:
+            absent = 1 - slots / shape.experts.count
+            return round(chosen * absent * each), there + round(chosen * (1 - absent) * each)
+        return round(copied_experts(shape.experts, slots, requests) * each), there + chosen * each
     whole = isinstance(model.config.offload, PrefetchOffload | HybridOffload)
     streamed = offloaded if whole else round(offloaded * active)
     resident = round((weights.layers_bytes - offloaded + weights.quant_state_bytes) * active)
@@ -208,7 +214,7 @@ def copied_experts(experts: Experts, slots: int, tokens: int) -> float:
     if tokens > divided_tokens(experts, slots):
         return absent
     whole, rest = divmod(tokens, most)
-    return min(absent, absent * (whole * _touched(experts, most) + _touched(experts, rest)))
+    return min(absent, absent * (whole * host_compute.touched(experts, most) + host_compute.touched(experts, rest)))
 
 
 def divided_tokens(experts: Experts, slots: int) -> int:
@@ -217,9 +223,9 @@ def divided_tokens(experts: Experts, slots: int) -> int:
     Its parts together copy less than `_WORTHWHILE` of what a pass copies that takes every expert without a slot.
     """
     most = max(1, slots // experts.per_token)
-    return most * max(1, math.floor(_WORTHWHILE / _touched(experts, most)))
+    return most * max(1, math.floor(_WORTHWHILE / host_compute.touched(experts, most)))
 
 
-def _touched(experts: Experts, tokens: int) -> float:
-    """Share of a layer's experts that some of the tokens choose."""
-    return 1 - (1 - experts.per_token / experts.count) ** tokens
+def least_slots(experts: Experts, computed: int) -> int:
+    """Fewest slots of a layer: the choices of a token where absent experts are copied, else one."""
+    return 1 if computed else experts.per_token

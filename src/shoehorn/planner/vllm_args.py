@@ -96,8 +96,9 @@ def _own_options(config: ServingConfig) -> object:
     """Options of the engine plugin, in vLLM's `additional-config`."""
     own: dict[str, object] = {"embedding": "host"} if config.embedding_on_host else {}
     if isinstance(config.offload, ExpertCacheOffload):
+        computed = {"computed": config.offload.computed} if config.offload.computed else {}
         own["experts"] = {"slots": config.offload.slots, "scratch": config.offload.scratch,
-                          "divided": config.offload.divided}
+                          "divided": config.offload.divided, **computed}
     if isinstance(config.offload, HybridOffload):
         own["hybrid"] = {"group": config.offload.group, "last": config.offload.last, "buffers": config.offload.buffers,
                          "levels": [[level.tokens, level.streamed] for level in config.offload.levels]}
@@ -116,8 +117,8 @@ def _read_own_options(config: ServingConfig, value: Any, options: Mapping[str, o
     if not isinstance(experts, dict):
         return config
     slots = int(experts["slots"])
-    return replace(config, offload=ExpertCacheOffload(slots, int(experts.get("scratch", 16)),
-                                                      int(experts.get("divided", 0))))
+    return replace(config, offload=ExpertCacheOffload(slots, int(experts.get("scratch", 16)), *(
+        int(experts.get(name, 0)) for name in ("divided", "computed"))))
 
 
 def _with_expert_cache(value: object) -> Callable[[ServingConfig], object]:

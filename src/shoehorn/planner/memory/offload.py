@@ -42,7 +42,7 @@ class OffloadedWeights:
         if isinstance(offload, PrefetchOffload | HybridOffload):
             return stored * self.layers // self.weights.shape.layers
         if isinstance(offload, ExpertCacheOffload):  # never divided over GPUs
-            return self.weights.shape.tensor_bytes.experts.bytes
+            return self.weights.experts_bytes
         return min(stored, offload.bytes) if isinstance(offload, UvaOffload) else 0
 
     @property
@@ -71,7 +71,7 @@ class OffloadedWeights:
         """Buffers on each GPU for layers that are copied there, or for cached experts."""
         offload = self.weights.config.offload
         if isinstance(offload, ExpertCacheOffload):
-            return (offload.slots * self.weights.expert_layers + 2 * offload.scratch) * self.weights.expert_bytes
+            return (offload.slots * self.weights.expert_layers + 3 * offload.scratch) * self.weights.expert_bytes
         if isinstance(offload, HybridOffload):
             largest = max((*self.weights.fused_tensors_bytes, 0))
             return offload.buffers * largest + _UNPACKED_BYTES if self.layers else 0

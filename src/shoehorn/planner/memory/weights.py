@@ -115,6 +115,8 @@ class Weights:
         shape, stored = self.shape, self.shape.tensor_bytes.experts
         if not shape.experts or not shape.experts.cacheable:
             return 0
+        if shape.quantization == "mxfp4":  # of gpt-oss, in every layer
+            return shape.layers
         each = 3 * shape.hidden * shape.experts.intermediate * shape.experts.count
         return max(1, round(4 * (stored.bytes - 2 * stored.parameters) / each))
 
@@ -123,7 +125,12 @@ class Weights:
         """Size of one cacheable expert of one layer."""
         if not self.shape.experts or not self.expert_layers:
             return 0
-        return self.divided(self.shape.tensor_bytes.experts.bytes) // (self.expert_layers * self.shape.experts.count)
+        return self.divided(self.experts_bytes) // (self.expert_layers * self.shape.experts.count)
+
+    @property
+    def experts_bytes(self) -> int:
+        """Experts of all layers, with the padding of those in MXFP4."""
+        return self.shape.tensor_bytes.experts.bytes + self._expert_padding_bytes
 
     @cached_property
     def fused_tensors_bytes(self) -> tuple[int, ...]:
