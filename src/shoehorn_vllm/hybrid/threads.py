@@ -19,5 +19,6 @@ def start() -> None:
     """Start the threads once in this process."""
     if team.current() is None:
         started = team.start(reserved=0, allowed=_allowed[0] if _allowed else None)
+        team.watch(0, started.choice.allowed)
         logger.info("CPU kernel started isa=%s threads=%d cpus=%s", library.default_isa().name.lower(),
                     len(started.cpus), ",".join(map(str, started.cpus)))

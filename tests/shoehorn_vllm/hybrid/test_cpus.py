@@ -7,17 +7,7 @@ from pathlib import Path
 import pytest
 
 from shoehorn_vllm.hybrid.kernel import cpus
-
-
-def machine(root: Path, siblings: dict[int, str], slow: str = "", nodes: dict[int, str] | None = None,
-            files: dict[str, str] | None = None) -> Path:
-    written = {f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list": text for cpu, text in siblings.items()}
-    written |= {f"sys/devices/system/node/node{node}/cpulist": text for node, text in (nodes or {}).items()}
-    written |= {"sys/devices/cpu_atom/cpus": slow, **(files or {})}
-    for name, text in written.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text(text + "\n")
-    return root
+from support.cpu_tree import machine
 
 
 def test_one_thread_a_core_and_some_cores_left_free(tmp_path: Path) -> None:

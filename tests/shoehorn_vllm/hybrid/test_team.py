@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
@@ -11,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from shoehorn_vllm.hybrid.kernel import library, products, team
+from shoehorn_vllm.hybrid.kernel import cpus, library, products, team
+from support.cpu_tree import machine
 from support.kernel_reference import activations, matrix
 
 SCRIPT = """
@@ -135,3 +137,59 @@ def test_invalid_numbers_are_refused() -> None:
     with pytest.raises(library.KernelError, match="invalid arguments"):
         team.start(reserved=0, threads=1000)
     assert library.load().pool_inject(1, 10) < 0
+
+
+def test_team_follows_the_cpus_of_a_cgroup_that_shrinks_and_grows(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.delenv("SHOEHORN_CPU_THREADS", raising=False)
+    root = machine(tmp_path, {cpu: str(cpu) for cpu in range(4)}, files={"proc/self/cgroup": "0::/a"})
+    quota = root / "sys/fs/cgroup/a/cpu.max"
+    quota.parent.mkdir(parents=True)
+    quota.write_text("max 100000")
+    source, x = matrix((512, 256), 32, 1), activations(3, 256, 1)
+    weights = products.PackedWeights(source.codes, source.scales)
+    right = products.linear(weights, x)
+    team.start(0, choice=cpus.choose(range(4), 0, root))
+    assert not team.adapt(range(4), 0, root), "nothing changed"
+    for allowed, limit, threads in ((range(4), "200000 100000", 2), (range(4), "max 100000", 4),
+                                    (range(3), "max 100000", 3), ([3], "max 100000", 1)):
+        quota.write_text(limit)
+        assert team.adapt(allowed, 0, root)
+        assert library.load().pool_threads() == threads
+        assert torch.equal(products.linear(weights, x), right)
+    assert "before=4 now=2 quota=2.0" in caplog.text
+    monkeypatch.setenv("SHOEHORN_CPU_THREADS", "2")
+    assert not team.adapt(range(4), 0, root), "the number is given"
+    team.stop()
+    assert not team.adapt(range(4), 0, root), "no team"
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two CPUs")
+def test_core_that_is_taken_away_is_noticed_while_products_run() -> None:
+    done = subprocess.run([sys.executable, "-c", WATCHED], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "2 1 True\n"
+
+
+WATCHED = """
+import os, threading, time
+import torch
+from shoehorn_vllm.hybrid.kernel import cpus, library, products, team
+
+team.CHECK_S = 0.05
+two = sorted(os.sched_getaffinity(0))[:2]
+os.sched_setaffinity(0, two)
+weights = products.PackedWeights(torch.full((256, 32), 0x3A5C7E19, dtype=torch.int32), torch.ones(256, 8).bfloat16())
+x = torch.ones(1, 256).bfloat16()
+started = team.start(reserved=0)
+before, threads = products.linear(weights, x), library.load().pool_threads()
+team.watch(0, two)
+time.sleep(0.2)
+for task in os.listdir("/proc/self/task"):  # as a cpuset does it to all threads
+    os.sched_setaffinity(int(task), two[:1])
+limit, same = time.monotonic() + 30, True
+while library.load().pool_threads() > 1 and time.monotonic() < limit:
+    same &= torch.equal(products.linear(weights, x), before)
+print(threads, library.load().pool_threads(), same, flush=True)
+os._exit(0)
+"""

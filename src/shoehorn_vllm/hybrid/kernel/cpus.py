@@ -12,18 +12,23 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 
 @dataclass(frozen=True)
 class Choice:
-    """CPUs in the order in which threads are pinned to them, and how they came to be."""
+    """CPUs in the order in which threads are pinned to them, and how they came to be.
+
+    Attributes:
+        allowed: CPUs among which they were chosen.
+    """
 
     cpus: tuple[int, ...]
     physical_cores: int
     quota_cpus: float | None
     nodes: tuple[int, ...]
+    allowed: frozenset[int] = field(default=frozenset(), compare=False)
 
 
 def parse_list(text: str) -> tuple[int, ...]:
@@ -58,7 +63,8 @@ def choose(allowed: Iterable[int], reserved: int, root: Path = Path("/"), nodes:
     limit = len(ordered) if quota is None else min(len(ordered), max(1, math.floor(quota)))
     count = max(1, limit - reserved)
     chosen = tuple(ordered[:count])
-    return Choice(chosen, len(ordered), quota, tuple(sorted({node_of.get(cpu, 0) for cpu in chosen})))
+    return Choice(chosen, len(ordered), quota, tuple(sorted({node_of.get(cpu, 0) for cpu in chosen})),
+                  frozenset(usable))
 
 
 def _siblings(sysfs: Path, cpu: int, usable: set[int]) -> list[int]:

@@ -82,6 +82,11 @@ class ExpertWeights:
     alpha: float = 1.702
     limit: float = 7.0
 
+    def __post_init__(self) -> None:
+        experts = self.up.codes.shape[0]
+        _check_bias(self.up_bias, (experts, self.up.rows))
+        _check_bias(self.down_bias, (experts, self.down.rows))
+
     def struct(self) -> library.Experts:
         """The C view of it; valid as long as the tensors."""
         steps = [0 if bias is None else bias.stride(0) for bias in (self.up_bias, self.down_bias)]
@@ -89,14 +94,13 @@ class ExpertWeights:
                                *steps, self.up.codes.shape[0], ACTIVATIONS[self.activation], self.alpha, self.limit)
 
 
+def _check_bias(bias: torch.Tensor | None, shape: tuple[int, ...]) -> None:
+    if bias is not None and (bias.dtype != torch.bfloat16 or bias.shape != shape or bias.stride(-1) != 1):
+        raise KernelError(f"Bias: {bias.dtype} {tuple(bias.shape)}; unsupported. Pass bf16 {shape}.")
+
+
 def _address(tensor: torch.Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
-
-
-def _bf16_rows(x: torch.Tensor) -> torch.Tensor:
-    if x.dtype != torch.bfloat16 or x.dim() != 2:
-        raise KernelError(f"Activations: {x.dtype} of {x.dim()} dimensions; unsupported. Pass bf16 [tokens, k].")
-    return x if x.stride(1) == 1 else x.contiguous()
 
 
 def linear(weights: PackedWeights, x: torch.Tensor, bias: torch.Tensor | None = None, *,
@@ -114,15 +118,12 @@ def linear(weights: PackedWeights, x: torch.Tensor, bias: torch.Tensor | None = 
         ThreadHungError: a thread made no progress.
         KernelError: invalid arguments.
     """
-    x = _bf16_rows(x)
-    y = torch.empty(x.shape[0], weights.rows, dtype=torch.bfloat16) if out is None else out
-    if x.shape[1] != weights.k or y.shape != (x.shape[0], weights.rows) or y.stride(1) != 1:
-        raise KernelError(f"Shapes: mismatch of x {tuple(x.shape)}, y {tuple(y.shape)} and "
-                          f"weights {weights.rows} x {weights.k}.")
+    x, y = _operands(x, weights.k, weights.rows, out)
+    _check_bias(bias, (weights.rows,))
     if x.shape[0]:
         library.check(library.load().linear_run(
             ctypes.byref(weights.struct()), x.data_ptr(), x.shape[0], x.stride(0), _address(bias), y.data_ptr(),
-            y.stride(0), _OUTPUTS[y.dtype], library.default_isa() if isa is None else isa, timeout_s), timeout_s)
+            y.stride(0), _OUTPUTS[y.dtype], _isa(isa), timeout_s), timeout_s)
     return y
 
 
@@ -142,25 +143,38 @@ def experts(weights: ExpertWeights, x: torch.Tensor, router_weights: torch.Tenso
         ThreadHungError: a thread made no progress.
         KernelError: invalid arguments.
     """
-    x, ids, router = _bf16_rows(x), ids.to(torch.int32).contiguous(), router_weights.to(torch.float32).contiguous()
-    y = torch.empty(x.shape[0], weights.down.rows, dtype=torch.bfloat16) if out is None else out
-    if x.shape[1] != weights.up.k or y.shape != (x.shape[0], weights.down.rows) or y.stride(1) != 1 \
-            or ids.shape != router.shape or ids.shape[0] != x.shape[0]:
-        raise KernelError(f"Shapes: mismatch of x {tuple(x.shape)}, ids {tuple(ids.shape)}, y {tuple(y.shape)}.")
+    x, y = _operands(x, weights.up.k, weights.down.rows, out)
+    ids, router = ids.to(torch.int32).contiguous(), router_weights.to(torch.float32).contiguous()
+    if ids.shape != router.shape or ids.dim() != 2 or ids.shape[0] != x.shape[0]:
+        raise KernelError(f"Choices: {tuple(ids.shape)} and {tuple(router.shape)}; unsupported for {len(x)} tokens.")
     if x.shape[0]:
         library.check(library.load().experts_run(
             ctypes.byref(weights.struct()), x.data_ptr(), x.shape[0], x.stride(0), ids.data_ptr(), router.data_ptr(),
-            ids.shape[1], y.data_ptr(), y.stride(0), _OUTPUTS[y.dtype],
-            library.default_isa() if isa is None else isa, timeout_s), timeout_s)
+            ids.shape[1], y.data_ptr(), y.stride(0), _OUTPUTS[y.dtype], _isa(isa), timeout_s), timeout_s)
     return y
+
+
+def _operands(x: torch.Tensor, k: int, rows: int, out: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Check activations [tokens, k] and results [tokens, rows]; both with contiguous rows."""
+    if x.dtype != torch.bfloat16 or x.dim() != 2:
+        raise KernelError(f"Activations: {x.dtype} of {x.dim()} dimensions; unsupported. Pass bf16 [tokens, k].")
+    y = torch.empty(x.shape[0], rows, dtype=torch.bfloat16) if out is None else out
+    if x.shape[1] != k or y.shape != (x.shape[0], rows) or y.stride(1) != 1:
+        raise KernelError(f"Shapes: mismatch of x {tuple(x.shape)}, y {tuple(y.shape)} and weights {rows} x {k}.")
+    if y.dtype not in _OUTPUTS:
+        raise KernelError(f"Results: {y.dtype}; unsupported. Pass bf16 or fp32.")
+    return x if x.stride(1) == 1 else x.contiguous(), y
+
+
+def _isa(isa: Isa | None) -> Isa:
+    return library.default_isa() if isa is None else isa
 
 
 def unpack(weights: PackedWeights, out: torch.Tensor, *, isa: Isa | None = None) -> None:
     """Write the weights to `out`, bf16 [rows, k]."""
     if out.dtype != torch.bfloat16 or out.shape != (weights.rows, weights.k) or not out.is_contiguous():
         raise KernelError(f"Output: {out.dtype} {tuple(out.shape)}; unsupported.")
-    chosen = library.default_isa() if isa is None else isa
-    library.check(library.load().unpack_run(ctypes.byref(weights.struct()), out.data_ptr(), chosen, TIMEOUT_S),
+    library.check(library.load().unpack_run(ctypes.byref(weights.struct()), out.data_ptr(), _isa(isa), TIMEOUT_S),
                   TIMEOUT_S)
 
 

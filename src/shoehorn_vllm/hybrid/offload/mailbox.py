@@ -72,6 +72,7 @@ class Mailbox:
         for function in (self._write, self._wait):
             function.argtypes = [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint32]
         started = team.current() or team.start(reserved=RESERVED_CORES, spin_us=SPIN_US)
+        team.watch(RESERVED_CORES, started.choice.allowed)
         self._table = library.tasks([each.struct() for each in tasks], top_k)  # it holds the structures
         places = library.Buffers(*(part.data_ptr() for part in (self.x, self.y, self.ids, self.router)))
         library.check(library.load().mailbox_start(
