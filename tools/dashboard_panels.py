@@ -156,6 +156,10 @@ VRAM = (
           [(gauge("shoehorn_offloaded_bytes"), "offloaded")], 6, "value"),
     Panel("KV cache size", "Capacity of the KV cache in tokens.", "short",
           [(gauge("shoehorn_kv_cache_tokens"), "tokens")], 6, "value"),
+    Panel("Experts by place", "Share of the experts that small forward passes needed: on the GPU, computed on the CPU, "
+          "or copied over PCIe.", "percentunit",
+          [(f"{rate('shoehorn_expert_lookups_total', 'place')} / on () group_left () "
+            f"{rate('shoehorn_expert_lookups_total')}", "{{place}}")], 12, "stack"),
 )
 
 CAPACITY = (

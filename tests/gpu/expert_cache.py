@@ -30,6 +30,7 @@ from shoehorn_vllm.hybrid.expert_store import ExpertStore
 from shoehorn_vllm.hybrid.expert_waves import Waves
 from shoehorn_vllm.hybrid.kernel import library
 from shoehorn_vllm.hybrid.kernel.products import ExpertWeights, PackedWeights
+from shoehorn_vllm.telemetry.expert_lookups import Lookups
 
 PASSES = (1, 2, 4, 5, 8, 300, 3, 40, 512, 512, 1, 8, 33)
 LAYERS = 4
@@ -126,11 +127,12 @@ class Layers:
     def __init__(self, kind: Kind, options: CacheOptions, stores: list[ExpertStore], device: torch.device) -> None:
         self.kind, self.waves = kind, Waves(stores[0], options.scratch, device)
         self.sharing = Sharing(options.computed, kind.each, options.fills, device) if options.computed else None
-        self.caches = []
+        self.caches: list[ExpertCache] = []
+        self._lookups = Lookups("cpu")
         for store in stores:
             if self.sharing:
                 self.sharing.add_weights(kind.weights(store))
-            self.caches.append(ExpertCache(store, options, self.waves, self.sharing, device))
+            self.caches.append(ExpertCache(store, options, self._lookups.row(), self.waves, self.sharing, device))
         if self.sharing:
             self.sharing.start()
 

@@ -30,6 +30,7 @@ from shoehorn.observability import exporter, metrics
 from shoehorn.observability.engine_scrape import EngineScrape
 from shoehorn.observability.gpu_metrics import GpuProcess, GpuReading, GpuSample
 from shoehorn.runtime import programs
+from shoehorn.runtime.run_dir import RunDir
 from shoehorn.runtime.state import Phase, State, StateFile
 
 pytestmark = pytest.mark.process
@@ -318,6 +319,18 @@ def test_exactly_one_phase_is_set(phase: Phase) -> None:
 def test_failed_fetch_reports_its_duration() -> None:
     assert exporter.engine_samples(EngineScrape(duration_seconds=2.0, problem="slow")) == {
         "shoehorn_engine_scrape_success": [((), 0.0)], "shoehorn_engine_scrape_duration_seconds": [((), 2.0)]}
+
+
+def test_expert_lookups_are_absent_unless_the_engine_counts_them(tmp_path: Path) -> None:
+    file = RunDir(tmp_path).expert_lookups
+    assert exporter.expert_samples(file) == {}
+    file.parent.mkdir()
+    file.write_text("{broken")
+    assert exporter.expert_samples(file) == {}
+    file.write_text('{"gpu": 120, "cpu": 8}')
+    text = metrics.render(exporter.expert_samples(file))
+    assert 'shoehorn_expert_lookups_total{place="gpu"} 120.0' in text
+    assert 'shoehorn_expert_lookups_total{place="cpu"} 8.0' in text
 
 
 def test_table_follows_prometheus_conventions_and_rejects_unknown_metrics() -> None:

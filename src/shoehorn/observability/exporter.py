@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import http.server
+import json
 import logging
 import os
 import signal
@@ -87,6 +88,15 @@ def vram_samples(state: State, gpus: Sequence[GpuSample]) -> _Values:
                 values.setdefault("shoehorn_vram_expected_bytes", []).append(
                     ((str(gpu.index), str(row["part"])), row["expected_bytes"]))
     return values
+
+
+def expert_samples(lookups: Path) -> _Values:
+    """Samples of the experts that the engine needed; none without such a file."""
+    try:
+        counts = json.loads(lookups.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # no experts in host memory, or no engine
+        return {}
+    return {"shoehorn_expert_lookups_total": [((place,), float(count)) for place, count in counts.items()]}
 
 
 def volume_samples(models_dir: Path) -> _Values:
@@ -187,7 +197,7 @@ class Exporter:
         values: _Values = {"shoehorn_info": [((__version__,), 1)], **state_samples(state), **engine_samples(engine),
                            **(self._collect_gpus(state, self._gpus) if self._gpus else {}),
                            **(replica_samples(self._replicas()) if self._replicas else {}),
-                           **(self._models.get() or {})}
+                           **expert_samples(RunDir(self._states.run_dir).expert_lookups), **(self._models.get() or {})}
         with self._lock:
             self._log_change("engine", engine.problem)
         return metrics.render(values) + engine.text

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from shoehorn_vllm.protocol import EXPERTS_FILE
+
 
 @dataclass(frozen=True)
 class RunDir:
@@ -89,6 +91,11 @@ class RunDir:
     def engine_memory(self) -> Path:
         """Folder of the engine's memory reports, one file for each process."""
         return self.path / "engine-memory"
+
+    @property
+    def expert_lookups(self) -> Path:
+        """Counts of the experts that the engine needed, in the same folder: a new start removes both."""
+        return self.engine_memory / EXPERTS_FILE
 
     @property
     def engine_alive(self) -> Path:

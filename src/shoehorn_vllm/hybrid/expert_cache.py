@@ -54,15 +54,17 @@ class ExpertCache:
     """The experts of one layer.
 
     Args:
+        report: two counts in host memory (`telemetry.expert_lookups`), by their address on the GPU.
         waves: the process's buffers for large passes, and for copies.
         sharing: the CPU's side; None where absent experts are copied.
     """
 
-    def __init__(self, store: ExpertStore, options: CacheOptions, waves: Waves, sharing: Sharing | None,
-                 device: torch.device) -> None:
+    def __init__(self, store: ExpertStore, options: CacheOptions, report: torch.Tensor, waves: Waves,
+                 sharing: Sharing | None, device: torch.device) -> None:
         self.store, self.experts = store, store.experts
         self.slots = min(options.slots, self.experts)
         self.tensors = waves.repacker.allocate(self.slots, device)
+        self.report = report
         self._options, self._waves, self._sharing = options, waves, sharing
 
         def integers(size: int) -> torch.Tensor:
@@ -123,7 +125,7 @@ class ExpertCache:
         slots_2 = triton.next_power_of_2(self.slots)
         assign_kernel[(1,)](
             chosen, chosen.numel(), self.slot_of, self.expert_of, self._used, self.needed, self._missing,
-            self.source, self.target, self.counters, mapped,
+            self.source, self.target, self.counters, self.report, mapped,
             EXPERTS=self.experts, EXPERTS_2=triton.next_power_of_2(self.experts), SLOTS=self.slots, SLOTS_2=slots_2,
             BLOCK=_BLOCK, CHUNK=min(32, slots_2), num_warps=4)
         self.fetch(min(chosen.numel(), self.experts - self.slots))

@@ -74,7 +74,8 @@ class Sharing:
         host_ids, host_router, host_x, host_y = self._views
         share_kernel[(1 + tokens,)](
             choices.contiguous(), router.contiguous(), x.contiguous(), choices.numel(), cache.slot_of, cache.expert_of,
-            cache.uses, cache.needed, present, cache.source, cache.target, cache.counters, self._left,
+            cache.uses, cache.needed, present, cache.source, cache.target, cache.counters, cache.report,
+            self._left,
             host_ids, host_router, host_x, width, EXPERTS=cache.experts,
             EXPERTS_2=triton.next_power_of_2(cache.experts), SLOTS=cache.slots,
             SLOTS_2=triton.next_power_of_2(cache.slots), BLOCK=_BLOCK, WORDS=_WORDS, FILLS=self._fills,

@@ -17,7 +17,7 @@ import triton.language as tl
 
 @triton.jit
 def assign_kernel(
-        ids, count, slot_of, expert_of, used, needed, missing, source, target, counters, mapped,
+        ids, count, slot_of, expert_of, used, needed, missing, source, target, counters, report, mapped,
         EXPERTS: tl.constexpr, EXPERTS_2: tl.constexpr, SLOTS: tl.constexpr, SLOTS_2: tl.constexpr,
         BLOCK: tl.constexpr, CHUNK: tl.constexpr):
     """One program. Gives every chosen expert a slot; `source[:n]`, `target[:n]` list the copies to make."""
@@ -63,8 +63,11 @@ def assign_kernel(
     tl.store(source + order, arriving, mask=evicted)
     tl.store(target + order, slots, mask=evicted)
     tl.store(counters, clock)
-    tl.store(counters + 1, tl.load(counters + 1) + tl.sum(requested, 0))
-    tl.store(counters + 2, tl.load(counters + 2) + misses)
+    lookups, absent = tl.load(counters + 1) + tl.sum(requested, 0), tl.load(counters + 2) + misses
+    tl.store(counters + 1, lookups)
+    tl.store(counters + 2, absent)
+    tl.store(report, lookups)
+    tl.store(report + 1, absent)
     tl.store(counters + 3, misses.to(tl.int64))
     tl.debug_barrier()
     for start in range(0, count, BLOCK):
@@ -76,15 +79,16 @@ def assign_kernel(
 
 @triton.jit
 def share_kernel(
-        ids, router, x, count, slot_of, expert_of, uses, needed, present, source, target, counters, left,
+        ids, router, x, count, slot_of, expert_of, uses, needed, present, source, target, counters, report, left,
         host_ids, host_router, host_x, width,
         EXPERTS: tl.constexpr, EXPERTS_2: tl.constexpr, SLOTS: tl.constexpr, SLOTS_2: tl.constexpr,
         BLOCK: tl.constexpr, WORDS: tl.constexpr, FILLS: tl.constexpr, FIRST: tl.constexpr):
     """Divides the choices between GPU and CPU. Program 0: the lists; program 1 + i: row i of the activations.
 
     `present` gets the experts' slots in this pass. The CPU gets the other choices, -1 in the place of those of the GPU.
-    At most one expert takes a slot for the next pass, if it was used much more than the one that it replaces:
-    `source[0]`, `target[0]`. `left` counts the copies that this pass may still start (FILLS at its FIRST layer).
+    `report`, in host memory, gets the numbers of needed and of absent experts. At most one expert takes a slot for the
+    next pass, if it was used much more than the one that it replaces: `source[0]`, `target[0]`. `left` counts the
+    copies that this pass may still start (FILLS at its FIRST layer).
     """
     row = tl.program_id(0) - 1
     if row >= 0:
@@ -137,8 +141,12 @@ def share_kernel(
         tl.store(target, leaving)
         tl.store(left, budget - moved)
         tl.store(counters, tl.load(counters) + 1)
-        tl.store(counters + 1, tl.load(counters + 1) + tl.sum(requested, 0))
-        tl.store(counters + 2, tl.load(counters + 2) + tl.sum(lacking.to(tl.int32), 0))
+        lookups = tl.load(counters + 1) + tl.sum(requested, 0)
+        absent = tl.load(counters + 2) + tl.sum(lacking.to(tl.int32), 0)
+        tl.store(counters + 1, lookups)
+        tl.store(counters + 2, absent)
+        tl.store(report, lookups)
+        tl.store(report + 1, absent)
         tl.store(counters + 3, moved.to(tl.int64))
 
 

@@ -22,6 +22,7 @@ from shoehorn_vllm.hybrid.expert_store import ExpertStore
 from shoehorn_vllm.hybrid.expert_waves import Waves
 from shoehorn_vllm.hybrid.kernel import products
 from shoehorn_vllm.hybrid.kernel.products import ExpertWeights
+from shoehorn_vllm.telemetry.expert_lookups import Lookups
 
 Kernel = Callable[[Mapping[str, torch.Tensor]], Any]
 """The engine's kernel for experts on the GPU, by their tensors' names."""
@@ -59,6 +60,7 @@ class _Model:
 
 _models: dict[tuple[tuple[int, ...], ...], _Model] = {}
 _sharing: list[Sharing] = []
+_lookups: list[Lookups] = []
 
 
 def options() -> CacheOptions | None:
@@ -116,7 +118,10 @@ class HostedExperts:
             host_weights.when_loaded(_sharing[0].start)
         for sharing in _sharing:
             sharing.add_weights(self._host_weights())
-        self._cache = ExpertCache(store, own, self._model.waves, next(iter(_sharing), None), device)
+        if not _lookups:
+            _lookups.append(Lookups("cpu" if own.computed else "pcie"))
+            host_weights.when_loaded(_lookups[0].start)
+        self._cache = ExpertCache(store, own, _lookups[0].row(), self._model.waves, next(iter(_sharing), None), device)
         self._kernel = kernel(self._cache.tensors)
         for name in self._names.all:
             replace_parameter(layer, name, self._cache.tensors[name])
@@ -151,7 +156,3 @@ class HostedExperts:
         if layer.apply_router_weight_on_input and self._options.computed:  # of one expert a token
             host_x, host_router = x * topk_weights.to(x.dtype), torch.ones_like(topk_weights)
         return self._cache.run(host_x, topk_ids, host_router, run)
-
-    def lookups(self) -> tuple[int, int]:
-        """(experts that small passes needed, of them those that were absent); waits for the GPU."""
-        return self._cache.lookups()

@@ -30,10 +30,10 @@ def check_shares(experts: int, slots: int, each: int, most: int, fills: int, rou
         slot_of[:slots] = torch.arange(slots, dtype=torch.int32)
         layers.append({"slot_of": slot_of, "expert_of": torch.arange(slots, dtype=torch.int32),
                        "uses": integers(experts), "needed": integers(experts), "source": integers(1),
-                       "target": integers(1), "counters": torch.zeros(4, dtype=torch.int64)})
+                       "target": integers(1), "counters": torch.zeros(4, dtype=torch.int64),
+                       "report": torch.full((2,), -1)})
     left, present = integers(1, -9), integers(experts, -9)
     hot = [torch.randperm(experts)[:max(each, slots // 2)] for _ in layers]
-    absent = [0, 0]
     for now in range(1, rounds):
         moved = 0
         for number, layer in enumerate(layers):
@@ -46,8 +46,8 @@ def check_shares(experts: int, slots: int, each: int, most: int, fills: int, rou
             before, lookups = layer["slot_of"].clone(), layer["counters"].tolist()
             share_kernel[(1 + tokens,)](
                 ids, router, x, ids.numel(), layer["slot_of"], layer["expert_of"], layer["uses"], layer["needed"],
-                present, layer["source"], layer["target"], layer["counters"], left, host_ids, host_router, host_x,
-                WIDTH, EXPERTS=experts, EXPERTS_2=triton.next_power_of_2(experts), SLOTS=slots,
+                present, layer["source"], layer["target"], layer["counters"], layer["report"], left, host_ids,
+                host_router, host_x, WIDTH, EXPERTS=experts, EXPERTS_2=triton.next_power_of_2(experts), SLOTS=slots,
                 SLOTS_2=triton.next_power_of_2(slots), BLOCK=16, WORDS=16, FILLS=fills, FIRST=number == 0)
             assert torch.equal(present, before), "the pass uses the slots as they were"
             flat = ids.flatten()
@@ -58,7 +58,7 @@ def check_shares(experts: int, slots: int, each: int, most: int, fills: int, rou
             missing = int((before[requested.long()] < 0).sum())
             count, needed, lacking, moves = layer["counters"].tolist()
             assert [count, needed, lacking] == [now, lookups[1] + len(requested), lookups[2] + missing]
-            absent[number] = absent[number] // 2 + missing
+            assert layer["report"].tolist() == [needed, lacking]
             changed = (layer["slot_of"] != before).nonzero().flatten().tolist()
             assert moves in (0, 1)
             assert bool(moves) == bool(changed)

@@ -28,6 +28,7 @@ def check(experts: int, slots: int, each: int, most: int, rounds: int) -> None:
     slot_of, expert_of, used = integers(experts, -1), integers(slots, -1), torch.zeros(slots, dtype=torch.int64)
     needed, missing = integers(experts), integers(experts)
     source, target, counters = integers(experts), integers(experts), torch.zeros(4, dtype=torch.int64)
+    report = torch.full((2,), -1)
     host, gpu = torch.randint(0, 1 << 40, (experts, 37)), torch.full((slots, 37), -1)
     stage = torch.full((3, 37), -1)
     last: dict[int, int] = {}
@@ -37,8 +38,8 @@ def check(experts: int, slots: int, each: int, most: int, rounds: int) -> None:
         mapped = integers(len(ids), -7)
         assign_kernel[(1,)](
             torch.tensor(ids, dtype=torch.int32), len(ids), slot_of, expert_of, used, needed, missing, source, target,
-            counters, mapped, EXPERTS=experts, EXPERTS_2=power_of_2(experts), SLOTS=slots, SLOTS_2=power_of_2(slots),
-            BLOCK=16, CHUNK=min(8, power_of_2(slots)))
+            counters, report, mapped, EXPERTS=experts, EXPERTS_2=power_of_2(experts), SLOTS=slots,
+            SLOTS_2=power_of_2(slots), BLOCK=16, CHUNK=min(8, power_of_2(slots)))
         for first in range(0, min(len(ids), experts), len(stage)):  # a stage full at a time, as on the GPU
             copy_kernel[(len(stage), 2)](source, counters, host, stage, first, 37, PROGRAMS=2, WORDS=8)
             for number in range(first, min(first + len(stage), int(counters[3]))):
@@ -49,6 +50,7 @@ def check(experts: int, slots: int, each: int, most: int, rounds: int) -> None:
         lookups, copies = lookups + len(requested), copies + len(copied)
         assert requested <= present
         assert counters.tolist() == [now, lookups, copies, len(copied)]
+        assert report.tolist() == [lookups, copies]
         evicted, remaining = before - present, (before & present) - requested
         assert all(last[old] <= last[young] for old in evicted for young in remaining), (evicted, remaining, last)
         last = {expert: now if expert in requested else last[expert] for expert in present}
