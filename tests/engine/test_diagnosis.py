@@ -22,6 +22,10 @@ _PREFIX = "(EngineCore pid=33) ERROR 11-23 08:00:00 [core.py:1510] "
     ("gpu_out_of_memory", "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 448.00 MiB."),
     ("gpu_out_of_memory", 'RuntimeError: torch_call_dispatcher( "aten::empty", "memory_format", stack.data(), ( ((0ULL '
      "+ 2) << 56) | ((0ULL + 13) << 48))) API call failed at torch/csrc/stable/ops.h, line 631"),
+    ("offload_undone", "shoehorn_vllm.hybrid.offload_proof.OffloadUndoneError: Offloaded weights: 13.92 GiB planned in "
+     "host memory, of which only 0.00 GiB are there: the engine's kernels moved them to the GPU."),
+    ("offload_undone", "shoehorn_vllm.hybrid.offload_proof.OffloadUndoneError: Offloaded weights: option `experts` of "
+     "--additional-config had no effect, they are on the GPU."),
     ("host_out_of_memory", "RuntimeError: [enforce fail at alloc_cpu.cpp:127] data. DefaultCPUAllocator: can't "
      "allocate memory: you tried to allocate 1 bytes."),
     ("unsupported_model", "ValueError: Model architectures ['FooForCausalLM'] are not supported for now."),

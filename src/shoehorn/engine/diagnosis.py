@@ -91,6 +91,10 @@ _ROWS = (
                                            r"\"aten::empty\".*API call failed"),  # message of vLLM's own kernels
          "GPU: out of memory while the engine started.",
          "Lower MAX_MODEL_LEN or MAX_NUM_SEQS, or offload more: VLLM_EXTRA_ARGS='--cpu-offload-gb N'.", memory=True),
+    _Row("offload_undone", re.compile(r"Offloaded weights: .*(are there: the engine's kernels|had no effect)"),
+         "Offloaded weights: on the GPU although they were planned in host memory.",
+         "Remove your own --moe-backend, --offload-backend, --cpu-offload-params and --additional-config from "
+         "VLLM_EXTRA_ARGS and the profile."),
     _Row("host_out_of_memory", re.compile(r"DefaultCPUAllocator: can.t allocate memory|MemoryError\b"),
          "Host: out of memory while the engine started.",
          "Raise the container's memory limit, or offload less: VLLM_EXTRA_ARGS='--cpu-offload-gb N'."),

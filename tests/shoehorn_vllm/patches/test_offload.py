@@ -21,6 +21,8 @@ with warnings.catch_warnings():
     from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
     from vllm_bnb_plugin.bitsandbytes_loader import BitsAndBytesModelLoader
 
+    from shoehorn_vllm.hybrid import host_weights
+    from shoehorn_vllm.hybrid.offload_proof import OffloadUndoneError
     from shoehorn_vllm.patches import offload, pinned_memory
 
 pytestmark = [pytest.mark.contract,
@@ -231,3 +233,29 @@ def test_embedding_is_offloaded_on_request(apply: Callable[[], None], offloading
     assert len(views) == moved
     assert float(model[0].weight[0, 0]) == (2 if moved else 1)
     assert float(model[1].weight[0, 0]) == 1, "the head is read whole in every pass, and stays"
+
+
+def test_load_that_leaves_offloaded_weights_on_the_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = SimpleNamespace(additional_config={"shoehorn": {"experts": {"slots": 4}}})
+    model, started = nn.Linear(2, 2), []
+    with pytest.raises(OffloadUndoneError, match="option `experts`"):
+        host_weights.PATCH.function(lambda loader, config: model, None, config)
+
+    def load_into_host_memory(loader: object, config: object) -> nn.Module:
+        host_weights.add(100)
+        host_weights.when_loaded(lambda: started.append(1))
+        return model
+
+    monkeypatch.setattr(host_weights, "_sizes", [])
+    assert host_weights.PATCH.function(load_into_host_memory, None, config) is model
+    assert started == [1], "what waits for the load starts after it, once"
+
+    offloader = uva.UVAOffloader(cpu_offload_max_bytes=1 << 30)
+    offloader.cpu_offload_bytes = 1 << 20  # as vLLM counts them before the Humming backend repacks
+    set_offloader(offloader)
+    plain = SimpleNamespace(additional_config={})
+    with pytest.raises(OffloadUndoneError, match="the engine's kernels moved them"):
+        host_weights.PATCH.function(lambda loader, config: model, None, plain)
+    offloader.cpu_offload_bytes = 24  # the model's own weights, which are in host memory here
+    assert host_weights.PATCH.function(lambda loader, config: model, None, plain) is model
+    set_offloader(NoopOffloader())
