@@ -33,8 +33,8 @@ def _experts(**options: int) -> dict[str, Any]:
     return {"additional_config": {"shoehorn": {"experts": options}}}
 
 
-WAYS = {"resident": {}, "copied": _experts(slots=8, scratch=3, divided=4),
-        "copied, graphs": {**_experts(slots=8, scratch=3, divided=4), **GRAPHS},
+WAYS = {"resident": {}, "copied": _experts(slots=8, scratch=3, divided=8),
+        "copied, graphs": {**_experts(slots=8, scratch=3, divided=8), **GRAPHS},
         "computed": _experts(slots=4, scratch=5, computed=8),
         "computed, graphs": {**_experts(slots=1, scratch=16, computed=64, fills=1), **GRAPHS}}
 
