@@ -77,18 +77,18 @@ class Checkpoint:
 def int4(directory: Path) -> Path:
     """Qwen3-MoE."""
     hidden, inner = 256, 128
-    made = Checkpoint(hidden)
-    made.common()
+    checkpoint = Checkpoint(hidden)
+    checkpoint.common()
     for layer in range(LAYERS):
         start = f"model.layers.{layer}."
         for name, shape in {"q": (256, hidden), "k": (128, hidden), "v": (128, hidden), "o": (hidden, 256)}.items():
-            made.packed(f"{start}self_attn.{name}_proj", *shape)
+            checkpoint.packed(f"{start}self_attn.{name}_proj", *shape)
         for name in ("q_norm", "k_norm"):
-            made.ones(f"{start}self_attn.{name}.weight", 64)
-        made.plain(f"{start}mlp.gate.weight", EXPERTS, hidden, size=2.0)
+            checkpoint.ones(f"{start}self_attn.{name}.weight", 64)
+        checkpoint.plain(f"{start}mlp.gate.weight", EXPERTS, hidden, size=2.0)
         for expert in range(EXPERTS):
             for name, shape in {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}.items():
-                made.packed(f"{start}mlp.experts.{expert}.{name}_proj", *shape)
+                checkpoint.packed(f"{start}mlp.experts.{expert}.{name}_proj", *shape)
     config = {**captured.config("qwen3-30b-a3b"), "num_hidden_layers": LAYERS, "hidden_size": hidden,
               "intermediate_size": 256, "moe_intermediate_size": inner, "num_experts": EXPERTS,
               "num_experts_per_tok": CHOSEN, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64,
@@ -98,34 +98,34 @@ def int4(directory: Path) -> Path:
                   "ignore": ["lm_head", "re:.*mlp.gate$"], "config_groups": {"group_0": {
                       "targets": ["Linear"], "weights": {"num_bits": 4, "type": "int", "symmetric": True,
                                                          "strategy": "group", "group_size": 32}}}}}
-    return made.write(directory, config)
+    return checkpoint.write(directory, config)
 
 
 def mxfp4(directory: Path) -> Path:
     """gpt-oss, of sizes that Marlin pads."""
     hidden, inner = 320, 160
-    made = Checkpoint(hidden)
-    made.common()
+    checkpoint = Checkpoint(hidden)
+    checkpoint.common()
     for layer in range(LAYERS):
         start = f"model.layers.{layer}."
         for name, rows, k in (("q", 256, hidden), ("k", 128, hidden), ("v", 128, hidden), ("o", hidden, 256)):
-            made.plain(f"{start}self_attn.{name}_proj.weight", rows, k)
-            made.plain(f"{start}self_attn.{name}_proj.bias", rows, size=0.1)
-        made.plain(f"{start}self_attn.sinks", 4)
-        made.plain(f"{start}mlp.router.weight", EXPERTS, hidden, size=2.0)
-        made.plain(f"{start}mlp.router.bias", EXPERTS, size=0.1)
+            checkpoint.plain(f"{start}self_attn.{name}_proj.weight", rows, k)
+            checkpoint.plain(f"{start}self_attn.{name}_proj.bias", rows, size=0.1)
+        checkpoint.plain(f"{start}self_attn.sinks", 4)
+        checkpoint.plain(f"{start}mlp.router.weight", EXPERTS, hidden, size=2.0)
+        checkpoint.plain(f"{start}mlp.router.bias", EXPERTS, size=0.1)
         for name, rows, k in (("gate_up", 2 * inner, hidden), ("down", hidden, inner)):
-            source, place = matrix((EXPERTS, rows, k), 32, len(made.tensors), True), f"{start}mlp.experts.{name}_proj"
-            made.tensors |= {f"{place}_blocks": source.codes.view(EXPERTS, rows, k // 32, 16),
+            source, place = matrix((EXPERTS, rows, k), 32, len(checkpoint.tensors), True), f"{start}mlp.experts.{name}_proj"
+            checkpoint.tensors |= {f"{place}_blocks": source.codes.view(EXPERTS, rows, k // 32, 16),
                              f"{place}_scales": source.scales}
-            made.plain(f"{place}_bias", EXPERTS, rows)
+            checkpoint.plain(f"{place}_bias", EXPERTS, rows)
     config = {**captured.config("gpt-oss-20b"), "num_hidden_layers": LAYERS, "hidden_size": hidden,
               "intermediate_size": inner, "num_local_experts": EXPERTS, "num_experts_per_tok": CHOSEN,
               "experts_per_token": CHOSEN, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64,
               "vocab_size": VOCABULARY, "torch_dtype": "bfloat16", "bos_token_id": None, "eos_token_id": None,
               "pad_token_id": 0,
               "layer_types": ["sliding_attention", "full_attention"] * (LAYERS // 2)}
-    return made.write(directory, config)
+    return checkpoint.write(directory, config)
 
 
 def answers(model: str, arguments: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What the kernel's file systems say of CPUs, written by hand."""
+"""Files of the kernel that describe CPUs, written by hand."""
 
 from __future__ import annotations
 

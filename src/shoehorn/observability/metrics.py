@@ -66,7 +66,7 @@ TABLE: tuple[Metric, ...] = (
     Metric("shoehorn_offloaded_bytes", "Weights offloaded to host memory.", absent="before the first load"),
     Metric("shoehorn_expert_lookups_total", "Experts of a mixture that small forward passes needed since the engine's "
            "start, by `place`: gpu (it had them), cpu (computed there) or pcie (copied from host memory). Up to 5 s "
-           "old.", ("place",), absent="unless experts are in host memory beside a GPU", kind="counter"),
+           "old.", ("place",), absent="unless a GPU's experts are in host memory", kind="counter"),
     Metric("shoehorn_models_volume_bytes", "Size of the volume with the models.", absent="when it does not answer"),
     Metric("shoehorn_models_volume_free_bytes", "Free space of the volume.", absent="when it does not answer"),
     Metric("shoehorn_usage_tokens", "Tokens that a key used in the current `period`: day or month (UTC); `kind`: "

@@ -47,7 +47,7 @@ def scale_order(whole: bool, mxfp4: bool) -> list[int]:
 
 @dataclass(frozen=True)
 class _Step:
-    """How one tensor of an expert is repacked."""
+    """Repacking of one tensor of an expert."""
 
     name: str
     codes: bool

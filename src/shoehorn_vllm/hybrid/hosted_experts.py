@@ -52,7 +52,7 @@ class Names:
 
 @dataclass
 class _Model:
-    """What the layers of a model share, by the shapes of their experts."""
+    """Parts that layers with the same shapes of experts share."""
 
     waves: Waves
     scratch_kernel: Any

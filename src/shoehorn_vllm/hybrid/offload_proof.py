@@ -1,4 +1,4 @@
-"""Proof that weights that shall be in host memory are there after the load; else the start fails in words.
+"""Proof that weights that shall be in host memory are there after the load; else the start fails with the reason.
 
 vLLM 0.32.0 with its Humming backend offloads experts by UVA, repacks them onto the GPU while it processes them, and
 still reports them as offloaded: 14 GiB more on the GPU than planned. A quantization method that is not one of ours

@@ -1,6 +1,6 @@
 """Counts of the experts that small passes needed, and where they were: for the exporter, as JSON.
 
-The kernels write each layer's totals into pinned host memory, so that nobody asks the GPU; a thread adds them up.
+The kernels write each layer's totals into pinned host memory, so that no thread asks the GPU; one adds them up.
 
 Rules:
 - one file in the folder that `SHOEHORN_MEMORY_DIR` names, replaced atomically: {"gpu": N, "cpu": N} or

@@ -104,8 +104,8 @@ def check_repacking(rows: int, k: int, group: int, mxfp4: bool) -> None:
                                                  marlin_utils_test.get_weight_perm(4))
         assert torch.equal(slots[slot], right), (rows, k, expert)
         if mxfp4:
-            given = scales[expert].view(torch.float8_e8m0fnu).to(torch.bfloat16).t().contiguous()
-            permuted = marlin_utils.marlin_permute_scales(given, k, rows, group)
+            source = scales[expert].view(torch.float8_e8m0fnu).to(torch.bfloat16).t().contiguous()
+            permuted = marlin_utils.marlin_permute_scales(source, k, rows, group)
             right = marlin_utils_fp4.mxfp4_marlin_process_scales(permuted).view(torch.uint8)
         else:
             right = marlin_utils.marlin_permute_scales(scales[expert].t().contiguous(), k, rows, group)

@@ -22,7 +22,7 @@ TOKENS, TOP_K, EXPERTS = 8, 3, 5
 
 
 def blob(sources: list[Matrix]) -> list[PackedWeights]:
-    """Experts with all their tensors one after the other in memory, as those beside a GPU are."""
+    """Experts with all their tensors one after the other in memory, as a GPU's experts in host memory are."""
     experts = sources[0].codes.shape[0]
     parts = [part for source in sources for part in (source.codes, source.scales)]
     memory = torch.cat([part.flatten(1).view(torch.uint8) for part in parts], 1).contiguous()
