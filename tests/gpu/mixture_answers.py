@@ -115,9 +115,10 @@ def mxfp4(directory: Path) -> Path:
         checkpoint.plain(f"{start}mlp.router.weight", EXPERTS, hidden, size=2.0)
         checkpoint.plain(f"{start}mlp.router.bias", EXPERTS, size=0.1)
         for name, rows, k in (("gate_up", 2 * inner, hidden), ("down", hidden, inner)):
-            source, place = matrix((EXPERTS, rows, k), 32, len(checkpoint.tensors), True), f"{start}mlp.experts.{name}_proj"
+            source = matrix((EXPERTS, rows, k), 32, len(checkpoint.tensors), True)
+            place = f"{start}mlp.experts.{name}_proj"
             checkpoint.tensors |= {f"{place}_blocks": source.codes.view(EXPERTS, rows, k // 32, 16),
-                             f"{place}_scales": source.scales}
+                                   f"{place}_scales": source.scales}
             checkpoint.plain(f"{place}_bias", EXPERTS, rows)
     config = {**captured.config("gpt-oss-20b"), "num_hidden_layers": LAYERS, "hidden_size": hidden,
               "intermediate_size": inner, "num_local_experts": EXPERTS, "num_experts_per_tok": CHOSEN,
