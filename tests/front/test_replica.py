@@ -59,7 +59,7 @@ def front(tmp_path: Path, secret: Path, port: int) -> Iterator[httpx.Client]:
 
 def test_stop_is_announced_before_requests_are_refused(replica: Appliance, front: httpx.Client) -> None:
     assert "created the API key" not in replica.output  # the front has the keys
-    assert front.get("/readyz").status_code == 200
+    wait_until(lambda: front.get("/readyz").status_code == 200, 5, "the front sees a ready replica")
     usage = front.get("/-/usage").json()
     assert usage["run"]
     ended: list[int] = []

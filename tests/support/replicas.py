@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -76,11 +77,8 @@ class StandinReplica:
         wait_until(self._answers, 20, lambda: f"replica {self.name} answers; it said {self._log.read_text()}")
 
     def _answers(self) -> bool:
-        try:
-            with self.client() as client:
-                return client.get("http://engine/-/activity").status_code == 200
-        except httpx.TransportError:
-            return False
+        with socket.socket(socket.AF_UNIX) as probe:
+            return probe.connect_ex(str(self.paths.engine_socket)) == 0
 
     def client(self) -> httpx.Client:
         """Return a client of the stand-in engine itself."""
