@@ -106,8 +106,12 @@ def measure(checkout: Path, all_failures: bool) -> dict[str, float]:
 
 def summary(runs: list[dict[str, float]]) -> dict[str, dict[str, float]]:
     """Return median, least and greatest of each figure."""
-    return {kind: {"median": statistics.median(run[kind] for run in runs), "min": min(run[kind] for run in runs),
-                   "max": max(run[kind] for run in runs)} for kind in runs[0]}
+    figures: dict[str, list[float]] = {}
+    for run in runs:
+        for kind, figure in run.items():
+            figures.setdefault(kind, []).append(figure)
+    return {kind: {"median": statistics.median(each), "min": min(each), "max": max(each), "runs": len(each)}
+            for kind, each in figures.items()}
 
 
 def main() -> None:

@@ -1,0 +1,1 @@
+"""INT4 products of few rows on GPUs."""
