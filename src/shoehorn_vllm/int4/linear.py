@@ -23,7 +23,7 @@ from shoehorn_vllm.int4 import decode
 MAX_ROWS = 32
 
 
-class ShoehornInt4LinearKernel(MarlinLinearKernel):  # type: ignore[misc]  # vLLM is untyped here
+class ShoehornInt4LinearKernel(MarlinLinearKernel):
     """Marlin, with decode.cu for up to MAX_ROWS rows."""
 
     @classmethod

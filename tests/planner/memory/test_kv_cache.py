@@ -49,9 +49,9 @@ ALL = {"full": FULL_80, "gemma": GEMMA, "alternating": ALTERNATING, "nearly": NE
 
 
 def kinds_of(kinds: Kinds, block: int = 16, tensor_parallel: int = 1, drafts: int = 0, batch: int = 512
-             ) -> list[Pages]:
-    return pages([kind for kind in kinds if isinstance(kind, KvLayers)],
-                 [kind for kind in kinds if isinstance(kind, StateLayers)], CacheOptions(block), tensor_parallel,
+             ) -> tuple[Pages, ...]:
+    return pages(tuple(kind for kind in kinds if isinstance(kind, KvLayers)),
+                 tuple(kind for kind in kinds if isinstance(kind, StateLayers)), CacheOptions(block), tensor_parallel,
                  drafts, 2, batch)
 
 
@@ -194,5 +194,5 @@ def test_every_stage_holds_its_layers_of_every_group() -> None:
 
 
 def test_a_model_without_a_cache_needs_none() -> None:
-    empty = layouts([], 512, 512, ONE_STAGE)[0]
+    empty = layouts((), 512, 512, ONE_STAGE)[0]
     assert (empty.tokens(GIB), empty.bytes_for(2), empty.blocks(GIB)) == (0, 0, 0)

@@ -9,7 +9,7 @@ vllm/config/compilation.py (resolve_cudagraph_mode_and_sizes).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
 from dataclasses import dataclass
 
 from shoehorn.planner.memory.kv_groups import group
@@ -60,7 +60,9 @@ class KvLayout:
         return max(1, (self.blocks(cache_bytes) - _UNUSED_BLOCKS) // max(1, self.least_blocks))
 
 
-def layouts(kinds: Sequence[Pages], max_model_len: int, in_flight: int, stages: Sequence[range]) -> list[KvLayout]:
+@functools.lru_cache(maxsize=4096)  # a search asks for few of them, thousands of times
+def layouts(kinds: tuple[Pages, ...], max_model_len: int, in_flight: int,
+            stages: tuple[range, ...]) -> tuple[KvLayout, ...]:
     """Compute the layout of the KV cache on one GPU of every pipeline stage.
 
     Args:
@@ -70,7 +72,7 @@ def layouts(kinds: Sequence[Pages], max_model_len: int, in_flight: int, stages: 
     groups = group(kinds)
     blocks = [sum(each.blocks(length, in_flight) for each in groups) for length in (max_model_len, 1)]
     states = [kind for kind in kinds if kind.kind is PageKind.STATE]
-    return [KvLayout(max((each.bytes(stage) for each in groups), default=0), blocks[0], blocks[1], max_model_len,
-                     sum(kind.bytes * kind.window * sum(number in stage for number in kind.numbers)
-                         for kind in states), max((kind.window for kind in states), default=0))
-            for stage in stages]
+    return tuple(KvLayout(max((each.bytes(stage) for each in groups), default=0), blocks[0], blocks[1], max_model_len,
+                          sum(kind.bytes * kind.window * sum(number in stage for number in kind.numbers)
+                              for kind in states), max((kind.window for kind in states), default=0))
+                 for stage in stages)

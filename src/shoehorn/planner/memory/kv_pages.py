@@ -8,6 +8,7 @@ Source: vllm/v1/kv_cache_interface.py and vllm/platforms/interface.py (_align_hy
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import defaultdict
 from collections.abc import Sequence
@@ -67,8 +68,9 @@ class Pages:
         return ceil_div(min(tokens, length), self.block_tokens) + (self.kind is PageKind.WINDOW)
 
 
-def pages(kv_layers: Sequence[KvLayers], state_layers: Sequence[StateLayers], options: CacheOptions,
-          tensor_parallel: int, draft_tokens: int, dtype_bytes: int, batch_tokens: int) -> list[Pages]:
+@functools.lru_cache(maxsize=4096)  # a search asks for few of them, thousands of times
+def pages(kv_layers: tuple[KvLayers, ...], state_layers: tuple[StateLayers, ...], options: CacheOptions,
+          tensor_parallel: int, draft_tokens: int, dtype_bytes: int, batch_tokens: int) -> tuple[Pages, ...]:
     """Compute the pages of all layers, one entry per kind.
 
     Args:
@@ -112,9 +114,9 @@ def _token_pages(layers: KvLayers, block_tokens: int, options: CacheOptions, ten
                  (layers.heads, token_bytes))
 
 
-def _merged(kinds: list[Pages]) -> list[Pages]:
+def _merged(kinds: list[Pages]) -> tuple[Pages, ...]:
     """Join kinds that differ only in their layers, as a draft model's and the model's may."""
     numbers: defaultdict[Pages, tuple[int, ...]] = defaultdict(tuple)
     for kind in kinds:
         numbers[replace(kind, numbers=())] += kind.numbers
-    return [replace(kind, numbers=layers) for kind, layers in numbers.items()]
+    return tuple(replace(kind, numbers=layers) for kind, layers in numbers.items())

@@ -81,8 +81,8 @@ class MemoryModel:
             config.dtype_bytes, config.limits.max_num_batched_tokens)
         batches = config.parallelism.pipeline + (not self.shape.pooling)  # the next is scheduled while one is computed
         in_flight = batches * config.limits.max_num_batched_tokens
-        stages = [self.weights.stage_range(stage) for stage in range(config.parallelism.pipeline)]
-        return tuple(kv_cache.layouts(kinds, config.limits.max_model_len, in_flight, stages))
+        stages = tuple(self.weights.stage_range(stage) for stage in range(config.parallelism.pipeline))
+        return kv_cache.layouts(kinds, config.limits.max_model_len, in_flight, stages)
 
     def kv_tokens(self, cache_bytes: int) -> int:
         """Tokens of all requests together in a cache of that size on the first stage."""
@@ -109,7 +109,7 @@ class MemoryModel:
         The KV cache is 0 when nothing is left for it; `total_bytes` then exceeds `limit_bytes` by what is missing.
         Every GPU gets the same number of blocks, as many as fit on the fullest one.
         """
-        bare = [self._without_cache(stage) for stage in range(self.config.parallelism.pipeline)]
+        bare = self._bare_stages
         if self.config.kv_cache_bytes is None:
             blocks = min(layout.blocks(max(0, memory.limit_bytes - MARGIN_BYTES - memory.total_bytes))
                          for memory, layout in zip(bare, self.cache_layouts, strict=True))
@@ -119,6 +119,11 @@ class MemoryModel:
         ranks = range(self.config.parallelism.tensor)
         return tuple(replace(memory, kv_cache_bytes=cache, device=gpu_name(stage * len(ranks) + rank))
                      for stage, (memory, cache) in enumerate(zip(bare, caches, strict=True)) for rank in ranks)
+
+    @cached_property
+    def _bare_stages(self) -> tuple[DeviceMemory, ...]:
+        """Memory of one GPU of each stage, without KV cache."""
+        return tuple(map(self._without_cache, range(self.config.parallelism.pipeline)))
 
     def _without_cache(self, stage: int) -> DeviceMemory:
         """Memory of one GPU of a stage, without KV cache."""
@@ -174,16 +179,13 @@ class MemoryModel:
         vLLM refuses to start when the KV cache holds less than one request of full length.
         """
         fixed, least, missing = self.config.kv_cache_bytes, self.kv_bytes(requests), []
-        for memory in self.gpus:
-            limit = memory.limit_bytes - MARGIN_BYTES
+        compiling, loading = self.activations.compiling_bytes, self.loading_bytes
+        for memory in self._bare_stages:
+            limit, total = memory.limit_bytes - MARGIN_BYTES, memory.total_bytes
             stored = memory.weights_bytes + memory.quant_state_bytes + memory.embeddings_bytes + memory.framework_bytes
-            without_cache = memory.total_bytes - memory.kv_cache_bytes
-            compiling = without_cache - memory.activations_bytes - memory.cuda_graphs_bytes
-            missing += [compiling + self.activations.compiling_bytes - limit, stored + self.loading_bytes - limit]
-            if fixed is None:
-                missing.append(without_cache + least - limit)
-            else:
-                missing.append(max(without_cache + fixed - limit, least - fixed))
+            missing += [total - memory.activations_bytes - memory.cuda_graphs_bytes + compiling - limit,
+                        stored + loading - limit,
+                        total + least - limit if fixed is None else max(total + fixed - limit, least - fixed)]
         return max(missing)
 
     @property

@@ -18,10 +18,12 @@ _UNPACKED_BYTES = 64 * MIB
 """A slice of unpacked weights (shoehorn_vllm/hybrid/offload/stream.py)."""
 
 
-
 def offloaded_layers(offload: Offload, layers: int) -> int:
     """Number of layers that are offloaded whole; 0 for the kinds that count bytes."""
-    return sum(map(offload.offloads, range(layers))) if isinstance(offload, PrefetchOffload | HybridOffload) else 0
+    if not isinstance(offload, PrefetchOffload | HybridOffload):
+        return 0
+    groups, rest = divmod(layers, offload.group)
+    return groups * offload.last + max(0, rest - offload.group + offload.last)
 
 
 @dataclass(frozen=True)

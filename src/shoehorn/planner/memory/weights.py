@@ -91,7 +91,7 @@ class Weights:
             return experts.scale_bytes * (factor - 1) - experts.zero_bytes
         return (experts.scale_bytes + experts.zero_bytes) * (factor - 1)
 
-    @property
+    @cached_property
     def layers_bytes(self) -> int:
         """Weights of all layers, divided over some or all GPUs of a stage."""
         size, stored = self._layers[0], self.shape.tensor_bytes
@@ -101,12 +101,12 @@ class Weights:
         few = [(min(tensor, gpus), round(part * scale)) for gpus, part in self.shape.few_gpus]
         return self.divided(size - sum(part for _, part in few)) + sum(ceil_div(part, gpus) for gpus, part in few)
 
-    @property
+    @cached_property
     def quant_state_bytes(self) -> int:
         """Quantization state of all layers."""
         return self.divided(self._layers[1])
 
-    @property
+    @cached_property
     def expert_layers(self) -> int:
         """Number of layers whose experts are cacheable; 0 for experts in other formats.
 
@@ -143,7 +143,7 @@ class Weights:
         per_layer = self.layers_bytes / shape.layers
         return tuple(round(per_layer * elements / sum(fused)) for elements in fused)
 
-    @property
+    @cached_property
     def rounding_bytes(self) -> int:
         """Bytes that torch's allocator adds: a tensor of 10 MiB or more takes whole pieces of 2 MiB.
 
@@ -158,7 +158,7 @@ class Weights:
         """Size of unquantized tensors: as stored in a quantized checkpoint, else in the chosen dtype."""
         return group.bytes if self.shape.quantization else group.parameters * self.config.dtype_bytes
 
-    @property
+    @cached_property
     def embedding_bytes(self) -> int:
         """The embedding alone."""
         return self.divided(self._loaded_bytes(self.shape.tensor_bytes.embedding))
@@ -177,7 +177,7 @@ class Weights:
         holds_head = last and not self.shape.tied_embeddings
         return self.embedding_bytes * holds_embedding + self.head_bytes * holds_head
 
-    @property
+    @cached_property
     def other_bytes(self) -> int:
         """Everything outside layers and embeddings: norms and small tensors whole, matrices of towers divided."""
         groups = self.shape.tensor_bytes
