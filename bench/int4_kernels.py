@@ -4,7 +4,7 @@ The four matrices of a 70B layer, symmetric, in groups of 128 and 64. The calls 
 weights that together exceed the L2 cache, so each product reads its weights from memory. Rates are bytes of weights and
 scales by time, and their share of the bandwidth of a read on the same GPU.
 
-usage: int4_kernels.py OUT.json [--kernels NAME ...] [--rows N ...] [--limit SECONDS]   on a GPU, with vLLM and src/ reachable
+usage: int4_kernels.py OUT.json [--kernels NAME ...] [--rows N ...]      on a GPU, with vLLM and src/ reachable
 """
 
 from __future__ import annotations
@@ -30,6 +30,9 @@ LARGE_ROWS = (64, 512, 2048)
 GROUPS = (128, 64)
 VLLM = ("Machete", "Marlin", "Humming", "Conch", "TritonW4A16", "CutlassW4A8", "Exllama")
 ROTATED_BYTES = 400 << 20  # eight times an H100's L2 cache
+_UNSUITABLE = (ValueError, RuntimeError, AssertionError, ImportError, TypeError, AttributeError, KeyError)
+"""What kernels raise that do not support a matrix, or are not installed."""
+
 Product = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -186,7 +189,8 @@ def read_bandwidth() -> float:
     return best
 
 
-def measure(name: str, rows: tuple[int, ...], shapes: tuple[str, ...], groups: tuple[int, ...]) -> Iterator[dict[str, Any]]:
+def measure(name: str, rows: tuple[int, ...], shapes: tuple[str, ...], groups: tuple[int, ...],
+            ) -> Iterator[dict[str, Any]]:
     """Yield one record for each matrix, group and number of rows."""
     dtype = torch.float16 if name == "Exllama" else torch.bfloat16
     torch.manual_seed(0)
@@ -210,8 +214,8 @@ def measure(name: str, rows: tuple[int, ...], shapes: tuple[str, ...], groups: t
                     took = seconds(products, torch.randn(count, k, device="cuda", dtype=dtype))
                     record["microseconds"][str(count)] = round(took * 1e6, 2)
                 del products
-            except (ValueError, RuntimeError, AssertionError, ImportError, TypeError, AttributeError, KeyError) as error:
-                record["error"] = f"{type(error).__name__}: {error}"[:400]  # a kernel that does not fit: said in the record
+            except _UNSUITABLE as error:
+                record["error"] = f"{type(error).__name__}: {error}"[:400]
             torch.cuda.empty_cache()
             yield record
 
@@ -234,8 +238,8 @@ def machete_schedules() -> Iterator[dict[str, Any]]:
                 a=x, b_q=w, b_type=scalar_types.uint4b8, b_group_scales=s, b_group_size=128, schedule=schedule)
                 for w, s in layers]
             times[schedule] = round(seconds(products, torch.randn(1, k, device="cuda", dtype=torch.bfloat16)) * 1e6, 2)
-        yield {"kernel": "Machete schedules, 1 row", "shape": shape, "group": 128, "bytes": int(k * n * (0.5 + 2 / 128)),
-               "microseconds_by_schedule": times}
+        yield {"kernel": "Machete schedules, 1 row", "shape": shape, "group": 128,
+               "bytes": int(k * n * (0.5 + 2 / 128)), "microseconds_by_schedule": times}
 
 
 def _child(name: str, rows: tuple[int, ...], shapes: tuple[str, ...], groups: tuple[int, ...],

@@ -63,7 +63,7 @@ def plans() -> dict[str, Mapping[str, object]]:
     gpu = Gpu(0, "", "RTX 5090", 32 * GIB, 32 * GIB, (12, 0), 5, 16, False)
     machine = Hardware((gpu,), "580", 64 * GIB, 64 * GIB, 8.0)
     tiny = checkpoint.read(dense(256, 768, 4, 4, 2, 2048, max_position=2048, tied=True))
-    big = checkpoint.read(captured_models.files("deepseek-r1-distill-llama-70b"))
+    big = captured_models.shape("deepseek-r1-distill-llama-70b")
     cases = {"cpu": (tiny, {"VRAM_PROFILE": "cpu"}),
               "cpu-nf4": (tiny, {"VRAM_PROFILE": "cpu", "QUANTIZATION": "bitsandbytes"}),
               "ngram": (tiny, {"VRAM_PROFILE": "cpu", "SPECULATIVE": "ngram", "TRUST_REMOTE_CODE": "yes",

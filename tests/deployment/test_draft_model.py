@@ -116,7 +116,7 @@ def test_draft_tokens_add_no_cuda_graph_memory() -> None:
     ("llama-3.1-8b-instruct", {"VLLM_EXTRA_ARGS": "--pipeline-parallel-size 2"}),
 ])
 def test_speculation_is_off_if_disabled_or_slower(model: str, environment: dict[str, str]) -> None:
-    plan = planned(machine(SMALL, SMALL, ram=128), checkpoint.read(captured.files(model)), QUANTIZATION="none",
+    plan = planned(machine(SMALL, SMALL, ram=128), captured.shape(model), QUANTIZATION="none",
                    **environment)
     assert plan.offloaded_bytes
     assert "speculative-config" not in plan.engine_args

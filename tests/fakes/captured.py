@@ -20,7 +20,9 @@ from typing import Any
 
 from shoehorn.hardware.types import Hardware
 from shoehorn.int4.layout import BitWidths, PlannedFiles, layout
+from shoehorn.model import checkpoint
 from shoehorn.model.safetensors import DTYPE_BITS, Tensor
+from shoehorn.model.shape import ModelShape
 
 CAPTURES = Path(__file__).resolve().parents[1] / "captures"
 MODELS, MACHINES = CAPTURES / "models", CAPTURES / "machines"
@@ -115,6 +117,13 @@ def converted(name: str, bits: BitWidths = INT4) -> PlannedFiles:
     """Return the planned INT4 conversion of a model: config, index and headers."""
     source = files(name)
     return PlannedFiles(source, layout(source, bits))
+
+
+@cache
+def shape(name: str) -> ModelShape:
+    """Return the shape of a model; of its planned INT4 conversion for NAME@int4."""
+    model = name.removesuffix("@int4")
+    return checkpoint.read(files(name) if model == name else converted(model))
 
 
 def machines() -> tuple[str, ...]:

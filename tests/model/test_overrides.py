@@ -62,7 +62,7 @@ def test_sections_are_merged_and_other_values_replaced() -> None:
 
 
 def test_overrides_are_part_of_the_shape() -> None:
-    plain = checkpoint.read(captured.files("qwen3-8b"))
+    plain = captured.shape("qwen3-8b")
     longer = checkpoint.read(captured.files("qwen3-8b"), {"rope_scaling": YARN})
     assert (plain.max_position, longer.max_position) == (40960, 131072)
     assert longer.overrides == COMPLETE | {"rope_parameters": {**YARN, "rope_theta": 1000000}}

@@ -9,7 +9,6 @@ import pytest
 from fakes import captured
 from shoehorn.common.errors import SettingsError
 from shoehorn.hardware.types import Hardware
-from shoehorn.model import checkpoint as checkpoints
 from shoehorn.model.shape import ModelShape
 from shoehorn.planner import throughput
 from shoehorn.planner.plan import Plan
@@ -23,7 +22,7 @@ EIGHT = ("NVIDIA GeForce RTX 4060", 7.6)
 @pytest.fixture(scope="module")
 def int4() -> ModelShape:
     """A 70B in INT4: 36 GiB, 64 heads, 8 of keys and values."""
-    return checkpoints.read(captured.converted("deepseek-r1-distill-llama-70b", captured.INT4))
+    return captured.shape("deepseek-r1-distill-llama-70b@int4")
 
 
 def _division(plan: Plan) -> tuple[int, int]:
@@ -58,7 +57,7 @@ def test_three_gpus_hold_what_two_would_offload(int4: ModelShape) -> None:
 
 @pytest.mark.parametrize("gpus", [(MIDDLE, TWELVE), (TWELVE, MIDDLE), (LARGE, TWENTY, EIGHT), (TWELVE, EIGHT, MIDDLE)])
 def test_layers_follow_the_memory_of_each_stage(gpus: tuple[tuple[str, float], ...]) -> None:
-    shape = checkpoints.read(captured.files("qwen2.5-32b-instruct-awq"))
+    shape = captured.shape("qwen2.5-32b-instruct-awq")
     options = f"--pipeline-parallel-size {len(gpus)}"
     plan = planned(machine(*gpus), shape, VLLM_EXTRA_ARGS=options)
     layers = [int(word) for word in plan.engine_environment["VLLM_PP_LAYER_PARTITION"].split(",")]

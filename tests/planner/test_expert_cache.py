@@ -27,7 +27,7 @@ EIGHT = machine(("NVIDIA GeForce RTX 4060", 7.6), ram=64)
 
 @cache
 def converted(name: str = MIXTURE) -> ModelShape:
-    return checkpoint.read(captured.converted(name))
+    return captured.shape(f"{name}@int4")
 
 
 def with_weights(**changes: object) -> ModelShape:
@@ -60,7 +60,7 @@ def test_only_symmetric_int4_in_groups_is_cacheable() -> None:
         assert shape.experts
         assert not shape.experts.cacheable, change
     for name in captured.names():
-        experts = checkpoint.read(captured.files(name)).experts
+        experts = captured.shape(name).experts
         assert experts is None or experts.cacheable == name.startswith("gpt-oss"), name
 
 

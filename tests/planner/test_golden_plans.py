@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 
 from fakes import captured as captured_models
-from shoehorn.model import checkpoint as checkpoints
 from shoehorn.planner.plan import Plan, Refusal
 from support.plans import CPU_ONLY, plan_for, tiny
 
@@ -58,7 +57,7 @@ def check(plan: Plan | Refusal, name: str) -> None:
 @pytest.mark.parametrize(("short", "model", "machine"), PAIRS, ids=str)
 def test_golden_plan_is_unchanged(short: str, model: str, machine: str) -> None:
     name, converted = model.removesuffix("@int4"), model.endswith("@int4")
-    shape = checkpoints.read(captured_models.converted(name) if converted else captured_models.files(name))
+    shape = captured_models.shape(f"{name}@int4" if converted else name)
     check(plan_for(captured_models.machine(machine), shape), f"{short}-on-{machine}")
 
 

@@ -10,7 +10,6 @@ import pytest
 from fakes import captured as captured_models
 from shoehorn.common.errors import SettingsError
 from shoehorn.engine.environment import engine_environment
-from shoehorn.model import checkpoint as checkpoints
 from shoehorn.planner.gpu_share import ALLOCATOR
 from shoehorn.planner.memory.model import CONTEXT_BYTES, MARGIN_BYTES
 from support.plans import (
@@ -31,7 +30,7 @@ from support.plans import (
 
 
 def test_larger_share_is_used_where_that_keeps_all_weights_on_the_gpus() -> None:
-    shape = checkpoints.read(captured_models.converted("deepseek-r1-distill-llama-70b"))
+    shape = captured_models.shape("deepseek-r1-distill-llama-70b@int4")
     plan = planned(machine(TWENTY, TWENTY), shape)
     assert reason(plan, "gpu-memory-utilization") == (0.97, "machine", "keeps-weights-on-gpu")
     assert (plan.offloaded_bytes, plan.config.limits.max_model_len) == (0, 4096)
@@ -42,7 +41,7 @@ def test_larger_share_is_used_where_that_keeps_all_weights_on_the_gpus() -> None
 
 
 def test_fewer_cuda_graphs_are_preferred_to_none() -> None:
-    shape = checkpoints.read(captured_models.converted("deepseek-r1-distill-llama-70b"))
+    shape = captured_models.shape("deepseek-r1-distill-llama-70b@int4")
     gpu = (TWENTY[0], 21_023_948_800 / GIB)  # a modified RTX 3080, which has not quite 20 GiB
     plan = planned(machine(gpu, gpu), shape)
     assert plan.engine_args["enforce-eager"] is False
@@ -78,7 +77,7 @@ def test_gpu_without_bf16_gets_float16() -> None:
         plan_for(turing, llama_8b(), VLLM_EXTRA_ARGS="--dtype bfloat16")
     assert caught.value.code == "unsupported_dtype"
     with pytest.raises(SettingsError, match="Gemma3ForConditionalGeneration") as caught:
-        plan_for(turing, checkpoints.read(captured_models.files("gemma-3-12b-it")))
+        plan_for(turing, captured_models.shape("gemma-3-12b-it"))
     assert caught.value.code == "unsupported_dtype"
 
 

@@ -10,7 +10,6 @@ import pytest
 
 from fakes import captured
 from shoehorn.hardware.types import Hardware, HostCompute
-from shoehorn.model import checkpoint
 from shoehorn.model.shape import ModelShape
 from shoehorn.planner import host_compute
 from shoehorn.planner.memory.model import MemoryModel
@@ -27,7 +26,7 @@ LLAMA_70B = "deepseek-r1-distill-llama-70b"
 
 @cache
 def converted(name: str = LLAMA_70B) -> ModelShape:
-    return checkpoint.read(captured.converted(name))
+    return captured.shape(f"{name}@int4")
 
 
 def measured(compute: HostCompute | None = DESKTOP, pcie: float = 12.5e9, size: float = 7.6, gpus: int = 1,
@@ -93,7 +92,7 @@ def test_gpus_without_bfloat16_do_not_permit_it() -> None:
 
 def test_other_formats_do_not_permit_it() -> None:
     for name in captured.names():
-        shape = checkpoint.read(captured.files(name))
+        shape = captured.shape(name)
         assert shape.symmetric_int4 == (name.endswith("w4a16")), name
     assert converted().symmetric_int4
     assert not host_compute.is_supported(converted("qwen3-30b-a3b"), 16, measured().gpus[0])

@@ -69,10 +69,10 @@ PLANNED = [(planned["machine"], case) for gpu in ("h200", "h100") for planned in
 @pytest.mark.parametrize(("machine", "case"), PLANNED, ids=lambda of: of.get("gpu") or of["name"])
 def test_planned_start_took_the_planned_memory(machine: dict[str, Any], case: dict[str, Any]) -> None:
     arguments, measured, name = case["args"], case["measured"], case["model"].removesuffix("@int4")
-    shape = checkpoints.read(captured_models.files(name) if name == case["model"] else captured_models.converted(name))
+    shape = captured_models.shape(name if name == case["model"] else f"{name}@int4")
     draft = Path(arguments.get("speculative-config", {}).get("model", "")).name.removesuffix("@int4")
     model = measured_model(shape, case["expected"]["limit_bytes"], arguments,
-                           checkpoints.read(captured_models.converted(draft)) if draft else None)
+                           captured_models.shape(f"{draft}@int4") if draft else None)
     parts = model.gpus[0]
     assert 0.98 <= parts.total_bytes / measured["nvml_peak_bytes"] <= 1.05
     assert model.kv_tokens(parts.kv_cache_bytes) == measured["kv_cache_tokens"]

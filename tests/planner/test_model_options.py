@@ -107,7 +107,7 @@ def test_format_of_the_cache_determines_its_tokens(shape: ModelShape, option: st
 
 
 def test_without_the_hybrid_manager_windows_keep_all_tokens() -> None:
-    shape = checkpoint.read(captured.files("gemma-3-12b-it"))
+    shape = captured.shape("gemma-3-12b-it")
     extra = f"--kv-cache-memory-bytes {20 * GIB} --max-model-len 32768"
     hybrid, plain = (planned(machine(H100), shape, VLLM_EXTRA_ARGS=extra + switch).kv_cache_tokens
                      for switch in ("", " --disable-hybrid-kv-cache-manager"))

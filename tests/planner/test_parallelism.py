@@ -9,7 +9,6 @@ import pytest
 from fakes import captured as captured_models
 from shoehorn.common.errors import SettingsError
 from shoehorn.hardware.types import Hardware
-from shoehorn.model import checkpoint as checkpoints
 from support.plans import LARGE, TWENTY, machine, nf4_checkpoint, plan_for, planned, reason, tiny
 
 
@@ -26,7 +25,7 @@ def test_nf4_checkpoint_is_divided_by_layers_only() -> None:
 
 
 def test_groups_of_quantized_weights_stay_whole() -> None:
-    lite = checkpoints.read(captured_models.converted("deepseek-v2-lite-chat", captured_models.INT4))
+    lite = captured_models.shape("deepseek-v2-lite-chat@int4")
     two = planned(machine(TWENTY, TWENTY), lite)
     assert (two.engine_args.get("tensor-parallel-size"), two.engine_args["pipeline-parallel-size"]) == (None, 2)
     assert reason(two, "pipeline-parallel-size") == (2, "machine", "layers-only")
@@ -35,7 +34,7 @@ def test_groups_of_quantized_weights_stay_whole() -> None:
     assert caught.value.code == "groups_not_divisible"
     by_layers = caught.value.remedy.partition("'")[2].rstrip("'.")
     assert planned(machine(TWENTY, TWENTY), lite, VLLM_EXTRA_ARGS=by_layers).config.parallelism.pipeline == 2
-    awq = checkpoints.read(captured_models.files("qwen2.5-32b-instruct-awq"))
+    awq = captured_models.shape("qwen2.5-32b-instruct-awq")
     assert planned(machine(TWENTY, TWENTY), awq).config.parallelism.tensor == 2
 
 

@@ -15,7 +15,6 @@ import yaml
 from fakes import captured
 from shoehorn.common.errors import SettingsError
 from shoehorn.config.vllm_options import check, recorded
-from shoehorn.model import checkpoint
 from shoehorn.planner.plan import Plan
 from support.plans import GIB, machine, plan_for, tiny
 
@@ -57,8 +56,7 @@ def options_of_all_plans() -> tuple[Mapping[str, object], ...]:
     machines = {name: captured.machine(name) for name in captured.machines()} | {"unequal": UNEQUAL}
     distinct: dict[str, Mapping[str, object]] = {}
     for model in MODELS:
-        name, converted = model.removesuffix("@int4"), model.endswith("@int4")
-        shape = checkpoint.read(captured.converted(name) if converted else captured.files(name))
+        shape = captured.shape(model)
         for hardware in machines.values():
             for environment in ENVIRONMENTS if model in WITH_SETTINGS else ({},):
                 try:
@@ -87,7 +85,7 @@ def test_every_option_of_every_plan_is_recorded() -> None:
 
 
 def test_unequal_gpus_add_no_option() -> None:
-    plan = plan_for(UNEQUAL, checkpoint.read(captured.files("llama-3.1-8b-instruct")))
+    plan = plan_for(UNEQUAL, captured.shape("llama-3.1-8b-instruct"))
     assert isinstance(plan, Plan)
     assert plan.vram[0].limit_bytes > 20 * GIB, "the larger GPU alone"
     assert [each.value for each in plan.reasons if each.option == "gpus"] == [1]

@@ -136,11 +136,11 @@ def test_given_cache_size_is_used_as_it_is() -> None:
 @pytest.mark.parametrize("name", ["llama-3.1-8b-instruct-gptq", "llama-3.3-70b-instruct-w4a16"])
 def test_unsupported_checkpoint_is_an_error_before_it_is_pulled(name: str) -> None:
     with pytest.raises(SettingsError) as caught:
-        plan_for(machine(HUGE), checkpoints.read(captured_models.files(name)), MODEL_ID=f"some/{name}")
+        plan_for(machine(HUGE), captured_models.shape(name), MODEL_ID=f"some/{name}")
     assert caught.value.code == "unsupported_checkpoint"
     assert f"some/{name}" in caught.value.cause
     assert "MODEL_ID" in caught.value.remedy
-    planned(machine(HUGE), checkpoints.read(captured_models.files(f"{name}@unordered")))
+    planned(machine(HUGE), captured_models.shape(f"{name}@unordered"))
 
 
 @pytest.mark.parametrize(("quantized", "unreadable"), [

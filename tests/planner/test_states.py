@@ -7,7 +7,6 @@ from functools import cache
 import pytest
 
 from fakes import captured
-from shoehorn.model import checkpoint as checkpoints
 from shoehorn.model.shape import ModelShape
 from shoehorn.planner.memory.model import MemoryModel
 from shoehorn.planner.plan import Plan
@@ -21,7 +20,7 @@ HYBRIDS = ("qwen3.5-27b-fp8", "qwen3.5-9b", "nemotron-nano-9b-v2",
 
 @cache
 def shape(name: str) -> ModelShape:
-    return checkpoints.read(captured.files(name))
+    return captured.shape(name)
 
 
 def blocks(plan: Plan, model: ModelShape) -> int:

@@ -14,7 +14,6 @@ from shoehorn.config.settings import load
 from shoehorn.deployment import inputs
 from shoehorn.engine import memory_report
 from shoehorn.hardware.types import Gpu, Hardware
-from shoehorn.model import checkpoint
 from shoehorn.planner.build import make_plan
 from shoehorn.planner.inputs import PlanInputs, PlanSettings
 from shoehorn.planner.plan import Plan
@@ -32,7 +31,7 @@ def plan_of_the_70b() -> Plan:
     machine = Hardware(cards, "580.95.05", 96 * GIB, 96 * GIB, 16.0)
     settings = load({})
     plan = make_plan(PlanInputs(PlanSettings.of(settings), machine, inputs.select_profile(settings, machine),
-                                checkpoint.read(captured.files("deepseek-r1-distill-llama-70b"))))
+                                captured.shape("deepseek-r1-distill-llama-70b")))
     assert isinstance(plan, Plan), plan
     return plan
 

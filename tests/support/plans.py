@@ -25,7 +25,7 @@ GIB = 1 << 30
 
 @cache
 def llama_70b() -> ModelShape:
-    return checkpoints.read(captured_models.files("deepseek-r1-distill-llama-70b"))
+    return captured_models.shape("deepseek-r1-distill-llama-70b")
 
 
 @cache
@@ -45,7 +45,7 @@ def quantized(method: str) -> ModelShape:
 
 def nf4_checkpoint() -> ModelShape:
     """An 8B whose checkpoint is quantized by bitsandbytes."""
-    return checkpoints.read(captured_models.files("llama-3.1-8b-bnb-4bit"))
+    return captured_models.shape("llama-3.1-8b-bnb-4bit")
 
 
 def machine(*gpus_as_sold: tuple[str, float], ram: int = 64) -> Hardware:

@@ -23,7 +23,14 @@ GROUPS = (32, 64, 128)
 
 @dataclass(frozen=True)
 class Variant:
-    """A compiled form of the kernel: `tiles` of 8 rows, steps of 16 of k per chunk, warps of a block, blocks of an SM."""
+    """A compiled form of the kernel.
+
+    Attributes:
+        tiles: of 8 rows.
+        steps: of 16 of k, in a chunk.
+        warps: of a block.
+        min_blocks: that run on a multiprocessor at a time.
+    """
 
     tiles: int
     steps: int
@@ -48,7 +55,8 @@ class Kernel:
         self._blocks = properties.multi_processor_count * variant.min_blocks
         definitions = {"TILES": variant.tiles, "STEPS": variant.steps, "WARPS": variant.warps,
                        "MIN_BLOCKS": variant.min_blocks, "GROUP": group, "IS_BF16": int(dtype == torch.bfloat16)}
-        cubin = compile_cubin(SOURCE.read_text(encoding="utf-8"), f"sm_{properties.major}{properties.minor}", definitions)
+        architecture = f"sm_{properties.major}{properties.minor}"
+        cubin = compile_cubin(SOURCE.read_text(encoding="utf-8"), architecture, definitions)
         with torch.cuda.device(device):
             loaded: Any = _utils._cuda_load_module(cubin, ["int4_decode"])
         self._function = loaded["int4_decode"]

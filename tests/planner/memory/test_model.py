@@ -24,7 +24,7 @@ H200 = Gpu(0, "", "NVIDIA H200", 140 * GIB, 140 * GIB, (9, 0), 5, 16, False)
 
 @pytest.fixture(scope="module")
 def shape_70b() -> ModelShape:
-    return checkpoints.read(captured_models.files("deepseek-r1-distill-llama-70b"))
+    return captured_models.shape("deepseek-r1-distill-llama-70b")
 
 
 @pytest.fixture(scope="module")
@@ -232,14 +232,14 @@ def test_compilation_needs_a_copy_of_the_embedding(shape_8b: ModelShape) -> None
 
 
 def test_mixture_reads_only_the_experts_that_some_token_passes() -> None:
-    shape = checkpoints.read(captured_models.files("qwen3-30b-a3b"))
+    shape = captured_models.shape("qwen3-30b-a3b")
     sizes = [moved_bytes(model(shape, eager=False), requests)[1] for requests in (1, 8, 256)]
     assert sizes[0] < 8 * GIB < sizes[1] < sizes[2] < shape.weights_bytes
     assert memory(shape, max_num_batched_tokens=2048).activations_bytes > 2048 * 8 * 768 * 2
 
 
 def test_compressed_cache_is_small_and_its_projections_are_held_twice() -> None:
-    shape = checkpoints.read(captured_models.files("deepseek-v2-lite-chat"))
+    shape = captured_models.shape("deepseek-v2-lite-chat")
     assert model(shape, max_model_len=16).kv_bytes() == 2 * 16 * 27 * 576 * 2
     assert shape.absorbed_parameters == 27 * 512 * 16 * 256
     assert model_gib(shape) == pytest.approx(29.32, rel=0.01)  # measured
@@ -295,7 +295,7 @@ def test_tensor_parallel_sums_take_their_time(shape_70b: ModelShape) -> None:
 
 
 def test_nf4_experts_are_unpacked_whole_in_every_pass() -> None:
-    shape = checkpoints.read(captured_models.files("qwen3-30b-a3b"))
+    shape = captured_models.shape("qwen3-30b-a3b")
     nf4, plain = model(shape, nf4=True).activations, model(shape).activations
     layer = 128 * 3 * 2048 * 768 * 2
     assert nf4.unpacked_experts_bytes == 48 * layer

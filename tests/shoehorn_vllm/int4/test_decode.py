@@ -19,8 +19,8 @@ SOURCE = HOME / "src" / "shoehorn_vllm" / "int4" / "decode.cu"
 _MAIN = """
 #include "cuda_on_cpu.h"
 #include "decode.cu"
-extern "C" void run(const unsigned* order, unsigned blocks, const void* weights, const void* scales, const void* x, void* y,
-                    const void* bias, float* partial, int* arrivals, int m, int n, int k, int has_bias) {
+extern "C" void run(const unsigned* order, unsigned blocks, const void* weights, const void* scales, const void* x,
+                    void* y, const void* bias, float* partial, int* arrivals, int m, int n, int k, int has_bias) {
     for (unsigned i = 0; i < blocks; i++)
         run_block(order[i], blocks, WARPS * 32, [=] {
             int4_decode((const uint4*)weights, (const uint4*)scales, (const u32*)x, (u16*)y, (const u16*)bias, partial,
