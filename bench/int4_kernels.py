@@ -10,6 +10,7 @@ usage: int4_kernels.py OUT.json [--kernels NAME ...] [--rows N ...]      on a GP
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import multiprocessing
 import sys
@@ -29,6 +30,7 @@ ROWS = (1, 2, 4, 8, 16, 32)
 LARGE_ROWS = (64, 512, 2048)
 GROUPS = (128, 64)
 VLLM = ("Machete", "Marlin", "Humming", "Conch", "TritonW4A16", "CutlassW4A8", "Exllama")
+OTHERS = ("torch", "gemlite", "shoehorn-machete", "shoehorn-marlin")
 ROTATED_BYTES = 400 << 20  # eight times an H100's L2 cache
 _UNSUITABLE = (ValueError, RuntimeError, AssertionError, ImportError, TypeError, AttributeError, KeyError)
 """What kernels raise that do not support a matrix, or are not installed."""
@@ -83,36 +85,31 @@ def vllm_product(name: str, k: int, n: int, group: int, codes: torch.Tensor, sca
     return lambda x: kernel.apply_weights(layer, x)
 
 
-def own_product(n: int, group: int, k: int, codes: torch.Tensor, scales: torch.Tensor, variant: Any = None) -> Product:
-    """Return the product of shoehorn_vllm.int4 over Marlin's layout."""
+def own_product(name: str, k: int, n: int, group: int, codes: torch.Tensor, scales: torch.Tensor) -> Product:
+    """Return the product of shoehorn_vllm.int4; its variant follows the name of the layout, as machete:1,1,8,2."""
     from vllm import _custom_ops as ops
     from vllm.model_executor.layers.quantization.utils.marlin_utils import marlin_permute_scales
+    from vllm.scalar_type import scalar_types
 
     from shoehorn_vllm.int4 import decode
 
-    weights = ops.gptq_marlin_repack(codes.t().contiguous(), size_k=k, size_n=n, num_bits=4)
-    permuted = marlin_permute_scales(scales.t().contiguous(), k, n, group)
-    device = torch.device("cuda", torch.cuda.current_device())
-    fixed = variant and _variant_kernel(variant, group, scales.dtype, device)
-
-    def product(x: torch.Tensor) -> torch.Tensor:
-        tiles = 1 if len(x) <= 8 else 2 if len(x) <= 16 else 4
-        chosen = fixed or decode.kernel(tiles, group, scales.dtype, device)
-        return chosen.multiply(x, weights, permuted, n)
-
-    return product
-
-
-_COMPILED: dict[Any, Any] = {}
+    layout, _, numbers = name.partition(":")
+    if layout == "machete":
+        weights = ops.machete_prepack_B(codes.t(), scales.dtype, scalar_types.uint4b8, scales.dtype)
+        laid_out = scales.t().contiguous()
+    else:
+        weights = ops.gptq_marlin_repack(codes.t().contiguous(), size_k=k, size_n=n, num_bits=4)
+        laid_out = marlin_permute_scales(scales.t().contiguous(), k, n, group)
+    kernel = _compiled(decode.Layout(layout), decode.Variant(*map(int, numbers.split(","))) if numbers else decode.DECODE,
+                       group, scales.dtype)
+    return lambda x: kernel.multiply(x, weights, laid_out, n)
 
 
-def _variant_kernel(variant: Any, group: int, dtype: torch.dtype, device: torch.device) -> Any:
+@functools.cache
+def _compiled(layout: Any, variant: Any, group: int, dtype: torch.dtype) -> Any:
     from shoehorn_vllm.int4 import decode
 
-    key = (variant, group)
-    if key not in _COMPILED:
-        _COMPILED[key] = decode.Kernel(variant, group, dtype, device)
-    return _COMPILED[key]
+    return decode.Kernel(variant, layout, group, dtype, torch.device("cuda", torch.cuda.current_device()))
 
 
 def torch_product(group: int, codes: torch.Tensor, scales: torch.Tensor) -> Product:
@@ -145,11 +142,7 @@ def make(name: str, k: int, n: int, group: int, codes: torch.Tensor, scales: tor
         return torch_product(group, codes, scales)
     if name == "gemlite":
         return gemlite_product(k, n, group, codes, scales)
-    if name.startswith("shoehorn:"):
-        from shoehorn_vllm.int4.decode import Variant
-
-        return own_product(n, group, k, codes, scales, Variant(*map(int, name.split(":")[1].split(","))))
-    return own_product(n, group, k, codes, scales)
+    return own_product(name.removeprefix("shoehorn-"), k, n, group, codes, scales)
 
 
 def seconds(products: list[Product], x: torch.Tensor, replays: int = 10) -> float:
@@ -283,7 +276,7 @@ def main() -> None:
     """Measure the kernels and write the records as they come."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--kernels", nargs="+", default=[*VLLM, "torch", "gemlite", "shoehorn"])
+    parser.add_argument("--kernels", nargs="+", default=[*VLLM, *OTHERS])
     parser.add_argument("--rows", type=int, nargs="+", default=list(ROWS))
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--groups", type=int, nargs="+", default=list(GROUPS))

@@ -25,7 +25,7 @@ static void __syncthreads() { block_barrier->arrive_and_wait(); }
 static void __threadfence() {}
 static int atomicAdd(int* address, int value) { return __atomic_fetch_add(address, value, __ATOMIC_SEQ_CST); }
 template <class T> static T __ldg(const T* address) { return *address; }
-static long long min(long long a, long long b) { return a < b ? a : b; }
+template <class T> static T min(T a, T b) { return a < b ? a : b; }
 static uint4 read_once(const uint4* address) { return *address; }
 static float read_shared_by_blocks(const float* address) { return *address; }
 

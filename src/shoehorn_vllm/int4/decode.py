@@ -1,7 +1,7 @@
 """Product of few rows with INT4 weights at the GPU's memory bandwidth (decode.cu).
 
 Rules:
-- the weights keep the layout of vLLM's Marlin kernel: no second copy; larger batches take Marlin;
+- the weights keep the layout of vLLM's Machete or Marlin kernel: no second copy; larger batches take that kernel;
 - compiled by NVRTC for the GPU in about a second, once in a process for each variant;
 - calls on one GPU run in one stream: they share the memory for parts of sums.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,17 @@ from torch.cuda import _utils
 SOURCE = Path(__file__).with_name("decode.cu")
 GROUPS = (32, 64, 128)
 
+_MOST_IDLE = 0.95
+"""Share of the multiprocessors' blocks that work is divided over at least."""
+
+
+class Layout(Enum):
+    """Order of weights and scales in memory."""
+
+    MACHETE = "machete"
+    MARLIN = "marlin"
+
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -27,34 +39,36 @@ class Variant:
 
     Attributes:
         tiles: of 8 rows.
-        steps: of 16 of k, in a chunk.
+        quarters: of a chunk, of 64 of k each.
         warps: of a block.
         min_blocks: that run on a multiprocessor at a time.
     """
 
     tiles: int
-    steps: int
+    quarters: int
     warps: int
     min_blocks: int
 
     @property
     def chunk(self) -> int:
         """The product's k is a multiple of this."""
-        return 16 * self.steps
+        return 64 * self.quarters
 
 
-BY_TILES = {1: Variant(1, 8, 8, 2), 2: Variant(2, 4, 8, 2), 4: Variant(4, 4, 4, 2)}
+DECODE = Variant(tiles=1, quarters=1, warps=8, min_blocks=2)
+"""Up to 8 rows."""
 
 
 class Kernel:
     """One variant on one GPU, with the memory that its calls share."""
 
-    def __init__(self, variant: Variant, group: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, variant: Variant, layout: Layout, group: int, dtype: torch.dtype, device: torch.device) -> None:
         self.variant = variant
         properties = torch.cuda.get_device_properties(device)
         self._blocks = properties.multi_processor_count * variant.min_blocks
-        definitions = {"TILES": variant.tiles, "STEPS": variant.steps, "WARPS": variant.warps,
-                       "MIN_BLOCKS": variant.min_blocks, "GROUP": group, "IS_BF16": int(dtype == torch.bfloat16)}
+        definitions = {"TILES": variant.tiles, "QUARTERS": variant.quarters, "WARPS": variant.warps,
+                       "MIN_BLOCKS": variant.min_blocks, "GROUP": group, "IS_BF16": int(dtype == torch.bfloat16),
+                       "IS_MACHETE": int(layout is Layout.MACHETE)}
         architecture = f"sm_{properties.major}{properties.minor}"
         cubin = compile_cubin(SOURCE.read_text(encoding="utf-8"), architecture, definitions)
         with torch.cuda.device(device):
@@ -65,20 +79,26 @@ class Kernel:
 
     def multiply(self, x: torch.Tensor, weights: torch.Tensor, scales: torch.Tensor, n: int,
                  bias: torch.Tensor | None = None) -> torch.Tensor:
-        """Return x @ W + bias, [m, n], for x [m, k] and weights, scales and bias of W [k, n] in Marlin's layout."""
+        """Return x @ W + bias, [m, n], for x [m, k] and weights, scales and bias of W [k, n] in the kernel's layout."""
         m, k = x.shape
         y = torch.empty((m, n), dtype=x.dtype, device=x.device)
-        grid = min(self._blocks, n // 64 * (k // self.variant.chunk))
+        grid = blocks_of(self._blocks, n // 64, k // self.variant.chunk)
         self._function(grid=(grid, 1, 1), block=(self.variant.warps * 32, 1, 1),
                        args=[weights, scales, x, y, y if bias is None else bias, self._partial, self._arrivals,
                              m, n, k, int(bias is not None)])
         return y
 
 
+def blocks_of(most: int, tiles: int, chunks: int) -> int:
+    """Return the number of blocks: whole ones for each 64 columns, where that leaves few multiprocessors idle."""
+    whole = most // tiles * tiles
+    return min(whole if whole >= _MOST_IDLE * most else most, tiles * chunks)
+
+
 @functools.cache
-def kernel(tiles: int, group: int, dtype: torch.dtype, device: torch.device) -> Kernel:
+def kernel(layout: Layout, group: int, dtype: torch.dtype, device: torch.device) -> Kernel:
     """Return the kernel of these properties, compiled at the first call."""
-    return Kernel(BY_TILES[tiles], group, dtype, device)
+    return Kernel(DECODE, layout, group, dtype, device)
 
 
 def compile_cubin(source: str, architecture: str, definitions: dict[str, int]) -> bytes:

@@ -51,14 +51,23 @@ def _marlin(codes: np.ndarray, scales: np.ndarray, bias: np.ndarray) -> tuple[np
             marlin_permute_bias(torch.from_numpy(bias.astype(np.int32))).numpy().astype(np.uint16))
 
 
+def _machete(codes: np.ndarray, scales: np.ndarray, bias: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return codes, scales and bias in Machete's layout, as its own function packed numbered codes on an H100."""
+    k, n = codes.shape
+    parts = codes.reshape(k // 64, 4, 2, 4, 2, n // 16, 2, 8)  # of k: 64, 16, 8, 2, 1; of n: 16, 8, 1
+    nibbles = parts.transpose(0, 5, 7, 3, 1, 4, 2, 6).reshape(-1, 8).astype(np.uint32)
+    return (nibbles << np.arange(0, 32, 4, dtype=np.uint32)).sum(1, dtype=np.uint32), scales, bias
+
+
 class Compiled:
     """A variant of the kernel for the CPU."""
 
-    def __init__(self, folder: Path, tiles: int, group: int, steps: int = 4, warps: int = 2) -> None:
+    def __init__(self, folder: Path, tiles: int, group: int, quarters: int, is_machete: bool, warps: int = 2) -> None:
         self.tiles, self.group = tiles, group
         (folder / "main.cpp").write_text(_MAIN, encoding="utf-8")
         library = folder / f"decode-{tiles}-{group}.so"
-        defined = {"TILES": tiles, "GROUP": group, "STEPS": steps, "WARPS": warps, "MIN_BLOCKS": 1, "IS_BF16": 1}
+        defined = {"TILES": tiles, "GROUP": group, "QUARTERS": quarters, "WARPS": warps, "MIN_BLOCKS": 1, "IS_BF16": 1,
+                   "IS_MACHETE": int(is_machete)}
         subprocess.run(["g++", "-std=c++20", "-O1", "-shared", "-fPIC", "-pthread", "-w", "-o", str(library),
                         f"-I{HOME / 'tests' / 'fakes'}", f"-I{SOURCE.parent}", str(folder / "main.cpp"),
                         *(f"-D{name}={value}" for name, value in defined.items())], check=True)
@@ -77,15 +86,17 @@ class Compiled:
         return y
 
 
-@pytest.mark.parametrize(("rows", "tiles", "group"), [(1, 1, 128), (8, 1, 64), (11, 2, 32)])
+@pytest.mark.parametrize("is_machete", [True, False])
+@pytest.mark.parametrize(("rows", "tiles", "group", "quarters"), [(1, 1, 128, 1), (8, 1, 64, 2), (11, 2, 32, 1)])
 def test_product_is_exact_to_rounding_whatever_the_order_of_blocks(
-        tmp_path: Path, rows: int, tiles: int, group: int) -> None:
+        tmp_path: Path, rows: int, tiles: int, group: int, quarters: int, is_machete: bool) -> None:
     random = np.random.default_rng(0)
     k, n = 384, 192
     codes = random.integers(0, 16, (k, n))
     scales = _bf16(random.uniform(0.005, 0.015, (k // group, n)))
     x, bias = _bf16(random.normal(size=(rows, k))), _bf16(random.normal(size=n))
-    kernel, laid_out = Compiled(tmp_path, tiles, group), _marlin(codes, scales, bias)
+    kernel = Compiled(tmp_path, tiles, group, quarters, is_machete)
+    laid_out = (_machete if is_machete else _marlin)(codes, scales, bias)
     numbers = (codes - 8) * np.repeat(_float(scales), group, 0)
     right = _float(x).astype(np.float64) @ numbers + _float(bias)
     results = []
