@@ -100,8 +100,8 @@ def own_product(name: str, k: int, n: int, group: int, codes: torch.Tensor, scal
     else:
         weights = ops.gptq_marlin_repack(codes.t().contiguous(), size_k=k, size_n=n, num_bits=4)
         laid_out = marlin_permute_scales(scales.t().contiguous(), k, n, group)
-    kernel = _compiled(decode.Layout(layout), decode.Variant(*map(int, numbers.split(","))) if numbers else decode.DECODE,
-                       group, scales.dtype)
+    variant = decode.Variant(*map(int, numbers.split(","))) if numbers else decode.DECODE
+    kernel = _compiled(decode.Layout(layout), variant, group, scales.dtype)
     return lambda x: kernel.multiply(x, weights, laid_out, n)
 
 
