@@ -1,6 +1,6 @@
 """Measure INT4 products of few rows on a GPU: each kernel that vLLM offers, torch's, gemlite's and Shoehorn's own.
 
-The four matrices of a 70B layer, symmetric, in groups of 128 and 64. The calls of one kernel lie in a CUDA graph over
+The four matrices of a 70B layer, symmetric, in groups of 128 and 64. A CUDA graph has the calls of one kernel, over
 weights that together exceed the L2 cache, so each product reads its weights from memory. Rates are bytes of weights and
 scales by time, and their share of the bandwidth of a read on the same GPU.
 

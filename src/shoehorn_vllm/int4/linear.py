@@ -31,7 +31,7 @@ _AMPERE = 80
 
 
 class _DecodeLinearKernel(MPLinearKernel):
-    """What both kernels add to vLLM's."""
+    """Additions of both kernels to those of vLLM."""
 
     layout: Layout
 
