@@ -45,7 +45,7 @@ class Volume:
         """Start the next appliance."""
         self.started.append(Appliance(
             home or self.home, MODEL_ID="shoehorn/demo", MODEL_SOURCE="modelscope", MODELSCOPE_ENDPOINT=self.hub.url,
-            MODELSCOPE_API_TOKEN=HUB_TOKEN, QUANTIZATION="int4", **standin(self.hold), **settings))
+            MODELSCOPE_API_TOKEN=HUB_TOKEN, QUANTIZATION="int4", CALIBRATION="off", **standin(self.hold), **settings))
         return self.started[-1]
 
     @property

@@ -28,6 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--group-size", type=int, choices=GROUPS, metavar="N",
                         help=f"weights that share a scale: {', '.join(map(str, GROUPS))}; smaller groups lose less "
                         "accuracy and take more memory")
+    parser.add_argument("--calibration-tokens", type=int, metavar="N", help="tokens of the calibration text; default: "
+                        "131072 on a GPU, 16384 on a CPU")
     output.add_json(parser)
 
 
@@ -37,7 +39,8 @@ def run(arguments: argparse.Namespace, environment: Mapping[str, str]) -> int:
 
     def work(settings: Settings, report: Report) -> Path:
         machine = detect.detect()
-        options = ConversionOptions(arguments.embedding, arguments.group_size, machine.host_available_bytes)
+        options = ConversionOptions(arguments.embedding, arguments.group_size, machine.host_available_bytes,
+                                    arguments.calibration_tokens)
         cpu_workers = worker_count(machine.cpus, machine.host_available_bytes)
         return converter.convert(settings, options, cpu_workers, report)
 

@@ -95,13 +95,13 @@ class Calibrated:
         return replace(journal, calibration={**(journal.calibration or {}), **self._calibration.results})
 
 
-def describe(setting: str, source: Path, host_bytes: int) -> dict[str, Any] | None:
+def describe(setting: str, source: Path, directory: Path, host_bytes: int, tokens: int | None) -> dict[str, Any] | None:
     """Decide whether a conversion is calibrated; see `calibration.prepare`."""
     if setting == "off":
         return None
     from shoehorn.int4.calibration import prepare  # imports torch and transformers
 
-    return prepare.describe(setting, source, host_bytes)
+    return prepare.describe(setting, source, directory, host_bytes, tokens)
 
 
 def start(journal: Journal, source: Path, directory: Path, remaining: Sequence[ShardLayout],
@@ -112,7 +112,7 @@ def start(journal: Journal, source: Path, directory: Path, remaining: Sequence[S
         count: called with finished shares of the calibration.
 
     Raises:
-        SettingsError: the text changed or is missing.
+        ModelUnavailableError: the state of the calibration is damaged.
     """
     if journal.calibration is None or COMPLETE in journal.calibration or not remaining:
         return DataFree()

@@ -55,11 +55,13 @@ class ConversionOptions:
         embedding: bits of embedding and head; None to decide by the measured error.
         group: weights that share a scale; None to decide by the model.
         host_bytes: available host memory, for the plan of a calibration; 0 if unknown.
+        tokens: of the calibration; None to decide by the device.
     """
 
     embedding: int | None = None
     group: int | None = None
     host_bytes: int = 0
+    tokens: int | None = None
 
 
 def convert(settings: Settings, options: ConversionOptions, cpu_workers: int, report: Report) -> Path:
@@ -198,8 +200,8 @@ def _begin(settings: Settings, ref: ModelRef, options: ConversionOptions, source
     hashes = {file.path: file.sha256 for file in known.files} if known else artifact.stamps(source)
     journal = Journal({"model": ref.id, "revision": ref.revision, "commit": known.commit if known else "",
                        "shards": {name: hashes.get(name, "") for name in shards(files, names)}},
-                      plan.bits, plan.group, calibration=calibrated.describe(settings.calibration, source,
-                                                                             options.host_bytes))
+                      plan.bits, plan.group, calibration=calibrated.describe(
+                          settings.calibration, source, directory, options.host_bytes, options.tokens))
     manifest.write(models_dir, ref.converted, _manifest(ref, known, (), complete=False))
     for name in names:
         if name not in _REWRITTEN and not name.endswith(_NOT_COPIED):

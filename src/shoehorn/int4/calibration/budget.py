@@ -82,7 +82,7 @@ def plan(layer: LayerSize, length: int, dtype: torch.dtype, gpu_bytes: int, host
 
 
 def _plan(device: str, layer: LayerSize, length: int, dtype: torch.dtype, total: int) -> Budget:
-    weights = layer.parameters * dtype.itemsize
+    weights = 2 * layer.parameters * dtype.itemsize  # the layer, and at most as much stacked to be quantized together
     sequence = layer.activations * length * 4
     rest = max(total - weights, 0)
     batch = max(1, min(8, rest // 4 // sequence))
@@ -95,6 +95,6 @@ def _plan(device: str, layer: LayerSize, length: int, dtype: torch.dtype, total:
     return Budget(device, dtype, batch, columns, pass_bytes, rows, torch.get_num_threads(), used)
 
 
-def sequence_count(device: str, length: int) -> int:
-    """Return the number of calibration sequences of `length` tokens."""
-    return max(1, (TOKENS_ON_GPU if device == "cuda" else TOKENS_ON_CPU) // length)
+def sequence_count(device: str, length: int, tokens: int | None) -> int:
+    """Return the number of calibration sequences of `length` tokens; `tokens` in all, or by the device."""
+    return max(1, (tokens or (TOKENS_ON_GPU if device == "cuda" else TOKENS_ON_CPU)) // length)

@@ -38,14 +38,14 @@ class Codes:
     Attributes:
         codes: int8 [rows, columns], from -2^(bits - 1) to 2^(bits - 1) - 1.
         scale: of the requested dtype, [rows, columns / group].
-        squared_error: |(w - w') x|^2, summed over rows and calibration inputs.
+        squared_error: |(w - w') x|^2, summed over the calibration inputs, [rows].
         squared_norm: |w x|^2, likewise.
     """
 
     codes: torch.Tensor
     scale: torch.Tensor
-    squared_error: float
-    squared_norm: float
+    squared_error: torch.Tensor
+    squared_norm: torch.Tensor
 
     def restored(self) -> torch.Tensor:
         """Return the float32 [rows, columns] that the engine will use."""
@@ -91,17 +91,23 @@ def quantize(weight: torch.Tensor, factor: Factor, bits: int, scale_dtype: torch
     missing = exact - _restored(codes, scale)
     for _ in range(sweeps):
         _sweep(codes, scale, missing, factor, half, scale_dtype)
-    error = float((missing @ factor.hessian).mul_(missing).sum(dtype=torch.float64))
-    norm = float((exact @ factor.hessian).mul_(exact).sum(dtype=torch.float64))
     position = factor.order.argsort()
     first = factor.order.view(-1, factor.group)[:, 0] // factor.group
-    return Codes(codes.to(torch.int8)[:, position], scale.to(scale_dtype)[:, first.argsort()], max(error, 0.0), norm)
+    return Codes(codes.to(torch.int8)[:, position], scale.to(scale_dtype)[:, first.argsort()],
+                 _squares(missing, factor), _squares(exact, factor))
 
 
-def squared_error(missing: torch.Tensor, factor: Factor) -> float:
-    """Return |missing x|^2 over the calibration inputs; `missing` is float32 [rows, columns] in the model's order."""
-    ordered = missing[:, factor.order]
-    return max(float((ordered @ factor.hessian).mul_(ordered).sum(dtype=torch.float64)), 0.0)
+def squared_error(missing: torch.Tensor, factor: Factor) -> torch.Tensor:
+    """Return |missing x|^2 over the calibration inputs, [rows].
+
+    Args:
+        missing: float32 [rows, columns] in the model's order.
+    """
+    return _squares(missing[:, factor.order], factor)
+
+
+def _squares(ordered: torch.Tensor, factor: Factor) -> torch.Tensor:
+    return (ordered @ factor.hessian).mul_(ordered).sum(1).clamp_min_(0.0)
 
 
 def _order(diagonal: torch.Tensor, group: int) -> torch.Tensor:

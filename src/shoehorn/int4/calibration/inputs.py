@@ -143,7 +143,12 @@ def collect(layer: torch.nn.Module, some_spans: Sequence[Span], forward: Forward
             module = layer.get_submodule(name)
             hook = _experts_hook(own) if is_experts(module) else _linear_hook(own)
             stack.callback(module.register_forward_pre_hook(hook).remove)
-        forward()
+        precision = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("high")  # products of bf16 inputs are exact in TF32
+        try:
+            forward()
+        finally:
+            torch.set_float32_matmul_precision(precision)
 
 
 def _linear_hook(own: Sequence[Span]) -> Callable[[torch.nn.Module, tuple[Any, ...]], None]:

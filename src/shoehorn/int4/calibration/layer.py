@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 
 import torch
 
@@ -103,23 +104,33 @@ def _quantize_span(layer: torch.nn.Module, span: Span, group: int, scale_dtype: 
     if hessian is not None and span.tokens >= MIN_TOKENS and bool(hessian.diagonal().sum() > 0):
         factor = gptq.Factor(hessian, group)
     del hessian
-    for name in span.source.names:
-        weight = weight_of(layer, name)
+    weights = [weight_of(layer, name) for name in span.source.names]
+    for name, weight in zip(span.source.names, weights, strict=True):
         result = results.setdefault(name, _empty(weight, group, scale_dtype))
         result.calibrated = result.calibrated and factor is not None
-        for row in range(0, len(weight), budget.rows):
-            part = weight[row:row + budget.rows, span.begin:span.end]
-            free = quantizer.quantize(part.contiguous(), 4, group, scale_dtype)
-            restored = quantizer.dequantize(free.packed, free.scale, 4)
-            place = (slice(row, row + budget.rows), slice(span.begin, span.end))
-            groups = (place[0], slice(span.begin // group, span.end // group))
-            if factor is None:
-                scale = free.scale.float().repeat_interleave(group, 1)
-                result.codes[place], result.scale[groups] = (restored / scale).round().to(torch.int8), free.scale
-                continue
+    stacked = torch.cat([weight[:, span.begin:span.end] for weight in weights])  # one walk over the columns for all
+    edges = [0, *accumulate(len(weight) for weight in weights)]
+    for row in range(0, len(stacked), budget.rows):
+        part = stacked[row:row + budget.rows]
+        free = quantizer.quantize(part, 4, group, scale_dtype)
+        restored = quantizer.dequantize(free.packed, free.scale, 4)
+        if factor is None:
+            scale = free.scale.float().repeat_interleave(group, 1)
+            codes = gptq.Codes((restored / scale).round().to(torch.int8), free.scale, torch.zeros(len(part)),
+                               torch.zeros(len(part)))
+        else:
             codes = gptq.quantize(part, factor, 4, scale_dtype)
-            result.codes[place], result.scale[groups] = codes.codes, codes.scale
-            result.add(codes.squared_error, gptq.squared_error(part.float() - restored, factor), codes.squared_norm)
+            free_error = gptq.squared_error(part.float() - restored, factor)
+        for name, (begin, end) in zip(span.source.names, pairwise(edges), strict=True):
+            own = slice(max(begin, row) - row, min(end, row + len(part)) - row)
+            if own.start >= own.stop:
+                continue
+            result, rows = results[name], slice(max(begin, row) - begin, min(end, row + len(part)) - begin)
+            result.codes[rows, span.begin:span.end] = codes.codes[own]
+            result.scale[rows, span.begin // group:span.end // group] = codes.scale[own]
+            if factor is not None:
+                result.add(*(float(each[own].sum(dtype=torch.float64))
+                             for each in (codes.squared_error, free_error, codes.squared_norm)))
 
 
 def _empty(weight: torch.Tensor, group: int, scale_dtype: torch.dtype) -> QuantizedWeight:

@@ -16,13 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
-from shoehorn.common.errors import SettingsError
+from shoehorn.common.errors import ModelUnavailableError, SettingsError
 from shoehorn.int4 import quantizer
 from shoehorn.int4.calibration import budget as budgets
 from shoehorn.int4.calibration import text
 from shoehorn.int4.calibration.decoder import Decoder
 from shoehorn.int4.calibration.run import CHECKED_SEQUENCES, Task
+from shoehorn.int4.layout import CALIBRATION_FOLDER
 from shoehorn.model.files import LocalFiles, read_json
 
 log = logging.getLogger("convert")
@@ -31,17 +34,20 @@ MOST_SECONDS = 3600
 """Longest estimated time of a calibration that CALIBRATION=auto starts."""
 
 _PACKAGED = ("auto", "on", "packaged")
+_IDS = "ids.safetensors"
 _PASSES = 2
 _SOLVE_OPERATIONS = 12
 """Operations per weight and column of its matrix: error feedback, two sweeps, and the measured errors."""
 
 
-def describe(setting: str, source: Path, host_bytes: int) -> dict[str, Any] | None:
+def describe(setting: str, source: Path, directory: Path, host_bytes: int, tokens: int | None) -> dict[str, Any] | None:
     """Decide about a new conversion; return what its journal records, or None for a data-free one.
 
     Args:
         setting: CALIBRATION.
+        directory: folder of the conversion, which gets the token ids, so that a resumed conversion needs no text.
         host_bytes: available host memory.
+        tokens: of the calibration; None to decide by the device.
 
     Raises:
         SettingsError: `on` or a path, but the model or the text is unsupported.
@@ -49,7 +55,7 @@ def describe(setting: str, source: Path, host_bytes: int) -> dict[str, Any] | No
     if setting == "off":
         return None
     try:
-        return _describe(setting, source, host_bytes)
+        return _describe(setting, source, directory, host_bytes, tokens)
     except SettingsError as error:
         if setting != "auto":
             raise
@@ -62,21 +68,22 @@ def task(description: Mapping[str, Any], source: Path, directory: Path, group: i
     """Return the task of a described calibration.
 
     Raises:
-        SettingsError: the text changed or is missing.
+        ModelUnavailableError: the state of the calibration is damaged.
     """
-    sequences = text.read(source, _path(description["text"]), description["sequences"], description["length"])
-    if sequences.sha256 != description["text_sha256"]:
-        raise SettingsError("CALIBRATION: the text changed since the conversion began.",
-                            "Restore the text, or remove the partial conversion: shoehorn models rm.",
-                            code="calibration_text_changed")
+    try:
+        ids = load_file(directory / CALIBRATION_FOLDER / _IDS)["ids"]
+    except (OSError, SafetensorError, KeyError) as error:
+        raise ModelUnavailableError(f"{directory}: the state of the calibration is damaged ({error}).",
+                                    "Remove the partial conversion: shoehorn models rm.",
+                                    code="calibration_damaged") from error
     planned = dict(description["budget"])
     planned["dtype"] = quantizer.DTYPES[planned["dtype"]]
     dtype = _dtype(source)
-    return Task(source, directory, sequences.ids, f"{description} {group}", group,
+    return Task(source, directory, ids, f"{description} {group}", group,
                 torch.float16 if dtype == "F16" else torch.bfloat16, weights, budgets.Budget(**planned))
 
 
-def _describe(setting: str, source: Path, host_bytes: int) -> dict[str, Any] | None:
+def _describe(setting: str, source: Path, directory: Path, host_bytes: int, tokens: int | None) -> dict[str, Any] | None:
     config = read_json(LocalFiles(source), LocalFiles(source).names(), "config.json")
     positions = config.get("max_position_embeddings") or config.get("text_config", {}).get("max_position_embeddings")
     length = min(budgets.LENGTH, int(positions or budgets.LENGTH))
@@ -85,7 +92,7 @@ def _describe(setting: str, source: Path, host_bytes: int) -> dict[str, Any] | N
     size = decoder.size(length)
     gpu_bytes = torch.cuda.mem_get_info()[0] if quantizer.device() == "cuda" else 0
     budget = budgets.plan(size, length, dtype, gpu_bytes, host_bytes)
-    count = budgets.sequence_count(budget.device, length) + CHECKED_SEQUENCES
+    count = budgets.sequence_count(budget.device, length, tokens) + CHECKED_SEQUENCES
     sequences = text.read(source, _path(setting), count, length)
     if len(sequences.ids) <= CHECKED_SEQUENCES:
         raise SettingsError(f"CALIBRATION: the text has fewer than {(CHECKED_SEQUENCES + 1) * length} tokens.",
@@ -97,6 +104,9 @@ def _describe(setting: str, source: Path, host_bytes: int) -> dict[str, Any] | N
         log.warning("Converting without calibration, which would take %.1f h; CALIBRATION=on calibrates anyway",
                     seconds / 3600)
         return None
+    folder = directory / CALIBRATION_FOLDER
+    folder.mkdir(exist_ok=True)
+    save_file({"ids": sequences.ids}, folder / _IDS)
     names = {value: name for name, value in quantizer.DTYPES.items()}
     return {"text": setting if _path(setting) else "packaged", "text_sha256": sequences.sha256,
             "sequences": len(sequences.ids), "length": length,

@@ -17,7 +17,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +133,10 @@ class Calibration:
         torch.set_num_threads(self._task.budget.threads)  # the workers of the shards set it to 1 for the process
         with torch.inference_mode():
             while self._progress.done <= last:
-                self._quantize(self._progress.done)
+                try:
+                    self._quantize(self._progress.done)
+                except torch.OutOfMemoryError as error:
+                    self._reduce(error)
 
     def has(self, name: str) -> bool:
         """Return whether a weight is calibrated here."""
@@ -190,6 +193,20 @@ class Calibration:
         if errors:
             log.info("Calibrated layer=%d of=%d output_error=%.4f data_free=%.4f seconds=%.1f", index + 1, self.layers,
                      *(sum(pair[kind] for pair in errors) / len(errors) for kind in (0, 1)), time.monotonic() - started)
+
+    def _reduce(self, error: torch.OutOfMemoryError) -> None:
+        """Halve the memory of the matrices H after another program took memory of the GPU."""
+        budget = self._task.budget
+        if budget.columns < 2 * self._task.group:
+            raise ModelUnavailableError("Calibration: the GPU is out of memory.",
+                                        "Free memory of the GPU, or set CALIBRATION=off.",
+                                        code="calibration_out_of_memory") from error
+        torch.cuda.empty_cache()
+        columns = budget.columns // 2 // self._task.group * self._task.group
+        self._task = replace(self._task, budget=replace(
+            budget, batch=max(1, budget.batch // 2), columns=columns, pass_bytes=budget.pass_bytes // 2,
+            rows=max(64, budget.rows // 2)))
+        log.warning("GPU out of memory, repeating the layer with less columns=%d", columns)
 
     def _record(self, index: int, results: Mapping[str, layer_module.QuantizedWeight]) -> None:
         tensors = {}
