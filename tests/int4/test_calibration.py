@@ -12,12 +12,17 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from shoehorn.common.errors import ModelUnavailableError, SettingsError
+from shoehorn.config import settings
+from shoehorn.deployment import served_model
+from shoehorn.deployment.served_model import ShapeReader
 from shoehorn.int4 import quantizer
 from shoehorn.int4.calibration import budget, gptq, inputs, text
 from shoehorn.int4.calibration import layer as layer_module
 from shoehorn.int4.calibration.budget import LayerSize
 from shoehorn.int4.convert import ConversionOptions
+from shoehorn.planner.plan import Plan
 from support.converting import all_tensors, content, convert_here, local, readable, write_model
+from support.plans import HUGE, machine, planned
 
 BF16 = torch.bfloat16
 
@@ -203,3 +208,19 @@ def test_weight_that_is_not_finite_is_named_before_anything_is_served(tmp_path: 
     with pytest.raises(ModelUnavailableError) as caught:
         convert_here(local(tmp_path, broken, CALIBRATION=str(tmp_path / "text.txt")))
     assert caught.value.code == "invalid_weights"
+
+
+def test_plan_tells_groups_calibration_and_measured_loss(tmp_path: Path, model: Path) -> None:
+    for setting, expected in (("off", "INT4 in groups of 128, converted without calibration"),
+                              (str(model.parent / "text.txt"), "calibrated with 3,584 tokens; measured loss: KL")):
+        home = tmp_path / Path(setting).name
+        home.mkdir()
+        environment = local(home, model, CALIBRATION=setting)
+        folder = convert_here(environment, ConversionOptions(16))
+        converting = settings.load(environment)
+        ref = served_model.served_reference(converting)
+        shape = ShapeReader(converting).read(ref, served_model.served_folder(converting.models_dir, ref))
+        plan = planned(machine(HUGE), shape, QUANTIZATION="int4")
+        assert isinstance(plan, Plan)
+        notes = [reason.params["note"] for reason in plan.reasons if reason.code == "model-note"]
+        assert any(expected in note for note in notes), (folder, notes)

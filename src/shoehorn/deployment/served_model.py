@@ -130,7 +130,9 @@ class ShapeReader:
 
     def _read(self, ref: ModelRef, directory: Path | None, on_cpu: bool, overrides: Mapping[str, Any]) -> ModelShape:
         if directory:
-            return checkpoint.read(LocalFiles(directory), overrides)
+            shape = checkpoint.read(LocalFiles(directory), overrides)
+            summary = artifact.summary(directory) if ref.is_int4 else ""
+            return replace(shape, notes=(*shape.notes, summary)) if summary else shape
         if ref.is_int4:
             return self._conversion(ref, on_cpu, overrides)
         return checkpoint.read(pull.hub_files(self._settings, ref), overrides)

@@ -41,6 +41,23 @@ def locate(models_dir: Path, ref: ModelRef) -> Path | None:
     return directory
 
 
+def summary(directory: Path) -> str:
+    """Describe a complete conversion: bits, groups, calibration, and measured loss; "" if its journal is missing."""
+    journal = read_journal(directory)
+    if journal is None:
+        return ""
+    text = f"INT4 in groups of {journal.group}"
+    if journal.calibration is None:
+        return f"{text}, converted without calibration"
+    tokens = journal.calibration["sequences"] * journal.calibration["length"]
+    text += f", calibrated with {tokens:,} tokens"
+    loss = journal.calibration.get("loss")
+    if not loss:
+        return text
+    return (f"{text}; measured loss: KL divergence {loss['kl_mean']:.3f} nats, the same likeliest token at "
+            f"{100 * loss['same_top1']:.0f} % of positions")
+
+
 def stamps(directory: Path) -> dict[str, str]:
     """Return size and time of each shard of a local folder, by name."""
     files = LocalFiles(directory)

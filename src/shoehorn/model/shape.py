@@ -93,7 +93,7 @@ class ModelShape:
         disk_bytes: size of all stored files.
         pooling: for embeddings or ranking, so that the engine loads no output head.
         overrides: the user's changes of config.json (`hf-overrides`), completed; the shape includes them.
-        notes: unsupported properties.
+        notes: unsupported properties, and how a conversion was made; shown with the plan.
         unreadable: reason why the engine rejects this checkpoint; "" if it does not.
         packed_embedding: the embedding is quantized, which the engine supports on a CPU only with Shoehorn's patch.
         symmetric_int4: all linear layers are in the format of the CPU kernel: compressed-tensors, symmetric INT4 in

@@ -83,7 +83,8 @@ def task(description: Mapping[str, Any], source: Path, directory: Path, group: i
                 torch.float16 if dtype == "F16" else torch.bfloat16, weights, budgets.Budget(**planned))
 
 
-def _describe(setting: str, source: Path, directory: Path, host_bytes: int, tokens: int | None) -> dict[str, Any] | None:
+def _describe(setting: str, source: Path, directory: Path, host_bytes: int,
+              tokens: int | None) -> dict[str, Any] | None:
     config = read_json(LocalFiles(source), LocalFiles(source).names(), "config.json")
     positions = config.get("max_position_embeddings") or config.get("text_config", {}).get("max_position_embeddings")
     length = min(budgets.LENGTH, int(positions or budgets.LENGTH))
