@@ -210,7 +210,7 @@ def test_weight_that_is_not_finite_is_named_before_anything_is_served(tmp_path: 
     assert caught.value.code == "invalid_weights"
 
 
-def test_plan_tells_groups_calibration_and_measured_loss(tmp_path: Path, model: Path) -> None:
+def test_plan_shows_groups_calibration_and_measured_loss(tmp_path: Path, model: Path) -> None:
     for setting, expected in (("off", "INT4 in groups of 128, converted without calibration"),
                               (str(model.parent / "text.txt"), "calibrated with 3,584 tokens; measured loss: KL")):
         home = tmp_path / Path(setting).name

@@ -141,19 +141,18 @@ def _with_feedback(exact: torch.Tensor, factor: Factor, half: float, scale_dtype
     group, upper, weights = factor.group, factor.upper, factor.hessian.diagonal()
     work, codes = exact.clone(), torch.empty_like(exact)
     scales = exact.new_empty(rows, columns // group)
-    errors = exact.new_empty(rows, group)
     for begin in range(0, columns, group):
         end = begin + group
-        block = work[:, begin:end]
-        scale = _scale(block, weights[begin:end], half, scale_dtype)
+        scale = _scale(work[:, begin:end], weights[begin:end], half, scale_dtype)
         scales[:, begin // group] = scale
+        block = work[:, begin:end].T.contiguous()  # [columns, rows]: a column is contiguous
+        own = torch.empty_like(block)
         for column in range(group):
-            code = (block[:, column] / scale).round_().clamp_(-half, half - 1)
-            codes[:, begin + column] = code
-            error = (block[:, column] - code * scale).div_(upper[begin + column, begin + column])
-            errors[:, column] = error
-            block[:, column + 1:].addr_(error, upper[begin + column, begin + column + 1:end], alpha=-1)
-        work[:, end:].addmm_(errors, upper[begin:end, end:], alpha=-1)
+            code = torch.div(block[column], scale, out=own[column]).round_().clamp_(-half, half - 1)
+            error = block[column].addcmul_(code, scale, value=-1).div_(upper[begin + column, begin + column])
+            block[column + 1:].addr_(upper[begin + column, begin + column + 1:end], error, alpha=-1)
+        codes[:, begin:end] = own.T
+        work[:, end:].addmm_(block.T, upper[begin:end, end:], alpha=-1)  # the block has become its errors
     return codes, scales
 
 
@@ -191,21 +190,23 @@ def _sweep(codes: torch.Tensor, scale: torch.Tensor, missing: torch.Tensor, fact
     The slope of column j is what `missing` lacks along it: the best change of w'_j alone is slope / H[j, j].
     """
     group, hessian = factor.group, factor.hessian
+    diagonal = hessian.diagonal().tolist()
     for begin in range(0, codes.shape[1], group):
         end = begin + group
         own = hessian[begin:end, begin:end]
-        slope = missing @ hessian[:, begin:end]
-        current, step = codes[:, begin:end], scale[:, begin // group]
-        before = current * step.unsqueeze(1)
+        slope = (missing @ hessian[:, begin:end]).T.contiguous()  # [columns, rows]: a column is contiguous
+        current, step = codes[:, begin:end].T.contiguous(), scale[:, begin // group].contiguous()
+        before, reciprocal = current * step, step.reciprocal()
         for column in range(group):
-            change = slope[:, column] / (own[column, column] * step)
-            code = change.add_(current[:, column]).round_().clamp_(-half, half - 1)
-            slope.addr_((code - current[:, column]).mul_(step), own[column], alpha=-1)
-            current[:, column] = code
-        fit = (current * slope).sum(1)
-        size = (current @ own).mul_(current).sum(1).clamp_min_(1e-20)
+            code = torch.addcmul(current[column], slope[column], reciprocal, value=1 / diagonal[begin + column])
+            code.round_().clamp_(-half, half - 1)
+            slope.addr_(own[column], (code - current[column]).mul_(step), alpha=-1)
+            current[column] = code
+        fit = (current * slope).sum(0)
+        size = (own @ current).mul_(current).sum(0).clamp_min_(1e-20)
         better = _stored(step + fit / size, scale_dtype)
         change = better - step
         lowers = change * (change * size - 2 * fit) < 0  # after rounding to the stored dtype
-        step.copy_(torch.where(lowers, better, step))
-        missing[:, begin:end] += before - current * step.unsqueeze(1)
+        step = torch.where(lowers, better, step)
+        codes[:, begin:end], scale[:, begin // group] = current.T, step
+        missing[:, begin:end] += (before - current * step).T
