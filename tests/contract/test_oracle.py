@@ -19,8 +19,9 @@ pytestmark = pytest.mark.contract
 
 
 def test_planner_differs_exactly_where_listed() -> None:
-    rows = (row for name in store.names() for row in compare.compare(name, store.load(name), (1, 2, 4)))
+    rows = [row for name in store.names() for row in compare.compare(name, store.load(name), (1, 2, 4))]
     assert report.differences(rows) == json.loads(report.DIFFERENCES.read_text(encoding="utf-8"))
+    assert report.agreeing(rows) == json.loads(report.COMPARED.read_text(encoding="utf-8"))
 
 
 def test_engine_reproduces_a_record(tmp_path: Path) -> None:

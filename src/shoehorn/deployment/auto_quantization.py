@@ -51,7 +51,7 @@ def resolve_quantization(settings: Settings, machine: Hardware, profile: Profile
     shape = shapes.read(ref, pull.locate(settings.models_dir, ref), overrides=overrides)
     published = make_plan(PlanInputs(PlanSettings.of(settings), machine, profile, shape))
     resident = isinstance(published, Plan) and not published.config.nf4 and not published.offloaded_bytes
-    if shape.quantization or not shape.understood or resident:
+    if shape.quantization or not shape.plain or resident:
         return settings
     try:
         free_bytes = served_model.available_bytes(settings.models_dir, ref.converted) if volume else None

@@ -22,7 +22,7 @@ from typing import Any
 from shoehorn.common.errors import SettingsError
 from shoehorn.model.files import Files, read_json
 from shoehorn.model.safetensors import DTYPE_BITS, Tensor, header, shards
-from shoehorn.model.shape import KNOWN
+from shoehorn.model.shape import PLAIN
 from shoehorn.model.tensor_names import COLUMNS, EMBEDDING, IN_LAYER, LM_HEAD
 
 GROUPS = (128, 64, 32)
@@ -199,9 +199,9 @@ def _require_supported(config: Mapping[str, Any]) -> None:
                             code="int4_already_quantized")
     architectures = config.get("architectures")
     name = str(architectures[0]) if isinstance(architectures, list) and architectures else "unknown"
-    if name not in KNOWN:
+    if name not in PLAIN:
         raise SettingsError(f"QUANTIZATION=int4: unsupported architecture {name}.",
-                            f"Set QUANTIZATION=auto, or choose a model of one of: {', '.join(sorted(KNOWN))}.",
+                            f"Set QUANTIZATION=auto, or choose a model of one of: {', '.join(sorted(PLAIN))}.",
                             code="int4_unsupported_architecture")
 
 

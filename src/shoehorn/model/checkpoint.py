@@ -9,7 +9,6 @@ Sources: config classes of transformers, and the models and kv_cache_interface.p
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from types import MappingProxyType
@@ -17,8 +16,10 @@ from typing import Any
 
 from shoehorn.model import task
 from shoehorn.model.cache_reader import is_latent, read_caches
+from shoehorn.model.compared import is_compared
 from shoehorn.model.config_names import read_text, text_section
 from shoehorn.model.context import context_limits
+from shoehorn.model.divisibility import column_groups
 from shoehorn.model.division import read_division
 from shoehorn.model.files import WEIGHTS_SUFFIXES, Files, not_understood, read_json
 from shoehorn.model.kv_dtype import kv_cache_dtype
@@ -26,10 +27,11 @@ from shoehorn.model.overrides import apply_overrides, complete_overrides
 from shoehorn.model.quantization import other_files, read_quantization
 from shoehorn.model.rotary import rotary_entries
 from shoehorn.model.safetensors import Tensor, header, shards
-from shoehorn.model.shape import KNOWN, Experts, ModelShape, TensorBytes
-from shoehorn.model.tensor_groups import TextSizes, group_tensors
-from shoehorn.model.tensor_names import COLUMN_SCALES, EMBEDDING_PACKED
+from shoehorn.model.shape import Experts, ModelShape, TensorBytes
+from shoehorn.model.tensor_groups import TextSizes, group_tensors, is_beyond
+from shoehorn.model.tensor_names import EMBEDDING_PACKED
 from shoehorn.model.tensor_sizes import complete_from_tensors
+from shoehorn.model.tower_quantization import as_loaded
 
 _EXPERT_WIDTH = 128
 """The kernel of packed experts (Marlin) pads matrices whose sides are not multiples of this."""
@@ -80,6 +82,7 @@ def shape_of(config: Mapping[str, Any], tensors: Iterable[Tensor], disk_bytes: i
                        overrides=overrides)
     notes: list[str] = []
     tensors = list(tensors)
+    stored_bytes = sum(tensor.bytes for tensor in tensors)
     text = read_text(config)
     if text_section(config) is not config:
         notes.append("multimodal model: activations of the non-text parts are not estimated")
@@ -90,21 +93,24 @@ def shape_of(config: Mapping[str, Any], tensors: Iterable[Tensor], disk_bytes: i
     kv_heads = _count(text, "num_key_value_heads", heads)
     has_rotated_part = bool(text.get("kv_lora_rank"))
     head_dim = _count(text, "qk_rope_head_dim", 64) if has_rotated_part else _count(text, "head_dim", hidden // heads)
+    quantized = read_quantization(config, files, tensors, notes)
+    quantization = quantized.get("quant_method")
+    tensors = as_loaded(tensors, quantized)
     caches, limits = read_caches(text, layers, kv_heads, head_dim, notes), context_limits(text, notes)
+    division = read_division(config, architecture, heads, kv_heads, caches.states)
     grouped = group_tensors(
         tensors, TextSizes(layers, text.get("vocab_size") or 0, bool(text.get("is_encoder_decoder")), pooling),
-        read_division(config, architecture, heads, kv_heads, caches.states))
+        division)
     groups, embedding = grouped.groups, grouped.embedding
     if grouped.layers < layers:
         notes.append(f"config.json names {layers} layers, the weights contain {grouped.layers}")
-    quantized = read_quantization(config, files, tensors, notes)
-    quantization = quantized.get("quant_method")
-    if architecture not in KNOWN:
-        notes.append(f"unknown architecture {architecture}: tensors other than linear layers and experts are counted "
-                     "as resident and unquantized; activation estimate +50 %")
+    if not is_compared(architecture):
+        notes.append(f"architecture {architecture}: its memory was not compared with vLLM's; activation estimate +50 %")
     if quantized.get("load_in_8bit"):
         notes.append("8-bit bitsandbytes is unsupported: its state is counted as stored")
     latent = _count(text, "kv_lora_rank", 0) if is_latent(text) else 0
+    experts = _experts(text, groups, quantized, hidden, architecture,
+                       (grouped.expert_scale_bytes, grouped.expert_zero_bytes))
     attends = not caches.states or bool(caches.kv)
     return ModelShape(
         architecture=architecture, layers=layers, hidden=hidden, heads=heads if attends else 0,
@@ -119,27 +125,16 @@ def shape_of(config: Mapping[str, Any], tensors: Iterable[Tensor], disk_bytes: i
         quantization=str(quantization) if quantization else None,
         kv_cache_dtype=kv_cache_dtype(quantized), kv_layers=caches.kv, state_layers=caches.states,
         block_size=caches.block_size, tensor_bytes=groups,
-        weights_bytes=sum(tensor.bytes for tensor in tensors), disk_bytes=disk_bytes,
-        experts=_experts(text, groups, quantized, hidden, architecture,
-                         (grouped.expert_scale_bytes, grouped.expert_zero_bytes)),
+        weights_bytes=stored_bytes, disk_bytes=disk_bytes,
+        experts=experts,
         absorbed_parameters=layers * latent * heads * (_count(text, "qk_nope_head_dim", 128)
                                                        + _count(text, "v_head_dim", 128)) if latent else 0,
         notes=tuple(notes), unreadable=_unreadable(quantized),
         packed_embedding=any(EMBEDDING_PACKED.fullmatch(tensor.name) for tensor in tensors),
         symmetric_int4=_is_cpu_kernel_int4(quantized),
-        column_groups=_column_groups(tensors), few_gpus=grouped.few_gpus)
-
-
-def _column_groups(tensors: list[Tensor]) -> int:
-    """Return the greatest common divisor of the group counts of matrices that are divided by columns.
-
-    A group of weights shares a scale, and the engine rejects the division of a group; a single group per row is not
-    divided. Source: vllm/model_executor/kernels/linear/mixed_precision/marlin.py, can_implement.
-    """
-    scales = [(tensor.shape, match[1]) for tensor in tensors
-              if len(tensor.shape) == 2 and (match := COLUMN_SCALES.fullmatch(tensor.name))]
-    return math.gcd(*(groups for groups in (shape[0 if kind == "scales" else 1] for shape, kind in scales)
-                      if groups > 1))
+        column_groups=column_groups([tensor for tensor in tensors if not is_beyond(
+            tensor.name, grouped.prefix, layers)], quantized, experts.intermediate if experts else 0, division),
+        few_gpus=grouped.few_gpus)
 
 
 def _unreadable(quantized: Mapping[str, Any]) -> str:

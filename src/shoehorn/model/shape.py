@@ -6,14 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from shoehorn.model.compared import is_compared
 from shoehorn.model.layer_caches import KvLayers, StateLayers
 
-KNOWN = frozenset({
+PLAIN = frozenset({
     "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Phi3ForCausalLM",
     "Gemma2ForCausalLM", "Gemma3ForCausalLM", "Gemma3ForConditionalGeneration", "MixtralForCausalLM",
     "Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM", "DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM",
     "GptOssForCausalLM"})
-"""Supported architectures: layers of attention (of the kinds below) and one MLP or experts."""
+"""Architectures whose layers are attention (of the kinds below) and one MLP or experts, one stack of them."""
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,11 @@ class ModelShape:
     overrides: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     @property
-    def understood(self) -> bool:
-        """True if the architecture is supported, so that quantization and accurate estimates are possible."""
-        return self.architecture in KNOWN
+    def compared(self) -> bool:
+        """True if the memory of this architecture's models was compared with vLLM's and agrees."""
+        return is_compared(self.architecture)
+
+    @property
+    def plain(self) -> bool:
+        """True if Shoehorn can quantize the layers, and offload them by number."""
+        return self.architecture in PLAIN

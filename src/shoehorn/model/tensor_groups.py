@@ -82,6 +82,12 @@ def layer_list(tensors: Iterable[Tensor], layers: int) -> tuple[str, int]:
     return prefix, len(numbers[prefix])
 
 
+def is_beyond(name: str, prefix: str, layers: int) -> bool:
+    """Return whether a tensor belongs to multi-token prediction or to a layer beyond the configured number."""
+    match = _NUMBERED.fullmatch(name)
+    return bool(_MULTI_TOKEN.search(name) or (match and match[1] == prefix and int(match[2]) >= layers))
+
+
 def group_tensors(tensors: Sequence[Tensor], sizes: TextSizes, division: Division) -> GroupedTensors:
     """Divide the tensors into groups."""
     prefix, number = layer_list(tensors, sizes.layers)
@@ -94,7 +100,7 @@ def group_tensors(tensors: Sequence[Tensor], sizes: TextSizes, division: Divisio
         elements = tensor.elements
         match = _NUMBERED.fullmatch(tensor.name)
         in_layer = match[3] if match and match[1] == prefix else ""
-        if _MULTI_TOKEN.search(tensor.name) or (match and in_layer and int(match[2]) >= bound):
+        if is_beyond(tensor.name, prefix, bound):
             kind = "unused"
         elif BNB_STATE.fullmatch(tensor.name):
             kind, elements = "quant_state", elements if tensor.name.endswith(".weight.absmax") else 0

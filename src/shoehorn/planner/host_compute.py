@@ -45,13 +45,13 @@ stream nothing have CUDA graphs."""
 
 def is_supported(shape: ModelShape, cpus: float, gpu: Gpu) -> bool:
     """Return whether CPU and GPU can share the layers of a model in host memory: dense ones in INT4."""
-    return (shape.understood and shape.symmetric_int4 and shape.experts is None and shape.dtype == "bfloat16"
+    return (shape.plain and shape.symmetric_int4 and shape.experts is None and shape.dtype == "bfloat16"
             and cpus >= LEAST_CPUS and gpu.compute_capability >= _CAPABILITY)
 
 
 def computes_experts(shape: ModelShape, cpus: float, gpu: Gpu) -> bool:
     """Return whether the CPU can compute a mixture's experts in host memory: in the cache's formats and groups."""
-    return (shape.understood and shape.experts is not None and shape.experts.cacheable
+    return (shape.plain and shape.experts is not None and shape.experts.cacheable
             and (shape.symmetric_int4 or shape.quantization == "mxfp4") and shape.dtype == "bfloat16"
             and cpus >= LEAST_CPUS and gpu.compute_capability >= _CAPABILITY)
 

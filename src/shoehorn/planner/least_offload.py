@@ -42,7 +42,7 @@ def least_offload(model: MemoryModel, requests: int, bound_bytes: int, uva: bool
     needed = model.missing_bytes(requests)
     if needed <= 0:
         return config
-    if uva or not model.shape.understood:
+    if uva or not model.shape.plain:
         size = _whole_steps(needed * config.parallelism.pipeline)
         return replace(config, offload=UvaOffload(min(bound_bytes, size, _whole_steps(model.weights.layers_bytes))))
 
@@ -68,7 +68,7 @@ def with_offload(weights: Weights, layers: int, levels: tuple[ComputeLevel, ...]
         levels: of a hybrid execution; empty where the CPU does not take part.
     """
     shape, config = weights.shape, weights.config
-    if not shape.understood:
+    if not shape.plain:
         size = _whole_steps(weights.layers_bytes) * layers / shape.layers
         return replace(config, offload=UvaOffload(_whole_steps(size)))
     stages = config.parallelism.pipeline

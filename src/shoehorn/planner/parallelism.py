@@ -113,11 +113,16 @@ def _with_named_gpus(options: OptionSet, inputs: PlanInputs) -> PlanInputs:
 
 def divides(shape: ModelShape, gpus: int) -> bool:
     """Return whether vLLM can give each of that many GPUs a share of every matrix."""
-    return _divides_heads(shape, gpus) and not shape.column_groups % gpus
+    return _divides_heads(shape, gpus) and not shape.column_groups % gpus and not _undivided_groups(shape, gpus)
 
 
 def _divides_heads(shape: ModelShape, gpus: int) -> bool:
     return not (shape.heads % gpus or (shape.kv_heads % gpus and gpus % shape.kv_heads))
+
+
+def _undivided_groups(shape: ModelShape, gpus: int) -> int:
+    """Return the number of Mamba-2's groups if vLLM cannot give each of that many GPUs some of them; 0 if it can."""
+    return next((state.groups for state in shape.state_layers if state.groups > 1 and state.groups % gpus), 0)
 
 
 def _over_equal_gpus(options: OptionSet, gpus: Sequence[Gpu], shape: ModelShape) -> Division:
@@ -178,6 +183,9 @@ def _require_divisible(shape: ModelShape, tensor: int) -> None:
             f"The model's {shape.heads} attention heads ({shape.kv_heads} of keys and values) cannot be divided over "
             f"{tensor} GPUs.", "Set VRAM_PROFILE or --tensor-parallel-size in VLLM_EXTRA_ARGS to a number that divides "
             "them.", code="heads_not_divisible")
+    if groups := _undivided_groups(shape, tensor):
+        raise SettingsError(f"The model's {groups} groups of Mamba-2 states cannot be divided over {tensor} GPUs.",
+                            f"{by_layers}.", code="groups_not_divisible")
     if shape.column_groups % tensor:
         raise SettingsError(
             f"The checkpoint's quantization shares a scale among groups of weights, which {tensor} GPUs cannot divide.",

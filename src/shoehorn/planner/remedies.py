@@ -100,7 +100,7 @@ def more_offload(shortage: Shortage) -> Remedy | None:
 def nf4(shortage: Shortage) -> Remedy | None:
     """Quantize to NF4 while loading."""
     shape, config = shortage.model.shape, shortage.model.config
-    possible = not shape.quantization and not config.nf4 and shape.understood
+    possible = not shape.quantization and not config.nf4 and shape.plain
     return _set(QUANTIZATION="bitsandbytes") if possible and shortage.fits(replace(config, nf4=True)) else None
 
 
@@ -134,7 +134,7 @@ def on_cpu_host(model: MemoryModel, missing_bytes: int) -> list[Remedy]:
     """List remedies for too little host memory on the CPU."""
     remedies, quantized = [Remedy("more-host-memory", missing_bytes)], model.with_config(
         replace(model.config, nf4=True))
-    if not model.config.nf4 and not model.shape.quantization and model.shape.understood and \
+    if not model.config.nf4 and not model.shape.quantization and model.shape.plain and \
             missing_bytes <= model.host_alone().total_bytes - quantized.host_alone().total_bytes:
         remedies.append(_set(QUANTIZATION="bitsandbytes"))
     return [*remedies, _SMALLER_MODEL]

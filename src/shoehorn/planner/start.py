@@ -97,7 +97,7 @@ def configure(inputs: PlanInputs, options: OptionSet, limits: tuple[int, ...]) -
     if Field.OFFLOAD in fields:
         start = replace(start, offload=NoOffload())
     space = SearchSpace(inputs.shape, start, fields, bound, inputs.hardware.host_memory_bytes,
-                        may_quantize=inputs.shape.understood and not inputs.shape.quantization,
+                        may_quantize=inputs.shape.plain and not inputs.shape.quantization,
                         may_cache_experts=_may_cache_experts(inputs, options))
     space = _with_hybrid(_with_computed_experts(space, inputs), inputs, options)
     chosen = search(space)

@@ -1,8 +1,8 @@
 """Comparison of the planner's figures with the oracle's: figures that differ by more than 1 %.
 
-Rules: weights are the parameters, what loading changes and the buffers (rotary tables); a model without headers or
-truth is left out with the reason that its file gives; of windowed layers the windows are compared, of all caches
-together the bytes of a request of full length.
+Rules: where vLLM refuses to divide a model over so many GPUs, the planner does, too; weights are the parameters, what
+loading changes and the buffers (rotary tables); a model without headers or truth is left out with the reason that its
+file gives; of windowed layers the windows are compared, of all caches together the bytes of a request of full length.
 """
 
 from __future__ import annotations
@@ -42,7 +42,10 @@ def compare(name: str, document: Mapping[str, Any], gpus: tuple[int, ...]) -> li
     rows = []
     for number in gpus:
         truth = document.get("truth", {}).get(str(number))
-        if truth is None or not planned:
+        divides = planned.get(number, {}).get("divides")
+        if divides is False and number > 1:
+            rows.append(Row(name, architecture, number, {}, "" if truth is None else "planner: not divisible"))
+        elif truth is None or not planned:
             reason = missing.get(f"truth.{number}") or missing.get("tensors") or "not computed"
             rows.append(Row(name, architecture, number, {}, f"oracle: {reason}"))
         elif "refused" in planned[number]:

@@ -12,6 +12,7 @@ from shoehorn.model import checkpoint
 from shoehorn.model.safetensors import DTYPE_BITS, Tensor
 from shoehorn.model.shape import ModelShape
 from shoehorn.planner.memory.model import MemoryModel
+from shoehorn.planner.parallelism import divides
 from shoehorn.planner.serving_config import BITSANDBYTES, CacheOptions, Limits, Parallelism, ServingConfig
 from shoehorn.planner.vllm_args import with_options
 
@@ -59,6 +60,7 @@ def _figures(shape: ModelShape, gpus: int, options: Mapping[str, Any]) -> Figure
         "heads": shape.heads, "kv_heads": shape.kv_heads, "layers": shape.layers,
         "head_size": next((kind.width for kind in shape.kv_layers if kind.latent and not kind.entry_bytes),
                           shape.head_dim),
+        "divides": divides(shape, gpus),
         "windows": sorted({kind.window for kind in shape.kv_layers if kind.window}),
     }
 

@@ -1,6 +1,6 @@
 """Print the comparison of planner and oracle: `PYTHONPATH=tests python -m contract.oracle.report`.
 
-`--write` stores what differs, which tests/contract/test_oracle.py holds the planner to.
+`--write` stores what differs, and for the planner the architectures that agree; tests/contract/test_oracle.py compares.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from contract.oracle import store
 from contract.oracle.compare import NUMBERS, Row, compare
 
 DIFFERENCES = Path(__file__).resolve().parents[1] / "differences.json"
+
+COMPARED = Path(__file__).resolve().parents[3] / "src" / "shoehorn" / "model" / "compared.json"
 
 _SHORT = {"weights_bytes": "weights", "bytes_per_token": "KV/token", "state_bytes": "states",
           "request_bytes": "request", "max_model_len": "context"}
@@ -40,6 +42,7 @@ def main() -> int:
     counts = Counter(key for row in rows for key in row.off)
     refused = Counter(row.refused.partition(":")[0] for row in rows if row.refused)
     if arguments.write:
+        COMPARED.write_text(json.dumps(agreeing(rows), indent=0) + "\n", encoding="utf-8")
         DIFFERENCES.write_text(_lines(differences(rows)), encoding="utf-8")
     right = sum(1 for row in rows if not row.off and not row.refused)
     print(f"\n{len(rows)} records of {len({row.architecture for row in rows})} architectures: {right} right; off in "
@@ -53,6 +56,14 @@ def differences(rows: Iterable[Row]) -> dict[str, Any]:
     return {f"{row.name} on {row.gpus}":
             row.refused.partition(":")[0] or {key: list(row.off[key]) for key in sorted(row.off)}
             for row in rows if row.off or row.refused}
+
+
+def agreeing(rows: Iterable[Row]) -> list[str]:
+    """Return the architectures all of whose records agree, sorted."""
+    by_architecture: defaultdict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        by_architecture[row.architecture].append(row)
+    return sorted(name for name, each in by_architecture.items() if not any(row.off or row.refused for row in each))
 
 
 def _lines(entries: Mapping[str, Any]) -> str:

@@ -46,7 +46,7 @@ class Activations:
         last = stage == config.parallelism.pipeline - 1
         sampled = min(config.limits.max_num_seqs * (1 + config.speculation.draft_tokens), tokens)
         logits = sampled * shape.vocab * _LOGITS_BYTES_PER_ENTRY if last else 0
-        return round(max(residual + layer, logits) * (1 if shape.understood else _UNKNOWN_ARCHITECTURE))
+        return round(max(residual + layer, logits) * (1 if shape.compared else _UNKNOWN_ARCHITECTURE))
 
     @property
     def unpacked_experts_bytes(self) -> int:

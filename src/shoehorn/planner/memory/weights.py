@@ -52,7 +52,7 @@ class Weights:
             return stored + nested * 65 // 64, (absmax - nested) * 4
         if self.format is WeightFormat.PACKED:
             return stored + groups.quant_state.bytes, 0
-        if self.format is WeightFormat.NF4 and self.shape.understood:
+        if self.format is WeightFormat.NF4 and self.shape.plain:
             return parameters // 2 + nested * 65 // 64, (parameters // NF4_BLOCK - nested) * 4
         return round(parameters * (self.config.online_bytes or self.config.dtype_bytes)), 0
 
