@@ -7,14 +7,20 @@ from __future__ import annotations
 
 import json
 import shutil
+import ssl
 import struct
 from collections.abc import Iterator
 from pathlib import Path
 
+import grpc
+import httpx
 import psutil
 import pytest
+from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 
+from shoehorn.cluster import ports, report
 from shoehorn.common.errors import EXIT_BAD_SETTINGS
+from shoehorn.runtime.run_dir import RunDir
 from shoehorn.runtime.state import Phase
 from support.clients import BackgroundRequest, chat
 from support.machines import Machine, Network, title
@@ -117,6 +123,33 @@ def test_equal_node_that_comes_late_makes_the_head_ready(machines: dict[int, Mac
     assert chat(machines[1]).status_code == 200
     assert worker.phase is Phase.WAITING
     assert chat(worker).status_code in (401, 503)
+
+
+def status_of_ray(machine: Machine, credentials: grpc.ChannelCredentials | None, token: str = "") -> grpc.StatusCode:
+    """Ask Ray on the head for its nodes, as another host of the network; return the status."""
+    address = f"{machine.address}:{ports.GCS}"
+    with grpc.secure_channel(address, credentials) if credentials else grpc.insecure_channel(address) as channel:
+        try:
+            gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel).GetAllNodeInfo(
+                gcs_service_pb2.GetAllNodeInfoRequest(), timeout=20,
+                metadata=[("authorization", f"Bearer {token}")] if token else [])
+        except grpc.RpcError as error:
+            return error.code()
+        return grpc.StatusCode.OK
+
+
+def test_host_of_the_network_without_the_secret_is_refused(machines: dict[int, Machine]) -> None:
+    paths, head = RunDir(machines[2].run_dir), machines[1]
+    authority, pair = paths.cluster_authority.read_bytes(), paths.node_key.read_bytes()
+    node = grpc.ssl_channel_credentials(authority, pair, pair)
+    assert status_of_ray(head, node, paths.ray_token.read_text()) is grpc.StatusCode.OK
+    assert status_of_ray(head, node) is grpc.StatusCode.UNAUTHENTICATED
+    assert status_of_ray(head, node, "0" * 64) is grpc.StatusCode.UNAUTHENTICATED
+    assert status_of_ray(head, grpc.ssl_channel_credentials(authority)) is grpc.StatusCode.UNAVAILABLE
+    assert status_of_ray(head, None) is grpc.StatusCode.UNAVAILABLE
+    stranger = ssl.create_default_context(cafile=str(paths.cluster_authority))
+    with pytest.raises(httpx.TransportError):
+        httpx.post(f"https://{head.address}:{ports.REPORTS}{report.PATH}", content="{}", verify=stranger)
 
 
 @pytest.mark.fault("The network of a node is cut",

@@ -18,8 +18,11 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from types import FrameType
+
+import psutil
 
 from shoehorn.cluster import network, node_files, ray_command
 from shoehorn.cluster.report import RaySession
@@ -76,10 +79,15 @@ class RayProgram:
             self._start(session)
 
     def stop(self) -> None:
-        """End Ray and all processes that it started."""
+        """Kill Ray and all processes that it started: it has no state to save, and ends slowly on SIGTERM."""
         node_files.write_ray(self._paths, RaySession())
         if self._run:
-            self._run.child.stop(_STOP_SECONDS)
+            processes = _descendants(self._run.child.pid)
+            self._run.child.stop(0.0)
+            for process in processes:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+            psutil.wait_procs(processes, timeout=_STOP_SECONDS)
         self._run = None
 
     def _start(self, session: str) -> None:
@@ -109,6 +117,13 @@ class RayProgram:
         self._start_at = time.monotonic() + pause
         node_files.write_ray(self._paths, RaySession())
         log.warning("Ray ended, starting it again in_seconds=%.0f last_lines=%s", pause, " | ".join(run.lines))
+
+
+def _descendants(pid: int) -> list[psutil.Process]:
+    try:
+        return list(psutil.Process(pid).children(recursive=True))
+    except psutil.NoSuchProcess:
+        return []
 
 
 def main(environment: Mapping[str, str] = os.environ) -> int:

@@ -49,8 +49,8 @@ def plan_on_gpus(inputs: PlanInputs, base: BaseOptions) -> Plan | Refusal:
     if assembly.missing_host_bytes():
         return assembly.refuse_host(remedies.on_gpus_host(model, assembly.missing_host_bytes()))
     limits = tuple(gpu.limit_bytes for gpu in model.gpus)
-    environment = {**gpu_share.allocator(gpus, limits), **visible_gpus.environment_of(gpus),
-                   **stages.environment(model.config)}
+    visible = {} if inputs.hardware.nodes else visible_gpus.environment_of(gpus)  # of its own machine
+    environment = {**gpu_share.allocator(gpus, limits), **visible, **stages.environment(model.config)}
     speeds = throughput.expected(model, *gpus, host=inputs.hardware.host_compute)
     return assembly.plan(environment, place_on_gpus(model), model.gpus[0].kv_cache_bytes, speeds)
 
