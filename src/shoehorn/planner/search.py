@@ -6,6 +6,7 @@ and never overruled; host memory that does not exist is never promised.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -34,6 +35,9 @@ DRAFT_TOKENS = int(str(NGRAM["num_speculative_tokens"]))
 
 _VERIFIED = 128
 """Tokens of all requests together that a forward pass verifies, at most: as many as a small GPU hides behind PCIe."""
+
+_SCRATCH = (16, 4)
+"""Experts that a large forward pass copies at a time; few only where memory for more is missing."""
 
 _LARGE_BYTES = 20 * GIB
 """GPUs that hold this much together are offered the longer of the useful contexts."""
@@ -149,26 +153,27 @@ def expert_cache(space: SearchSpace) -> Iterator[Candidate]:
             space.shape.tensor_bytes.experts.bytes > space.offload_bound_bytes:
         return
     start = replace(space.start, embedding_on_host=not space.shape.tied_embeddings)
-    for load in (CONTEXT_4K, *SMALL_TIERS):
+    fewest = least_slots(experts, space.computed_tokens)
+    for scratch, load in itertools.product(_SCRATCH, (CONTEXT_4K, *SMALL_TIERS)):
         config = at_load(start, load, space.open_fields)
-        fewest = least_slots(experts, space.computed_tokens)
-        least = MemoryModel(space.shape, _cached(space, config, experts, fewest))
+        least = MemoryModel(space.shape, _cached(space, config, experts, fewest, scratch))
         slot_bytes = max(1, least.weights.expert_layers * least.weights.expert_bytes)
         for requests in (2, 1):
             more = max(0, -least.missing_bytes(requests)) // slot_bytes
             slots = min(experts.count, fewest + more)
-            cached = _cached(space, config, experts, slots)
+            cached = _cached(space, config, experts, slots, scratch)
             while slots > fewest and least.with_config(cached).missing_bytes(requests) > 0:
                 slots -= 1  # more graphs are captured than with the fewest slots
-                cached = _cached(space, config, experts, slots)
+                cached = _cached(space, config, experts, slots, scratch)
             yield Candidate(cached, PlacementTier.EXPERT_CACHE, requests)
 
 
-def _cached(space: SearchSpace, config: ServingConfig, experts: Experts, slots: int) -> ServingConfig:
+def _cached(space: SearchSpace, config: ServingConfig, experts: Experts, slots: int, scratch: int) -> ServingConfig:
     """Copy with that many slots of every layer; CUDA graphs of forward passes that do not copy all experts."""
     computed = space.computed_tokens
     divided = 0 if computed else divided_tokens(experts, slots)
-    cached = replace(config, offload=ExpertCacheOffload(slots, max(1, min(16, experts.count // 4)), divided, computed))
+    cached = replace(config, offload=ExpertCacheOffload(
+        slots, max(1, min(scratch, experts.count // 4)), divided, computed))
     if Field.CAPTURE in space.open_fields:
         cached = replace(cached, capture_limit=captured_sizes(replace(
             cached, capture_limit=min(computed or divided, 2 * config.limits.max_num_seqs)))[-1])

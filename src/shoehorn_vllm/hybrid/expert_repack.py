@@ -17,7 +17,7 @@ import torch
 from shoehorn_vllm.hybrid.expert_slots import codes_kernel, values_kernel
 from shoehorn_vllm.hybrid.expert_store import ExpertStore
 
-_PROGRAMS = 16
+_PROGRAMS = 128
 _BLOCK = 1024
 COUNT = 3
 """Place of the number of copies in the counters."""

@@ -2,11 +2,13 @@
 
 Two stages are filled in turn by a stream of their own with experts in the checkpoint's layout; a wave is repacked from
 its stage into the scratch and multiplied there. All layers share them; the first waves of the next layer are copied
-while the last one of this layer is computed.
+while the last one of this layer is computed. The GPU's copy engines copy, since a kernel that reads over PCIe slows
+down those that compute; so the host has to know which experts have slots: it asks once, at the first layer of a pass.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -40,12 +42,11 @@ def copy(store: ExpertStore, stage: torch.Tensor, source: torch.Tensor, counters
 
 @dataclass
 class _Layer:
-    """The copies of a large pass for one layer: the experts without a slot, a buffer full at a time."""
+    """The copies of a large pass for one layer: the experts without a slot, a stage full at a time."""
 
     cache: ExpertCache
-    listed: torch.Tensor
+    absent: list[int]
     maps: list[torch.Tensor]
-    ready: torch.Event
     filled: list[int] = field(default_factory=list)  # the stages in which the first waves are
 
 
@@ -73,6 +74,7 @@ class Waves:
             event.record(torch.cuda.current_stream(device))
         self._turn = 0
         self._caches: list[ExpertCache] = []
+        self._absent: list[list[int]] = []  # experts of each layer in this pass
         self._next: _Layer | None = None
         self._places = torch.arange(size, dtype=torch.int32, device=device)
         self._counts: dict[int, torch.Tensor] = {}  # counters by number of experts in a wave
@@ -111,7 +113,6 @@ class Waves:
             else:
                 self._prefetch(cache)
             output = output + kernel(tokens, choices, mapping, cache.experts, True)
-        layer.listed.record_stream(self._stream)
         return output
 
     def _wave_size(self, cache: ExpertCache, wave: int) -> int:
@@ -128,23 +129,32 @@ class Waves:
             self._fill(self._next, len(self._next.filled))
 
     def _prepared(self, cache: ExpertCache) -> _Layer:
+        number = self._caches.index(cache)
+        if number == 0 or not self._absent:
+            slots = torch.stack([each.slot_of for each in self._caches]).tolist()  # waits for the GPU
+            self._absent = [[expert for expert, slot in enumerate(row) if slot < 0] for row in slots]
         absent = cache.slot_of < 0
         order = torch.cumsum(absent, 0, dtype=torch.int32) - 1
-        listed = torch.argsort(absent.to(torch.int8), descending=True, stable=True).to(torch.int32)
         maps = [torch.where(absent & (order // self._size == wave), order % self._size, -1).to(torch.int32)
                 for wave in range(-(-(cache.experts - cache.slots) // self._size))]
-        ready = torch.Event("cuda")
-        ready.record(torch.cuda.current_stream())
-        return _Layer(cache, listed, maps, ready)
+        return _Layer(cache, self._absent[number], maps)
 
     def _fill(self, layer: _Layer, wave: int) -> None:
         """Start the copy of a wave into the stage whose turn it is."""
         stage, self._turn = self._turn, (self._turn + 1) % _STAGES
-        count = self._wave_size(layer.cache, wave)
+        there, here = self._stages[stage], layer.cache.store.data
         with self._stream:
-            self._stream.wait_event(layer.ready)
             self._stream.wait_event(self._free[stage])
-            copy(layer.cache.store, self._stages[stage], layer.listed[wave * self._size:], self._counts[count], 0,
-                 count)
+            for place, first, last in runs(layer.absent[wave * self._size:(wave + 1) * self._size]):
+                there[place:place + last - first].copy_(here[first:last], non_blocking=True)
             self._ready[stage].record(self._stream)
         layer.filled.append(stage)
+
+
+def runs(numbers: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """Yield (place of the first one, first, last + 1) of each run of consecutive numbers."""
+    begin = 0
+    for place in range(1, len(numbers) + 1):
+        if place == len(numbers) or numbers[place] != numbers[place - 1] + 1:
+            yield begin, numbers[begin], numbers[place - 1] + 1
+            begin = place

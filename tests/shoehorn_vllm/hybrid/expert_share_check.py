@@ -13,6 +13,7 @@ import triton
 
 from shoehorn_vllm.hybrid.expert_repack import code_order, scale_order
 from shoehorn_vllm.hybrid.expert_slots import codes_kernel, share_kernel, values_kernel
+from shoehorn_vllm.hybrid.expert_waves import runs
 
 CASES = ((16, 8, 2, 4, 2), (12, 5, 1, 5, 1), (40, 1, 3, 11, 3))  # experts, slots, choices, most tokens, fills
 WIDTH = 37
@@ -114,12 +115,25 @@ def check_repacking(rows: int, k: int, group: int, mxfp4: bool) -> None:
     assert not values[1].view(typed).any()
 
 
+def check_runs() -> None:
+    """Runs of consecutive experts cover a wave, each at its place."""
+    for count in (0, 1, 5, 16, 40):
+        numbers = sorted(torch.randperm(40)[:count].tolist())
+        places = [-1] * count
+        for place, first, last in runs(numbers):
+            assert first - 1 not in numbers
+            assert last not in numbers, "as few copies as possible"
+            places[place:place + last - first] = range(first, last)
+        assert places == numbers
+
+
 def main() -> None:
     """All cases with one seed."""
     torch.manual_seed(int(sys.argv[1]))
-    checks: list[Callable[[], None]] = [lambda case=case: check_shares(*case, rounds=40) for case in CASES]
+    checks: list[Callable[[], None]] = [lambda case=case: check_shares(*case, rounds=25) for case in CASES]
     checks += [lambda shape=shape: check_repacking(*shape) for shape in (
         (128, 64, 32, False), (64, 256, 128, False), (192, 128, 128, False), (128, 96, 32, True))]
+    checks.append(check_runs)
     for check in checks:
         check()
     print("ok")

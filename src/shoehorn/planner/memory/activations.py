@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from shoehorn.common.units import KIB
 from shoehorn.planner.memory.offload import OffloadedWeights
 from shoehorn.planner.memory.weights import Weights
-from shoehorn.planner.serving_config import PrefetchOffload, ServingConfig, WeightFormat
+from shoehorn.planner.serving_config import ExpertCacheOffload, PrefetchOffload, ServingConfig, WeightFormat
 
 _RESIDUAL_WIDTHS = 9  # activations of a layer's width that are alive at once, besides the MLP's three
 _GRAPH_BYTES_PER_LAYER = 192 * KIB
@@ -82,9 +82,13 @@ class Activations:
         """Peak of loading on top of the weights: a copy of the largest matrix, and an embedding that moves to the host.
 
         A packed matrix is repacked for the kernel; one that is offloaded or quantized is copied to the GPU first.
+        Cached experts are read into host memory, and copied one by one.
         """
         shape, config, weights = self.weights.shape, self._config, self.weights
-        largest = max(*weights.fused_tensors_bytes, weights.head_bytes if shape.quantization else 0)
+        copied = weights.fused_tensors_bytes
+        if isinstance(config.offload, ExpertCacheOffload):
+            copied = (*copied[:2], weights.expert_bytes)
+        largest = max(*copied, weights.head_bytes if shape.quantization else 0)
         if weights.format is WeightFormat.NF4:
             whole = shape.hidden * shape.intermediate * config.dtype_bytes // config.parallelism.tensor
             largest = max(largest, whole)

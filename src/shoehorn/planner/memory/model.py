@@ -151,9 +151,13 @@ class MemoryModel:
     def framework_bytes(self) -> int:
         """Memory of one engine process on a GPU besides the model."""
         return (CONTEXT_BYTES + _LIBRARIES_BYTES + _NF4_LIBRARIES_BYTES * self.weights.format.is_nf4
-                + _EXPERT_CACHE_BYTES * isinstance(self.config.offload, ExpertCacheOffload)
+                + self._expert_cache_bytes
                 + _COLLECTIVES_BYTES * (self.config.parallelism.gpus > 1)
                 + _COUNT_BYTES * self.config.limits.max_num_seqs * self.shape.vocab)
+
+    @property
+    def _expert_cache_bytes(self) -> int:
+        return _EXPERT_CACHE_BYTES * isinstance(self.config.offload, ExpertCacheOffload)
 
     def host_beside_gpus(self, limit_bytes: int = 0) -> DeviceMemory:
         """Host memory of all processes together while the model runs on GPUs."""
@@ -182,7 +186,8 @@ class MemoryModel:
         compiling, loading = self.activations.compiling_bytes, self.loading_bytes
         for memory in self._bare_stages:
             limit, total = memory.limit_bytes - MARGIN_BYTES, memory.total_bytes
-            stored = memory.weights_bytes + memory.quant_state_bytes + memory.embeddings_bytes + memory.framework_bytes
+            stored = (memory.weights_bytes + memory.quant_state_bytes + memory.embeddings_bytes + memory.framework_bytes
+                      - self._expert_cache_bytes)  # its kernels are loaded by the first pass
             missing += [total - memory.activations_bytes - memory.cuda_graphs_bytes + compiling - limit,
                         stored + loading - limit,
                         total + least - limit if fixed is None else max(total + fixed - limit, least - fixed)]
