@@ -13,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import option_values
+
 CONFIG = Path(__file__).resolve().parents[1] / "src" / "shoehorn" / "config"
 TARGET = CONFIG / "vllm_options.json"
 
@@ -85,7 +87,7 @@ def keys_of(convert: Callable[[str], Any], hint: Any) -> list[str]:
 
 def record(parser: argparse.ArgumentParser) -> dict[str, dict[str, Any]]:
     """Return every option by its name without dashes: `takes` (value, switch or list), `kind`, and if present
-    `accepts` (JSON types), `keys` (of an object that refuses others), `choices`, `short` (other
+    `accepts` (JSON types), `keys` (of an object that refuses others), `values`, `choices`, `short` (other
     spellings) and `negatable`."""
     options: dict[str, dict[str, Any]] = {}
     hints, closed = field_types(), closed_lists()
@@ -102,6 +104,8 @@ def record(parser: argparse.ArgumentParser) -> dict[str, dict[str, Any]]:
             entry["choices"] = sorted(str(choice) for choice in action.choices if choice is not None)
         if entry.get("kind") == "json" and callable(action.type):
             entry["accepts"] = accepted_types(action.type, hints.get(name))
+            if values := values_of(name, hints.get(name)):
+                entry["values"] = values
             if keys := keys_of(action.type, hints.get(name)) or config_keys().get(name):
                 entry["keys"] = keys
         if name in closed:
@@ -112,6 +116,20 @@ def record(parser: argparse.ArgumentParser) -> dict[str, dict[str, Any]]:
             entry["negatable"] = True
         options[name] = entry
     return dict(sorted(options.items()))
+
+
+def values_of(name: str, hint: Any) -> dict[str, Any]:
+    """Return what the values inside an option accept by key; `*` stands for any key."""
+    from typing import get_args
+
+    from vllm.config import SpeculativeConfig
+
+    for each in (SpeculativeConfig if name == "speculative-config" else hint, *get_args(hint)):
+        if hasattr(each, "__pydantic_decorators__"):
+            return option_values.of_class(each)
+    if name == "limit-mm-per-prompt":
+        return {"*": {"accepts": option_values.of_mapping(hint)}}
+    return {}
 
 
 def config_keys() -> dict[str, list[str]]:

@@ -237,3 +237,36 @@ def test_planning_commands_do_not_import_the_engine() -> None:
         capture_output=True, text=True, check=True, cwd=HOME / "src")
     assert completed.stdout.strip() == "[]"
     assert vllm_options.__file__
+
+
+@pytest.mark.parametrize(("words", "mistake"), [
+    (["--compilation-config", '{"mode": "three"}'], "mode: 'three' is not one of 0, 1, 2, 3"),
+    (["--compilation-config", '{"cudagraph_capture_sizes": "1,2"}'], "cudagraph_capture_sizes: '1,2' is not a list"),
+    (["--compilation-config", '{"pass_config": {"fuse_nrm": true}}'], "did you mean fuse_norm_quant?"),
+    (["--compilation-config", '{"pass_config": {"fuse_norm_quant": 5}}'], "fuse_norm_quant: 5 is not true or false"),
+    (["--speculative-config", '{"method": "ngrm"}'], "did you mean ngram"),
+    (["--speculative-config.num_speculative_tokens", "three"], "num_speculative_tokens: 'three' is not an integer"),
+    (["--kv-transfer-config", '{"kv_role": "both"}'], "did you mean kv_both?"),
+    (["--override-generation-config", '{"temperature": "warm"}'], "temperature: 'warm' is not a number"),
+    (["--limit-mm-per-prompt", '{"image": "two"}'], "image: 'two' is not a JSON object or an integer"),
+    (["--attention-config", '{"backend": "FLASH_ATTM"}'], "did you mean FLASH_ATTN"),
+    (["--lora-modules", "german"], "'german' is not NAME=FOLDER"),
+    (["--lora-modules", '{"name": "a", "pat": "b"}'], "needs the keys name and path"),
+])
+def test_values_inside_json_options_are_checked(words: list[str], mistake: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        vllm_options.parse_arguments(words)
+    assert mistake in caught.value.cause
+
+
+@pytest.mark.parametrize("words", [
+    ["--compilation-config", '{"mode": 3, "cudagraph_mode": "PIECEWISE", "pass_config": {"fuse_norm_quant": "true"}}'],
+    ["--compilation-config", '{"pass_config": {"fuse_act_quant": 1}, "cudagraph_capture_sizes": [1, 2]}'],
+    ["--speculative-config", '{"method": "ngram", "num_speculative_tokens": "3", "prompt_lookup_max": 4}'],
+    ["--kv-transfer-config", '{"kv_connector": "X", "kv_role": "kv_both", "kv_connector_extra_config": {"a": 1}}'],
+    ["--limit-mm-per-prompt", '{"image": 2, "video": {"count": 1, "num_frames": 32}}'],
+    ["--override-generation-config", '{"temperature": 1, "top_k": 20, "eos_token_id": [1, 2]}'],
+    ["--lora-modules", "a=/x/b=c", '{"name": "b", "path": "/y", "base_model_name": "z"}'],
+])
+def test_values_that_the_engine_converts_are_accepted(words: list[str]) -> None:
+    assert vllm_options.parse_arguments(words)

@@ -14,11 +14,12 @@ import functools
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any
 
 from shoehorn.common.errors import SettingsError
+from shoehorn.config import json_values
 
 OWNED = {
     "model": "MODEL_ID", "served-model-name": "SERVED_MODEL_NAME", "tokenizer": "MODEL_ID",
@@ -91,6 +92,7 @@ REMOVED = {
 }
 """Options of older vLLM versions that guides still mention: the replacement."""
 
+_ADAPTER_KEYS = ("name", "path", "base_model_name", "is_3d_lora_weight")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)([kKmMgGtT]?)")
 _MULTIPLIERS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12,
                 "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
@@ -108,6 +110,7 @@ class Option:
         negatable: `--no-NAME` exists.
         accepts: of JSON, the types `object`, `list`, `number` and `text`.
         keys: of an object that refuses others; empty if it takes any.
+        values: what the values inside an object accept, by key (see `json_values`); `*` stands for any key.
     """
 
     takes: str
@@ -117,6 +120,7 @@ class Option:
     negatable: bool = False
     accepts: tuple[str, ...] = ()
     keys: tuple[str, ...] = ()
+    values: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
 
 @functools.cache
@@ -125,7 +129,7 @@ def recorded() -> Mapping[str, Option]:
     document = json.loads(resources.files("shoehorn.config").joinpath("vllm_options.json").read_text(encoding="utf-8"))
     return {name: Option(entry["takes"], entry.get("kind", "text"), tuple(entry.get("choices", ())),
                          tuple(entry.get("short", ())), entry.get("negatable", False),
-                         tuple(entry.get("accepts", ())), tuple(entry.get("keys", ())))
+                         tuple(entry.get("accepts", ())), tuple(entry.get("keys", ())), entry.get("values", {}))
             for name, entry in document["options"].items()}
 
 
@@ -266,9 +270,28 @@ def _convert(name: str, option: Option, text: str) -> object:
         raise ValueError(f"--{name}: {text!r} is not {' or '.join(_JSON_FORMS[each] for each in option.accepts)}")
     else:
         value = text
+    if name == "lora-modules":
+        _check_adapter(text)
     if option.choices and text not in option.choices and text.replace("-", "_") not in option.choices:
         raise ValueError(f"--{name}: {text!r} is not one of {', '.join(option.choices)}")
     return value
+
+
+def _check_adapter(text: str) -> None:
+    """Check an adapter, NAME=FOLDER or a JSON object (LoRAModulePath of vLLM). Raises ValueError."""
+    if not text.lstrip().startswith("{"):
+        if not re.fullmatch(r"[^=,]+=[^,]+", text):
+            raise ValueError(f"--lora-modules: {text!r} is not NAME=FOLDER, nor a JSON object with name and path; "
+                             "separate adapters by blanks")
+        return
+    try:
+        adapter = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"--lora-modules: {text!r} is not valid JSON ({error})") from error
+    wrong = [key for key in adapter if key not in _ADAPTER_KEYS]
+    if wrong or not all(isinstance(adapter.get(key), str) for key in ("name", "path")):
+        raise ValueError(f"--lora-modules: {text!r} needs the keys name and path, and may have "
+                         f"{' and '.join(_ADAPTER_KEYS[2:])}")
 
 
 _JSON_FORMS = {"object": "a JSON object like {\"key\": 1}", "list": "a JSON list", "number": "a number"}
@@ -284,11 +307,15 @@ def _is_accepted(option: Option, text: str) -> bool:
 
 
 def _checked(name: str, option: Option, value: dict[str, object]) -> dict[str, object]:
-    """Check the keys of an object. Raises ValueError."""
+    """Check the keys and values of an object. Raises ValueError."""
     for key in value:
         if option.keys and str(key).partition(".")[0] not in option.keys:
             similar = difflib.get_close_matches(str(key), option.keys, 1)
             raise ValueError(f"--{name}: unknown key {key!r}" + (f"; did you mean {similar[0]}?" if similar else ""))
+    records = json_values.GENERATION if name == "override-generation-config" else option.values
+    for key, each in value.items():
+        if record := records.get(str(key), records.get("*")):
+            json_values.check_value(f"--{name}: {key}", each, record)
     return value
 
 
