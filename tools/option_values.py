@@ -22,11 +22,12 @@ def of_class(config_class: type, depth: int = 1) -> dict[str, dict[str, Any]]:
     """
     from pydantic import PydanticSchemaGenerationError, PydanticUserError, TypeAdapter
 
-    found = {}
+    entries = {}
     converted = {name for each in config_class.__pydantic_decorators__.field_validators.values()
                  if each.info.mode != "after" for name in each.info.fields}
     for key, hint in get_type_hints(config_class, include_extras=True).items():
-        if key not in config_class.__dataclass_fields__ or (key in converted and config_class.__name__ in _NEED_A_MODEL):
+        if key not in config_class.__dataclass_fields__ or (
+                key in converted and config_class.__name__ in _NEED_A_MODEL):
             continue
         try:
             adapter = TypeAdapter(config_class if key in converted else dict[str, hint])
@@ -42,8 +43,8 @@ def of_class(config_class: type, depth: int = 1) -> dict[str, dict[str, Any]]:
             entry["accepts"] = ["object", *({"null"} & set(accepts))]
             entry["keys"] = dict.fromkeys(inner.__dataclass_fields__) | of_class(inner, depth - 1)
         if len(accepts) < len(TRIALS):
-            found[key] = entry
-    return dict(sorted(found.items()))
+            entries[key] = entry
+    return dict(sorted(entries.items()))
 
 
 def of_mapping(hint: Any) -> list[str]:
