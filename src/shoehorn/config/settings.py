@@ -131,8 +131,9 @@ class PlanSettings(_Group):
         "and is faster), `auto` (`ngram` if layers are offloaded to host memory), `off`. Requests with min_p or "
         "logit_bias are rejected while speculative decoding is enabled.", speculative)]
     cpu_compute: Annotated[str, Setting(
-        "auto", "`auto`: the CPU multiplies INT4 weights in host memory with Shoehorn's kernel where that is faster. "
-        "`off`: weights in host memory are only copied to the GPU, and without a GPU vLLM's own kernels are used.",
+        "auto", "`auto`: the CPU multiplies INT4 weights and MXFP4 experts in host memory with Shoehorn's kernel where "
+        "that is faster. `off`: weights in host memory are only copied to the GPU, and without a GPU vLLM's own "
+        "kernels are used.",
         one_of("auto", "off"))]
     reasoning_parser: Annotated[str, Setting(
         "auto", "vLLM's parser of thoughts, which separates them from the answer: `auto` (from architecture and chat "
