@@ -32,7 +32,7 @@ HIDDEN, INNER, VOCAB, LAYERS = 256, 512, 512, 6
 WORDS = [f"w{number}" for number in range(500)]
 
 
-def write_model(folder: Path, layers: int = LAYERS, hidden: int = HIDDEN) -> Path:
+def write_model(folder: Path, layers: int = LAYERS, hidden: int = HIDDEN, inner: int = INNER) -> Path:
     """Write a Llama with random weights, one shard per layer and one for the rest."""
     random = torch.Generator().manual_seed(3)
 
