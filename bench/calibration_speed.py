@@ -28,6 +28,7 @@ from safetensors.torch import save_file
 from shoehorn.config import settings
 from shoehorn.int4 import convert
 from shoehorn.int4.convert import ConversionOptions
+from shoehorn.int4.journal import Limits
 
 HOME = Path(__file__).resolve().parents[1]
 VOCABULARY = 4096
@@ -121,7 +122,7 @@ def measure(name: str, layers: int, home: Path, seconds: Seconds, host_bytes: in
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     begin = time.monotonic()
-    options = ConversionOptions(16, host_bytes=host_bytes)
+    options = ConversionOptions(16, limits=Limits(host_bytes))
     folder = convert.convert(settings.load(environment), options, 8, lambda _: None)
     whole = time.monotonic() - begin
     calibration = json.loads((folder / "conversion.json").read_text())["calibration"]

@@ -2,8 +2,8 @@
 
 The reference is the unquantized model MODEL (a folder). Variants are other weights of it, as NAME=SOURCE: the folder of
 an INT4 conversion (compressed-tensors), a GGUF file of llama.cpp, or `nf4` (bitsandbytes). Every variant's weights are
-dequantized and run by the same code in float32, so that only the weights differ. Each run adds its variants to the
-result; the reference's probabilities are kept in --cache.
+dequantized and run by the same code in float32, so that only the weights differ. Each run adds the variants that the
+result lacks; the reference's probabilities are kept in --cache.
 
 Held-out texts, none of which is in the calibration text (tests/int4/test_calibration_texts.py):
 - english: documents of this project;
@@ -17,6 +17,7 @@ usage: bench/quality.py MODEL NAME=SOURCE ... [--sequences 8] [--cache DIR] [--c
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import subprocess
@@ -132,12 +133,13 @@ def answers(model: Any, tokenizer: Any) -> dict[str, float]:
         for question, right, wrong in items:
             prompt = tokenizer.apply_chat_template([{"role": "user", "content": question}], tokenize=False,
                                                    add_generation_prompt=True)
-            begin = len(tokenizer(prompt)["input_ids"])
+            begun = model(torch.tensor([tokenizer(prompt)["input_ids"]]), use_cache=True)
             scores = []
             for answer in (right, *wrong):
-                ids = torch.tensor(tokenizer(prompt + answer)["input_ids"])
-                tail = log_probabilities(model, ids)[begin - 1:].gather(1, ids[begin:, None])
-                scores.append(float(tail.mean()))
+                ids = torch.tensor(tokenizer(answer, add_special_tokens=False)["input_ids"])
+                rest = model(ids[None], past_key_values=copy.deepcopy(begun.past_key_values)).logits[0, :-1]
+                logs = torch.cat([begun.logits[0, -1:], rest]).float().log_softmax(-1)
+                scores.append(float(logs.gather(1, ids[:, None]).mean()))
             right_ones += scores[0] == max(scores)
         result[kind] = round(right_ones / len(items), 3)
     return result
@@ -185,8 +187,10 @@ def main() -> int:
     arguments.cache.mkdir(parents=True, exist_ok=True)
     result = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"variants": {}}
     result |= {"date": datetime.now(UTC).date().isoformat(), "model": arguments.model.name, "torch": torch.__version__}
-    for variant in [""] * ("bf16" not in result["variants"]) + arguments.variants:
+    for variant in ["", *arguments.variants]:
         name, _, source = variant.partition("=")
+        if (name or "bf16") in result["variants"]:
+            continue
         model: Any = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
         with torch.no_grad():
             bits = load(model, source) if name else 16.0

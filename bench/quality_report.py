@@ -1,6 +1,6 @@
 """Write docs/quality.md's table and docs/images/quality.svg from bench/results/quality.json.
 
-The plot has one panel for each text: bits per weight of the linear layers, and perplexity above that of bf16 in percent.
+The plot has one panel for each text: bits per weight of the linear layers, and perplexity above bf16 in percent.
 usage: bench/quality_report.py
 """
 

@@ -15,7 +15,7 @@ from support.converting import local, readable, write_model
 pytestmark = pytest.mark.process
 
 PLANNED_BYTES = 96 << 20
-"""Too little for H of the widest matrix at once: 5 matrices of 2048 x 2048 in float32 are 84 MB, the layer 2 x 15 MB."""
+"""Too little for the widest matrix at once: 5 matrices of 2048 x 2048 in float32 are 84 MB, the layer 2 x 15 MB."""
 
 PROGRAM = textwrap.dedent("""
     import resource, sys, torch
@@ -23,6 +23,7 @@ PROGRAM = textwrap.dedent("""
     from shoehorn.config import settings
     from shoehorn.int4 import convert, quantizer
     from shoehorn.int4.calibration import budget
+    from shoehorn.int4.journal import Limits
     torch.set_num_threads(1)
     quantizer.quantize(torch.randn(4, 256), 4, 128, torch.bfloat16)  # compiles
     AutoModelForCausalLM.from_config(LlamaConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=1,
@@ -32,7 +33,7 @@ PROGRAM = textwrap.dedent("""
     status = dict(line.split(":", 1) for line in open("/proc/self/status"))
     resource.setrlimit(resource.RLIMIT_DATA, 2 * (int(status["VmData"].split()[0]) * 1024 + planned + slack,))
     import os
-    convert.convert(settings.load(os.environ), convert.ConversionOptions(16, host_bytes=host), 1, lambda _: None)
+    convert.convert(settings.load(os.environ), convert.ConversionOptions(16, limits=Limits(host)), 1, lambda _: None)
     """)
 
 

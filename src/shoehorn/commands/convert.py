@@ -15,6 +15,7 @@ from shoehorn.config.settings import Settings
 from shoehorn.hardware import detect
 from shoehorn.int4 import convert as converter
 from shoehorn.int4.convert import ConversionOptions
+from shoehorn.int4.journal import Limits
 from shoehorn.int4.layout import GROUPS
 from shoehorn.int4.shard_writer import worker_count
 
@@ -39,8 +40,8 @@ def run(arguments: argparse.Namespace, environment: Mapping[str, str]) -> int:
 
     def work(settings: Settings, report: Report) -> Path:
         machine = detect.detect()
-        options = ConversionOptions(arguments.embedding, arguments.group_size, machine.host_available_bytes,
-                                    arguments.calibration_tokens)
+        limits = Limits(machine.host_available_bytes, machine.cpus, arguments.calibration_tokens)
+        options = ConversionOptions(arguments.embedding, arguments.group_size, limits)
         cpu_workers = worker_count(machine.cpus, machine.host_available_bytes)
         return converter.convert(settings, options, cpu_workers, report)
 

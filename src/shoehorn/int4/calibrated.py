@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from shoehorn.int4 import layout
-from shoehorn.int4.journal import Journal
+from shoehorn.int4.journal import Journal, Limits
 from shoehorn.int4.layout import ShardLayout
 from shoehorn.model.files import LocalFiles
 from shoehorn.model.safetensors import header
@@ -95,13 +95,13 @@ class Calibrated:
         return replace(journal, calibration={**(journal.calibration or {}), **self._calibration.results})
 
 
-def describe(setting: str, source: Path, directory: Path, host_bytes: int, tokens: int | None) -> dict[str, Any] | None:
+def describe(setting: str, source: Path, directory: Path, limits: Limits) -> dict[str, Any] | None:
     """Decide whether a conversion is calibrated; see `calibration.prepare`."""
     if setting == "off":
         return None
     from shoehorn.int4.calibration import prepare  # imports torch and transformers
 
-    return prepare.describe(setting, source, directory, host_bytes, tokens)
+    return prepare.describe(setting, source, directory, limits)
 
 
 def start(journal: Journal, source: Path, directory: Path, remaining: Sequence[ShardLayout],

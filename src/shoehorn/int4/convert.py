@@ -27,7 +27,7 @@ from shoehorn.config.settings import Settings
 from shoehorn.hub.files import ModelFile
 from shoehorn.int4 import artifact, calibrated, layout, shard_writer
 from shoehorn.int4 import journal as journal_module
-from shoehorn.int4.journal import Journal
+from shoehorn.int4.journal import UNLIMITED, Journal, Limits
 from shoehorn.int4.layout import INDEX, UNQUANTIZED, BitWidths, ShardLayout
 from shoehorn.int4.shard_writer import WrittenShard
 from shoehorn.model.files import WEIGHTS_SUFFIXES, LocalFiles
@@ -54,14 +54,12 @@ class ConversionOptions:
     Attributes:
         embedding: bits of embedding and head; None to decide by the measured error.
         group: weights that share a scale; None to decide by the model.
-        host_bytes: available host memory, for the plan of a calibration; 0 if unknown.
-        tokens: of the calibration; None to decide by the device.
+        limits: of a calibration.
     """
 
     embedding: int | None = None
     group: int | None = None
-    host_bytes: int = 0
-    tokens: int | None = None
+    limits: Limits = UNLIMITED
 
 
 def convert(settings: Settings, options: ConversionOptions, cpu_workers: int, report: Report) -> Path:
@@ -201,7 +199,7 @@ def _begin(settings: Settings, ref: ModelRef, options: ConversionOptions, source
     journal = Journal({"model": ref.id, "revision": ref.revision, "commit": known.commit if known else "",
                        "shards": {name: hashes.get(name, "") for name in shards(files, names)}},
                       plan.bits, plan.group, calibration=calibrated.describe(
-                          settings.calibration, source, directory, options.host_bytes, options.tokens))
+                          settings.calibration, source, directory, options.limits))
     manifest.write(models_dir, ref.converted, _manifest(ref, known, (), complete=False))
     for name in names:
         if name not in _REWRITTEN and not name.endswith(_NOT_COPIED):

@@ -20,6 +20,25 @@ VERSION = 1
 
 
 @dataclass(frozen=True)
+class Limits:
+    """Limits of a calibration.
+
+    Attributes:
+        host_bytes: available host memory; 0 if unknown.
+        cpus: that may be used; 0 for all.
+        tokens: of the calibration; None to decide by the device.
+    """
+
+    host_bytes: int = 0
+    cpus: float = 0.0
+    tokens: int | None = None
+
+
+UNLIMITED = Limits()
+"""All CPUs, unknown memory, and the device's number of tokens."""
+
+
+@dataclass(frozen=True)
 class Journal:
     """State of a conversion.
 

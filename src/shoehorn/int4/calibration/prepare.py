@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from shoehorn.int4.calibration import budget as budgets
 from shoehorn.int4.calibration import text
 from shoehorn.int4.calibration.decoder import Decoder
 from shoehorn.int4.calibration.run import CHECKED_SEQUENCES, Task
+from shoehorn.int4.journal import Limits
 from shoehorn.int4.layout import CALIBRATION_FOLDER
 from shoehorn.model.files import LocalFiles, read_json
 
@@ -40,14 +41,13 @@ _SOLVE_OPERATIONS = 12
 """Operations per weight and column of its matrix: error feedback, two sweeps, and the measured errors."""
 
 
-def describe(setting: str, source: Path, directory: Path, host_bytes: int, tokens: int | None) -> dict[str, Any] | None:
+def describe(setting: str, source: Path, directory: Path, limits: Limits) -> dict[str, Any] | None:
     """Decide about a new conversion; return what its journal records, or None for a data-free one.
 
     Args:
         setting: CALIBRATION.
         directory: folder of the conversion, which gets the token ids, so that a resumed conversion needs no text.
-        host_bytes: available host memory.
-        tokens: of the calibration; None to decide by the device.
+        limits: of memory, CPUs and tokens.
 
     Raises:
         SettingsError: `on` or a path, but the model or the text is unsupported.
@@ -55,7 +55,7 @@ def describe(setting: str, source: Path, directory: Path, host_bytes: int, token
     if setting == "off":
         return None
     try:
-        return _describe(setting, source, directory, host_bytes, tokens)
+        return _describe(setting, source, directory, limits)
     except SettingsError as error:
         if setting != "auto":
             raise
@@ -83,17 +83,19 @@ def task(description: Mapping[str, Any], source: Path, directory: Path, group: i
                 torch.float16 if dtype == "F16" else torch.bfloat16, weights, budgets.Budget(**planned))
 
 
-def _describe(setting: str, source: Path, directory: Path, host_bytes: int,
-              tokens: int | None) -> dict[str, Any] | None:
+def _describe(setting: str, source: Path, directory: Path, limits: Limits) -> dict[str, Any] | None:
     config = read_json(LocalFiles(source), LocalFiles(source).names(), "config.json")
-    positions = config.get("max_position_embeddings") or config.get("text_config", {}).get("max_position_embeddings")
+    inner = config.get("text_config") or {}
+    positions = config.get("max_position_embeddings") or inner.get("max_position_embeddings")
     length = min(budgets.LENGTH, int(positions or budgets.LENGTH))
     dtype = quantizer.DTYPES[_dtype(source)]
     decoder = Decoder(source, "cpu", torch.float32)
     size = decoder.size(length)
     gpu_bytes = torch.cuda.mem_get_info()[0] if quantizer.device() == "cuda" else 0
-    budget = budgets.plan(size, length, dtype, gpu_bytes, host_bytes)
-    count = budgets.sequence_count(budget.device, length, tokens) + CHECKED_SEQUENCES
+    threads = min(torch.get_num_threads(), max(1, round(limits.cpus)) if limits.cpus else torch.get_num_threads())
+    torch.set_num_threads(threads)
+    budget = replace(budgets.plan(size, length, dtype, gpu_bytes, limits.host_bytes), threads=threads)
+    count = budgets.sequence_count(budget.device, length, limits.tokens) + CHECKED_SEQUENCES
     sequences = text.read(source, _path(setting), count, length)
     if len(sequences.ids) <= CHECKED_SEQUENCES:
         raise SettingsError(f"CALIBRATION: the text has fewer than {(CHECKED_SEQUENCES + 1) * length} tokens.",
@@ -130,7 +132,7 @@ def _estimate(decoder: Decoder, tokens: int, device: str) -> float:
 def _dtype(source: Path) -> str:
     config = read_json(LocalFiles(source), LocalFiles(source).names(), "config.json")
     name = str(config.get("dtype") or config.get("torch_dtype") or
-               config.get("text_config", {}).get("torch_dtype") or "bfloat16")
+               (config.get("text_config") or {}).get("torch_dtype") or "bfloat16")
     return {"float16": "F16", "float32": "F32"}.get(name, "BF16")
 
 
