@@ -75,7 +75,7 @@ test-container: setup-dev ## build the image and test it under a Docker engine
 test-cluster: setup-dev ## serve over two machines (network namespaces; needs root) with the real Ray and vLLM
 	@command -v ip >/dev/null || \
 	  { $(SUDO) apt-get update -qq; $(SUDO) apt-get install -y -qq --no-install-recommends iproute2 >/dev/null; }
-	@$(PYTEST) -m cluster tests/cluster --durations=10 $(ARGS)
+	@$(PARALLEL) -m cluster tests/cluster --durations=10 $(ARGS)
 
 test-page: setup-dev ## test the console page in Chromium, installed from the distribution
 	@command -v chromium >/dev/null || \

@@ -6,7 +6,6 @@ root, which CI has; without it the tests fail.
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import tempfile
@@ -42,16 +41,20 @@ def run(*words: str) -> None:
     subprocess.run(words, check=True, capture_output=True, text=True)
 
 
+def _add_namespace(name: str) -> bool:
+    """Add a network namespace; return False if another test has it."""
+    return subprocess.run(["ip", "netns", "add", name], capture_output=True).returncode == 0
+
+
 class Network:
     """A network of machines, and of the test at `.254`."""
 
     def __init__(self) -> None:
-        number = os.getpid() % 250
+        number = next(each for each in range(1, 250) if _add_namespace(f"shc{each}s"))
         self._name, self._prefix = f"shc{number}", f"10.77.{number}"
         self.folder = Path(tempfile.mkdtemp(prefix="shc-", dir="/tmp"))  # short: Ray's sockets are below
         self._switch = f"{self._name}s"  # a namespace too: the host's firewall does not apply there
         self._names = [self._switch]
-        run("ip", "netns", "add", self._switch)
         run("ip", "-n", self._switch, "link", "add", "bridge", "type", "bridge")
         run("ip", "-n", self._switch, "link", "set", "bridge", "up")
         run("ip", "link", "add", self._name, "type", "veth", "peer", "name", "test", "netns", self._switch)
@@ -117,6 +120,12 @@ class Machine(Appliance):
         super().__init__(network.folder / str(number), network.within(number, mounts),
                          **{**COMMON, **role, **own, **settings})
         self.url = f"http://{self.address}:{self.port}"
+
+    def wait_for(self, phase: Phase, seconds: float = READY_SECONDS) -> None:
+        """Wait for a phase, and for the mark of readiness, which is written last."""
+        super().wait_for(phase, seconds)
+        if phase is Phase.READY:
+            wait_until((self.run_dir / "ready").exists, 5, "the mark of readiness")
 
     def engine_workers(self) -> list[psutil.Process]:
         """Return vLLM's worker processes on this machine."""
