@@ -127,7 +127,7 @@ def test_options_that_are_not_estimated_are_noted() -> None:
                           ("--kv-offloading-size 1", ("not-estimated",)),
                           ("--decode-context-parallel-size 1", ()),
                           ("--decode-context-parallel-size 2", ("not-estimated",)),
-                          ("--limit-mm-per-prompt.image 4", ("not-estimated",)), ("--kv-cache-dtype fp8", ()),
+                          ("--limit-mm-per-prompt.image 4", ()), ("--kv-cache-dtype fp8", ()),
                           ("--kv-cache-dtype turboquant_4bit_nc", ("not-estimated",))):
         option = switch.removeprefix("--").removeprefix("no-").split()[0].partition(".")[0]
         plan = planned(machine(LARGE), llama_8b(), VLLM_EXTRA_ARGS=switch)

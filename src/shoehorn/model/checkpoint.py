@@ -21,6 +21,7 @@ from shoehorn.model.config_names import read_text, text_section
 from shoehorn.model.context import context_limits
 from shoehorn.model.divisibility import column_groups
 from shoehorn.model.division import read_division
+from shoehorn.model.encoders import PROCESSOR, read_encoders, with_tensors
 from shoehorn.model.files import WEIGHTS_SUFFIXES, Files, not_understood, read_json
 from shoehorn.model.kv_dtype import kv_cache_dtype
 from shoehorn.model.overrides import apply_overrides, complete_overrides
@@ -53,7 +54,10 @@ def read(files: Files, overrides: Mapping[str, Any] | None = None) -> ModelShape
     disk = sum(size for name, size in names.items()
                if name in weights or (not name.endswith(WEIGHTS_SUFFIXES) and "/" not in name))
     pooling = task.read(files, architecture_of(config)).is_pooling
-    shape = shape_of(config, tensors, disk, overrides or {}, other_files(files, names), pooling)
+    others = other_files(files, names)
+    if PROCESSOR in names:
+        others[PROCESSOR] = read_json(files, names, PROCESSOR)
+    shape = shape_of(config, tensors, disk, overrides or {}, others, pooling)
     limit = task.sentence_limit(files, names)
     return replace(shape, max_position=limit) if limit else shape
 
@@ -70,7 +74,7 @@ def shape_of(config: Mapping[str, Any], tensors: Iterable[Tensor], disk_bytes: i
     """Derive the shape from a config and tensors.
 
     Args:
-        files: other JSON files that describe a quantization, by name.
+        files: other JSON files that describe a quantization or the images, by name.
         pooling: the model is for embeddings or ranking, whatever its architecture's name says.
 
     Raises:
@@ -84,8 +88,6 @@ def shape_of(config: Mapping[str, Any], tensors: Iterable[Tensor], disk_bytes: i
     tensors = list(tensors)
     stored_bytes = sum(tensor.bytes for tensor in tensors)
     text = read_text(config)
-    if text_section(config) is not config:
-        notes.append("multimodal model: activations of the non-text parts are not estimated")
     architecture = architecture_of(config)
     pooling = pooling or task.of_architecture(architecture).is_pooling
     text = complete_from_tensors(text, tensors, notes)
@@ -93,7 +95,8 @@ def shape_of(config: Mapping[str, Any], tensors: Iterable[Tensor], disk_bytes: i
     kv_heads = _count(text, "num_key_value_heads", heads)
     has_rotated_part = bool(text.get("kv_lora_rank"))
     head_dim = _count(text, "qk_rope_head_dim", 64) if has_rotated_part else _count(text, "head_dim", hidden // heads)
-    quantized = read_quantization(config, files, tensors, notes)
+    quantized = read_quantization(config, {name: file for name, file in files.items() if name != PROCESSOR}, tensors,
+                                  notes)
     quantization = quantized.get("quant_method")
     tensors = as_loaded(tensors, quantized)
     caches, limits = read_caches(text, layers, kv_heads, head_dim, notes), context_limits(text, notes)
@@ -101,6 +104,10 @@ def shape_of(config: Mapping[str, Any], tensors: Iterable[Tensor], disk_bytes: i
     grouped = group_tensors(
         tensors, TextSizes(layers, text.get("vocab_size") or 0, bool(text.get("is_encoder_decoder")), pooling),
         division)
+    encoders = with_tensors(read_encoders(config, hidden, files.get(PROCESSOR, {})), tensors, division)
+    notes += [encoder.describe() for encoder in encoders]
+    if text_section(config) is not config and not encoders:
+        notes.append("multimodal model: activations of the non-text parts are not estimated")
     groups, embedding = grouped.groups, grouped.embedding
     if grouped.layers < layers:
         notes.append(f"config.json names {layers} layers, the weights contain {grouped.layers}")
@@ -123,7 +130,7 @@ def shape_of(config: Mapping[str, Any], tensors: Iterable[Tensor], disk_bytes: i
         tied_embeddings=not groups.lm_head.bytes or bool(
             text.get("tie_word_embeddings", config.get("tie_word_embeddings"))),
         quantization=str(quantization) if quantization else None,
-        kv_cache_dtype=kv_cache_dtype(quantized), kv_layers=caches.kv, state_layers=caches.states,
+        encoders=encoders, kv_cache_dtype=kv_cache_dtype(quantized), kv_layers=caches.kv, state_layers=caches.states,
         block_size=caches.block_size, tensor_bytes=groups,
         weights_bytes=stored_bytes, disk_bytes=disk_bytes,
         experts=experts,

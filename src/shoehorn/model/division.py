@@ -101,6 +101,10 @@ class Division:
         elif mamba and self.groups:
             yield self.groups, self.group_shares[mamba[1] == "conv1d"]
 
+    def is_sound(self, name: str) -> bool:
+        """Return whether a tower's tensor belongs to that for sound."""
+        return bool(_SOUND.search(name))
+
     def divides_outside(self, tensor: Tensor, numbered: bool, packed: bool) -> bool:
         """Return whether a tensor outside the decoder layers and tables is divided.
 
@@ -115,7 +119,7 @@ class Division:
         is_tower = bool(TOWER.search(tensor.name))
         if not (len(tensor.shape) >= 2 or (numbered and packed)) or not (numbered or is_tower):
             return False
-        whole = self.whole_towers[bool(_SOUND.search(tensor.name))]
+        whole = self.whole_towers[self.is_sound(tensor.name)]
         return not (is_tower and whole.fullmatch(tensor.name)) and not _NOT_DIVIDED.fullmatch(tensor.name)
 
 

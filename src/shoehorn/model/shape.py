@@ -71,6 +71,40 @@ class Experts:
 
 
 @dataclass(frozen=True)
+class Encoder:
+    """Encoder of one kind of item.
+
+    Attributes:
+        modalities: as in `limit-mm-per-prompt`; the engine loads the encoder unless all of them are limited to 0.
+        item_tokens: of the largest item in the prompt; 0 if unknown.
+        patches: positions that the encoder's layers compute for each of those tokens.
+        width, inner: of the encoder's layers and of their MLP.
+        token_width: entries of a token's embedding.
+        pixels: of a token's part of an image, where any size is taken: a limit of pixels changes `item_tokens`.
+        longest_video: item that a video may be longer than, in items, as far as the context allows.
+        divided, whole: tensors of the encoder in these groups of the model's tensors.
+    """
+
+    modalities: tuple[str, ...]
+    item_tokens: int
+    patches: float
+    width: int
+    inner: int
+    token_width: int
+    pixels: int = 0
+    longest_video: int = 1
+    divided: TensorGroup = TensorGroup()
+    whole: TensorGroup = TensorGroup()
+
+    def describe(self) -> str:
+        """Return a remark on what the plan assumes."""
+        largest = f"items of up to {self.item_tokens} tokens" if self.item_tokens else \
+            "items of one batch, since config.json does not give the largest"
+        return f"the encoder for {' and '.join(self.modalities)} is planned for {largest}; its activations were not " \
+            "measured"
+
+
+@dataclass(frozen=True)
 class ModelShape:
     """Properties of a model that planning requires.
 
@@ -92,6 +126,7 @@ class ModelShape:
             layers, the number of KV heads for projections of keys and values.
         weights_bytes: size of all tensors.
         disk_bytes: size of all stored files.
+        encoders: for images, videos and sound.
         pooling: for embeddings or ranking, so that the engine loads no output head.
         overrides: the user's changes of config.json (`hf-overrides`), completed; the shape includes them.
         notes: unsupported properties, and how a conversion was made; shown with the plan.
@@ -132,6 +167,7 @@ class ModelShape:
     longest_position: int = 0
     few_gpus: tuple[tuple[int, int], ...] = ()
     pooling: bool = False
+    encoders: tuple[Encoder, ...] = ()
     overrides: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     @property

@@ -22,8 +22,8 @@ from shoehorn.planner.vllm_args import CACHE_FORMATS
 _NOT_ESTIMATED = (
     "attention-backend", "attention-config", "compilation-config", "decode-context-parallel-size",
     "disable-sliding-window", "enable-lora", "enable-mamba-shared-prefix-checkpoint", "hf-config-path",
-    "kv-cache-dtype-skip-layers", "kv-offloading-size", "kv-transfer-config", "limit-mm-per-prompt", "mamba-block-size",
-    "mm-ipc-gpu-memory-gb", "mm-processor-kwargs", "model-class-overrides", "num-gpu-blocks-override",
+    "kv-cache-dtype-skip-layers", "kv-offloading-size", "kv-transfer-config", "mamba-block-size",
+    "mm-ipc-gpu-memory-gb", "model-class-overrides", "num-gpu-blocks-override",
     "prefill-context-parallel-size", "quantization-config", "spec-method", "spec-model", "spec-tokens")
 """Options that change memory in a way that the estimate does not model."""
 

@@ -49,8 +49,8 @@ def on_gpus(assembly: Assembly, gpus: tuple[Gpu, ...]) -> list[Remedy]:
     inputs = assembly.inputs
     shortage = Shortage(assembly.model, gpus, dict(assembly.options.values), assembly.by_user,
                         inputs.settings.vram_limit, inputs.hardware.host_memory_bytes)
-    remedies = (eager(shortage), smaller_batch(shortage), *shorter_context_on_gpus(shortage), more_offload(shortage),
-             nf4(shortage), larger_share(shortage) or larger_gpu(shortage), _SMALLER_MODEL)
+    remedies = (eager(shortage), smaller_batch(shortage), text_only(shortage), *shorter_context_on_gpus(shortage),
+                more_offload(shortage), nf4(shortage), larger_share(shortage) or larger_gpu(shortage), _SMALLER_MODEL)
     return [remedy for remedy in remedies if remedy]
 
 
@@ -58,6 +58,15 @@ def eager(shortage: Shortage) -> Remedy | None:
     """Run without CUDA graphs."""
     fits = shortage.fits(replace(shortage.model.config, eager=True))
     return _set(VLLM_EXTRA_ARGS="--enforce-eager") if fits else None
+
+
+def text_only(shortage: Shortage) -> Remedy | None:
+    """Serve a multimodal model without images, videos and sound, whose encoders are then not loaded."""
+    config = shortage.model.config
+    if not shortage.model.shape.encoders or config.items.text_only:
+        return None
+    fits = shortage.fits(replace(config, items=replace(config.items, text_only=True)))
+    return _set(VLLM_EXTRA_ARGS="--language-model-only") if fits else None
 
 
 def smaller_batch(shortage: Shortage) -> Remedy | None:

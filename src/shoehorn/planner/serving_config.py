@@ -170,6 +170,27 @@ class CacheOptions:
 
 
 @dataclass(frozen=True)
+class ItemOptions:
+    """Images, videos and sound in requests.
+
+    Attributes:
+        limits: largest number per request by modality, where it is limited.
+        text_only: no items at all.
+        max_pixels: of an image; 0 leaves it to the model.
+        whole_towers: every GPU holds the whole encoders and divides the items (`mm-encoder-tp-mode: data`).
+    """
+
+    limits: tuple[tuple[str, int], ...] = ()
+    text_only: bool = False
+    max_pixels: int = 0
+    whole_towers: bool = False
+
+    def limit(self, modality: str) -> int:
+        """Return the largest number of items per request; vLLM's default is 999."""
+        return 0 if self.text_only else dict(self.limits).get(modality, 999)
+
+
+@dataclass(frozen=True)
 class Speculation:
     """Speculative decoding: draft tokens per forward pass, and the draft model where one makes them."""
 
@@ -202,6 +223,7 @@ class ServingConfig:
     speculation: Speculation = Speculation()
     dtype_bytes: int = 2
     cache: CacheOptions = CacheOptions()
+    items: ItemOptions = ItemOptions()
     eager: bool = False
     capture_limit: int | None = None
     kv_cache_bytes: int | None = None

@@ -134,6 +134,26 @@ def _offload_part(name: str) -> Callable[[ServingConfig], object]:
     return lambda config: getattr(config.offload, name) if isinstance(config.offload, PrefetchOffload) else None
 
 
+def _items(name: str, read: Callable[[Any], Any]) -> Callable[[ServingConfig, Any, Mapping[str, object]],
+                                                             ServingConfig]:
+    return lambda config, value, options: replace(config, items=replace(config.items, **{name: read(value)}))
+
+
+def _item_limits(value: Any) -> tuple[tuple[str, int], ...]:
+    """Read `limit-mm-per-prompt`, whose values are numbers or objects with a `count`."""
+    counts = {modality: each.get("count") if isinstance(each, dict) else each
+              for modality, each in (value.items() if isinstance(value, dict) else ())}
+    return tuple((modality, count) for modality, count in counts.items() if type(count) is int)
+
+
+def _max_pixels(value: Any) -> int:
+    """Read the limit of pixels from `mm-processor-kwargs`, under its names in transformers' processors."""
+    size = value.get("size") if isinstance(value, dict) else None
+    limits = (value.get("max_pixels") if isinstance(value, dict) else None,
+              size.get("longest_edge") if isinstance(size, dict) else None)
+    return next((limit for limit in limits if type(limit) is int and limit > 0), 0)
+
+
 def _cache(name: str, read: Callable[[Any], Any]) -> Callable[[ServingConfig, Any, Mapping[str, object]],
                                                              ServingConfig]:
     return lambda config, value, options: replace(config, cache=replace(config.cache, **{name: read(value)}))
@@ -181,6 +201,11 @@ KNOBS = (
     Knob("enable-prefix-caching", None, lambda config: None, _cache("caches_prefixes", bool), keeps=False),
     Knob("disable-hybrid-kv-cache-manager", None, lambda config: None,
          _cache("frees_windows", lambda disabled: not disabled), keeps=False),
+    Knob("limit-mm-per-prompt", None, lambda config: None, _items("limits", _item_limits), keeps=False),
+    Knob("language-model-only", None, lambda config: None, _items("text_only", bool), keeps=False),
+    Knob("mm-processor-kwargs", None, lambda config: None, _items("max_pixels", _max_pixels), keeps=False),
+    Knob("mm-encoder-tp-mode", None, lambda config: None, _items("whole_towers", lambda mode: mode == "data"),
+         keeps=False),
     Knob("mamba-cache-dtype", None, lambda config: None, _cache("convolution_bytes", _state_bytes), keeps=False),
     Knob("mamba-ssm-cache-dtype", None, lambda config: None, _cache("recurrent_bytes", _state_bytes), keeps=False),
     Knob("tensor-parallel-size", None, lambda config: None,

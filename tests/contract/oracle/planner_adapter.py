@@ -20,7 +20,7 @@ Figures = dict[str, Any]
 
 _LIMIT_BYTES = 1 << 50  # more than any model needs
 _OPTIONS = {"kv-cache-dtype": "kv_cache_dtype", "enable-prefix-caching": "enable_prefix_caching",
-            "quantization": "quantization"}
+            "quantization": "quantization", "limit-mm-per-prompt": "limit_mm_per_prompt"}
 _BATCH_TOKENS = 2048  # of the recorded engine
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from shoehorn.common.units import KIB
+from shoehorn.planner.memory.items import items_bytes
 from shoehorn.planner.memory.offload import OffloadedWeights
 from shoehorn.planner.memory.weights import Weights
 from shoehorn.planner.serving_config import ExpertCacheOffload, PrefetchOffload, ServingConfig, WeightFormat
@@ -31,7 +32,8 @@ class Activations:
         """Compute the peak of vLLM's profile run: one layer over all batched tokens, or the logits of all sequences.
 
         NF4 adds the bf16 copy of one projection that bitsandbytes makes for more than a few tokens, and its output; of
-        a mixture it unpacks all experts of a layer.
+        a mixture it unpacks all experts of a layer. The first stage has the encoders for images, videos and sound,
+        which run before the layers, and their cache.
         """
         shape, config = self.weights.shape, self._config
         tokens, width = config.limits.max_num_batched_tokens, config.dtype_bytes
@@ -46,7 +48,11 @@ class Activations:
         last = stage == config.parallelism.pipeline - 1
         sampled = min(config.limits.max_num_seqs * (1 + config.speculation.draft_tokens), tokens)
         logits = sampled * shape.vocab * _LOGITS_BYTES_PER_ENTRY if last else 0
-        return round(max(residual + layer, logits) * (1 if shape.compared else _UNKNOWN_ARCHITECTURE))
+        text = round(max(residual + layer, logits) * (1 if shape.compared else _UNKNOWN_ARCHITECTURE))
+        if stage:
+            return text
+        encoding, cached = items_bytes(shape, config)
+        return max(text, encoding) + cached
 
     @property
     def unpacked_experts_bytes(self) -> int:

@@ -7,6 +7,7 @@ from functools import cached_property
 
 from shoehorn.common.units import MIB, ceil_div
 from shoehorn.model.shape import ModelShape, TensorGroup
+from shoehorn.planner.memory.items import active_modalities
 from shoehorn.planner.serving_config import PrefetchOffload, ServingConfig, WeightFormat, weight_format
 
 NF4_BLOCK = 64
@@ -181,7 +182,14 @@ class Weights:
     def other_bytes(self) -> int:
         """Everything outside layers and embeddings: norms and small tensors whole, matrices of towers divided."""
         groups = self.shape.tensor_bytes
-        return self._loaded_bytes(groups.other) + self.divided(self._loaded_bytes(groups.divided))
+        whole, divided = self._loaded_bytes(groups.other), self._loaded_bytes(groups.divided)
+        for encoder in self.shape.encoders:
+            tower = self._loaded_bytes(encoder.divided)
+            if not active_modalities(encoder, self.config):
+                whole, divided = whole - self._loaded_bytes(encoder.whole), divided - tower
+            elif self.config.items.whole_towers:
+                whole, divided = whole + tower, divided - tower
+        return whole + self.divided(divided)
 
     @property
     def rotary_bytes(self) -> int:
