@@ -122,15 +122,19 @@ def main() -> None:
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that no appliance is left
     results = json.loads(RESULT.read_text()) if RESULT.exists() else {"runs": []}
-    run = {"before": measure(arguments.before.resolve(), arguments.all)} if arguments.before else {}
-    results["runs"].append({**run, "after": measure(HOME, arguments.all)})
-    results |= {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": {"cpus": os.cpu_count(), "memory_gib": round(psutil.virtual_memory().total / 2**30),
+    run: dict[str, dict[str, float]] = {}
+    results["runs"].append(run)
+    for name, checkout in (("before", arguments.before), ("after", HOME)):
+        if checkout is not None:
+            run[name] = measure(checkout.resolve(), arguments.all)
+            results |= {
+                "date": datetime.now(UTC).isoformat(timespec="seconds"),
+                "machine": {
+                    "cpus": os.cpu_count(), "memory_gib": round(psutil.virtual_memory().total / 2**30),
                     "system": platform.freedesktop_os_release()["PRETTY_NAME"], "python": platform.python_version()},
-        "summary": {name: summary([each[name] for each in results["runs"] if name in each])
-                    for name in ("before", "after") if any(name in each for each in results["runs"])}}
-    RESULT.write_text(json.dumps(results, indent=1) + "\n")
+                "summary": {kind: summary([each[kind] for each in results["runs"] if kind in each])
+                            for kind in ("before", "after") if any(kind in each for each in results["runs"])}}
+            RESULT.write_text(json.dumps(results, indent=1) + "\n")
     print(json.dumps(results["runs"][-1]))
 
 

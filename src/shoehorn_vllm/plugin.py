@@ -35,6 +35,7 @@ def register() -> None:
         bnb_experts,
         cpu_sleep,
         fair_scheduling,
+        model_info,
         offload,
         request_usage,
     )
@@ -44,6 +45,7 @@ def register() -> None:
     cpu_sleep.apply()
     request_usage.apply()
     fair_scheduling.apply()
+    model_info.apply()
     hybrid.apply()
     if current_platform.is_cuda():  # Triton is not in the CPU environment
         from shoehorn_vllm.hybrid import cached_experts, cached_mxfp4, host_weights

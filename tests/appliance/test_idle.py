@@ -24,10 +24,10 @@ PARTS = ("VLLM::APIServer", "VLLM::EngineCor", "VLLM::Worker")
 @pytest.mark.fault("No request for IDLE_STOP", "The engine ends and frees its memory; the next request gets 503 with "
                    "the phase and starts it; it counts as no failure.")
 def test_idle_engine_stops_and_the_next_request_starts_it(start: Start) -> None:
-    appliance = start(IDLE_STOP="3s", **standin(look=0.2))
+    appliance = start(IDLE_STOP="1s", **standin(look=0.2))
     appliance.wait_for(Phase.READY)
     parts = [appliance.find(part) for part in PARTS]
-    stream = BackgroundRequest(appliance)
+    stream = BackgroundRequest(appliance, max_tokens=200)  # three times as long as IDLE_STOP
     appliance.wait_for(Phase.IDLE)
     assert stream.result().endswith("data: [DONE]\n\n"), "a running request is finished first"
     assert psutil.wait_procs(parts, timeout=30)[1] == []
