@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,7 +32,7 @@ def add_target(parser: argparse.ArgumentParser) -> None:
 def read_settings(arguments: argparse.Namespace, environment: Mapping[str, str]) -> dict[str, str]:
     """Return the environment with the settings of the command line."""
     result = dict(environment)
-    if arguments.gpu and environment.get("VRAM_PROFILE") == "cpu":
+    if not is_this_machine(arguments) and environment.get("VRAM_PROFILE") == "cpu":
         del result["VRAM_PROFILE"]  # of the image for the CPU; the described GPU counts
     for word in arguments.set:
         name, equals, value = word.partition("=")
@@ -58,29 +58,40 @@ def read_settings(arguments: argparse.Namespace, environment: Mapping[str, str])
 
 def is_this_machine(arguments: argparse.Namespace) -> bool:
     """Return False if `--gpu` describes another machine, whose models volume is unknown."""
-    return not arguments.gpu
+    return not arguments.gpu and not getattr(arguments, "node", None)
 
 
 def read_machine(arguments: argparse.Namespace, settings: Settings, environment: Mapping[str, str]) -> Hardware:
     """Return this machine or the described one, whose host memory is unknown (0) without `--ram`."""
     here = inputs.detect_machine(settings, environment, measure=False)
-    if arguments.gpu:
-        gpus = tuple(_gpu(index, word) for index, word in enumerate(arguments.gpu))
+    return _described(here, arguments.gpu, arguments.ram) if arguments.gpu or arguments.ram else here
+
+
+def read_nodes(arguments: argparse.Namespace, settings: Settings, environment: Mapping[str, str]) -> list[Hardware]:
+    """Return the machines that `--node` describes, each with the host memory of `--ram`."""
+    here = inputs.detect_machine(settings, environment, measure=False)
+    return [_described(here, node.split(","), arguments.ram, "--node") for node in arguments.node]
+
+
+def _described(here: Hardware, words: Sequence[str], ram: str | None, option: str = "--gpu") -> Hardware:
+    """Return this machine with described GPUs, if there are any, and a described host memory."""
+    if words:
+        gpus = tuple(_gpu(index, word.strip(), option) for index, word in enumerate(words))
         here = replace(here, gpus=gpus, host_memory_bytes=0, notes=(), gpu_remarks=())
-    if arguments.ram:
-        memory = _size("--ram", arguments.ram)
+    if ram:
+        memory = _size("--ram", ram)
         here = replace(here, host_memory_bytes=memory, host_available_bytes=memory)
     return here
 
 
-def _gpu(index: int, word: str) -> Gpu:
+def _gpu(index: int, word: str, option: str) -> Gpu:
     size, _, name = word.partition(":")
-    total = _size("--gpu", size)
+    total = _size(option, size)
     if size.strip().lower().endswith("gb"):
         total = gpu_specs.usable_bytes(total / 10**9, name)
     if total < GIB:
-        raise SettingsError(f"--gpu {word}: invalid GPU size {format_size(total)}.",
-                            "Type the size with its unit, for example --gpu 24GB:RTX4090.", code="invalid_size")
+        raise SettingsError(f"{option} {word}: invalid GPU size {format_size(total)}.",
+                            f"Type the size with its unit, for example {option} 24GB:RTX4090.", code="invalid_size")
     generation, width = gpu_specs.typical_pcie(name)
     return Gpu(index, "", name, total, total, (0, 0), generation, width, False, ordinal=index)
 

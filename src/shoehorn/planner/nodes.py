@@ -1,7 +1,7 @@
 """Division of the model over the machines of a cluster: by layers across machines, by matrices within one.
 
 Rules: a network between machines carries the activations of a few layers, not the sums of every matrix; vLLM numbers
-its ranks machine by machine, so each machine lends the same number of GPUs.
+its ranks machine by machine, so each machine lends the same number of GPUs, or every GPU of every machine is used.
 """
 
 from __future__ import annotations
@@ -25,12 +25,14 @@ def over_nodes(options: OptionSet, nodes: int, tensor: int) -> OptionSet:
 
 
 def ranks(hardware: Hardware, options: OptionSet) -> tuple[Gpu, ...]:
-    """Return the GPUs in the order of the engine's ranks: the same number of each machine, its largest first.
+    """Return the GPUs in the order of the engine's ranks, machine by machine, the largest of each first.
 
     Raises:
         SettingsError: the options ask for another number of GPUs than the machines have together.
     """
     tensor, stages = options.integer(TENSOR, 1), options.integer(PIPELINE, 1)
+    if tensor * stages == sum(hardware.nodes) and not any(count % tensor for count in hardware.nodes):
+        return tuple(gpu for gpus in _by_node(hardware) for gpu in largest_first(gpus))
     each, rest = divmod(tensor * stages, len(hardware.nodes))
     if rest or each < 1 or each > min(hardware.nodes):
         raise SettingsError(

@@ -7,6 +7,7 @@ fewer or unequal GPUs, are alternatives that the search compares with it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -42,7 +43,7 @@ def divisions(options: OptionSet, inputs: PlanInputs) -> list[Division]:
     """
     name = inputs.profile.name
     if inputs.hardware.nodes:
-        return [_over_nodes(options, inputs)]
+        return _over_nodes(options, inputs)
     inputs = _with_named_gpus(options, inputs)
     if inputs.profile.is_auto and not {_TENSOR, _PIPELINE} & options.values.keys():
         available = _ordered(options, require_gpus(inputs.hardware, name))
@@ -66,20 +67,29 @@ def divisions(options: OptionSet, inputs: PlanInputs) -> list[Division]:
     return [_by_uuid(each) for each in candidates]
 
 
-def _over_nodes(options: OptionSet, inputs: PlanInputs) -> Division:
-    """Divide the model over the machines of a cluster."""
+def _over_nodes(options: OptionSet, inputs: PlanInputs) -> list[Division]:
+    """Divide the model over the machines of a cluster: as many GPUs of each, or every GPU of unequal machines."""
     hardware, shape = inputs.hardware, inputs.shape
     most = 1 if shape.quantization == BITSANDBYTES else min(hardware.nodes)
     if not hardware.gpus or not most:
         raise SettingsError("A machine of the cluster has no usable GPU.", "Start it with its GPUs: --gpus all.",
                             code="no_gpu")
-    options = nodes.over_nodes(options, len(hardware.nodes),
-                               next(each for each in range(most, 0, -1) if divides(shape, each)))
-    gpus = nodes.ranks(hardware, options)
-    _require_divisible(shape, options.integer(_TENSOR, 1))
-    if options.integer(_TENSOR, 1) > 1:
-        options = options.set("disable-custom-all-reduce", True, MACHINE, "no-peer-access")
-    return Division(options, gpus)
+    tensor = next(each for each in range(most, 0, -1) if divides(shape, each))
+    candidates = [nodes.over_nodes(options, len(hardware.nodes), tensor)]
+    if not {_TENSOR, _PIPELINE} & options.values.keys() and len(set(hardware.nodes)) > 1:
+        shared = math.gcd(*hardware.nodes)
+        tensor = next(each for each in range(min(most, shared), 0, -1) if not shared % each and divides(shape, each))
+        stages = sum(hardware.nodes) // tensor
+        whole = options.set(_PIPELINE, stages, MACHINE, "over-every-gpu", stages=stages, nodes=len(hardware.nodes))
+        candidates.append(whole.set(_TENSOR, tensor, MACHINE, "within-nodes", gpus=tensor) if tensor > 1 else whole)
+    over_all = []
+    for each in candidates:
+        gpus = nodes.ranks(hardware, each)
+        _require_divisible(shape, each.integer(_TENSOR, 1))
+        if each.integer(_TENSOR, 1) > 1:
+            each = each.set("disable-custom-all-reduce", True, MACHINE, "no-peer-access")
+        over_all.append(Division(each, gpus))
+    return over_all
 
 
 def _ordered(options: OptionSet, gpus: Sequence[Gpu]) -> tuple[Gpu, ...]:
