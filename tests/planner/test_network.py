@@ -20,8 +20,9 @@ LAYERS, MATRICES = {"batch_1": 17.6, "batch_8": 141.0}, {"batch_1": 31.1, "batch
 def test_rates_over_links(link: str, layers: tuple[float, float], matrices: tuple[float, float],
                           prefill: tuple[float, float]) -> None:
     by_layers, by_matrices = Crossing(1), Crossing(1, machines=2)
-    for rates, crossing, expected in ((LAYERS, by_layers, layers), (MATRICES, by_matrices, matrices)):
-        assert tuple(with_network(rates, parse_link(link), MODEL, crossing).values()) == pytest.approx(expected, rel=.05)
+    for planned, crossing, expected in ((LAYERS, by_layers, layers), (MATRICES, by_matrices, matrices)):
+        rates = with_network(planned, parse_link(link), MODEL, crossing)
+        assert tuple(rates.values()) == pytest.approx(expected, rel=.05)
     assert [seconds(parse_link(link), MODEL, each, 8192) for each in (by_layers, by_matrices)] == pytest.approx(
         prefill, rel=.05)
 
@@ -31,7 +32,7 @@ def test_unknown_rate_stays_unknown() -> None:
         "batch_1": None, "batch_8": None}
 
 
-def test_round_trip_of_a_link_is_usual_or_named() -> None:
+def test_round_trip_is_usual_or_named() -> None:
     assert parse_link("2.5Gbit:0.3ms") == Link(2.5e9, pytest.approx(3e-4))
     assert parse_link("100 Mbit/s").round_trip_seconds == 150e-6
 

@@ -19,7 +19,7 @@ _GOODPUT = 0.94
 """Share of an Ethernet link that carries data, as TCP with usual frames reaches it."""
 
 _ROUND_TRIPS = ((100e9, 5e-6), (25e9, 35e-6), (10e9, 50e-6), (0.0, 150e-6))
-"""Bits a second, and the usual round trip of a link at least as fast: RDMA from 100 Gbit/s on, TCP below."""
+"""Bits a second, and the usual round trip of a network at least as fast: RDMA from 100 Gbit/s on, TCP below."""
 
 _TEXT = re.compile(r"(\d+(?:\.\d+)?) ?([MG])bit(?:/s)?(?::(\d+(?:\.\d+)?) ?(us|ms))?", re.IGNORECASE)
 
@@ -38,7 +38,7 @@ class Link:
 
     @property
     def text(self) -> str:
-        """Rate and round trip in words."""
+        """Rate and round trip, for people."""
         return f"{self.bits_per_second / 1e9:g} Gbit/s, round trip {self.round_trip_seconds * 1e6:g} us"
 
 
