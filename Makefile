@@ -7,7 +7,8 @@ SHELL := /bin/bash
 
 VENV := .venv
 PYTEST := PATH="$(CURDIR)/$(VENV)/bin:$$PATH:/usr/sbin" $(VENV)/bin/pytest
-WORKERS ?= 2
+# One more than processors, since tests wait for processes a third of their time; each may run an engine of 2 GB.
+WORKERS ?= $(shell echo $$(($(shell nproc) < 4 ? $(shell nproc) + 1 : 4)))
 PARALLEL := $(PYTEST) -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 DEMO := $(CURDIR)/.demo
