@@ -104,7 +104,7 @@ def test_reports_and_orders_survive_transport() -> None:
     assert NodeReport.from_json(json.loads(WORKER.to_json())) == WORKER
     later = {**json.loads(WORKER.to_json()), "of_a_later_version": 1}
     assert NodeReport.from_json(later) == WORKER
-    orders = HeadOrders("s", (ModelRef("owner/model", "huggingface", "main"),), "loading")
+    orders = HeadOrders("s", 2, (ModelRef("owner/model", "huggingface", "main"),), "loading")
     assert HeadOrders.from_json(json.loads(orders.to_json())) == orders
 
 

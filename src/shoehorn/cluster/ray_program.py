@@ -31,6 +31,7 @@ from shoehorn.common.errors import SettingsError
 from shoehorn.config import settings as settings_module
 from shoehorn.config.settings import Settings
 from shoehorn.hardware import detect, requirements, visible_gpus
+from shoehorn.hardware.types import largest_first
 from shoehorn.runtime import parent_watch
 from shoehorn.runtime.child_process import Child, command, kill_recorded_group
 from shoehorn.runtime.run_dir import RunDir
@@ -39,6 +40,8 @@ log = logging.getLogger("ray")
 
 _TICK_SECONDS = 0.5
 _LONGEST_PAUSE_SECONDS = 30.0
+_STABLE_SECONDS = 60.0
+"""After which the end of Ray is a new failure, not a repeated one."""
 _STOP_SECONDS = 8.0
 _SHOWN_LINES = 20
 
@@ -50,6 +53,7 @@ class _Run:
     child: Child
     session: str
     lines: deque[str]
+    begun: float
 
 
 class RayProgram:
@@ -62,12 +66,14 @@ class RayProgram:
     def __init__(self, settings: Settings, environment: Mapping[str, str]) -> None:
         self._settings, self._paths = settings, RunDir(settings.run_dir)
         self._environment = environment
+        node_files.write_ray(self._paths, RaySession())  # of this program, if it was killed
         self._run: _Run | None = None
         self._failures, self._start_at = 0, 0.0
 
     def look(self) -> None:
         """Start, restart or replace Ray where needed."""
-        session = node_files.read_orders(self._paths).session
+        orders = node_files.read_orders(self._paths)
+        session = orders.session
         if self._run and self._run.child.poll() is not None:
             self._report_end(self._run)
             self._run = None
@@ -76,7 +82,7 @@ class RayProgram:
             self.stop()
             self._failures, self._start_at = 0, 0.0
         if self._run is None and session and time.monotonic() >= self._start_at:
-            self._start(session)
+            self._start(session, orders.places)
 
     def stop(self) -> None:
         """Kill Ray and all processes that it started: it has no state to save, and ends slowly on SIGTERM."""
@@ -90,29 +96,29 @@ class RayProgram:
             psutil.wait_procs(processes, timeout=_STOP_SECONDS)
         self._run = None
 
-    def _start(self, session: str) -> None:
+    def _start(self, session: str, places: int) -> None:
         settings, paths = self._settings, self._paths
         shutil.rmtree(paths.ray, ignore_errors=True)  # sockets and logs of the one before
         interface = network.interface_of(settings.node_address, network.interfaces())
         machine = requirements.usable(detect.detect(environment=self._environment))
         environment = {**ray_command.ray_environment(self._environment, settings.node_address, interface, paths),
-                       **visible_gpus.environment_of(machine.gpus)}
+                       **visible_gpus.environment_of(largest_first(machine.gpus)[:places])}
         head = settings.head_address if settings.role == "worker" else ""
-        words = ray_command.ray_arguments(settings.node_address, head, max(1, len(machine.gpus)), paths)
+        words = ray_command.ray_arguments(settings.node_address, head, places, paths)
         lines: deque[str] = deque(maxlen=_SHOWN_LINES)
         instance = uuid.uuid4().hex
 
         def read(line: str) -> None:
             lines.append(line)
             if ray_command.JOINED in line:
-                self._failures = 0
                 node_files.write_ray(paths, RaySession(session, instance))
-                log.info("Ray joined head=%s gpus=%d", head or settings.node_address, len(machine.gpus))
+                log.info("Ray joined head=%s places=%d", head or settings.node_address, places)
 
-        self._run = _Run(Child(command(words, environment), read, paths.ray_group), session, lines)
+        self._run = _Run(Child(command(words, environment), read, paths.ray_group), session, lines, time.monotonic())
 
     def _report_end(self, run: _Run) -> None:
-        self._failures += 1
+        lasted = time.monotonic() - run.begun > _STABLE_SECONDS
+        self._failures = 1 if lasted else self._failures + 1
         pause = min(_LONGEST_PAUSE_SECONDS, 2.0 ** (self._failures - 1))
         self._start_at = time.monotonic() + pause
         node_files.write_ray(self._paths, RaySession())

@@ -89,12 +89,14 @@ class HeadOrders:
     """Orders of the head to the workers.
 
     Attributes:
-        session: of the Ray that they join; another one ends the one before.
+        session: of the Ray that they join; another one ends the one before; "" until the head has planned.
+        places: worker processes of the engine on each node, as planned; Ray would otherwise fill the first node's GPUs.
         models: to fetch and verify, the served one first; empty until the head has planned.
         detail: the head's phase, for people.
     """
 
     session: str = ""
+    places: int = 0
     models: tuple[ModelRef, ...] = ()
     detail: str = ""
 
@@ -111,8 +113,9 @@ class HeadOrders:
         """
         try:
             models = tuple(ModelRef(**each) for each in document.get("models", ()))
-            return cls(str(document["session"]), models, str(document.get("detail", "")))
-        except (TypeError, KeyError, AttributeError) as error:
+            return cls(str(document["session"]), int(document.get("places", 0)), models,
+                       str(document.get("detail", "")))
+        except (TypeError, KeyError, AttributeError, ValueError) as error:
             raise ValueError(f"not orders: {error}") from error
 
 

@@ -46,10 +46,10 @@ class Group:
         self._paths, self._states = RunDir(settings.run_dir), states
         self._nodes = settings.cluster_nodes or 1
         self._own = NodeReport(settings.node_address, versions(), machine.to_json())
-        self._models: tuple[ModelRef, ...] = ()
+        self._orders = HeadOrders()
         self._planned: tuple[Gpus, ...] = ()
         self._at_start: Mapping[str, RaySession] = {}
-        self._give_orders(uuid.uuid4().hex)
+        self._give(self._orders)  # which ends the session of an earlier run of this program
 
     def wait_for_machines(self) -> list[Hardware]:
         """Wait until all nodes report, with equal versions; return their hardware, the head's first."""
@@ -63,10 +63,17 @@ class Group:
         self._planned = tuple(agreement.gpus_of(report) for report in reports)
         return [Hardware.from_json(dict(report.hardware)) for report in reports]
 
-    def order_models(self, models: Sequence[ModelRef]) -> None:
-        """Let all workers fetch the models."""
-        self._models = tuple(models)
-        self._give_orders(node_files.read_orders(self._paths).session)
+    def order(self, models: Sequence[ModelRef], processes: int) -> None:
+        """Let all nodes fetch the models and join Ray; what has been ordered already is not repeated.
+
+        Args:
+            processes: of the engine, together on all nodes.
+        """
+        places = max(1, processes // self._nodes)
+        session = self._orders.session if places == self._orders.places else uuid.uuid4().hex
+        orders = HeadOrders(session, places, tuple(models))
+        if orders != self._orders:
+            self._give(orders)
 
     def set_model(self, digest: str, path: str) -> None:
         """Take the head's model, complete and verified, as what all nodes must have."""
@@ -101,7 +108,7 @@ class Group:
         """Begin a new session of Ray, which ends the processes of the old engine on all nodes."""
         self._states.update(phase=Phase.WAITING, progress=None, detail=loss.cause,
                             restarts=self._states.read().restarts + 1)
-        self._give_orders(uuid.uuid4().hex)
+        self._give(replace(self._orders, session=uuid.uuid4().hex))
 
     def _missing(self) -> list[str]:
         return agreement.missing(self._own, node_files.read_reports(self._paths), self._nodes, time.monotonic())
@@ -110,8 +117,8 @@ class Group:
         return agreement.present(node_files.read_reports(self._paths), time.monotonic())
 
     def _current(self) -> NodeReport:
-        ray, orders = node_files.read_ray(self._paths), node_files.read_orders(self._paths)
-        return replace(self._own, ray=ray if ray.session == orders.session else RaySession())
+        ray = node_files.read_ray(self._paths)
+        return replace(self._own, ray=ray if ray.session == self._orders.session else RaySession())
 
     def _wait(self, obstacles: Callable[[], list[str]]) -> None:
         """Publish the obstacles while there is one; log them where more than a number changes."""
@@ -125,5 +132,6 @@ class Group:
             published, logged = detail, plain
             time.sleep(_TICK_SECONDS)
 
-    def _give_orders(self, session: str) -> None:
-        node_files.write_orders(self._paths, HeadOrders(session, self._models))
+    def _give(self, orders: HeadOrders) -> None:
+        self._orders = orders
+        node_files.write_orders(self._paths, orders)

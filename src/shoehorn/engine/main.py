@@ -8,6 +8,7 @@ before the program exits (`engine.program_run`).
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 import sys
@@ -111,7 +112,7 @@ def _serve(settings: Settings, environment: Mapping[str, str], fork_server: Fork
     with measured(seconds, "plan"):
         deployment, replanner, plan = _plan(settings, machine, states)
     if group:
-        group.order_models([deployment.ref, *([plan.draft.ref] if plan.draft else [])])
+        group.order([deployment.ref, *([plan.draft.ref] if plan.draft else [])], _processes(plan))
     if deployment.directory is None:
         on_gpus = {**environment, **visible_gpus.environment_of(plan.gpus)}  # for a conversion
         directory = fetch(settings, deployment.ref, on_gpus, states, seconds)
@@ -126,7 +127,7 @@ def _serve(settings: Settings, environment: Mapping[str, str], fork_server: Fork
         if served_model.served_folder(settings.models_dir, plan.draft.ref) is None:
             fetch(settings, plan.draft.ref, environment, states, seconds)
     if group:
-        group.order_models(refs)
+        group.order(refs, _processes(plan))
         group.set_model(served_model.models_digest(settings.models_dir, refs, lambda _progress: None), str(directory))
     with served_model.in_use(settings.models_dir, refs):
         while True:
@@ -187,6 +188,12 @@ def _start(spec: LaunchSpec, settings: Settings, fork_server: ForkServer, states
         memory_report.record(plan, states)
 
     EngineServer(spec, fork_server, states, budget, on_ready, group).serve()
+
+
+def _processes(plan: Plan) -> int:
+    """Return the number of the engine's worker processes."""
+    sizes = (plan.engine_args.get(f"{kind}-parallel-size", 1) for kind in ("tensor", "pipeline"))
+    return math.prod(int(str(size)) for size in sizes)
 
 
 def _host_address(environment: Mapping[str, str]) -> dict[str, str]:
