@@ -9,12 +9,14 @@ Source: the processing information of the models of vLLM 0.32.0 (get_mm_max_toke
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+from shoehorn.common.units import ceil_div
 from shoehorn.model.division import TOWER, Division
 from shoehorn.model.safetensors import Tensor
 from shoehorn.model.shape import Encoder, TensorGroup
@@ -36,6 +38,7 @@ _FRAME_PAIRS = 7
 _INNER = re.compile(r".*\.\d+\..*(?:fc1|gate_proj|up_proj|ffw_layer_1|intermediate\.dense|w1)(?:\.linear)?\.weight")
 """Matrices of a tower's layers into the inner width of their MLP."""
 
+_SCALED_DOWN = re.compile(r"anyres_max_(\d+)")
 _NUMBERED = re.compile(r"\.\d+\.")
 
 
@@ -103,9 +106,14 @@ def _item(config: Mapping[str, Any], vision: Mapping[str, Any], processor: Mappi
         limit = _number(processor, "max_pixels") or (_number(size, "longest_edge") if isinstance(size, Mapping) else 0)
         return limit // pixels or _TOKENS, merge, pixels
     size = _number(vision, "image_size")
+    if patch and size and vision.get("model_type") == "pixtral":  # fills up the last patch of a row
+        return ceil_div(size, round(patch * merge ** 0.5)) ** 2, merge, 0
     grid = (size // patch) ** 2 if patch and size else 0
+    shapes = config.get("image_grid_pinpoints")
+    if grid and isinstance(shapes, list):
+        return *_of_shapes(config, shapes, patch, size // patch), 0
     fixed = _number(config, "mm_tokens_per_image", "max_image_tokens") or _number(vision, "num_image_tokens")
-    tiles = _tiles(config, size)
+    tiles = _TILES.get(str(config.get("model_type")), 1)
     if fixed:
         return fixed * tiles, max(1.0, merge, grid / fixed), 0
     if str(vision.get("model_type")) in _SOFT_TOKENS:
@@ -127,13 +135,21 @@ def _merge(config: Mapping[str, Any], vision: Mapping[str, Any]) -> float:
     return float(max(1, side) ** 2)
 
 
-def _tiles(config: Mapping[str, Any], size: int) -> int:
-    """Return the parts into which an image is cut, the whole one included."""
-    shapes = config.get("image_grid_pinpoints")
-    if isinstance(shapes, list) and size:
-        return 1 + max((shape[0] * shape[1] // size ** 2 for shape in shapes
-                        if isinstance(shape, list) and len(shape) == 2), default=0)
-    return _TILES.get(str(config.get("model_type")), 1)
+def _of_shapes(config: Mapping[str, Any], shapes: list[Any], patch: int, side: int) -> tuple[int, float]:
+    """Return tokens and patches of each for an image that is cut into tiles of `side` patches, in one of these shapes.
+
+    A token ends each row. The tower computes the whole image and all tiles; `anyres_max_9` scales down what has more
+    tokens than 9 tiles by at least a tenth of its sides.
+    """
+    sizes = [(shape[0] // patch, shape[1] // patch) for shape in shapes
+             if isinstance(shape, list) and len(shape) == 2 and all(type(edge) is int for edge in shape)]
+    tokens = max((rows * columns + rows for rows, columns in sizes), default=0)
+    most = _SCALED_DOWN.fullmatch(str(config.get("vision_aspect_ratio")))
+    if most:
+        tiles = int(most[1])
+        tokens = min(tokens, int(tiles * 1.1 ** 2 * side ** 2) + math.isqrt(tiles) * side)
+    patches = max((rows * columns for rows, columns in sizes), default=0) + side ** 2
+    return tokens + side ** 2, patches / (tokens + side ** 2)
 
 
 def _number(section: Mapping[str, Any], *keys: str, default: int = 0) -> int:
