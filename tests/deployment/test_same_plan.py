@@ -224,3 +224,12 @@ def test_existing_conversion_is_served_from_a_full_volume(here: Path, monkeypatc
         deployment = inputs.gather(settings_module.load(environment_of(here, **more)), HERE)
         assert deployment.inputs.disk_free_bytes is None, "a complete model needs no disk space"
         assert plan_by_cli(environment_of(here, **more), monkeypatch, capsys)["fits"]
+
+
+def test_gpus_that_a_profile_hides_are_not_planned(tmp_path: Path) -> None:
+    profile = tmp_path / "second.yaml"
+    profile.write_text("match: {device: cuda, gpus: 1, vram: 24GB}\nenvironment: {CUDA_VISIBLE_DEVICES: 1}\n")
+    settings = settings_module.load({"VRAM_PROFILE": str(profile)})
+    assert inputs.gpu_environment(settings, {"CUDA_VISIBLE_DEVICES": "0", "A": "b"}) == {
+        "CUDA_VISIBLE_DEVICES": "1", "A": "b"}
+    assert inputs.gpu_environment(settings_module.load({}), {"A": "b"}) == {"A": "b"}

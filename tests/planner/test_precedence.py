@@ -123,7 +123,7 @@ def test_options_that_are_not_estimated_are_noted() -> None:
     plan = planned(machine(LARGE), llama_8b(), VLLM_EXTRA_ARGS="--kv-offloading-size 4 --pipeline-parallel-size 1")
     assert reason_of(plan, "kv-offloading-size").notes == ("not-estimated",)
     assert reason_of(plan, "pipeline-parallel-size").notes == ()
-    for switch, notes in (("--enable-lora", ("not-estimated",)), ("--no-enable-lora", ()),
+    for switch, notes in (("--enable-lora", ()), ("--no-enable-lora", ()),
                           ("--kv-offloading-size 1", ("not-estimated",)),
                           ("--decode-context-parallel-size 1", ()),
                           ("--decode-context-parallel-size 2", ("not-estimated",)),
@@ -132,3 +132,11 @@ def test_options_that_are_not_estimated_are_noted() -> None:
         option = switch.removeprefix("--").removeprefix("no-").split()[0].partition(".")[0]
         plan = planned(machine(LARGE), llama_8b(), VLLM_EXTRA_ARGS=switch)
         assert reason_of(plan, option).notes == notes, switch
+
+
+def test_lora_adapters_are_planned_with_their_memory() -> None:
+    without, small, large = (planned(machine(LARGE), llama_8b(), VLLM_EXTRA_ARGS=words) for words in (
+        "", "--enable-lora", "--enable-lora --max-loras 8 --max-lora-rank 64"))
+    assert without.kv_cache_tokens > small.kv_cache_tokens > large.kv_cache_tokens
+    assert [each.text for each in large.reasons if each.code == "adapters-memory"] == [
+        "2.63 GiB on the first GPU for 8 LoRA adapters of rank 64 (max-loras, max-lora-rank)"]

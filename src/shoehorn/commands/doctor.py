@@ -15,7 +15,7 @@ from shoehorn.common.errors import EXIT_BAD_SETTINGS, EXIT_DONE, SettingsError, 
 from shoehorn.common.units import format_size
 from shoehorn.config import settings as settings_module
 from shoehorn.config.settings import Settings
-from shoehorn.deployment import served_model
+from shoehorn.deployment import inputs, served_model
 from shoehorn.hardware import container_limits, detect, requirements
 from shoehorn.hardware.types import Hardware
 from shoehorn.store.model_check import check_model
@@ -39,7 +39,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, environment: Mapping[str, str]) -> int:
     """Print every check; return 0 if all passed, otherwise 2."""
-    checks = examine(environment, requirements.usable(detect.detect(environment=environment)))
+    try:
+        visible = inputs.gpu_environment(settings_module.load(environment), environment)
+    except SettingsError:  # a check reports it
+        visible = dict(environment)
+    checks = examine(environment, requirements.usable(detect.detect(environment=visible)))
     if arguments.json:
         print(json.dumps([asdict(check) for check in checks], indent=1, ensure_ascii=False))
     else:

@@ -86,7 +86,7 @@ def run(arguments: argparse.Namespace, environment: Mapping[str, str]) -> int:
 
 def _check_machine(settings: Settings, environment: Mapping[str, str]) -> str:
     """Check the hardware and the container's limits; return the name of the profile."""
-    machine = requirements.usable(detect.detect(environment=environment))
+    machine = requirements.usable(detect.detect(environment=inputs.gpu_environment(settings, environment)))
     profile = inputs.select_profile(settings, machine)
     if profile.match.device == "cuda":
         requirements.check(machine)

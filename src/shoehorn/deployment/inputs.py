@@ -23,6 +23,7 @@ from shoehorn.deployment.served_model import ShapeReader
 from shoehorn.hardware import bandwidth_probe, detect, kernel_probe, requirements
 from shoehorn.hardware.requirements import require_gpus
 from shoehorn.hardware.types import Hardware
+from shoehorn.hardware.visible_gpus import ORDER, VISIBLE
 from shoehorn.model import chat_format, task
 from shoehorn.model.chat_format import ChatFormat
 from shoehorn.model.files import Files
@@ -61,10 +62,21 @@ def detect_machine(settings: Settings, environment: Mapping[str, str], *, measur
         environment: has the variables with which CUDA hides GPUs.
         measure: measure bandwidths that are not cached; False only reads the cache.
     """
-    machine = requirements.usable(detect.detect(environment=environment))
+    machine = requirements.usable(detect.detect(environment=gpu_environment(settings, environment)))
     cache = ModelsDir(settings.models_dir).bandwidths
     machine = bandwidth_probe.with_measured_bandwidths(machine, cache, measure=measure)
     return kernel_probe.with_measured_kernel(machine, cache, measure=measure and settings.cpu_compute == "auto")
+
+
+def gpu_environment(settings: Settings, environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment with the variables of a profile that hide or order GPUs.
+
+    Raises:
+        SettingsError: an unknown or invalid profile.
+    """
+    profile = automatic() if settings.vram_profile == AUTO else load(settings.vram_profile)
+    own = {name: profile.environment[name] for name in (VISIBLE, ORDER) if name in profile.environment}
+    return {**environment, **own}
 
 
 def gather(settings: Settings, machine: Hardware, *, here: bool = True, shapes: ShapeReader | None = None,

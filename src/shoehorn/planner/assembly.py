@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from shoehorn.common.units import format_size
 from shoehorn.hardware.types import Gpu
+from shoehorn.hardware.visible_gpus import ORDER, VISIBLE
 from shoehorn.planner.base_options import served_task
 from shoehorn.planner.inputs import PlanInputs
 from shoehorn.planner.memory.device import DeviceMemory
@@ -79,7 +80,7 @@ class Assembly:
         inputs, draft = self.inputs, self.inputs.draft
         return Plan(
             engine_args=self.options.values,
-            engine_environment={**environment, **_cpu_compute(inputs), **inputs.profile.environment},
+            engine_environment={**environment, **_cpu_compute(inputs), **_of_profile(inputs, environment)},
             reasons=self.reasons, profile=inputs.profile.name, devices=self.devices, placement=placement,
             offloaded_bytes=self.model.offloaded.bytes if len(self.devices) > 1 else 0,
             kv_cache_tokens=self.model.kv_tokens(cache_bytes), expected_tokens_per_second=tokens_per_second,
@@ -99,6 +100,12 @@ class Assembly:
 def _cpu_compute(inputs: PlanInputs) -> dict[str, str]:
     """Keep the CPU kernel out of the engine where the user does."""
     return {"SHOEHORN_CPU_COMPUTE": "off"} if inputs.settings.cpu_compute == "off" else {}
+
+
+def _of_profile(inputs: PlanInputs, environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the profile's variables, without those of GPUs where the plan names these by UUID."""
+    named = {VISIBLE, ORDER} if VISIBLE in environment else set()
+    return {name: value for name, value in inputs.profile.environment.items() if name not in named}
 
 
 def _common_remarks(inputs: PlanInputs, host: DeviceMemory) -> list[Reason]:

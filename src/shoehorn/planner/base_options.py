@@ -14,6 +14,7 @@ from shoehorn.model.shape import ModelShape
 from shoehorn.model.task import Task
 from shoehorn.planner import parsers, speculation
 from shoehorn.planner.inputs import PlanInputs, PlanSettings
+from shoehorn.planner.memory import adapters
 from shoehorn.planner.option_set import OptionSet
 from shoehorn.planner.reasons import MODEL, PROFILE, SETTING, STEP_DOWN, Reason
 from shoehorn.planner.serving_config import BITSANDBYTES
@@ -21,7 +22,7 @@ from shoehorn.planner.vllm_args import CACHE_FORMATS
 
 _NOT_ESTIMATED = (
     "attention-backend", "attention-config", "compilation-config", "decode-context-parallel-size",
-    "disable-sliding-window", "enable-lora", "enable-mamba-shared-prefix-checkpoint", "hf-config-path",
+    "disable-sliding-window", "enable-mamba-shared-prefix-checkpoint", "hf-config-path",
     "kv-cache-dtype-skip-layers", "kv-offloading-size", "kv-transfer-config", "mamba-block-size",
     "mm-ipc-gpu-memory-gb", "model-class-overrides", "num-gpu-blocks-override",
     "prefill-context-parallel-size", "quantization-config", "spec-method", "spec-model", "spec-tokens")
@@ -71,6 +72,8 @@ def base_options(inputs: PlanInputs) -> BaseOptions:
     for option in _NOT_ESTIMATED:
         if _is_in_use(option, options.values.get(option)):
             options = options.note(option, "not-estimated")
+    if options.values.get("enable-lora") and not adapters.is_estimated(inputs.shape):
+        options = options.note("enable-lora", "not-estimated")
     if str(options.values.get("kv-cache-dtype", "auto")) not in ("auto", *CACHE_FORMATS):
         options = options.note("kv-cache-dtype", "not-estimated")
     return BaseOptions(options, by_user)

@@ -102,6 +102,9 @@ def _remarks(model: MemoryModel, gpus: tuple[Gpu, ...], hardware: Hardware) -> t
         remarks.append(Reason("idle-gpus", len(idle), MACHINE, "idle-gpus", {"idle": ", ".join(idle)}))
     if layers := model.config.parallelism.layers:
         remarks.append(Reason(stages.PARTITION, ",".join(map(str, layers)), MACHINE, "layer-partition"))
+    if slots := model.config.adapters:
+        remarks.append(Reason("lora-adapters", slots.count, MACHINE, "adapters-memory", {
+            "count": slots.count, "rank": slots.rank, "bytes": format_size(model.adapters_bytes(0))}))
     if len({each.name for each in gpus}) > 1:
         remarks.append(Reason("gpus", count, MACHINE, "mixed-gpus"))
     if model.offloaded.stage_bytes(0):

@@ -199,6 +199,25 @@ class Speculation:
 
 
 @dataclass(frozen=True)
+class Adapters:
+    """LoRA adapters on the GPU at a time, and their greatest rank.
+
+    Attributes:
+        targets: names of the modules that have adapters, as vLLM compares them; empty for every linear layer.
+        fully_sharded: both matrices are divided over GPUs.
+    """
+
+    count: int = 1
+    rank: int = 16
+    targets: tuple[str, ...] = ()
+    fully_sharded: bool = False
+
+    def targets_any(self, *names: str) -> bool:
+        """Return whether one of these modules has adapters."""
+        return not self.targets or any(target.rsplit(".", 1)[-1] in names for target in self.targets)
+
+
+@dataclass(frozen=True)
 class ServingConfig:
     """All decisions about a start.
 
@@ -210,6 +229,7 @@ class ServingConfig:
         dtype_bytes: of one unquantized weight or activation.
         eager: without CUDA graphs and torch.compile.
         capture_limit: tokens of the largest batch that has a CUDA graph; None leaves it to the engine.
+        adapters: LoRA adapters; None without.
         kv_cache_bytes: fixed size of the KV cache on each device; None gives it what the other parts leave.
     """
 
@@ -226,6 +246,7 @@ class ServingConfig:
     items: ItemOptions = ItemOptions()
     eager: bool = False
     capture_limit: int | None = None
+    adapters: Adapters | None = None
     kv_cache_bytes: int | None = None
 
     def stage_limit(self, stage: int) -> int:
@@ -252,4 +273,5 @@ def draft_config(config: ServingConfig, draft: ModelShape) -> ServingConfig:
     Source: vllm/v1/worker/gpu/spec_decode/standalone_ar/speculator.py; the loader of NF4 loads both.
     """
     return replace(config, speculation=Speculation(), offload=NoOffload(), eager=True, embedding_on_host=False,
-                   parallelism=Parallelism(config.parallelism.tensor), nf4=config.nf4 and not draft.quantization)
+                   adapters=None, parallelism=Parallelism(config.parallelism.tensor),
+                   nf4=config.nf4 and not draft.quantization)

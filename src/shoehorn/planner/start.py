@@ -16,6 +16,7 @@ from shoehorn.planner.reasons import PROFILE
 from shoehorn.planner.search import Candidate, PlacementTier, SearchSpace, search, smallest
 from shoehorn.planner.serving_config import (
     BITSANDBYTES,
+    Adapters,
     CacheOptions,
     Limits,
     NoOffload,
@@ -82,7 +83,17 @@ def start_config(inputs: PlanInputs, options: OptionSet, limit_bytes: int) -> Se
     config = ServingConfig(limit_bytes, limits, nf4=shape.quantization == BITSANDBYTES,
                            cache=CacheOptions(block_size=shape.block_size),
                            speculation=Speculation(draft=draft.shape if draft else None))
-    return with_options(config, options.values, shape.kv_cache_dtype)
+    return replace(with_options(config, options.values, shape.kv_cache_dtype), adapters=_adapters(options))
+
+
+def _adapters(options: OptionSet) -> Adapters | None:
+    """Read the options of LoRA adapters, with vLLM's defaults (vllm/config/lora.py); None without adapters."""
+    if not options.values.get("enable-lora"):
+        return None
+    targets = options.values.get("lora-target-modules")
+    return Adapters(max(1, options.integer("max-loras", 1)), max(1, options.integer("max-lora-rank", 16)),
+                    tuple(map(str, targets)) if isinstance(targets, list) else (),
+                    bool(options.values.get("fully-sharded-loras")))
 
 
 def configure(inputs: PlanInputs, options: OptionSet, limits: tuple[int, ...]) -> Configured:

@@ -11,7 +11,7 @@ from functools import cached_property
 
 from shoehorn.common.units import GIB, MIB
 from shoehorn.model.shape import ModelShape
-from shoehorn.planner.memory import kv_cache
+from shoehorn.planner.memory import adapters, kv_cache
 from shoehorn.planner.memory.activations import Activations
 from shoehorn.planner.memory.device import CPU, DeviceMemory, gpu_name
 from shoehorn.planner.memory.kv_pages import pages
@@ -133,11 +133,21 @@ class MemoryModel:
             gpu_name(stage), self.config.stage_limit(stage),
             weights_bytes=round((weights.layers_bytes + weights.absorbed_bytes) * share) - offloaded
             + round(weights.other_bytes * share) + round(weights.rounding_bytes * resident) + weights.rotary_bytes
-            + self._draft_bytes,
+            + self._draft_bytes + self.adapters_bytes(stage),
             quant_state_bytes=round(weights.quant_state_bytes * share),
             embeddings_bytes=weights.embeddings_bytes(stage), offload_buffer_bytes=self.offloaded.buffers_bytes,
             activations_bytes=self.activations.bytes(stage),
             cuda_graphs_bytes=round(self.activations.graphs_bytes * share), framework_bytes=self.framework_bytes)
+
+    def adapters_bytes(self, stage: int) -> int:
+        """LoRA adapters on one GPU of a stage."""
+        config, slots = self.config, self.config.adapters
+        if slots is None:
+            return 0
+        layers = self.weights.stage_layers(stage) * adapters.layer_bytes(
+            self.shape, slots, config.parallelism.tensor, config.dtype_bytes)
+        is_last = stage == config.parallelism.pipeline - 1
+        return layers + (adapters.head_bytes(self.shape, slots, config.dtype_bytes) if is_last else 0)
 
     @property
     def _draft_bytes(self) -> int:
