@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from enum import Enum
 
-from shoehorn.common.units import GIB
+from shoehorn.common.units import GIB, MIB, ceil_div
 from shoehorn.model.shape import Experts, ModelShape
 from shoehorn.planner.least_offload import least_offload
 from shoehorn.planner.load_tiers import (
@@ -36,8 +36,9 @@ DRAFT_TOKENS = int(str(NGRAM["num_speculative_tokens"]))
 _VERIFIED = 128
 """Tokens of all requests together that a forward pass verifies, at most: as many as a small GPU hides behind PCIe."""
 
-_SCRATCH = (16, 4)
-"""Experts that a large forward pass copies at a time; few only where memory for more is missing."""
+_WAVE_BYTES = 64 * MIB
+"""Experts that a large forward pass copies at a time: the host takes 0.8 ms to start a wave (an H100 host,
+bench/results/expert-cache-h100.json), in which PCIe 5 copies 44 MiB."""
 
 _LARGE_BYTES = 20 * GIB
 """GPUs that hold this much together are offered the longer of the useful contexts."""
@@ -154,7 +155,7 @@ def expert_cache(space: SearchSpace) -> Iterator[Candidate]:
         return
     start = replace(space.start, embedding_on_host=not space.shape.tied_embeddings)
     fewest = least_slots(experts, space.computed_tokens)
-    for scratch, load in itertools.product(_SCRATCH, (CONTEXT_4K, *SMALL_TIERS)):
+    for scratch, load in itertools.product(_wave_sizes(space, experts), (CONTEXT_4K, *SMALL_TIERS)):
         config = at_load(start, load, space.open_fields)
         least = MemoryModel(space.shape, _cached(space, config, experts, fewest, scratch))
         slot_bytes = max(1, least.weights.expert_layers * least.weights.expert_bytes)
@@ -168,12 +169,19 @@ def expert_cache(space: SearchSpace) -> Iterator[Candidate]:
             yield Candidate(cached, PlacementTier.EXPERT_CACHE, requests)
 
 
+def _wave_sizes(space: SearchSpace, experts: Experts) -> tuple[int, ...]:
+    """Experts of a wave, and fewer where memory for so many is missing."""
+    config = replace(space.start, offload=ExpertCacheOffload(1, 1, 0))
+    each = max(1, MemoryModel(space.shape, config).weights.expert_bytes)
+    most = max(1, min(ceil_div(_WAVE_BYTES, each), experts.count // 4))
+    return tuple(dict.fromkeys(max(1, most // part) for part in (1, 2, 4, 6, 8)))
+
+
 def _cached(space: SearchSpace, config: ServingConfig, experts: Experts, slots: int, scratch: int) -> ServingConfig:
     """Copy with that many slots of every layer; CUDA graphs of forward passes that do not copy all experts."""
     computed = space.computed_tokens
     divided = 0 if computed else divided_tokens(experts, slots)
-    cached = replace(config, offload=ExpertCacheOffload(
-        slots, max(1, min(scratch, experts.count // 4)), divided, computed))
+    cached = replace(config, offload=ExpertCacheOffload(slots, scratch, divided, computed))
     if Field.CAPTURE in space.open_fields:
         cached = replace(cached, capture_limit=captured_sizes(replace(
             cached, capture_limit=min(computed or divided, 2 * config.limits.max_num_seqs)))[-1])
