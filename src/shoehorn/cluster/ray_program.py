@@ -101,6 +101,7 @@ class RayProgram:
         shutil.rmtree(paths.ray, ignore_errors=True)  # sockets and logs of the one before
         interface = network.interface_of(settings.node_address, network.interfaces())
         machine = requirements.usable(detect.detect(environment=self._environment))
+        places = places or max(1, len(machine.gpus))
         environment = {**ray_command.ray_environment(self._environment, settings.node_address, interface, paths),
                        **visible_gpus.environment_of(largest_first(machine.gpus)[:places])}
         head = settings.head_address if settings.role == "worker" else ""

@@ -90,7 +90,8 @@ class HeadOrders:
 
     Attributes:
         session: of the Ray that they join; another one ends the one before; "" until the head has planned.
-        places: worker processes of the engine on each node, as planned; Ray would otherwise fill the first node's GPUs.
+        places: worker processes of the engine on each node, as planned, since Ray fills one node after the other; 0:
+            one for each GPU of the node.
         models: to fetch and verify, the served one first; empty until the head has planned.
         detail: the head's phase, for people.
     """

@@ -69,8 +69,10 @@ class Group:
         Args:
             processes: of the engine, together on all nodes.
         """
-        places = max(1, processes // self._nodes)
-        session = self._orders.session if places == self._orders.places else uuid.uuid4().hex
+        every = processes == sum(map(len, self._planned))
+        places = 0 if every else max(1, processes // self._nodes)
+        session = self._orders.session if places == self._orders.places else ""
+        session = session or uuid.uuid4().hex
         orders = HeadOrders(session, places, tuple(models))
         if orders != self._orders:
             self._give(orders)
