@@ -84,6 +84,8 @@ ENV PATH=/opt/venv/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/
     VLLM_CACHE_ROOT=/var/cache/shoehorn/vllm \
     TRITON_CACHE_DIR=/var/cache/shoehorn/triton \
     TORCHINDUCTOR_CACHE_DIR=/var/cache/shoehorn/inductor \
+    CUDA_CACHE_PATH=/var/cache/shoehorn/cuda \
+    CUDA_CACHE_MAXSIZE=2147483648 \
     NUMBA_CACHE_DIR=/var/cache/shoehorn/numba
 
 VOLUME ["/models", "/var/cache/shoehorn"]

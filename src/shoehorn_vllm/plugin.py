@@ -50,7 +50,9 @@ def register() -> None:
     if current_platform.is_cuda():  # Triton is not in the CPU environment
         from shoehorn_vllm.hybrid import cached_experts, cached_mxfp4, host_weights
         from shoehorn_vllm.hybrid.offload import method
+        from shoehorn_vllm.int4 import linear as int4_linear
 
+        int4_linear.apply()
         host_weights.apply()
         cached_experts.apply()
         cached_mxfp4.apply()

@@ -3,13 +3,14 @@
 Rules:
 - the weights keep the layout of vLLM's Machete or Marlin kernel: no second copy; larger batches take that kernel;
 - compiled by NVRTC for the GPU in about a second, once in a process for each variant;
-- calls on one GPU run in one stream: they share the memory for parts of sums.
+- each layer has counters of its own, since layers may run in several streams at a time.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import importlib.util
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -60,7 +61,7 @@ DECODE = Variant(tiles=1, quarters=1, warps=8, min_blocks=2)
 
 
 class Kernel:
-    """One variant on one GPU, with the memory that its calls share."""
+    """One variant on one GPU."""
 
     def __init__(self, variant: Variant, layout: Layout, group: int, dtype: torch.dtype, device: torch.device) -> None:
         self.variant = variant
@@ -74,19 +75,27 @@ class Kernel:
         with torch.cuda.device(device):
             loaded: Any = _utils._cuda_load_module(cubin, ["int4_decode"])
         self._function = loaded["int4_decode"]
-        self._partial = torch.empty(self._blocks * 2 * 512 * variant.tiles, dtype=torch.float32, device=device)
-        self._arrivals = torch.zeros(1 << 14, dtype=torch.int32, device=device)  # up to 2^20 columns
 
-    def multiply(self, x: torch.Tensor, weights: torch.Tensor, scales: torch.Tensor, n: int,
+    def multiply(self, x: torch.Tensor, weights: torch.Tensor, scales: torch.Tensor, arrivals: torch.Tensor, n: int,
                  bias: torch.Tensor | None = None) -> torch.Tensor:
-        """Return x @ W + bias, [m, n], for x [m, k] and weights, scales and bias of W [k, n] in the kernel's layout."""
+        """Return x @ W + bias, [m, n], for x [m, k] and weights, scales and bias of W [k, n] in the kernel's layout.
+
+        Args:
+            arrivals: `counters(n)` of the layer.
+        """
         m, k = x.shape
         y = torch.empty((m, n), dtype=x.dtype, device=x.device)
         grid = blocks_of(self._blocks, n // 64, k // self.variant.chunk)
+        partial = torch.empty(grid * 2 * 512 * self.variant.tiles, dtype=torch.float32, device=x.device)
         self._function(grid=(grid, 1, 1), block=(self.variant.warps * 32, 1, 1),
-                       args=[weights, scales, x, y, y if bias is None else bias, self._partial, self._arrivals,
+                       args=[weights, scales, x, y, y if bias is None else bias, partial, arrivals,
                              m, n, k, int(bias is not None)])
         return y
+
+
+def counters(n: int, device: torch.device) -> torch.Tensor:
+    """Return the counters of a layer of n columns, which are zero between its calls."""
+    return torch.zeros(n // 64, dtype=torch.int32, device=device)
 
 
 def blocks_of(most: int, tiles: int, chunks: int) -> int:
@@ -102,8 +111,13 @@ def kernel(layout: Layout, group: int, dtype: torch.dtype, device: torch.device)
 
 
 def compile_cubin(source: str, architecture: str, definitions: dict[str, int]) -> bytes:
-    """Compile CUDA source by NVRTC; raises RuntimeError with the compiler's text."""
-    library = _utils._get_nvrtc_library()
+    """Compile CUDA source by NVRTC.
+
+    Raises:
+        RuntimeError: the source cannot be compiled for the GPU; the text is the compiler's.
+        OSError: no NVRTC is installed.
+    """
+    library = _nvrtc()
     program = ctypes.c_void_p()
     if library.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"decode.cu", 0, None, None):
         raise RuntimeError("NVRTC: no program.")
@@ -121,3 +135,15 @@ def compile_cubin(source: str, architecture: str, definitions: dict[str, int]) -
     library.nvrtcGetCUBIN(program, cubin)
     library.nvrtcDestroyProgram(ctypes.byref(program))
     return cubin.raw
+
+
+def _nvrtc() -> ctypes.CDLL:
+    """Return the library, from where the loader searches, or from NVIDIA's package in this environment."""
+    try:
+        return _utils._get_nvrtc_library()
+    except OSError:
+        package = importlib.util.find_spec("nvidia")
+        folders = package.submodule_search_locations if package else None
+        for file in (file for folder in folders or () for file in Path(folder).glob("*/lib/libnvrtc.so.*")):
+            return ctypes.CDLL(str(file))
+        raise

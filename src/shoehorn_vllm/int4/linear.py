@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import torch
 from vllm import _custom_ops as operators
+from vllm.logger import init_logger
 from vllm.model_executor.kernels import linear as engine_kernels
 from vllm.model_executor.kernels.linear.mixed_precision.machete import MacheteLinearKernel
 from vllm.model_executor.kernels.linear.mixed_precision.marlin import MarlinLinearKernel
@@ -23,6 +24,8 @@ from vllm.utils.torch_utils import direct_register_custom_op
 
 from shoehorn_vllm.int4 import decode
 from shoehorn_vllm.int4.decode import Layout
+
+log = init_logger("vllm.shoehorn.int4")
 
 MAX_ROWS = 8
 """Rows from which vLLM's kernels are as fast."""
@@ -50,19 +53,31 @@ class _DecodeLinearKernel(MPLinearKernel):
             return False, f"no activations of {c.act_type}"
         if k % max(64, c.group_size) or n % 64:
             return False, f"{k} x {n} is not divisible into parts of {max(64, c.group_size)} x 64"
-        return super().can_implement(c)
+        fits, reason = super().can_implement(c)
+        return (False, reason) if not fits else cls._compile(c)
+
+    @classmethod
+    def _compile(cls, c: MPLinearLayerConfig) -> tuple[bool, str | None]:
+        """Compile the kernel, which a captured graph could not; return why it cannot be compiled."""
+        device = torch.device("cuda", torch.cuda.current_device())
+        try:
+            decode.kernel(cls.layout, c.group_size, c.act_type, device)
+        except (OSError, RuntimeError) as error:
+            log.warning_once("Cannot compile the INT4 kernel, leaving all batches to vLLM's error=%s", error)
+            return False, str(error)
+        return True, None
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        """Repack as vLLM does, and compile the kernel, which a captured graph could not."""
+        """Repack as vLLM does."""
         super().process_weights_after_loading(layer)  # type: ignore[safe-super]  # likewise
-        decode.kernel(self.layout, self.config.group_size, self.config.act_type, getattr(layer, self.w_q_name).device)
+        self.arrivals = decode.counters(self.config.partition_weight_shape[1], getattr(layer, self.w_q_name).device)
 
     def apply_weights(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Return x @ W + bias."""
         codes, scales, _ = self._get_weight_params(layer)
         n, group = self.config.partition_weight_shape[1], self.config.group_size
         y: torch.Tensor = torch.ops.vllm.shoehorn_int4_linear(
-            x.reshape(-1, x.shape[-1]), codes, scales, bias, n, group, self.layout.value)
+            x.reshape(-1, x.shape[-1]), codes, scales, self.arrivals, bias, n, group, self.layout.value)
         return y.reshape(*x.shape[:-1], n)
 
 
@@ -78,12 +93,13 @@ class MarlinDecodeLinearKernel(_DecodeLinearKernel, MarlinLinearKernel):
     layout = Layout.MARLIN
 
 
-def _multiply(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None, n: int,
-              group: int, layout: str) -> torch.Tensor:
+def _multiply(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, arrivals: torch.Tensor,
+              bias: torch.Tensor | None, n: int, group: int, layout: str) -> torch.Tensor:
     """Return x @ W + bias, [m, n], by the kernel for this number of rows."""
     m, k = x.shape
     if 0 < m <= MAX_ROWS:
-        return decode.kernel(Layout(layout), group, x.dtype, x.device).multiply(x.contiguous(), codes, scales, n, bias)
+        kernel = decode.kernel(Layout(layout), group, x.dtype, x.device)
+        return kernel.multiply(x.contiguous(), codes, scales, arrivals, n, bias)
     y: torch.Tensor
     if layout == Layout.MACHETE.value:
         y = operators.machete_mm(a=x, b_q=codes, b_type=scalar_types.uint4b8, b_group_scales=scales,
@@ -95,8 +111,8 @@ def _multiply(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, bias: 
     return y
 
 
-def _shape(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None, n: int,
-           group: int, layout: str) -> torch.Tensor:
+def _shape(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, arrivals: torch.Tensor,
+           bias: torch.Tensor | None, n: int, group: int, layout: str) -> torch.Tensor:
     """Return an empty result for torch.compile."""
     return x.new_empty((x.shape[0], n))
 

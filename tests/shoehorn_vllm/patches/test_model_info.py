@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 
 import pytest
-from vllm.model_executor.models import registry
 
-from shoehorn_vllm.patches import model_info
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # what the engine imports calls some of it deprecated
+    from vllm.model_executor.models import registry
+
+    from shoehorn_vllm.patches import model_info
 
 pytestmark = [pytest.mark.contract,
               pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")]  # torch and vLLM
