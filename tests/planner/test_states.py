@@ -66,6 +66,14 @@ def test_given_sequences_that_the_cache_cannot_hold_are_refused_or_planned_witho
     assert planned(machine(A100), model, **{**extra, "MAX_NUM_SEQS": "50"}).engine_args["max-num-seqs"] == 50
 
 
+def test_given_sequences_that_have_to_wait_for_states_are_named() -> None:
+    few, many = (planned(machine(A100), shape("qwen3.5-27b-fp8"), VLLM_EXTRA_ARGS="--enforce-eager", MAX_NUM_SEQS=each)
+                 for each in ("2", "1000"))
+    texts = [[reason.text for reason in plan.reasons if reason.code == "sequences-wait"] for plan in (few, many)]
+    assert texts[0] == []
+    assert texts[1][0].endswith("of max-num-seqs 1000 the others wait")
+
+
 def test_states_are_part_of_the_document() -> None:
     document = planned(machine(A100), shape("qwen3.5-27b-fp8")).to_json()
     assert document["states"]["layers"] == 48

@@ -102,6 +102,10 @@ def _remarks(model: MemoryModel, gpus: tuple[Gpu, ...], hardware: Hardware) -> t
         remarks.append(Reason("idle-gpus", len(idle), MACHINE, "idle-gpus", {"idle": ", ".join(idle)}))
     if layers := model.config.parallelism.layers:
         remarks.append(Reason(stages.PARTITION, ",".join(map(str, layers)), MACHINE, "layer-partition"))
+    sequences, most = model.served_sequences(model.gpus[0].kv_cache_bytes), model.config.limits.max_num_seqs
+    if model.shape.state_layers and sequences < most:
+        params = {"sequences": sequences, "most": most}
+        remarks.append(Reason("sequences", sequences, MACHINE, "sequences-wait", params))
     if slots := model.config.adapters:
         remarks.append(Reason("lora-adapters", slots.count, MACHINE, "adapters-memory", {
             "count": slots.count, "rank": slots.rank, "bytes": format_size(model.adapters_bytes(0))}))

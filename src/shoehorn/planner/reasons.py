@@ -34,6 +34,7 @@ TEXTS: Mapping[str, str] = {
     "layers-only-nf4": "{gpus} equal GPUs; a bitsandbytes checkpoint can only be divided by layers",
     "layers-only": "{gpus} equal GPUs; the model's matrices cannot be divided over them, only its layers",
     "over-nodes": "layers over {nodes} machines: little crosses the network between them",
+    "sequences-wait": "the KV cache holds the states of {sequences} sequences; of max-num-seqs {most} the others wait",
     "adapters-memory": "{bytes} on the first GPU for {count} LoRA adapters of rank {rank} (max-loras, max-lora-rank)",
     "over-every-gpu": "layers over {stages} stages of {nodes} machines, whose numbers of GPUs differ",
     "within-nodes": "matrices over {gpus} GPUs of each machine",
