@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from shoehorn.common.errors import ModelUnavailableError, SettingsError
@@ -75,6 +78,21 @@ def test_sweeps_never_raise_the_error() -> None:
     assert errors[2] < 0.97 * errors[0]
 
 
+def test_feedback_alone_lowers_the_error_and_reaches_beyond_the_group() -> None:
+    weight, x = torch.randn(96, 256, generator=torch.Generator().manual_seed(1)), correlated(4096, 256)
+    factor = gptq.Factor(x.T @ x, 32)
+    whole = float(gptq.quantize(weight, factor, 4, BF16, sweeps=0).squared_error.sum())
+    factor.upper = torch.block_diag(*(factor.upper[start:start + 32, start:start + 32] for start in range(0, 256, 32)))
+    within = float(gptq.quantize(weight, factor, 4, BF16, sweeps=0).squared_error.sum())
+    assert whole < 0.8 * within
+    assert within < float(gptq.squared_error(weight - data_free(weight, 32), factor).sum())
+
+
+def test_columns_and_groups_are_ordered_by_their_inputs() -> None:
+    strength = torch.tensor([1.0, 2, 3, 4, 8, 7, 6, 5, 1, 1, 9, 1])
+    assert gptq.Factor(torch.diag(strength), 4).order.tolist() == [10, 8, 9, 11, 4, 5, 6, 7, 3, 2, 1, 0]
+
+
 @pytest.mark.parametrize("silent", [0, 5, 128])
 def test_inputs_that_are_always_zero_leave_finite_codes(silent: int) -> None:
     x = correlated(512, 128)
@@ -118,7 +136,7 @@ def test_spans_and_passes_cover_every_column_once_within_the_bound() -> None:
 
 
 def mixture() -> torch.nn.Module:
-    config = Qwen3MoeConfig(hidden_size=64, moe_intermediate_size=64, num_hidden_layers=1, num_experts=4,
+    config = Qwen3MoeConfig(hidden_size=64, moe_intermediate_size=96, num_hidden_layers=1, num_experts=4,
                             num_experts_per_tok=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
                             vocab_size=64, mlp_only_layers=[], intermediate_size=64)
     torch.manual_seed(0)
@@ -127,6 +145,8 @@ def mixture() -> torch.nn.Module:
 
 def test_experts_are_calibrated_by_their_own_inputs_and_a_rare_one_stays_data_free() -> None:
     module = mixture()
+    module.gate.weight.data = 0.1 * torch.randn(4, 64, generator=torch.Generator().manual_seed(4))
+    module.gate.weight.data[:, 0] = 0
     module.gate.weight.data[3] = 0
     module.gate.weight.data[3, 0] = -1000.0  # hardly chosen: the first input is positive
     x = torch.randn(1, 512, 64).abs()
@@ -176,6 +196,17 @@ def test_text_gives_equal_sequences_of_every_file(tmp_path: Path, model: Path) -
     with pytest.raises(SettingsError) as caught:
         text.read(model, tmp_path, 5, 100)
     assert caught.value.code == "calibration_no_text"
+
+
+def test_every_sequence_begins_as_the_model_expects_it(tmp_path: Path, model: Path) -> None:
+    own = shutil.copytree(model, tmp_path / "own")
+    tokenizer = Tokenizer.from_file(str(own / "tokenizer.json"))
+    tokenizer.post_processor = TemplateProcessing(single="w7 $A", special_tokens=[("w7", 7)])
+    tokenizer.save(str(own / "tokenizer.json"))
+    (own / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast",
+                                                           "bos_token": "w7"}))
+    (tmp_path / "a.txt").write_text("w1 " * 40)
+    assert text.read(own, tmp_path / "a.txt", 2, 5).ids.tolist() == [[7, 1, 1, 1, 1]] * 2
 
 
 @pytest.mark.parametrize(("name", "data"), [("a.jsonl", b"{"), ("a.jsonl", b'{"other": 1}'), ("a.txt", b"\xff")])
