@@ -160,7 +160,7 @@ def test_experts_are_calibrated_by_their_own_inputs_and_a_rare_one_stays_data_fr
         changed = module(x)
     assert {name for name, each in results.items() if not each.calibrated} == set(names[9:])
     for name, result in results.items():
-        restored = quantizer.dequantize(quantizer.pack(result.codes, 4), result.scale, 4)
+        restored = quantizer.dequantize(result.packed, result.scale, 4)
         assert torch.equal(layer_module.weight_of(module, name), restored), name
         if name in names[9:]:
             assert torch.equal(restored, data_free(before[name], 32)), name

@@ -114,9 +114,9 @@ class PlanSettings(_Group):
         "yes", "`no`: the conversion to INT4 deletes each original file after its converted file is verified, which "
         "needs a smaller volume.", switch)]
     calibration: Annotated[str, Setting(
-        "auto", "Calibration of the conversion to INT4, which loses less accuracy and takes longer: `auto` (if the "
-        "model supports it and it takes at most an hour by estimation), `on`, `off`, or the path of your own text: a "
-        "`.txt` or `.jsonl` file, or a folder of them.", calibration)]
+        "auto", "Calibration of the conversion to INT4, which loses less accuracy and takes longer: `auto` (on a CPU, "
+        "if the model supports it and it takes at most an hour by estimation), `on`, `off`, or the path of your own "
+        "text: a `.txt` or `.jsonl` file, or a folder of them.", calibration)]
     max_model_len: Annotated[int | None, Setting(
         "", "Maximum tokens of prompt and output together; 32k is 32,000 and 32K is 32,768, as in vLLM. Unset or "
         "`auto`: from the profile or the plan.", length(16, 10_000_000))]

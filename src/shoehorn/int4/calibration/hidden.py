@@ -1,7 +1,8 @@
 """Hidden states of the calibration sequences, in two files of the volume: inputs and outputs of the current layer.
 
-Rules: the files are mapped, so the page cache holds what fits; after a layer the outputs are synced and become the next
-layer's inputs; a resumed calibration checks their CRC-32.
+Rules: the files are mapped, so the page cache holds what fits; after a layer its outputs become the next layer's
+inputs. They are not synced, which would write gigabytes for each layer: a killed process leaves them complete, and
+after a power failure their CRC-32 differs, so that the calibration starts over.
 """
 
 from __future__ import annotations
@@ -39,15 +40,6 @@ class HiddenStates:
                 os.posix_fallocate(file.fileno(), 0, self.bytes)
         elements = self.bytes // self._dtype.itemsize
         return torch.from_file(str(path), shared=True, size=elements, dtype=self._dtype).view(self._shape)
-
-    def sync(self, layer: int) -> int | None:
-        """Make the inputs of a layer durable; return their CRC-32."""
-        descriptor = os.open(self._path(layer), os.O_RDWR)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        return self.crc(layer)
 
     def crc(self, layer: int) -> int | None:
         """Return the CRC-32 of the inputs of a layer; None if missing."""

@@ -26,12 +26,12 @@ class QuantizedWeight:
     """Result of one weight.
 
     Attributes:
-        codes: int8 [rows, columns].
+        packed: int32 [rows, columns / 8], in host memory.
         scale: of the stored dtype, [rows, columns / group].
         calibrated: whether inputs reached it.
     """
 
-    codes: torch.Tensor
+    packed: torch.Tensor
     scale: torch.Tensor
     calibrated: bool = True
     _sums: dict[str, float] = field(default_factory=lambda: {"error": 0.0, "free": 0.0, "norm": 0.0})
@@ -74,7 +74,10 @@ def quantize_layer(layer: torch.nn.Module, names: Iterable[str], group: int, sca
             count(0.5 * cost[id(span)] / total)
     for name, result in results.items():
         weight = weight_of(layer, name)
-        weight.copy_(_restored(result, weight.device))
+        for row in range(0, len(weight), budget.rows):
+            rows = slice(row, row + budget.rows)
+            weight[rows] = quantizer.dequantize(result.packed[rows].to(weight.device),
+                                                result.scale[rows].to(weight.device), 4).to(weight.dtype)
     return results
 
 
@@ -126,7 +129,7 @@ def _quantize_span(layer: torch.nn.Module, span: Span, group: int, scale_dtype: 
             if own.start >= own.stop:
                 continue
             result, rows = results[name], slice(max(begin, row) - begin, min(end, row + len(part)) - begin)
-            result.codes[rows, span.begin:span.end] = codes.codes[own]
+            result.packed[rows, span.begin // 8:span.end // 8] = quantizer.pack(codes.codes[own], 4)
             result.scale[rows, span.begin // group:span.end // group] = codes.scale[own]
             if factor is not None:
                 result.add(*(float(each[own].sum(dtype=torch.float64))
@@ -135,11 +138,5 @@ def _quantize_span(layer: torch.nn.Module, span: Span, group: int, scale_dtype: 
 
 def _empty(weight: torch.Tensor, group: int, scale_dtype: torch.dtype) -> QuantizedWeight:
     rows, columns = weight.shape
-    return QuantizedWeight(torch.empty(rows, columns, dtype=torch.int8),
+    return QuantizedWeight(torch.empty(rows, columns // 8, dtype=torch.int32),
                            torch.empty(rows, columns // group, dtype=scale_dtype))
-
-
-def _restored(result: QuantizedWeight, device: torch.device) -> torch.Tensor:
-    rows, columns = result.codes.shape
-    codes = result.codes.to(device).view(rows, result.scale.shape[1], -1).float()
-    return (codes * result.scale.to(device).float().unsqueeze(-1)).view(rows, columns)

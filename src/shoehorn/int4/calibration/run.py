@@ -28,7 +28,6 @@ from safetensors.torch import save_file
 from shoehorn.common.atomic_file import sync_directory, write_atomic
 from shoehorn.common.errors import ModelUnavailableError
 from shoehorn.common.units import format_size
-from shoehorn.int4 import quantizer
 from shoehorn.int4.calibration import layer as layer_module
 from shoehorn.int4.calibration import loss
 from shoehorn.int4.calibration.budget import Budget
@@ -211,8 +210,8 @@ class Calibration:
     def _record(self, index: int, results: Mapping[str, layer_module.QuantizedWeight]) -> None:
         tensors = {}
         for name, result in results.items():
-            tensors[f"{name}_packed"] = quantizer.pack(result.codes, 4)
-            tensors[f"{name}_scale"] = result.scale.contiguous()
+            tensors[f"{name}_packed"] = result.packed
+            tensors[f"{name}_scale"] = result.scale
         path = self._path(index)
         partial = path.with_suffix(".partial")
         save_file(tensors, partial)
@@ -226,7 +225,7 @@ class Calibration:
         state.files[str(index)] = digest
         state.errors |= layer_module.output_errors(results)
         state.data_free += [name for name, result in results.items() if not result.calibrated]
-        state.crcs = [self._hidden.sync(index + 1), self._reference.sync(index + 1)]
+        state.crcs = [self._hidden.crc(index + 1), self._reference.crc(index + 1)]
         state.done = index + 1
         if state.done == self.layers:
             state.loss = loss.measure(self._decoder, self._reference.of(state.done),
@@ -288,7 +287,7 @@ class Calibration:
         torch.set_num_threads(budget.threads)
         with torch.inference_mode():
             self._begin(write=True)
-        self._progress.crcs = [self._hidden.sync(0), self._reference.sync(0)]
+        self._progress.crcs = [self._hidden.crc(0), self._reference.crc(0)]
         self._write()
         return self._progress
 
