@@ -182,6 +182,7 @@ async def measure(arguments: argparse.Namespace, home: Path) -> dict[str, Any]:
                 await asyncio.sleep(0.1)
         first, errors = await send_prefixes(front.port, TEST_KEY)
         second, more = await send_prefixes(front.port, TEST_KEY)
+        print("prefixes sent", file=sys.stderr, flush=True)
         same = sum(first[number] == second[number] for number in first if number in second)
         result: dict[str, Any] = {"prefixes": {"number": PREFIXES, "errors": errors + more,
                                                "same_replica_share": round(same / PREFIXES, 4)}}
@@ -193,6 +194,7 @@ async def measure(arguments: argparse.Namespace, home: Path) -> dict[str, Any]:
             await asyncio.sleep(0.02)
         noticed = time.perf_counter() - lost_at
         third, errors = await repeated
+        print("replica lost", file=sys.stderr, flush=True)
         others = [number for number in second if second[number] != victim.name]
         moved = sum(third.get(number) != second[number] for number in others)
         result["lost"] = {"errors": errors, "noticed_after_seconds": round(noticed, 2),
