@@ -12,7 +12,10 @@ from shoehorn.common.errors import SettingsError
 from shoehorn.hardware.types import Hardware
 from shoehorn.model import checkpoint as checkpoints
 from shoehorn.model.shape import ModelShape
+from shoehorn.planner.memory.model import MemoryModel
 from shoehorn.planner.plan import Plan, Refusal
+from shoehorn.planner.remedies import on_gpus_host
+from shoehorn.planner.serving_config import ItemOptions, Limits, ServingConfig, UvaOffload
 from support.plans import (
     GIB,
     HUGE,
@@ -157,3 +160,14 @@ def test_activation_order_is_unsupported_where_the_engine_refuses_it(quantized: 
     config = {**captured_models.config("llama-3.1-8b-instruct"), "quantization_config": quantized}
     shape = checkpoints.shape_of(config, captured_models.tensors("llama-3.1-8b-instruct"), 0)
     assert bool(shape.unreadable) == unreadable
+
+
+@pytest.mark.parametrize(("missing_gib", "text_only", "offered"), [(1, False, True), (99, False, False),
+                                                                  (1, True, False)])
+def test_too_little_host_memory_for_offload_offers_to_leave_encoders_out(missing_gib: int, text_only: bool,
+                                                                        offered: bool) -> None:
+    shape = checkpoints.read(captured_models.files("gemma-3-12b-it"))
+    config = ServingConfig(16 * GIB, Limits(8192, 8, 2048), offload=UvaOffload(9 * GIB),
+                           items=ItemOptions((), text_only))
+    remedies = on_gpus_host(MemoryModel(shape, config), missing_gib * GIB)
+    assert ({"VLLM_EXTRA_ARGS": "--language-model-only"} in [remedy.value for remedy in remedies]) == offered

@@ -105,7 +105,6 @@ def shape_of(config: Mapping[str, Any], tensors: Iterable[Tensor], disk_bytes: i
         tensors, TextSizes(layers, text.get("vocab_size") or 0, bool(text.get("is_encoder_decoder")), pooling),
         division)
     encoders = with_tensors(read_encoders(config, hidden, files.get(PROCESSOR, {})), tensors, division)
-    notes += [encoder.describe() for encoder in encoders]
     if text_section(config) is not config and not encoders:
         notes.append("multimodal model: activations of the non-text parts are not estimated")
     groups, embedding = grouped.groups, grouped.embedding
@@ -139,8 +138,9 @@ def shape_of(config: Mapping[str, Any], tensors: Iterable[Tensor], disk_bytes: i
         notes=tuple(notes), unreadable=_unreadable(quantized),
         packed_embedding=any(EMBEDDING_PACKED.fullmatch(tensor.name) for tensor in tensors),
         symmetric_int4=_is_cpu_kernel_int4(quantized),
-        column_groups=column_groups([tensor for tensor in tensors if not is_beyond(
-            tensor.name, grouped.prefix, layers)], quantized, experts.intermediate if experts else 0, division),
+        column_groups=column_groups(
+            [tensor for tensor in tensors if not is_beyond(tensor.name, grouped.prefix, layers)], quantized,
+            experts.intermediate if experts else 0, division) if quantization else 0,
         few_gpus=grouped.few_gpus)
 
 

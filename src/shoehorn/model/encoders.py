@@ -64,8 +64,9 @@ def read_encoders(config: Mapping[str, Any], hidden: int, processor: Mapping[str
 
 def with_tensors(encoders: Iterable[Encoder], tensors: Iterable[Tensor], division: Division) -> tuple[Encoder, ...]:
     """Return the encoders with the sizes of their towers' tensors."""
+    encoders = tuple(encoders)
     groups: defaultdict[tuple[bool, bool], list[Tensor]] = defaultdict(list)
-    for tensor in tensors:
+    for tensor in tensors if encoders else ():
         if TOWER.search(tensor.name) and not division.unused.fullmatch(tensor.name):
             numbered, packed = bool(_NUMBERED.search(tensor.name)), bool(PACKED.fullmatch(tensor.name))
             groups[division.is_sound(tensor.name), division.divides_outside(tensor, numbered, packed)].append(tensor)

@@ -96,13 +96,6 @@ class Encoder:
     divided: TensorGroup = TensorGroup()
     whole: TensorGroup = TensorGroup()
 
-    def describe(self) -> str:
-        """Return a remark on what the plan assumes."""
-        largest = f"items of up to {self.item_tokens} tokens" if self.item_tokens else \
-            "items of one batch, since config.json does not give the largest"
-        return f"the encoder for {' and '.join(self.modalities)} is planned for {largest}; its activations were not " \
-            "measured"
-
 
 @dataclass(frozen=True)
 class ModelShape:

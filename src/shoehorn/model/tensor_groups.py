@@ -100,7 +100,7 @@ def group_tensors(tensors: Sequence[Tensor], sizes: TextSizes, division: Divisio
         elements = tensor.elements
         match = _NUMBERED.fullmatch(tensor.name)
         in_layer = match[3] if match and match[1] == prefix else ""
-        if is_beyond(tensor.name, prefix, bound):
+        if _MULTI_TOKEN.search(tensor.name) or (match and in_layer and int(match[2]) >= bound):
             kind = "unused"
         elif BNB_STATE.fullmatch(tensor.name):
             kind, elements = "quant_state", elements if tensor.name.endswith(".weight.absmax") else 0

@@ -11,12 +11,14 @@ from shoehorn.hardware.visible_gpus import ORDER, VISIBLE
 from shoehorn.planner.base_options import served_task
 from shoehorn.planner.inputs import PlanInputs
 from shoehorn.planner.memory.device import DeviceMemory
+from shoehorn.planner.memory.items import remark
 from shoehorn.planner.memory.model import MemoryModel
 from shoehorn.planner.option_set import OptionSet
 from shoehorn.planner.placement import Placement
 from shoehorn.planner.plan import Plan, Refusal, SequenceStates
 from shoehorn.planner.reasons import MACHINE, MODEL, PROFILE, Reason
 from shoehorn.planner.refusal_texts import Remedy
+from shoehorn.planner.serving_config import ServingConfig
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,8 @@ class Assembly:
     @property
     def reasons(self) -> tuple[Reason, ...]:
         """All reasons, those of the options first."""
-        return (*self.options.reasons.values(), *_common_remarks(self.inputs, self.host), *self.remarks)
+        return (*self.options.reasons.values(), *_common_remarks(self.inputs, self.host, self.model.config),
+                *self.remarks)
 
     def refuse(self, code: str, missing: str, missing_bytes: int, remedies: list[Remedy], **params: object) -> Refusal:
         """Refuse the start."""
@@ -108,12 +111,12 @@ def _of_profile(inputs: PlanInputs, environment: Mapping[str, str]) -> dict[str,
     return {name: value for name, value in inputs.profile.environment.items() if name not in named}
 
 
-def _common_remarks(inputs: PlanInputs, host: DeviceMemory) -> list[Reason]:
+def _common_remarks(inputs: PlanInputs, host: DeviceMemory, config: ServingConfig) -> list[Reason]:
     """Notes of profile and model, and the state of host memory."""
     remarks = [Reason("profile", inputs.profile.name, PROFILE, "profile-note", {"note": note})
                for note in inputs.profile.notes]
     remarks += [Reason("model", inputs.shape.architecture, MODEL, "model-note", {"note": note})
-                for note in inputs.shape.notes]
+                for note in (*inputs.shape.notes, *(remark(encoder, config) for encoder in inputs.shape.encoders))]
     needed, hardware = format_size(host.total_bytes), inputs.hardware
     if not hardware.host_memory_bytes:
         remarks.append(Reason("host-memory", needed, MACHINE, "host-memory-unknown"))

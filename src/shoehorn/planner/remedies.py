@@ -135,7 +135,11 @@ def larger_gpu(shortage: Shortage) -> Remedy:
 def on_gpus_host(model: MemoryModel, missing_bytes: int) -> list[Remedy]:
     """List remedies for too little host memory while the model runs on GPUs."""
     offloaded = model.offloaded.stage_bytes(0)
-    return [Remedy("more-host-memory", missing_bytes), Remedy("more-gpu-memory", min(offloaded, missing_bytes)),
+    without = model.with_config(replace(model.config, items=replace(model.config.items, text_only=True)))
+    freed = model.weights.other_bytes - without.weights.other_bytes + \
+        model.activations.bytes(0) - without.activations.bytes(0)
+    text = [_set(VLLM_EXTRA_ARGS="--language-model-only")] if 0 < missing_bytes <= min(freed, offloaded) else []
+    return [*text, Remedy("more-host-memory", missing_bytes), Remedy("more-gpu-memory", min(offloaded, missing_bytes)),
             _SMALLER_MODEL]
 
 

@@ -11,7 +11,7 @@ import pytest
 from fakes import captured
 from shoehorn.model import checkpoint
 from shoehorn.model.shape import Encoder
-from shoehorn.planner.memory.items import item_batch, items_bytes, largest_item
+from shoehorn.planner.memory.items import item_batch, items_bytes, largest_item, remark
 from shoehorn.planner.memory.model import MemoryModel
 from shoehorn.planner.serving_config import ItemOptions, Limits, Parallelism, ServingConfig
 from shoehorn.planner.vllm_args import with_options
@@ -44,6 +44,14 @@ def test_budget_is_that_of_vllm(tokens: int, batch: int, sequences: int, context
     options = ItemOptions((("image", limit), ("video", 0)))
     planned = item_batch(replace(IMAGE, item_tokens=tokens), replace(config(batch, sequences, context), items=options))
     assert (planned.budget_tokens, planned.items) == (cache, items)
+
+
+@pytest.mark.parametrize(("options", "tokens", "text"), [
+    ({}, 256, "image and video is planned for items of up to 256 tokens;"), ({}, 0, "up to 2048 tokens, since config"),
+    ({"limit-mm-per-prompt": {"video": 0}}, 256, "for image is planned"),
+    ({"language-model-only": True}, 256, "for image and video is not loaded")])
+def test_remark(options: dict[str, object], tokens: int, text: str) -> None:
+    assert text in remark(replace(IMAGE, item_tokens=tokens), with_options(config(), options))
 
 
 def test_unknown_item_counts_as_a_batch() -> None:

@@ -51,6 +51,16 @@ def largest_item(encoder: Encoder, config: ServingConfig) -> int:
     return tokens
 
 
+def remark(encoder: Encoder, config: ServingConfig) -> str:
+    """Return what the plan assumes of the encoder."""
+    modalities = active_modalities(encoder, config)
+    if not modalities:
+        return f"the encoder for {' and '.join(encoder.modalities)} is not loaded, since the options allow no items"
+    unknown = "" if encoder.item_tokens else ", since config.json does not give the largest"
+    return f"the encoder for {' and '.join(modalities)} is planned for items of up to " \
+        f"{largest_item(encoder, config)} tokens{unknown}; its activations were not measured"
+
+
 def item_batch(encoder: Encoder, config: ServingConfig) -> ItemBatch:
     """Return the batch of an active encoder's largest items."""
     tokens, limits = largest_item(encoder, config), config.limits
