@@ -70,14 +70,15 @@ class _DecodeLinearKernel(MPLinearKernel):
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Repack as vLLM does."""
         super().process_weights_after_loading(layer)  # type: ignore[safe-super]  # likewise
-        self.arrivals = decode.counters(self.config.partition_weight_shape[1], getattr(layer, self.w_q_name).device)
+        counters = decode.counters(self.config.partition_weight_shape[1], getattr(layer, self.w_q_name).device)
+        layer.register_buffer("decode_counters", counters, persistent=False)
 
     def apply_weights(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Return x @ W + bias."""
         codes, scales, _ = self._get_weight_params(layer)
         n, group = self.config.partition_weight_shape[1], self.config.group_size
         y: torch.Tensor = torch.ops.vllm.shoehorn_int4_linear(
-            x.reshape(-1, x.shape[-1]), codes, scales, self.arrivals, bias, n, group, self.layout.value)
+            x.reshape(-1, x.shape[-1]), codes, scales, layer.decode_counters, bias, n, group, self.layout.value)
         return y.reshape(*x.shape[:-1], n)
 
 
