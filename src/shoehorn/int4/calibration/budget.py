@@ -13,7 +13,7 @@ import torch
 
 TOKENS_ON_GPU = 131_072
 TOKENS_ON_CPU = 16_384
-"""Calibration tokens; more cost time in proportion and gain little (docs/quality.md)."""
+"""Calibration tokens; more of them cost time in proportion."""
 
 LENGTH = 1024
 _COPIES = 5
