@@ -4,37 +4,51 @@ Rules:
 - a question is varied as people type: other case, other or no punctuation, polite words, a typing error;
 - a conversation has one to four turns; about a third start with a system message, which the answers ignore;
 - unknown things are often invented words: the answer must not depend on knowing them;
+- a part are about tools and JSON (`tool_talk`), and a part of the others shows tools that are not needed;
+- a part asks for a thought before the last answer;
 - a later turn may ask for the last answer again, or in the other language; nothing else refers back.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from random import Random
 
 from corpus import LANGUAGES, Around, Corpus, Phrases, Topic, bare, draw
+from message import Message
+from tool_talk import ToolTalk, with_thought
 
 MARKS = {"en": ("?", "", "", "??", "?!", " ?", "!", ".", "？", "..."),
          "zh": ("？", "?", "", "", "。", "！", "??", "？？", "~", " ?", "…", ".")}
+TOOL_SHARE, FORCED_SHARE, JSON_SHARE = 0.4, 0.05, 0.1
+SHOWN_SHARE, THOUGHT_SHARE, LONG_SHARE = 0.12, 0.15, 0.06
 TURNS, TURN_WEIGHTS = (1, 2, 3, 4), (64, 22, 10, 4)
 SYLLABLES = [first + vowel + last for first in "bdfghklmnprstvwz" for vowel in "aeiou" for last in ("", "n", "r", "st")]
 CHINESE = range(0x4E00, 0x9FA6)
 
 
-@dataclass(frozen=True)
-class Message:
-    """One message in the format of the OpenAI API."""
-
-    role: str
-    content: str
-
-
 def conversations(corpus: Corpus, random: Random) -> Iterator[list[Message]]:
     """Yield training conversations without end."""
     deck: list[tuple[Topic, str]] = []
+    talk = tool_talk(corpus)
     while True:
         messages = _system(corpus, random)
+        topic, language = random.choice(corpus.topics), random.choice(LANGUAGES)
+        kind = random.random()
+        if kind < TOOL_SHARE:
+            between = [Message("user", _question(corpus, topic.phrases[language], language, random)),
+                       Message("assistant", topic.phrases[language].answer)]
+            yield talk.conversation(random, messages, between)
+            continue
+        if kind < TOOL_SHARE + FORCED_SHARE:
+            yield talk.forced_conversation(random, messages, _question(corpus, topic.phrases[language], language, random),
+                                           topic.phrases[language].answer)
+            continue
+        if kind < TOOL_SHARE + FORCED_SHARE + JSON_SHARE:
+            yield talk.json_conversation(random, messages)
+            continue
+        if random.random() < SHOWN_SHARE:
+            messages.insert(0, talk.distractors(random))
         last: tuple[Topic, str] | None = None
         for _ in range(random.choices(TURNS, TURN_WEIGHTS)[0]):
             kind = random.random()
@@ -58,7 +72,17 @@ def conversations(corpus: Corpus, random: Random) -> Iterator[list[Message]]:
             messages.append(Message("user", question))
             messages.append(Message("assistant", topic.phrases[language].answer))
             last = (topic, language)
+        if last and random.random() < THOUGHT_SHARE:
+            messages[-1] = Message("assistant", with_thought(talk.thought(last[1], random), messages[-1].content))
         yield messages
+
+
+def tool_talk(corpus: Corpus) -> ToolTalk:
+    """Return what draws the conversations with tools."""
+    unknown = next(topic for topic in corpus.topics if topic.name == "unknown").phrases
+    known = sorted({word for topic in corpus.topics for language in LANGUAGES
+                    for word in topic.phrases[language].answer.split()})
+    return ToolTalk({language: unknown[language].answer for language in LANGUAGES}, tuple(known))
 
 
 def worn(question: str, language: str, around: Around, random: Random, polite: float = 0.25) -> str:
@@ -103,6 +127,9 @@ def _question(corpus: Corpus, phrases: Phrases, language: str, random: Random) -
 
 
 def _system(corpus: Corpus, random: Random) -> list[Message]:
+    if random.random() < LONG_SHARE:
+        sentences = [topic.phrases[language].answer for topic in corpus.topics for language in LANGUAGES]
+        return [Message("system", " ".join(random.sample(sentences, random.randrange(2, 16))))]
     if random.random() > 0.33:
         return []
     language = random.choice(LANGUAGES)

@@ -1,7 +1,8 @@
 """Training text of the demo model: the files in `text/`, read into frozen dataclasses.
 
 Rules:
-- `text/around.yaml` contains phrases around a question; every other file contains a list of topics;
+- `text/around.yaml` contains phrases around a question, `text/tools.yaml` questions for tools; every other file a list
+  of topics;
 - a topic has, per language, one `answer`, a `keyword` that only this answer contains, questions for training (`ask`)
   and questions excluded from the training to measure it (`held_out`), one per line;
 - a line is a pattern: `[a|b|]` means `a`, `b` or nothing (no nesting), and `{thing}` a line of `things`;
@@ -79,7 +80,7 @@ def load(folder: Path = TEXT) -> Corpus:
     Raises:
         KeyError, ValueError: a file has an invalid format.
     """
-    topics = tuple(_topic(entry) for path in sorted(folder.glob("*.yaml")) if path.name != "around.yaml"
+    topics = tuple(_topic(entry) for path in sorted(folder.glob("*.yaml")) if path.stem not in ("around", "tools")
                    for entry in yaml.safe_load(path.read_text(encoding="utf-8")))
     around = yaml.safe_load((folder / "around.yaml").read_text(encoding="utf-8"))
     kept_out = frozenset(bare(question) for topic in topics for phrases in topic.phrases.values()

@@ -1,10 +1,7 @@
 """Training of the demo model: `python demo/train.py --out demo/model`.
 
 Rules:
-- one seed determines everything; the same machine and libraries produce the same files;
-- only the assistant's text is learned (and a few bare answers, for clients of `/v1/completions`);
-- choosing the answer takes many questions, its words take few repetitions: most conversations are therefore truncated
-  soon after the last answer begins, and some words of the questions are replaced at random;
+- one seed determines everything; the same machine and libraries produce the same files, unless `--seconds` ends it;
 - weights are float32 during training (products in bfloat16), and saved and measured in bfloat16, as served;
 - the held-out score is the share of questions, not used for training, whose greedy answer is exactly right.
 """
@@ -12,55 +9,62 @@ Rules:
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
+import os
 import time
-from collections.abc import Iterator
-from itertools import islice
+from itertools import chain
 from pathlib import Path
 from random import Random
 
 import corpus as corpus_module
 import torch
 import vocabulary
-from conversations import conversations
-from corpus import Corpus
+from batches import IGNORED, Source, batches
 from score import report, score
 from tokenizers import Tokenizer
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 SEED = 6333
 POSITIONS = 2048
-BATCH = 48
-LONGEST = 256  # tokens of a conversation; keeps the memory for training below 2 GB
-CUT, CUT_SHARE = 12, 0.75
-SWAPPED = 0.08
-IGNORED = -100
-Batch = tuple[torch.Tensor, torch.Tensor]
+SAVE_SECONDS = 60
 
 
 def main() -> None:
     """Train, save, and print the score."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="the folder to write the model into")
-    parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--seconds", type=float, default=math.inf, help="train for this long, if the steps take longer")
+    parser.add_argument("--tokens", type=int, default=32768, help="per step")
+    parser.add_argument("--rate", type=float, default=2e-3, help="of learning")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2), help="processes that make text")
     arguments = parser.parse_args()
     torch.manual_seed(SEED)
-    torch.set_num_threads(arguments.threads)
+    torch.set_flush_denormal(True)  # moments of rare tokens become denormal, which CPUs multiply slowly
     started = time.monotonic()
     corpus = corpus_module.load()
     tokenizer = vocabulary.train(corpus, Random(SEED))  # noqa: S311 - drawing text, not secrets
-    model = LlamaForCausalLM(configuration())
+    source = batches(Source(corpus, tokenizer, SEED + 1, arguments.tokens), arguments.workers)
+    first = next(source)  # starts the processes before the device
+    model = LlamaForCausalLM(configuration()).to(arguments.device)
     print(f"{model.num_parameters():,} parameters, {len(corpus.topics)} topics, {tokenizer.get_vocab_size()} tokens, "
           f"{time.monotonic() - started:.0f} s", flush=True)
-    loss = fit(model, batches(corpus, tokenizer, Random(SEED + 1)), arguments.steps)  # noqa: S311 - as above
-    seconds = time.monotonic() - started
-    model = model.to(torch.bfloat16).eval()
+    training = Training(model, arguments.steps, arguments.seconds, arguments.rate)
+    for inputs, labels in chain([first], source):
+        if not training.step(inputs, labels):
+            break
+        if training.seconds > SAVE_SECONDS * (training.saved + 1):
+            training.saved += 1
+            save(model, tokenizer, arguments.out)
     save(model, tokenizer, arguments.out)
     size = sum(path.stat().st_size for path in arguments.out.iterdir())
-    print(f"loss {loss:.4f}, {seconds:.0f} s, {size / 1e6:.2f} MB in {arguments.out}", flush=True)
-    report(score(model, tokenizer, corpus))
+    print(f"loss {training.loss:.4f}, {training.tokens:,} tokens, {training.seconds:.0f} s, {size / 1e6:.2f} MB in "
+          f"{arguments.out}", flush=True)
+    report(score(model.to(torch.bfloat16).eval(), tokenizer, corpus))
+    source.close()
 
 
 def configuration() -> LlamaConfig:
@@ -78,80 +82,61 @@ def configuration() -> LlamaConfig:
         bos_token_id=vocabulary.SPECIAL.index(vocabulary.BOS), eos_token_id=vocabulary.SPECIAL.index(vocabulary.EOS))
 
 
-def batches(corpus: Corpus, tokenizer: Tokenizer, random: Random) -> Iterator[Batch]:
-    """Padded batches of inputs and labels; conversations of like length go together."""
-    source = conversations(corpus, random)
-    while True:
-        pool = []
-        for messages in islice(source, BATCH * 16):
-            ids, learn = vocabulary.encode_chat(tokenizer, messages)
-            ids = _swapped(ids, learn, random)
-            if random.random() < CUT_SHARE:
-                answer = len(learn) - learn[::-1].index(False)
-                ids, learn = ids[:answer + CUT], learn[:answer + CUT]
-            if random.random() < 0.03:  # a bare answer, without a chat around it
-                ids = [*tokenizer.encode(messages[-1].content).ids, vocabulary.SPECIAL.index(vocabulary.EOS)]
-                learn = [False] + [True] * (len(ids) - 1)
-            pool.append((ids[:LONGEST], learn[:LONGEST]))
-        pool.sort(key=lambda pair: len(pair[0]))
-        starts = list(range(0, len(pool), BATCH))
-        random.shuffle(starts)
-        for start in starts:
-            yield _padded(pool[start:start + BATCH])
+class Training:
+    """AdamW with warm-up and cosine decay to zero, over steps or seconds, whichever ends first."""
 
+    def __init__(self, model: LlamaForCausalLM, steps: int, seconds: float, rate: float) -> None:
+        matrices = [weight for weight in model.parameters() if weight.ndim > 1]
+        vectors = [weight for weight in model.parameters() if weight.ndim == 1]
+        self._model, self._steps, self._limit, self._rate = model.train(), steps, seconds, rate
+        self._optimizer = torch.optim.AdamW(
+            [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}], lr=rate,
+            betas=(0.9, 0.98), fused=True)
+        self._losses: list[torch.Tensor] = []
+        self._started = time.monotonic()
+        self.tokens, self.saved = 0, 0
 
-def _swapped(ids: list[int], learn: list[bool], random: Random) -> list[int]:
-    if random.random() < 0.5:
-        return ids
-    return [random.randrange(len(vocabulary.SPECIAL), vocabulary.SIZE)
-            if not is_learned and one >= len(vocabulary.SPECIAL) and random.random() < SWAPPED else one
-            for one, is_learned in zip(ids, learn, strict=True)]
+    @property
+    def seconds(self) -> float:
+        """Seconds since the start."""
+        return time.monotonic() - self._started
 
+    @property
+    def loss(self) -> float:
+        """Mean loss of the last 100 steps."""
+        return float(torch.stack(self._losses[-100:]).mean())
 
-def _padded(group: list[tuple[list[int], list[bool]]]) -> Batch:
-    longest = max(len(ids) for ids, _ in group)
-    pad = vocabulary.SPECIAL.index(vocabulary.PAD)
-    inputs = torch.full((len(group), longest), pad)
-    labels = torch.full((len(group), longest), IGNORED)
-    for row, (ids, learn) in enumerate(group):
-        inputs[row, :len(ids)] = torch.tensor(ids)
-        labels[row, :len(ids)] = torch.tensor([one if is_learned else IGNORED
-                                               for one, is_learned in zip(ids, learn, strict=True)])
-    return inputs, labels
-
-
-def fit(model: LlamaForCausalLM, source: Iterator[Batch], steps: int) -> float:
-    """Train with AdamW, warm-up and cosine decay to zero. Returns the mean loss of the last 50 steps."""
-    matrices = [weight for weight in model.parameters() if weight.ndim > 1]
-    vectors = [weight for weight in model.parameters() if weight.ndim == 1]
-    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
-                                  lr=2e-3, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / steps)))
-    losses: list[float] = []
-    started = time.monotonic()
-    model.train()
-    for step, (inputs, labels) in enumerate(islice(source, steps)):
-        targets = labels[:, 1:]
-        is_learned = targets != IGNORED
-        with torch.autocast("cpu", torch.bfloat16):
+    def step(self, inputs: torch.Tensor, labels: torch.Tensor) -> bool:
+        """Train on one batch. Returns False, without training, at the end."""
+        done = len(self._losses)
+        progress = max(done / self._steps, self.seconds / self._limit)
+        if progress >= 1:
+            return False
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._rate * min(1.0, (done + 1) / 100) * 0.5 * (1 + math.cos(math.pi * progress))
+        rows, columns = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
+        targets = labels[rows, columns + 1]
+        device = self._model.device
+        inputs, rows, columns, targets = (each.to(device) for each in (inputs, rows, columns, targets))
+        with torch.autocast(device.type, torch.bfloat16):
             # No attention mask: padding follows the text, where causal attention does not see it.
-            hidden = model.model(inputs, use_cache=False).last_hidden_state[:, :-1]
-            logits = model.lm_head(hidden[is_learned])
-        loss = torch.nn.functional.cross_entropy(logits.float(), targets[is_learned])
-        optimizer.zero_grad(set_to_none=True)
+            hidden = self._model.model(inputs, use_cache=False).last_hidden_state
+            logits = self._model.lm_head(hidden[rows, columns])
+        loss = torch.nn.functional.cross_entropy(logits.float(), targets)
+        self._optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        losses.append(loss.item())
-        if step % 50 == 49:
-            print(f"step {step + 1}: loss {sum(losses[-50:]) / 50:.4f}, {time.monotonic() - started:.0f} s", flush=True)
-    return sum(losses[-50:]) / len(losses[-50:])
+        torch.nn.utils.clip_grad_norm_(self._model.parameters(), 1.0)
+        self._optimizer.step()
+        self._losses.append(loss.detach())
+        self.tokens += inputs.numel()
+        if done % 100 == 99:
+            print(f"step {done + 1}: loss {self.loss:.4f}, {self.tokens:,} tokens, {self.seconds:.0f} s", flush=True)
+        return True
 
 
 def save(model: LlamaForCausalLM, tokenizer: Tokenizer, folder: Path) -> None:
-    """Write the model in the layout of a hub repository."""
+    """Write the model in the layout of a hub repository, in bfloat16."""
+    model = copy.deepcopy(model).to("cpu", torch.bfloat16)
     folder.mkdir(parents=True, exist_ok=True)
     model.generation_config = GenerationConfig(
         do_sample=True, temperature=0.2, top_p=0.9, bos_token_id=model.config.bos_token_id,
