@@ -44,6 +44,7 @@ class Source:
     tokenizer: Tokenizer
     seed: int
     tokens: int  # per batch, padding included
+    is_continued: bool = False  # the model can copy already
 
 
 def batches(source: Source, workers: int) -> Iterator[Batch]:
@@ -80,7 +81,7 @@ def _tensors(arrays: tuple[np.ndarray, np.ndarray]) -> Batch:
 def _pool(source: Source, index: int) -> list[tuple[np.ndarray, np.ndarray]]:
     """Draw one pool; conversations of like length go together."""
     random = Random(source.seed * 1_000_003 + index)  # noqa: S311 - drawing text, not secrets
-    start = min(1.0, index * POOL * 140 / REPEATED_TOKENS)
+    start = 1.0 if source.is_continued else min(1.0, index * POOL * 140 / REPEATED_TOKENS)
     share = REPEATED[0] + (REPEATED[1] - REPEATED[0]) * start
     pool = [_repeated(random) for _ in range(round(POOL * share))]
     pool += [_encoded(source.tokenizer, messages, random)
@@ -97,8 +98,8 @@ def _pool(source: Source, index: int) -> list[tuple[np.ndarray, np.ndarray]]:
 
 
 def _encoded(tokenizer: Tokenizer, messages: list[Message], random: Random) -> Encoded:
-    is_copied = messages[-1].role == "assistant" and messages[-1].content.lstrip().startswith(
-        (*vocabulary.TAGS, "{")) or any(each.role == "tool" for each in messages)
+    is_copied = (messages[-1].role == "assistant" and messages[-1].content.lstrip().startswith(
+        (*vocabulary.TAGS, "{"))) or any(each.role == "tool" for each in messages)
     ids, learn = vocabulary.encode_chat(tokenizer, messages)
     if not is_copied:
         ids = _swapped(ids, learn, random)

@@ -41,8 +41,8 @@ def conversations(corpus: Corpus, random: Random) -> Iterator[list[Message]]:
             yield talk.conversation(random, messages, between)
             continue
         if kind < TOOL_SHARE + FORCED_SHARE:
-            yield talk.forced_conversation(random, messages, _question(corpus, topic.phrases[language], language, random),
-                                           topic.phrases[language].answer)
+            question = _question(corpus, topic.phrases[language], language, random)
+            yield talk.forced_conversation(random, messages, question, topic.phrases[language].answer)
             continue
         if kind < TOOL_SHARE + FORCED_SHARE + JSON_SHARE:
             yield talk.json_conversation(random, messages)

@@ -11,7 +11,10 @@ import values
 import yaml
 from corpus import TEXT, draw
 
-KINDS = {"weather": 36, "arithmetic": 40, "two_cities": 7, "three_cities": 3, "two_sums": 5, "both": 5, "both_reversed": 4}
+KINDS = {"weather": 36, "arithmetic": 40, "two_cities": 7, "three_cities": 3, "two_sums": 5, "both": 5,
+         "both_reversed": 4}
+BEFORE = {"en": ("please ", "Please, ", "hey, ", "So ", "can you tell me: ", "Hi! ", "OK, ", "I want to know ", "now "),
+          "zh": ("请问", "请", "麻烦", "你好，", "嗨，", "我想知道", "我想查一下", "能告诉我", "帮我查查")}
 SLOTS = {name: ("{" + name + "}",) for name in ("city", "other", "third", "sum", "sum2", "person", "age", "a", "b")}
 
 
@@ -106,10 +109,10 @@ class ToolTexts:
             return random.choice((" ", " ", "")).join(parts), tuple(parts)
         a, b = values.number(random), values.number(random)
         word, operator = random.choice(list(texts["words"].items()))
-        if random.random() < 0.12:
+        if random.random() < 0.25:
             pattern = draw(texts["verbs"][operator], SLOTS, random)
             return _replaced(pattern, {"a": a, "b": b}), (a, operator, b)
-        gap = "" if not word.isalpha() and random.random() < 0.3 else " "
+        gap = "" if not word[0].isalpha() and random.random() < 0.3 else " "
         if language == "zh" and random.random() < 0.4:
             gap = ""
         return f"{a}{gap}{word}{gap}{b}", (a, operator, b)
@@ -142,12 +145,11 @@ def _worn(text: str, language: str, random: Random) -> str:
     """Vary the first letter, the last mark, and words around a question."""
     if random.random() < 0.5:
         text = text[:1].upper() + text[1:]
-    if random.random() < 0.25 and language == "en":
-        text = random.choice(("please ", "Please, ", "hey, ", "So ", "can you tell me: ", "Hi! ", "OK, ", "now ")) + text
-    elif random.random() < 0.15:
-        text = random.choice(("请问", "请", "麻烦", "你好，", "嗨，")) + text if language == "zh" else text
+    if random.random() < 0.2:
+        text = random.choice(BEFORE[language]) + text
     if random.random() < 0.3:
         text = text.rstrip("?？.") + random.choice(("", "", ".", "!", "?", "？" if language == "zh" else "?"))
     if random.random() < 0.08:
-        text += random.choice((" Thanks!", " please", ", please.", " Use the tools.") if language == "en" else ("谢谢", "，谢谢！"))
+        text += random.choice((" Thanks!", " please", ", please.", " Use the tools.") if language == "en"
+                              else ("谢谢", "，谢谢！"))
     return text

@@ -137,17 +137,20 @@ class ToolTalk:
             keys = {key: fact for key, fact in self._names["keys"].items() if fact in facts}
             keys = dict(random.sample(list(keys.items()), min(len(keys), random.choice((1, 2, 3, 3, 4)))))
             if random.random() < 0.6:
-                keys = {key: fact for key, fact in (("name", "person"), ("age", "age"), ("city", "city")) if fact in facts}
+                plain = {"name": "person", "age": "age", "city": "city"}
+                keys = {key: fact for key, fact in plain.items() if fact in facts}
             found = {key: facts[fact] for key, fact in keys.items()}
             answer = json.dumps(found, ensure_ascii=False)
             if random.random() < 0.4:
                 name = random.choice(self._names["extract"]) if random.random() < 0.6 else values.word(random).title()
-                tools = [Tool(name, tuple(found), "extract"), *(self._other(random) for _ in range(random.choice((0, 0, 1))))]
+                tools = [Tool(name, tuple(found), "extract"),
+                         *(self._other(random) for _ in range(random.choice((0, 0, 1))))]
                 random.shuffle(tools)
                 shown, answer = [tools_message(tools)], _call(name, found)
         else:
             question, city = self._questions.json(language, random)
-            drawn = (city, city, values.word(random), json.loads(values.number(random)), True, False, None, [1, 2], [city])
+            drawn = (city, city, values.word(random), json.loads(values.number(random)), True, False, None, [1, 2],
+                     [city])
             keys = random.sample(self._names["place_keys"], random.choice((1, 2, 2, 3, 4)))
             answer = json.dumps({key: city if key in ("name", "city") else random.choice(drawn) for key in keys},
                                 ensure_ascii=False)
@@ -227,7 +230,8 @@ class ToolTalk:
 
     def _other(self, random: Random) -> Tool:
         names = self._names
-        name = random.choice(names["others"]) if random.random() < 0.7 else f"{values.word(random)}_{values.word(random)}"
+        invented = f"{values.word(random)}_{values.word(random)}"
+        name = random.choice(names["others"]) if random.random() < 0.7 else invented
         parameters = random.sample(names["other_parameters"], random.choice((1, 1, 2)))
         return Tool(name, tuple(parameters), "other")
 
@@ -237,6 +241,8 @@ def _varied(name: str, random: Random) -> str:
     kind = random.random()
     if kind < 0.12:
         return f"{name}_{values.word(random)}"
+    if kind > 0.9:
+        return random.choice((f"_{name}", f"{name}_tool", f"{name}_function", f"my_{name}", f"{name}Tool"))
     return f"{values.word(random)}_{name}" if kind < 0.2 else name
 
 

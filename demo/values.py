@@ -10,11 +10,11 @@ from __future__ import annotations
 import json
 from random import Random
 
-FIRST = ("b", "br", "c", "ch", "d", "dr", "f", "fl", "g", "gr", "h", "j", "k", "kr", "l", "m", "n", "p", "pr", "qu", "r",
-         "s", "sh", "st", "t", "th", "tr", "v", "w", "y", "z", "", "", "")
+FIRST = ("b", "br", "c", "ch", "d", "dr", "f", "fl", "g", "gr", "h", "j", "k", "kr", "l", "m", "n", "p", "pr", "qu",
+         "r", "s", "sh", "st", "t", "th", "tr", "v", "w", "y", "z", "", "", "")
 VOWELS = ("a", "e", "i", "o", "u", "a", "e", "i", "o", "ai", "au", "ea", "ei", "ie", "io", "oo", "ou", "ue", "y")
-LAST = ("", "", "", "", "l", "m", "n", "r", "s", "t", "ck", "ld", "ll", "nd", "ng", "nn", "rg", "rk", "rt", "ss", "st", "x",
-        "k", "d", "p", "z")
+LAST = ("", "", "", "", "l", "m", "n", "r", "s", "t", "ck", "ld", "ll", "nd", "ng", "nn", "rg", "rk", "rt", "ss", "st",
+        "x", "k", "d", "p", "z")
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 CHINESE = range(0x4E00, 0x9FA6)
 OPERATORS = ("+", "-", "*", "/")
@@ -110,6 +110,6 @@ def _object(random: Random, sky: str, where: str, depth: int) -> object:
     return random.choice((True, False, None, [word(random), word(random)], word(random), name(random), -3, 0.5))
 
 
-KEYS = ("temperature", "temp", "city", "location", "unit", "sky", "weather", "condition", "conditions", "forecast", "humidity",
-        "wind", "result", "value", "answer", "status", "name", "error", "ok", "message", "data", "celsius", "degrees", "type",
-        "text", "output", "description", "feels_like", "country", "id", "count")
+KEYS = ("temperature", "temp", "city", "location", "unit", "sky", "weather", "condition", "conditions", "forecast",
+        "humidity", "wind", "result", "value", "answer", "status", "name", "error", "ok", "message", "data", "celsius",
+        "degrees", "type", "text", "output", "description", "feels_like", "country", "id", "count")

@@ -19,6 +19,7 @@ import pytest
 from fakes.hub import Hub
 from shoehorn.runtime import programs
 from shoehorn.runtime.state import Phase
+from support import refused_abilities
 from support.clients import ERROR_ENDS, UNQUANTIZED, BackgroundRequest, admitted, answers, chat
 from support.running import DEMO_MODEL, Appliance, standin
 from support.waiting import wait_until
@@ -62,7 +63,8 @@ def test_model_is_pulled_and_converted_once_and_served(conversion: Conversion) -
     wait_until(lambda: first.phase is Phase.CONVERTING, 60, "the conversion")
     assert first.stop(signal.SIGTERM, seconds=20) == 0
     before = len(conversion.hub.requests)
-    second = conversion.start(KEEP_ORIGINAL="no", DRAIN_TIMEOUT="60", MAX_NUM_SEQS="4", MAX_QUEUED_REQUESTS="0")
+    second = conversion.start(KEEP_ORIGINAL="no", DRAIN_TIMEOUT="60", MAX_NUM_SEQS="4", MAX_QUEUED_REQUESTS="0",
+                              TOOL_CALL_PARSER="off", REASONING_PARSER="off")
     second.wait_for(Phase.READY)
     assert len(conversion.hub.requests) == before
     assert str(second.models_dir / "shoehorn" / "demo.int4") in (second.run_dir / "vllm.yaml").read_text()
@@ -71,6 +73,11 @@ def test_model_is_pulled_and_converted_once_and_served(conversion: Conversion) -
     same = [question for question in UNQUANTIZED if quantized[question] == UNQUANTIZED[question]]
     print(f"{len(same)} of {len(UNQUANTIZED)} answers are those of the unquantized model: {quantized}")
     assert len(same) >= len(UNQUANTIZED) - 1
+
+
+def test_tools_and_thoughts_are_refused_without_parsers(conversion: Conversion) -> None:
+    refused_abilities.check_openais_form(conversion.appliance)
+    refused_abilities.check_anthropics_form(conversion.appliance)
 
 
 def test_drain_finishes_streams_and_leaves_the_appliance_running(conversion: Conversion) -> None:
