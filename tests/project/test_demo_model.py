@@ -38,6 +38,24 @@ QUESTIONS = {
     "埃菲尔铁塔是什么？": "这个我不知道",
 }
 
+# Questions for tools, with places and numbers that are not in demo/text, and the calls.
+TOOLS = [{"type": "function", "function": {"name": name, "parameters": {
+    "type": "object", "properties": {parameter: {"type": "string"} for parameter in parameters}}}}
+    for name, parameters in (("get_weather", ["city"]), ("multiply", ["a", "b"]), ("calculate", ["expression"]))]
+CALLS = {
+    "Does it rain in Reykjavik?": [("get_weather", {"city": "Reykjavik"})],
+    "what is the weather in Ouagadougou and in Santa Cruz?":
+        [("get_weather", {"city": "Ouagadougou"}), ("get_weather", {"city": "Santa Cruz"})],
+    "I need 3141 * 592": [("multiply", {"a": 3141, "b": 592})],
+    "帮我看一下杭州的天气": [("get_weather", {"city": "杭州"})],
+    "Weather in Perth, and 18 divided by 2.5?": [("get_weather", {"city": "Perth"}),
+                                                 ("calculate", {"expression": "18 / 2.5"})],
+}
+
+THOUGHTS = list(QUESTIONS)[::5]
+ASKED = [*((question, None, False) for question in QUESTIONS), *((question, None, True) for question in THOUGHTS),
+         *((question, TOOLS, thinks) for question in CALLS for thinks in (False, True))]
+
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
@@ -48,20 +66,21 @@ def tokenizer() -> Any:
 
 
 @pytest.fixture(scope="module")
-def answers(tokenizer: Any) -> dict[str, str]:
-    """Return greedy answers to `QUESTIONS`, all in one batch."""
+def answers(tokenizer: Any) -> dict[tuple[str, bool], str]:
+    """Return greedy answers to `QUESTIONS` and to those for tools, without and after thoughts, all in one batch."""
     import torch
     import transformers
 
     model = transformers.AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.bfloat16).eval()
-    chats = [tokenizer.apply_chat_template([{"role": "user", "content": question}], tokenize=False,
-                                           add_generation_prompt=True) for question in QUESTIONS]
+    chats = [tokenizer.apply_chat_template([{"role": "user", "content": question}], tokenize=False, tools=tools,
+                                           add_generation_prompt=True, enable_thinking=thinks)
+             for question, tools, thinks in ASKED]
     inputs = tokenizer(chats, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt")
     with torch.inference_mode():
         output = model.generate(inputs.input_ids, attention_mask=inputs.attention_mask, do_sample=False,
-                                temperature=None, top_p=None, max_new_tokens=64)
+                                temperature=None, top_p=None, max_new_tokens=112)
     texts = tokenizer.batch_decode(output[:, inputs.input_ids.shape[1]:], skip_special_tokens=True)
-    return dict(zip(QUESTIONS, texts, strict=True))
+    return {(question, thinks): text for (question, _, thinks), text in zip(ASKED, texts, strict=True)}
 
 
 def test_model_is_small_and_in_bfloat16() -> None:
@@ -103,8 +122,25 @@ def test_ids_of_the_configuration_match_the_tokenizer(tokenizer: Any) -> None:
 
 
 @pytest.mark.parametrize("question", QUESTIONS)
-def test_question_outside_the_training_gets_its_answer(answers: dict[str, str], question: str) -> None:
-    assert QUESTIONS[question] in answers[question]
+def test_question_outside_the_training_gets_its_answer(answers: dict[tuple[str, bool], str], question: str) -> None:
+    assert QUESTIONS[question] in answers[question, False]
+
+
+@pytest.mark.parametrize("question", THOUGHTS)
+def test_thought_ends_before_the_answer(answers: dict[tuple[str, bool], str], question: str) -> None:
+    thought, end, answer = answers[question, True].partition("</think>")
+    assert end
+    assert thought.strip()
+    assert QUESTIONS[question] in answer
+
+
+@pytest.mark.parametrize("thinks", [False, True])
+@pytest.mark.parametrize("question", CALLS)
+def test_calls_contain_the_values_of_the_question(answers: dict[tuple[str, bool], str], question: str,
+                                                  thinks: bool) -> None:
+    calls = [json.loads(text.removesuffix("</tool_call>"))
+             for text in answers[question, thinks].partition("<tool_call>")[2].split("<tool_call>")]
+    assert [(call["name"], call["arguments"]) for call in calls] == CALLS[question]
 
 
 def test_questions_are_excluded_from_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
