@@ -38,13 +38,12 @@ Batch = tuple[torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True)
 class Source:
-    """What batches are drawn from."""
+    """Corpus, tokenizer and seed of the batches."""
 
     corpus: Corpus
     tokenizer: Tokenizer
     seed: int
     tokens: int  # per batch, padding included
-    is_continued: bool = False  # the model can copy already
 
 
 def batches(source: Source, workers: int) -> Iterator[Batch]:
@@ -81,7 +80,7 @@ def _tensors(arrays: tuple[np.ndarray, np.ndarray]) -> Batch:
 def _pool(source: Source, index: int) -> list[tuple[np.ndarray, np.ndarray]]:
     """Draw one pool; conversations of like length go together."""
     random = Random(source.seed * 1_000_003 + index)  # noqa: S311 - drawing text, not secrets
-    start = 1.0 if source.is_continued else min(1.0, index * POOL * 140 / REPEATED_TOKENS)
+    start = min(1.0, index * POOL * 140 / REPEATED_TOKENS)
     share = REPEATED[0] + (REPEATED[1] - REPEATED[0]) * start
     pool = [_repeated(random) for _ in range(round(POOL * share))]
     pool += [_encoded(source.tokenizer, messages, random)
@@ -120,7 +119,7 @@ def _repeated(random: Random) -> Encoded:
     first_id = len(vocabulary.CONTROL)
     among = range(first_id, random.choice((first_id + 60, first_id + 200, vocabulary.SIZE)))
     ids = random.sample(among, random.randrange(6, 50))
-    for _ in range(len(ids) // 4):  # repeated tokens, which do not tell where they stand
+    for _ in range(len(ids) // 4):  # repeated tokens, whose successor is ambiguous
         at = random.randrange(len(ids) // 2 + 1, len(ids))
         ids[at] = random.choice(ids)
     first = random.randrange(max(1, len(ids) // 2))

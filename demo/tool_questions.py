@@ -13,7 +13,7 @@ from corpus import TEXT, draw
 
 KINDS = {"weather": 36, "arithmetic": 40, "two_cities": 7, "three_cities": 3, "two_sums": 5, "both": 5,
          "both_reversed": 4}
-BEFORE = {"en": ("please ", "Please, ", "hey, ", "So ", "can you tell me: ", "Hi! ", "OK, ", "I want to know ", "now "),
+BEFORE = {"en": ("please ", "Please, ", "hey, ", "So ", "Can you help me: ", "Hi! ", "OK, ", "I want to know ", "now "),
           "zh": ("请问", "请", "麻烦", "你好，", "嗨，", "我想知道", "我想查一下", "能告诉我", "帮我查查")}
 SLOTS = {name: ("{" + name + "}",) for name in ("city", "other", "third", "sum", "sum2", "person", "age", "a", "b")}
 

@@ -139,14 +139,14 @@ class ToolTalk:
             if random.random() < 0.6:
                 plain = {"name": "person", "age": "age", "city": "city"}
                 keys = {key: fact for key, fact in plain.items() if fact in facts}
-            found = {key: facts[fact] for key, fact in keys.items()}
-            answer = json.dumps(found, ensure_ascii=False)
+            values_by_key = {key: facts[fact] for key, fact in keys.items()}
+            answer = json.dumps(values_by_key, ensure_ascii=False)
             if random.random() < 0.4:
                 name = random.choice(self._names["extract"]) if random.random() < 0.6 else values.word(random).title()
-                tools = [Tool(name, tuple(found), "extract"),
+                tools = [Tool(name, tuple(values_by_key), "extract"),
                          *(self._other(random) for _ in range(random.choice((0, 0, 1))))]
                 random.shuffle(tools)
-                shown, answer = [tools_message(tools)], _call(name, found)
+                shown, answer = [tools_message(tools)], _call(name, values_by_key)
         else:
             question, city = self._questions.json(language, random)
             drawn = (city, city, values.word(random), json.loads(values.number(random)), True, False, None, [1, 2],

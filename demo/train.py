@@ -35,7 +35,6 @@ def main() -> None:
     """Train, save, and print the score."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="the folder to write the model into")
-    parser.add_argument("--start", type=Path, help="a model to continue with, and its tokenizer")
     parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--seconds", type=float, default=math.inf, help="train for this long, if the steps take longer")
     parser.add_argument("--tokens", type=int, default=32768, help="per step")
@@ -48,16 +47,10 @@ def main() -> None:
     torch.set_flush_denormal(True)  # moments of rare tokens become denormal, which CPUs multiply slowly
     started = time.monotonic()
     corpus = corpus_module.load()
-    if arguments.start:
-        tokenizer = Tokenizer.from_file(str(arguments.start / "tokenizer.json"))
-    else:
-        tokenizer = vocabulary.train(corpus, Random(SEED))  # noqa: S311 - drawing text, not secrets
-    seed = SEED + 1 + bool(arguments.start)
-    source = batches(Source(corpus, tokenizer, seed, arguments.tokens, bool(arguments.start)), arguments.workers)
+    tokenizer = vocabulary.train(corpus, Random(SEED))  # noqa: S311 - drawing text, not secrets
+    source = batches(Source(corpus, tokenizer, SEED + 1, arguments.tokens), arguments.workers)
     first = next(source)  # starts the processes before the device
-    model = LlamaForCausalLM.from_pretrained(arguments.start, dtype=torch.float32) if arguments.start else \
-        LlamaForCausalLM(configuration())
-    model = model.to(arguments.device)
+    model = LlamaForCausalLM(configuration()).to(arguments.device)
     print(f"{model.num_parameters():,} parameters, {len(corpus.topics)} topics, {tokenizer.get_vocab_size()} tokens, "
           f"{time.monotonic() - started:.0f} s", flush=True)
     training = Training(model, arguments.steps, arguments.seconds, arguments.rate)

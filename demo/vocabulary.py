@@ -99,7 +99,7 @@ def _any_of(words: list[str]) -> str:
 
 
 def known_words(corpus: Corpus) -> list[str]:
-    """Return the words of the answers and those of more than one question, which are no names."""
+    """Return the words of the answers and those of more than one question, which exclude names."""
     answers = Counter(word for topic in corpus.topics for word in _WORD.findall(topic.phrases["en"].answer))
     asked = Counter(word for topic in corpus.topics for pattern in topic.phrases["en"].ask
                     for word in set(_WORD.findall(pattern)) if word.islower())
