@@ -41,12 +41,12 @@ QUESTIONS = {
 # Questions for tools, with places and numbers that are not in demo/text, and the calls.
 TOOLS = [{"type": "function", "function": {"name": name, "parameters": {
     "type": "object", "properties": {parameter: {"type": "string"} for parameter in parameters}}}}
-    for name, parameters in (("get_weather", ["city"]), ("multiply", ["a", "b"]), ("calculate", ["expression"]))]
+    for name, parameters in (("get_weather", ["city"]), ("calculate", ["expression"]))]
 CALLS = {
     "Does it rain in Reykjavik?": [("get_weather", {"city": "Reykjavik"})],
     "what is the weather in Ouagadougou and in Santa Cruz?":
         [("get_weather", {"city": "Ouagadougou"}), ("get_weather", {"city": "Santa Cruz"})],
-    "I need 3141 * 592": [("multiply", {"a": 3141, "b": 592})],
+    "I need 3141 * 592": [("calculate", {"expression": "3141 * 592"})],
     "帮我看一下杭州的天气": [("get_weather", {"city": "杭州"})],
     "Weather in Perth, and 18 divided by 2.5?": [("get_weather", {"city": "Perth"}),
                                                  ("calculate", {"expression": "18 / 2.5"})],

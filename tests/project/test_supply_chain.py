@@ -96,7 +96,8 @@ def test_unreachable_service_gives_unknown(audit: Any, tmp_path: Path) -> None:
 
 
 def test_every_lock_is_audited_and_every_package_once(audit: Any) -> None:
-    assert set(audit.LOCKS) == {path.stem for path in (HOME / "requirements").glob("*.txt")} - {"overrides"}
+    assert set(audit.LOCKS) == {path.stem for path in (HOME / "requirements").glob("*.txt")} - {
+        "overrides", "dev-overrides"}
     locks = ["torch==2.13.0+cpu \\\n    --hash=sha256:0\nvllm-cpu==0.32.0 \\\n", "torch==2.13.0 ; x\n"]
     packages = audit.packages(locks)
     assert packages == {"torch==2.13.0", "vllm==0.32.0"}
