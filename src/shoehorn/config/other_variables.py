@@ -79,6 +79,8 @@ PASSED = (
     Variable("VLLM_MAX_COMPLETION_PROMPTS", "Maximum number of prompts in one request (128)."),
     Variable("VLLM_MAX_N_SEQUENCES", "Maximum number of answers to one request (128)."),
     Variable("VLLM_MEDIA_URL_ALLOW_REDIRECTS", "1: follow redirects of images' URLs."),
+    Variable("SHOEHORN_INT4_DECODE", "`on`: batches of up to 8 rows take Shoehorn's own INT4 kernel on a GPU "
+             "(off; docs/int4.md)."),
     Variable("SHOEHORN_TIMING", "Waits of the engine program in seconds, as a JSON object."),
 )
 """Variables of libraries, CUDA and the engine that pass through to the programs."""

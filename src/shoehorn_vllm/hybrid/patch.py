@@ -21,12 +21,9 @@ from vllm.platforms import PlatformEnum, current_platform
 
 from shoehorn_vllm.hybrid import embedding, experts, fallback, linear, threads
 from shoehorn_vllm.hybrid.kernel import library
+from shoehorn_vllm.settings import check
 
 SETTING = "SHOEHORN_CPU_COMPUTE"
-
-
-class SettingError(ValueError):
-    """An environment variable has an invalid value."""
 
 
 def apply() -> None:
@@ -36,10 +33,7 @@ def apply() -> None:
         SettingError: SHOEHORN_CPU_COMPUTE is neither auto nor off.
         KernelUnavailableError: SHOEHORN_CPU_ISA names an instruction set that this CPU lacks.
     """
-    setting = os.environ.get(SETTING, "auto")
-    if setting not in ("auto", "off"):
-        raise SettingError(f"{SETTING}={setting}: invalid. Set auto or off.")
-    if setting == "off" or not current_platform.is_cpu():
+    if check(SETTING, os.environ.get(SETTING, "auto"), ("auto", "off")) == "off" or not current_platform.is_cpu():
         return
     embedding.apply()
     kernels = engine_kernels._POSSIBLE_KERNELS[PlatformEnum.CPU]

@@ -3,12 +3,14 @@
 vLLM 0.32.0 multiplies INT4 weights by Machete on Hopper and by Marlin on other GPUs. Both are built for large batches:
 of one row they read the weights of a 70B at 62 and 72 % of an H100's bandwidth (bench/results/int4-decode-h100.json).
 Here a batch of few rows takes decode.cu, over the same weights in the same layout; larger ones take vLLM's kernel.
-`VLLM_DISABLED_KERNELS=MacheteDecodeLinearKernel,MarlinDecodeLinearKernel` leaves all batches to vLLM.
+With `SHOEHORN_INT4_DECODE=on` only, until an engine with torch.compile was measured on a GPU.
 
 Source: model_executor/kernels/linear/__init__.py `_POSSIBLE_KERNELS`, mixed_precision/machete.py and marlin.py.
 """
 
 from __future__ import annotations
+
+import os
 
 import torch
 from vllm import _custom_ops as operators
@@ -24,8 +26,11 @@ from vllm.utils.torch_utils import direct_register_custom_op
 
 from shoehorn_vllm.int4 import decode
 from shoehorn_vllm.int4.decode import Layout
+from shoehorn_vllm.settings import check
 
 log = init_logger("vllm.shoehorn.int4")
+
+SETTING = "SHOEHORN_INT4_DECODE"
 
 MAX_ROWS = 8
 """Rows from which vLLM's kernels are as fast."""
@@ -119,8 +124,13 @@ def _shape(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, arrivals:
 
 
 def apply() -> None:
-    """Put the kernels before those of vLLM, on an NVIDIA GPU."""
+    """Put the kernels before those of vLLM, on an NVIDIA GPU, if the setting says so.
+
+    Raises:
+        SettingError: SHOEHORN_INT4_DECODE is neither on nor off.
+    """
+    wanted = check(SETTING, os.environ.get(SETTING, "off"), ("on", "off")) == "on"
     kernels = engine_kernels._POSSIBLE_KERNELS[PlatformEnum.CUDA]
-    if current_platform.is_cuda() and MacheteDecodeLinearKernel not in kernels:
+    if wanted and current_platform.is_cuda() and MacheteDecodeLinearKernel not in kernels:
         direct_register_custom_op("shoehorn_int4_linear", _multiply, fake_impl=_shape)
         kernels[:0] = [MacheteDecodeLinearKernel, MarlinDecodeLinearKernel]
