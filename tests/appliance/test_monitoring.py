@@ -25,6 +25,7 @@ import yaml
 
 from fakes.ports import free_port
 from shoehorn.common.paths import HOME
+from shoehorn.runtime.run_dir import RunDir
 from shoehorn.runtime.state import StateFile
 from support.running import Appliance
 from support.waiting import wait_until
@@ -53,6 +54,9 @@ CONCURRENCY = {1: "1", 3: "2 to 3", 6: "4 to 7", 12: "8 to 15"}
 
 EMPTY = re.compile(r" by concurrency: (16 to 31|32 to 63|64 or more)$")
 """Queries without data here: more concurrent requests than there were."""
+
+OF_FRONT = {"shoehorn_replica_up", "shoehorn_replica_ready"}
+"""Metrics of ROLE=front alone."""
 
 
 class Prometheus:
@@ -96,6 +100,9 @@ def prometheus(shared_appliance: Appliance, tmp_path_factory: pytest.TempPathFac
     before = StateFile(shared_appliance.run_dir).read()
     StateFile(shared_appliance.run_dir).update(memory=MEMORY, failures={"killed": 1}, bytes_done=7, bytes_total=7,
                                                progress=1.0)
+    experts = RunDir(shared_appliance.run_dir).expert_lookups  # as an engine on a GPU with a cache of experts writes it
+    experts.parent.mkdir(exist_ok=True)
+    experts.write_text(json.dumps({"gpu": 30, "cpu": 10}), encoding="utf-8")
     port = free_port()
     environment = {"PATH": os.environ["PATH"], "PYTHONPATH": f"{HOME / 'src'}:{HOME / 'tests'}",
                    "RUN_DIR": str(shared_appliance.run_dir), "MODELS_DIR": str(shared_appliance.models_dir),
@@ -105,6 +112,7 @@ def prometheus(shared_appliance: Appliance, tmp_path_factory: pytest.TempPathFac
         running = Prometheus(home, port)
         try:
             wait_until(running.up, 30, "the first scrape")
+            experts.write_text(json.dumps({"gpu": 60, "cpu": 20}), encoding="utf-8")
             for number, bars in CONCURRENCY.items():
                 seen, queries = threading.Event(), by_concurrency(bars)
                 with ThreadPoolExecutor(number) as pool:
@@ -124,6 +132,7 @@ def prometheus(shared_appliance: Appliance, tmp_path_factory: pytest.TempPathFac
             running.process.terminate()
             running.process.wait(60)
             exporter.terminate()
+            experts.unlink()
             StateFile(shared_appliance.run_dir).update(
                 memory=before.memory, failures=before.failures, progress=before.progress, bytes_done=before.bytes_done,
                 bytes_total=before.bytes_total)
@@ -181,7 +190,7 @@ def test_every_metric_of_a_rule_exists(prometheus: Prometheus) -> None:
     rules = yaml.safe_load((HOME / "monitoring" / "prometheus" / "rules.yml").read_text())
     used = {name for group in rules["groups"] for rule in group["rules"]
             for name in re.findall(r"\b(?:shoehorn_|vllm:|up\b)[a-z_]*", rule["expr"])}
-    assert used - names == set()
+    assert used - names == OF_FRONT
 
 
 def test_rules_are_loaded_and_none_fires(prometheus: Prometheus) -> None:

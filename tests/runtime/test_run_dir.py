@@ -12,6 +12,7 @@ NAMES = {
     "lock": "lock", "empty": "nothing", "state": "state.json", "ready_mark": "ready", "not_live_mark": "not-live",
     "plan": "plan.json", "welcome": "welcome.txt", "engine_socket": "engine.sock", "engine_config": "vllm.yaml",
     "engine_log": "engine.log", "engine_logging": "engine-logging.json", "engine_memory": "engine-memory",
+    "expert_lookups": "engine-memory/experts.json",
     "engine_alive": "engine.alive", "restarts": "restarts.json", "engine_group": "engine.group",
     "admissions": "admissions", "idle_mark": "idle", "wake_request": "wake",
     "fork_server_group": "fork-server.group", "pull_group": "pull.group", "drain_request": "drain",
