@@ -38,6 +38,7 @@ def test_failed_or_hanging_fork_is_replaced_by_a_fresh_interpreter(monkeypatch: 
 
 
 def test_patch_is_applied_once() -> None:
+    model_info.PATCH.revert()  # the plugin of another test of this process may have applied it
     original = registry._run_in_subprocess
     try:
         model_info.apply()

@@ -143,8 +143,10 @@ def test_torch_allocates_without_address_space(driver: Driver, monkeypatch: pyte
         raise OSError(errno.ENOMEM, "Cannot allocate memory")
 
     monkeypatch.setattr(mmap, "mmap", refuse)
-    monkeypatch.setattr(torch, "empty_strided", lambda *arguments, **named: "torch's")
-    assert pinned_memory.allocate_like(torch.empty(4 * MIB)) == "torch's"
+    torchs = torch.ones(4 * MIB)
+    monkeypatch.setattr(torch, "empty_strided", lambda *arguments, **named: torchs)
+    assert pinned_memory.allocate_like(torch.empty(4 * MIB)) is torchs
+    assert not torchs.any(), "not zeros, which it promises"
 
 
 @pytest.mark.parametrize("size", [0, 1, 1000])
