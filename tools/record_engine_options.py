@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import option_values
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # classes that name a default model would ask its hub for minutes
 
 CONFIG = Path(__file__).resolve().parents[1] / "src" / "shoehorn" / "config"
 TARGET = CONFIG / "vllm_options.json"
