@@ -31,7 +31,7 @@ GIB = 1 << 30
 # Runs in an environment with vLLM: records its parser, then parses each config file with it.
 REAL_PARSER = """
 import importlib.util, json, sys
-sys.path.insert(0, sys.argv[1].rpartition("/")[0])  # of the modules beside it
+sys.path.insert(0, sys.argv[1].rpartition("/")[0])  # of the modules next to it
 spec = importlib.util.spec_from_file_location("recorder", sys.argv[1])
 recorder = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(recorder)

@@ -17,7 +17,7 @@ FUNCTION = {"name": "get_weather", "parameters": SCHEMA}
 def check_openais_form(appliance: Appliance) -> None:
     """Fail unless chat and responses refuse tools with the reason and the setting, and leave thoughts in the text.
 
-    The template of the demo model has a switch for thoughts, so they can be had without a parser.
+    The template of the demo model has a switch for thoughts, so they are available without a parser.
     """
     with openai.OpenAI(base_url=f"{appliance.url}/v1", api_key=appliance.key) as client:
         with pytest.raises(openai.BadRequestError) as chat:

@@ -129,8 +129,8 @@ def apply() -> None:
     Raises:
         SettingError: SHOEHORN_INT4_DECODE is neither on nor off.
     """
-    wanted = check(SETTING, os.environ.get(SETTING, "off"), ("on", "off")) == "on"
+    is_on = check(SETTING, os.environ.get(SETTING, "off"), ("on", "off")) == "on"
     kernels = engine_kernels._POSSIBLE_KERNELS[PlatformEnum.CUDA]
-    if wanted and current_platform.is_cuda() and MacheteDecodeLinearKernel not in kernels:
+    if is_on and current_platform.is_cuda() and MacheteDecodeLinearKernel not in kernels:
         direct_register_custom_op("shoehorn_int4_linear", _multiply, fake_impl=_shape)
         kernels[:0] = [MacheteDecodeLinearKernel, MarlinDecodeLinearKernel]

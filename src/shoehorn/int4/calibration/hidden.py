@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-_STEP_BYTES = 64 << 20
+_STEP_BYTES = 1 << 20
 
 
 class HiddenStates:
