@@ -19,7 +19,7 @@ from pathlib import Path
 import uvicorn
 
 from shoehorn.runtime.run_dir import RunDir
-from shoehorn.runtime.unix_server import GracefulServer, listen
+from shoehorn.runtime.server_program import GracefulServer, listen
 from shoehorn_vllm.api.ledger import UsageLedger
 from shoehorn_vllm.api.meter import CURRENT, Meter
 from shoehorn_vllm.api.middleware import AdmissionMiddleware, Scope

@@ -7,12 +7,9 @@ decides nothing.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import logging
-import os
 import ssl
-import sys
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
@@ -22,12 +19,10 @@ import uvicorn
 from shoehorn.cluster import node_files, ports
 from shoehorn.cluster.node_files import Received
 from shoehorn.cluster.report import MOST_BYTES, PATH, NodeReport
-from shoehorn.common import logging_config
-from shoehorn.common.errors import SettingsError
-from shoehorn.config import settings as settings_module
 from shoehorn.config.settings import Settings
 from shoehorn.runtime import parent_watch
 from shoehorn.runtime.run_dir import RunDir
+from shoehorn.runtime.server_program import run, stop_with_parent
 
 log = logging.getLogger("nodes")
 
@@ -93,28 +88,10 @@ async def serve(settings: Settings) -> None:
         access_log=False, server_header=False, date_header=False, timeout_keep_alive=15, timeout_graceful_shutdown=1,
         ssl_certfile=str(paths.node_certificate), ssl_keyfile=str(paths.node_key),
         ssl_ca_certs=str(paths.cluster_authority), ssl_cert_reqs=ssl.CERT_REQUIRED))
-    watch = asyncio.create_task(_stop_with(parent_watch.supervisor(), server))
+    watch = asyncio.create_task(stop_with_parent(parent_watch.supervisor(), server))
     await server.serve()
     watch.cancel()
 
 
-async def _stop_with(parent: int, server: uvicorn.Server) -> None:
-    while os.getppid() == parent:
-        await asyncio.sleep(1.0)
-    server.should_exit = True
-
-
-def main() -> None:
-    """Run the program."""
-    try:
-        settings = settings_module.load(os.environ)
-    except SettingsError as error:
-        sys.exit(f"shoehorn: {error}")
-    logging_config.configure(settings.log_format)
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)
-    with contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(serve(settings))
-
-
 if __name__ == "__main__":
-    main()
+    run(serve)

@@ -10,10 +10,7 @@ the state names each replica.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-import os
-import sys
 from collections.abc import Mapping, Sequence
 
 import aiohttp
@@ -21,9 +18,6 @@ import uvicorn
 from prometheus_client import REGISTRY
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 
-from shoehorn.common import logging_config as logs
-from shoehorn.common.errors import SettingsError
-from shoehorn.config import settings as settings_module
 from shoehorn.config.models_dir import ModelsDir
 from shoehorn.config.settings import Settings
 from shoehorn.front import replica_states
@@ -32,8 +26,8 @@ from shoehorn.front.replica_states import READY, ReplicaState
 from shoehorn.front.usage_collection import UsageCollection
 from shoehorn.runtime import parent_watch
 from shoehorn.runtime.run_dir import RunDir
+from shoehorn.runtime.server_program import GracefulServer, listen, run, stop_with_parent
 from shoehorn.runtime.state import Phase, StateFile
-from shoehorn.runtime.unix_server import GracefulServer, listen, stop_with_parent
 from shoehorn.runtime.usage_file import Account, Usage, UsageFiles
 from shoehorn_vllm.api.admissions import AdmissionLog
 from shoehorn_vllm.api.ledger import UsageLedger
@@ -154,17 +148,5 @@ async def _answer(send: Send, status: int, content: bytes, kind: str = "applicat
     await send({"type": "http.response.body", "body": content})
 
 
-def main() -> None:
-    """Run the program."""
-    try:
-        settings = settings_module.load(os.environ)
-    except SettingsError as error:
-        sys.exit(f"shoehorn: {error}")
-    logs.configure(settings.log_format)
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)
-    with contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(serve(settings))
-
-
 if __name__ == "__main__":
-    main()
+    run(serve)

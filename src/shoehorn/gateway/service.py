@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-import os
-import sys
 from collections.abc import Iterable
 
 import uvicorn
 
 from shoehorn.common.errors import SettingsError
-from shoehorn.common.logging_config import configure
-from shoehorn.config import settings as settings_module
 from shoehorn.config.settings import Settings
 from shoehorn.gateway.keys.service import KeyService, save_last_used
 from shoehorn.gateway.keys.sources import KeySources
@@ -21,7 +16,7 @@ from shoehorn.gateway.keys.store import KeyStore
 from shoehorn.gateway.tls import CertificateWatch
 from shoehorn.runtime import parent_watch
 from shoehorn.runtime.run_dir import RunDir
-from shoehorn.runtime.unix_server import GracefulServer, listen, stop_with_parent
+from shoehorn.runtime.server_program import GracefulServer, listen, run, stop_with_parent
 
 log = logging.getLogger("keys")
 
@@ -73,17 +68,5 @@ class WakeRequests:
             self._is_logged = True
 
 
-def main() -> None:
-    """Run the program."""
-    try:
-        settings = settings_module.load(os.environ)
-    except SettingsError as error:
-        sys.exit(f"shoehorn: {error}")
-    configure(settings.log_format)
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)
-    with contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(serve(settings))
-
-
 if __name__ == "__main__":
-    main()
+    run(serve)

@@ -16,7 +16,7 @@ from shoehorn.gateway.keys.api_key import Key, Keyring
 from shoehorn.gateway.keys.service import Headers, KeyService, RefusedKeyError, find_token, save_last_used
 from shoehorn.gateway.keys.sources import KeySources, parse_lines, prepare
 from shoehorn.gateway.keys.store import KeyStore
-from shoehorn.runtime.unix_server import listen
+from shoehorn.runtime.server_program import listen
 from shoehorn_vllm.protocol import KeyLimits
 
 TOKEN = "sk-Canary.Key+with/all~kinds_of-Characters="

@@ -1,15 +1,22 @@
-"""ASGI servers on Unix sockets: the key service, and the front's program."""
+"""Programs that are an ASGI server: the key service, the front, and the reports of a cluster's nodes."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import socket
-from collections.abc import Awaitable, Callable, Iterator
+import sys
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from pathlib import Path
 
 import uvicorn
+
+from shoehorn.common import logging_config
+from shoehorn.common.errors import SettingsError
+from shoehorn.config import settings as settings_module
+from shoehorn.config.settings import Settings
 
 
 class GracefulServer(uvicorn.Server):
@@ -55,3 +62,15 @@ async def stop_with_parent(parent: int, server: uvicorn.Server) -> None:
     while os.getppid() == parent:
         await asyncio.sleep(1.0)
     server.should_exit = True
+
+
+def run(serve: Callable[[Settings], Coroutine[None, None, None]]) -> None:
+    """Run a program's server with the environment's settings until it returns."""
+    try:
+        settings = settings_module.load(os.environ)
+    except SettingsError as error:
+        sys.exit(f"shoehorn: {error}")
+    logging_config.configure(settings.log_format)
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    with contextlib.suppress(KeyboardInterrupt):
+        asyncio.run(serve(settings))
